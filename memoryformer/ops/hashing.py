@@ -1,0 +1,111 @@
+"""Hash codes and scores: from an activation to (which row, how much of it).
+
+A vector of K*tau values is split into K chunks z of tau values each (Eq. 6). The signs
+of a chunk, read as a binary number, are its code h(z) (Eqs. 2-4); its score s(z) says how
+firmly the chunk sits in that bucket (Eqs. 8-10). Every score is one formula,
+
+    s(z) = ||z||_1^a * exp(gamma * sum_i log sigmoid(beta |z_i|))
+
+    kind          a   beta      gamma     source
+    softmax       0   2/t       1         paper, Eqs. 9-11: p(z), a softmax over 2^tau buckets
+    l1_softmax    1   2/t       1         the released code (t = 1)
+    l1            1   -         0         control
+    constant      0   -         0         control
+    learned       1   trained   trained   generalises the above
+
+The index has no gradient and no straight-through estimator; the score has
+
+    ds/dz_i = sign(z_i) * q * (a + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
+
+with q the exponential above. Start at `hash_codes` and `scores`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from memoryformer.notation import Array, Chunks, Codes, Float, Scores
+
+# kind -> (a, gamma); None: trained.
+SCORES = {
+    "softmax": (0, 1),
+    "l1_softmax": (1, 1),
+    "l1": (1, 0),
+    "constant": (0, 0),
+    "learned": (1, None),
+}
+
+
+def split_chunks(x: Float[Array, "*B D"], code_bits: int) -> Chunks:
+    """Split the last axis into chunks of `code_bits` values: [.., D] -> [.., K, tau]."""
+    if code_bits < 1 or x.shape[-1] % code_bits:
+        raise ValueError(
+            f"code_bits={code_bits} does not divide the width {x.shape[-1]}: choose a "
+            "width that is a multiple of it."
+        )
+    return x.reshape(*x.shape[:-1], -1, code_bits)
+
+
+def hash_codes(chunks: Chunks) -> Codes:
+    """Read the signs of each chunk as a binary number: [.., K, tau] -> int32 [.., K].
+
+    The first value of a chunk is the high bit, and zero counts as a set bit, as in the
+    released code and the paper's Fig. 2. Never formed in bf16, exact only to 256.
+    """
+    code_bits = chunks.shape[-1]
+    bit_weights = 1 << jnp.arange(code_bits - 1, -1, -1, dtype=jnp.int32)
+    bits = (chunks >= 0).astype(jnp.int32)
+    return jnp.einsum("...i,i->...", bits, bit_weights)
+
+
+def scores(
+    chunks: Chunks,
+    kind: str = "softmax",
+    temperature: float = 1.0,
+    learned: tuple[Array, Array] | None = None,
+) -> Scores:
+    """Score each chunk: [.., K, tau] -> float32 [.., K]; see the module's table.
+
+    `learned` holds the scalars (beta, gamma) of kind 'learned'; they are differentiated.
+    """
+    if kind not in SCORES:
+        raise ValueError(f"score={kind!r}: unknown; known: {', '.join(SCORES)}.")
+    power, gamma = SCORES[kind]
+    beta = 2.0 / temperature
+    if kind == "learned":
+        if learned is None:
+            raise ValueError("score='learned' needs learned=(beta, gamma).")
+        beta, gamma = learned
+    dtype = jnp.promote_types(chunks.dtype, jnp.float32)
+    beta, gamma = jnp.asarray(beta, dtype), jnp.asarray(gamma, dtype)
+    return _score(power, chunks.astype(dtype), beta, gamma)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score(power: int, chunks: Chunks, beta: Array, gamma: Array) -> Scores:
+    magnitude = jnp.abs(chunks)
+    sharpness = jnp.sum(jax.nn.log_sigmoid(beta * magnitude), axis=-1)
+    return jnp.sum(magnitude, axis=-1) ** power * jnp.exp(gamma * sharpness)
+
+
+def _score_fwd(power, chunks, beta, gamma):
+    return _score(power, chunks, beta, gamma), (chunks, beta, gamma)
+
+
+def _score_bwd(power, residuals, dscores):
+    chunks, beta, gamma = residuals
+    magnitude = jnp.abs(chunks)
+    log_sigmoid = jax.nn.log_sigmoid(beta * magnitude)
+    sigmoid_of_minus = jax.nn.sigmoid(-beta * magnitude)
+    length = jnp.sum(magnitude, axis=-1) ** power  # ||z||_1^a  [.., K]
+    confidence = jnp.exp(gamma * jnp.sum(log_sigmoid, axis=-1))  # q  [.., K]
+    slope = power + length[..., None] * gamma * beta * sigmoid_of_minus
+    dchunks = (dscores * confidence)[..., None] * jnp.sign(chunks) * slope
+    weight = dscores * length * confidence
+    dbeta = jnp.sum(weight * gamma * jnp.sum(magnitude * sigmoid_of_minus, axis=-1))
+    dgamma = jnp.sum(weight * jnp.sum(log_sigmoid, axis=-1))
+    return dchunks, dbeta, dgamma
+
+
+_score.defvjp(_score_fwd, _score_bwd)

@@ -1,0 +1,134 @@
+"""The memory layer: y = sum_k s(z_k) * T_k[h(z_k)] + b (Eq. 11).
+
+`lookup` sums one row of each table, weighted by its score; implementations with the same
+signature live one to a file and are chosen by one argument:
+
+    reference   gathers [.., K, F] and sums it: the definition, for tests
+    xla         scans groups of tables; no array of shape [.., K, F], any platform
+    onehot      the same sum as matrix products with one-hot codes: few bits, and TPU
+    native      C++ on CPU, built on first use with the system compiler
+    gpu         Pallas on an NVIDIA GPU of capability 9.0 or more; elsewhere `xla`
+    auto        `onehot` on TPU up to 10 bits, `native` on CPU where it builds, else `xla`
+
+`auto` does not choose `gpu`: it has not been timed on a GPU. Start at `memory_layer`.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from memoryformer.notation import Array, Codes, Float, Scores, Tables
+from memoryformer.ops import hashing, lookup_gpu, lookup_native, lookup_xla
+
+IMPLEMENTATIONS = ("auto", "reference", "xla", "onehot", "native", "gpu")
+ONEHOT_MAX_BITS_TPU = 10  # a one-hot product costs 2^tau times a row read
+
+
+def memory_layer(
+    x: Float[Array, "*B D"],
+    tables: Tables,
+    bias: Float[Array, "F"] | None = None,
+    score: str = "softmax",
+    temperature: float = 1.0,
+    implementation: str = "auto",
+    learned: tuple[Array, Array] | None = None,
+) -> Float[Array, "*B F"]:
+    """Hash x, score it and sum the rows it selects: [.., K*tau] -> [.., F].
+
+    Args:
+      x: activations; chunk k of the last axis addresses table k.
+      tables: [K, 2^tau, F].
+      bias: [F], or None.
+      score: a key of `hashing.SCORES`.
+      temperature: t of the softmax scores.
+      implementation: one of `IMPLEMENTATIONS`.
+      learned: (beta, gamma) of the learned score.
+
+    Differentiable in x (through the scores), tables, bias and learned.
+    """
+    num_tables, num_buckets, _ = tables.shape
+    code_bits = num_buckets.bit_length() - 1
+    if num_buckets != 1 << code_bits or x.shape[-1] != num_tables * code_bits:
+        raise ValueError(
+            f"x has {x.shape[-1]} values, but {num_tables} tables of {num_buckets} rows "
+            f"take {num_tables} codes of log2({num_buckets}) bits."
+        )
+    chunks = hashing.split_chunks(x, code_bits)
+    codes = hashing.hash_codes(chunks)
+    weights = hashing.scores(chunks, score, temperature, learned)
+    y = lookup(tables, codes, weights, implementation)
+    if bias is None:
+        return y
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def lookup(
+    tables: Tables, codes: Codes, scores: Scores, implementation: str = "auto"
+) -> Float[Array, "*B F"]:
+    """Sum scored rows, y[.., :] = sum_k scores[.., k] * tables[k, codes[.., k], :].
+
+    Args:
+      tables: [K, C, F] of any float type.
+      codes: [.., K] integers in [0, C); what others read is not defined.
+      scores: [.., K].
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      [.., F], accumulated in float32 (float64 for float64 tables).
+
+    The gradients to tables and scores are exact and deterministic; codes have none.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r}: unknown; known: "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+    if codes.shape != scores.shape or codes.shape[-1] != tables.shape[0]:
+        raise ValueError(
+            f"codes {codes.shape} and scores {scores.shape} must both be [.., K] for "
+            f"tables [K, C, F] = {tables.shape}."
+        )
+    dtype = jnp.promote_types(tables.dtype, jnp.float32)
+    leading, num_tables = codes.shape[:-1], codes.shape[-1]
+    codes = codes.reshape(-1, num_tables)  # [N, K]
+    scores = scores.reshape(-1, num_tables).astype(dtype)
+    function = {
+        "auto": _auto,
+        "reference": _reference,
+        "xla": lookup_xla.scan_tables,
+        "onehot": lookup_xla.onehot_products,
+        "native": lookup_native.native,
+        "gpu": _gpu,
+    }[implementation]
+    return function(tables, codes, scores).reshape(*leading, tables.shape[-1])
+
+
+def _auto(tables, codes, scores):
+    few_bits = tables.shape[1] <= 1 << ONEHOT_MAX_BITS_TPU
+    on_tpu = lookup_xla.onehot_products if few_bits else lookup_xla.scan_tables
+    on_cpu = lookup_xla.scan_tables
+    # Built only where it will run; what is lowered for CPU elsewhere need not be fast.
+    if jax.default_backend() == "cpu" and lookup_native.supports(tables, scores):
+        on_cpu = lookup_native.native if lookup_native.available() else on_cpu
+    return jax.lax.platform_dependent(
+        tables, codes, scores, cpu=on_cpu, tpu=on_tpu, default=lookup_xla.scan_tables
+    )
+
+
+def _gpu(tables, codes, scores):
+    reason = lookup_gpu.why_not(tables, scores)
+    on_cuda = lookup_xla.scan_tables if reason else lookup_gpu.gpu
+    if jax.default_backend() != "gpu":  # it may yet be compiled for one
+        reason = f"the platform is {jax.default_backend()}"
+    if reason:
+        logging.log_first_n(
+            logging.WARNING, "lookup 'gpu' cannot run: %s; using 'xla'.", 8, reason
+        )
+    return jax.lax.platform_dependent(
+        tables, codes, scores, cuda=on_cuda, default=lookup_xla.scan_tables
+    )
+
+
+def _reference(tables, codes, scores):
+    rows = tables[jnp.arange(tables.shape[0]), codes]  # [N, K, F]
+    return jnp.einsum("nk,nkf->nf", scores, rows.astype(scores.dtype))

@@ -1,0 +1,194 @@
+"""Weights that are only read: narrow, laid out for decoding, and without gradients.
+
+    kind        tables [K, C, ..]             matrix [D, V], stored by output as [V, D]
+    float32     as they are                   as it is
+    bfloat16    rounded                       rounded
+    int8        a scale for each row          a scale for each output
+    int4        -                             a scale for 64 weights of an output
+
+A scale is the largest magnitude over 127 (7 for int4), so an entry moves by at most half of
+it. On CPU the native code reads both, a memory layer in one call with its hash and scores;
+elsewhere, and where it cannot be built, they are widened in XLA. Start at `pack_tables` and
+`pack_matrix`, then `memory_layer` and `product`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryformer.notation import Array, Float
+from memoryformer.ops import hashing, lookup, lookup_native
+
+TABLE_KINDS = ("float32", "bfloat16", "int8")
+MATRIX_KINDS = (*TABLE_KINDS, "int4")
+# Above this, widening a matrix once and multiplying with it costs less than reading it for
+# every four vectors.
+MAX_VECTORS = 32
+_HUGE_PAGE = 2 << 20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedTables:
+    """Tables [K, C, ..] of float32, bfloat16 or int8; scales [K, C] of int8, else None."""
+
+    values: Array
+    scales: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix [D, V] by output: values [V, D] (int4: [V, D' / 2], D' = D padded to 64s)."""
+
+    values: Array
+    scales: Array | None  # int8: [V]; int4: [V, D' / 64]
+    width: int = dataclasses.field(metadata={"static": True})  # D
+
+
+def pack_tables(tables: np.ndarray, kind: str) -> PackedTables:
+    """Store tables as one of `TABLE_KINDS`."""
+    tables = np.asarray(tables)
+    if kind != "int8":
+        return PackedTables(tables.astype(jnp.dtype(kind)), None)
+    rows = tables.reshape(*tables.shape[:2], -1)
+    values, scales = _round(rows, 127)
+    return PackedTables(values.astype(np.int8).reshape(tables.shape), scales)
+
+
+def pack_matrix(matrix: Float[np.ndarray, "D V"], kind: str) -> PackedMatrix:
+    """Store a matrix by output, as one of `MATRIX_KINDS`."""
+    by_output = np.ascontiguousarray(np.asarray(matrix).T)
+    num_outputs, width = by_output.shape
+    if kind == "int8":
+        values, scales = _round(by_output, 127)
+        return PackedMatrix(values.astype(np.int8), scales, width)
+    if kind != "int4":
+        return PackedMatrix(by_output.astype(jnp.dtype(kind)), None, width)
+    group = lookup_native.INT4_GROUP
+    by_output = np.pad(by_output, ((0, 0), (0, -width % group)))
+    values, scales = _round(by_output.reshape(num_outputs, -1, group), 7)
+    low, high = np.split((values + 8).astype(np.uint8), 2, axis=-1)  # [V, D' / 64, 32]
+    return PackedMatrix((low | high << 4).reshape(num_outputs, -1), scales, width)
+
+
+def widen_tables(tables: PackedTables) -> Array:
+    """Return float32 tables [K, C, ..]."""
+    values = tables.values.astype(jnp.float32)
+    if tables.scales is None:
+        return values
+    return values * tables.scales.reshape(
+        *tables.scales.shape, *(1,) * (values.ndim - 2)
+    )
+
+
+def widen_matrix(matrix: PackedMatrix) -> Float[Array, "D V"]:
+    """Return the float32 matrix."""
+    values = matrix.values
+    if values.dtype != jnp.uint8:
+        wide = values.astype(jnp.float32)
+        return (wide if matrix.scales is None else wide * matrix.scales[:, None]).T
+    half = lookup_native.INT4_GROUP // 2
+    pairs = values.reshape(values.shape[0], -1, half).astype(jnp.int32)
+    wide = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1) - 8
+    wide = wide.astype(jnp.float32) * matrix.scales[..., None]
+    return wide.reshape(values.shape[0], -1)[:, : matrix.width].T
+
+
+def memory_layer(
+    x: Float[Array, "*B D"],
+    tables: PackedTables,
+    bias: Array | None,
+    score: str,
+    temperature: float,
+    learned: tuple[Array, Array] | None = None,
+) -> Float[Array, "*B F"]:
+    """Compute y = sum_k s(z_k) T_k[h(z_k)] + b: [.., D] -> [.., F], axes after C joined."""
+    num_tables, num_buckets = tables.values.shape[:2]
+    values = tables.values.reshape(num_tables, num_buckets, -1)
+    rows = x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else bias.reshape(-1)
+    power, gamma = hashing.SCORES[score]
+    beta = 2.0 / temperature
+    if gamma is None:
+        beta, gamma = learned
+
+    def native(x, values, scales, bias):
+        return lookup_native.memory_layer(x, values, scales, bias, power, beta, gamma)
+
+    def in_xla(x, values, scales, bias):
+        chunks = hashing.split_chunks(x, num_buckets.bit_length() - 1)
+        codes = hashing.hash_codes(chunks)
+        scores = hashing.scores(chunks, score, temperature, learned)
+        if scales is not None:  # the row's scale goes with its score
+            scores = scores * scales[jnp.arange(num_tables)[None], codes]
+        y = lookup.lookup(values, codes, scores, "xla")
+        return y if bias is None else y + bias[None]
+
+    y = _on_cpu(native, in_xla)(rows, values, tables.scales, bias)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def product(x: Float[Array, "*B D"], matrix: PackedMatrix) -> Float[Array, "*B V"]:
+    """Multiply x with a packed matrix: [.., D] -> float32 [.., V]."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+    def native(x, values, scales):
+        padding = values.shape[1] * (2 if values.dtype == jnp.uint8 else 1) - x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, padding)))
+        return lookup_native.matrix_product(x, values, scales)
+
+    def in_xla(x, values, scales):
+        return x @ widen_matrix(PackedMatrix(values, scales, matrix.width))
+
+    few = rows.shape[0] <= MAX_VECTORS
+    function = _on_cpu(native, in_xla) if few else in_xla
+    y = function(rows, matrix.values, matrix.scales)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def in_huge_pages(array: np.ndarray | Array) -> Array:
+    """Copy an array to memory that asks for huge pages; small ones are left as they are.
+
+    Random rows are read four times as fast from them: a row then costs no walk of the page
+    tables. On other platforms than CPU: the array on the default device.
+    """
+    array = np.asarray(array)
+    if jax.default_backend() != "cpu" or array.nbytes < 2 * _HUGE_PAGE:
+        return jnp.asarray(array)
+    # numpy advises huge pages for large arrays (NUMPY_MADVISE_HUGEPAGE); this one begins
+    # at a page's border, and `device_put` takes it over without a copy.
+    memory = np.empty(array.nbytes + _HUGE_PAGE, np.int8)
+    start = -memory.ctypes.data % _HUGE_PAGE
+    aligned = memory[start : start + array.nbytes]
+    aligned[...] = np.ascontiguousarray(array).reshape(-1).view(np.int8)
+    return jax.device_put(aligned.view(array.dtype).reshape(array.shape))
+
+
+def _round(rows: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round the last axis to integers up to `largest` in magnitude: (values, scales)."""
+    scales = np.abs(rows).max(axis=-1, initial=0).astype(np.float32) / np.float32(
+        largest
+    )
+    # A row of zeros has scale 0; it stays 0 whatever it is divided by.
+    divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
+    return np.clip(np.rint(rows / divisors), -largest, largest), scales
+
+
+def _on_cpu(native, in_xla):
+    """Take `native` where it is built and runs, `in_xla` elsewhere."""
+    if jax.default_backend() != "cpu" or not lookup_native.available():
+        return in_xla
+
+    def run(*operands):
+        return jax.lax.platform_dependent(*operands, cpu=native, default=in_xla)
+
+    return run
+
+
+def num_bytes(tree) -> int:
+    """Bytes of all arrays of a tree, as stored."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
