@@ -1,0 +1,135 @@
+// What decoding asks for beside the lookup: a whole memory layer in one call, its hash and
+// scores included, and the product of a few vectors with a matrix of narrow weights. Both
+// are bound by the bytes they read. Plain C++, as lookup_native.h; start at `MemoryLayer`
+// and `MatrixProduct`.
+
+#pragma once
+
+#include <cmath>
+
+#include "lookup_native.h"
+
+namespace memoryformer {
+
+// --- A memory layer: y = sum_k s(z_k) T_k[h(z_k)] + b. --------------------------------
+
+// s(z) = ||z||_1^power * exp(gamma * sum_i log sigmoid(beta |z_i|)); see hashing.py.
+struct Hash {
+  int64_t code_bits;
+  bool power;
+  float beta, gamma;
+};
+
+constexpr int64_t kMaxCodeBits = 16;
+
+// exp(gamma * -sum_i log(factors[i])), factors of 1 + exp(-u). The product of eight is in
+// the range of a double whatever they are.
+inline float Confidence(const float* factors, int64_t count, float gamma) {
+  if (gamma == 0) return 1;
+  double product = 1, log_sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    product *= factors[i];
+    if (gamma != 1 && i % 8 == 7) log_sum += std::log(product), product = 1;
+  }
+  if (gamma == 1) return static_cast<float>(1 / product);
+  return static_cast<float>(std::exp(-double{gamma} * (log_sum + std::log(product))));
+}
+
+// The K codes and scores of one token: the first value of a chunk is the high bit, and
+// zero (of either sign) counts as set.
+inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num_tables,
+                      const Hash& hash, int32_t* codes, float* scores) {
+  constexpr int64_t kBlock = 32;  // chunks
+  float factors[kBlock * kMaxCodeBits];
+  const int64_t bits = hash.code_bits;
+  for (int64_t k0 = 0; k0 < num_tables; k0 += kBlock) {
+    const int64_t count = std::min(kBlock, num_tables - k0);
+    const float* block = x + k0 * bits;
+    if (hash.gamma != 0) one_plus_exp(block, count * bits, hash.beta, factors);
+    for (int64_t k = 0; k < count; ++k) {
+      const float* z = block + k * bits;
+      int32_t code = 0;
+      float length = 0;
+      for (int64_t i = 0; i < bits; ++i) {
+        code = 2 * code + (z[i] >= 0);
+        length += std::abs(z[i]);
+      }
+      const float confidence = Confidence(factors + k * bits, bits, hash.gamma);
+      codes[k0 + k] = code;
+      scores[k0 + k] = hash.power ? length * confidence : confidence;
+    }
+  }
+}
+
+// x [N, K tau], bias [F] or null -> y [N, F].
+template <class T, class Pool>
+void MemoryLayer(const Shape& shape, const T* tables, const float* scales, const float* x,
+                 const float* bias, const Hash& hash, float* y, Pool& pool) {
+  const auto [N, K, C, F] = shape;
+  const Scratch codes_memory(N * K * sizeof(int32_t));
+  const Scratch scores_memory(N * K * sizeof(float));
+  auto* codes = codes_memory.As<int32_t>();
+  auto* scores = scores_memory.As<float>();
+  const OnePlusExpKernel one_plus_exp = ChooseOnePlusExp();
+  const int64_t width = K * hash.code_bits;
+  const int64_t parts = CeilDivide(N, 8);
+  ParallelFor(pool, AvailableThreads(), parts, [&](int64_t part) {
+    for (int64_t n = 8 * part; n < std::min<int64_t>(N, 8 * part + 8); ++n)
+      HashToken(one_plus_exp, x + n * width, K, hash, codes + n * K, scores + n * K);
+  });
+  Forward(Operands<T>{shape, tables, scales, codes, scores}, y, pool);
+  if (bias == nullptr) return;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t f = 0; f < F; ++f) y[n * F + f] += bias[f];
+}
+
+// --- The product of a few vectors with a matrix: y[n, v] = x[n] . W[v]. ----------------
+
+template <class T>
+struct Matrix {
+  int64_t rows, width;  // V, D
+  const T* weights;     // [V, D], or [V, D / 2] pairs of 4 bits
+  const float* scales;  // null, [V], or [V, D / 64] of 4-bit weights
+
+  static constexpr bool kPairs = std::is_same_v<T, Int4Pair>;
+  const T* Row(int64_t v) const { return weights + v * (kPairs ? width / 2 : width); }
+  const float* Scale(int64_t v) const {
+    return scales == nullptr ? nullptr : scales + v * (kPairs ? width / kInt4Group : 1);
+  }
+};
+
+// Every product is summed in one order, whatever N and the threads are.
+template <class T, class Pool>
+void MatrixProduct(const Matrix<T>& matrix, const float* x, int64_t N, float* y,
+                   Pool& pool) {
+  const int64_t V = matrix.rows, D = matrix.width;
+  if (N == 0 || V == 0) return;
+  const MatrixKernels<T> kernels = ChooseMatrixKernels<T>();
+  const int64_t row_bytes = std::max<int64_t>(1, matrix.Row(1) - matrix.Row(0)) * sizeof(T);
+  constexpr int64_t kItemBytes = 128 << 10;
+  const int64_t rows_per_item = std::max<int64_t>(4, kItemBytes / row_bytes / 4 * 4);
+  const int64_t items = CeilDivide(V, rows_per_item);
+  ParallelFor(pool, AvailableThreads(), items, [&](int64_t item) {
+    const int64_t end = std::min(V, (item + 1) * rows_per_item);
+    for (int64_t v = item * rows_per_item; v < end;) {
+      const int64_t count = v + 4 <= end ? 4 : 1;
+      const T* rows[4];
+      for (int64_t i = 0; i < count; ++i) rows[i] = matrix.Row(v + i);
+      float sums[4];
+      int64_t n = 0;
+      for (; n + 4 <= N; n += 4)
+        for (int64_t i = 0; i < count; ++i) {
+          kernels.four_tokens(rows + i, matrix.Scale(v + i), x + n * D, D, D, sums);
+          for (int64_t t = 0; t < 4; ++t) y[(n + t) * V + v + i] = sums[t];
+        }
+      for (; n < N; ++n) {
+        const auto dots = count == 4 ? kernels.four_rows : kernels.one_row;
+        dots(rows, matrix.Scale(v), x + n * D, D, D, sums);
+        std::copy(sums, sums + count, y + n * V + v);
+      }
+      v += count;
+    }
+  });
+}
+
+}  // namespace memoryformer

@@ -1,0 +1,115 @@
+// Inner loops of decoding, compiled for one instruction set per inclusion: this is a part
+// of lookup_native_kernel.h, inside its namespace. No include guard, for that reason.
+
+// out[i] = 1 + exp(-beta |x[i]|); relative error below 2e-7, NaN for NaN.
+SIMD_TARGET inline Vec OnePlusExpOf(Vec x, float beta) {
+  const Vec magnitude = (Vec)((WordVec)x & 0x7fffffffu);
+  Vec u = -beta * magnitude;
+  u = u < -87.0f ? Vec{} - 87.0f : u;  // comparisons are false for NaN, which stays
+  u = u > 87.0f ? Vec{} + 87.0f : u;
+  // exp(u) = 2^n exp(r), |r| <= ln 2 / 2: ln 2 in two parts, then the series to r^7.
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = u * 1.44269504f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (u - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec series = Vec{} + 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const Vec power = (Vec)(((IntVec)shifted - 0x4b400000 + 127) << 23);
+  return 1.0f + series * power;
+}
+
+SIMD_TARGET inline void OnePlusExp(const float* x, int64_t count, float beta,
+                                   float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Store(out + i, OnePlusExpOf(Load(x + i), beta));
+  if (i == count) return;
+  float last[kLanes] = {};
+  std::memcpy(last, x + i, (count - i) * sizeof(float));
+  Store(last, OnePlusExpOf(Load(last), beta));
+  std::memcpy(out + i, last, (count - i) * sizeof(float));
+}
+
+SIMD_TARGET inline float LaneSum(Vec v) {
+  float part[kLanes];
+  Store(part, v);
+  for (int half = kLanes / 2; half >= 1; half /= 2)
+    for (int l = 0; l < half; ++l) part[l] += part[l + half];
+  return part[0];
+}
+
+// kRows rows of a matrix times kTokens vectors: sums[i * kTokens + t]. A product is summed
+// in the same order whatever kRows and kTokens are: even and odd vectors of columns apart.
+template <class T, int kRows, int kTokens>
+SIMD_TARGET void Dots(const T* const* rows, const float* scales, const float* x,
+                      int64_t stride, int64_t width, float* sums) {
+  Vec sum[kRows][kTokens][2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes)
+    for (int i = 0; i < kRows; ++i)
+      for (int h = 0; h < 2; ++h) {
+        const Vec w = Load(rows[i] + d + h * kLanes);
+        for (int t = 0; t < kTokens; ++t)
+          sum[i][t][h] += w * Load(x + t * stride + d + h * kLanes);
+      }
+  for (int i = 0; i < kRows; ++i)
+    for (int t = 0; t < kTokens; ++t) {
+      float total = LaneSum(sum[i][t][0] + sum[i][t][1]);
+      for (int64_t f = d; f < width; ++f) total += ToFloat(rows[i][f]) * x[t * stride + f];
+      sums[i * kTokens + t] = scales == nullptr ? total : total * scales[i];
+    }
+}
+
+SIMD_TARGET inline IntVec LoadBytes(const Int4Pair* p) {
+#if SIMD_LANES == 16
+  return (IntVec)_mm512_cvtepu8_epi32(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif SIMD_LANES == 8
+  return (IntVec)_mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(SIMD_LANES), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), IntVec);
+#endif
+}
+
+// The same for 4-bit weights: `width` is a multiple of 64 columns, each 64 with a scale
+// of its own, scales[i * (width / 64) + group].
+template <int kRows, int kTokens>
+SIMD_TARGET void Int4Dots(const Int4Pair* const* rows, const float* scales,
+                          const float* x, int64_t stride, int64_t width, float* sums) {
+  constexpr int kHalf = kInt4Group / 2;
+  const int64_t groups = width / kInt4Group;
+  Vec sum[kRows][kTokens] = {};
+  for (int64_t g = 0; g < groups; ++g)
+    for (int i = 0; i < kRows; ++i) {
+      Vec low_sum[kTokens] = {}, high_sum[kTokens] = {};
+      for (int j = 0; j < kHalf; j += kLanes) {
+        const IntVec both = LoadBytes(rows[i] + g * kHalf + j);
+        const Vec low = __builtin_convertvector((both & 15) - 8, Vec);
+        const Vec high = __builtin_convertvector((both >> 4) - 8, Vec);
+        for (int t = 0; t < kTokens; ++t) {
+          const float* at = x + t * stride + g * kInt4Group + j;
+          low_sum[t] += low * Load(at);
+          high_sum[t] += high * Load(at + kHalf);
+        }
+      }
+      const float scale = scales[i * groups + g];
+      for (int t = 0; t < kTokens; ++t) sum[i][t] += scale * (low_sum[t] + high_sum[t]);
+    }
+  for (int i = 0; i < kRows; ++i)
+    for (int t = 0; t < kTokens; ++t) sums[i * kTokens + t] = LaneSum(sum[i][t]);
+}
+
+template <class T>
+MatrixKernels<T> MakeMatrixKernels() {
+  if constexpr (std::is_same_v<T, Int4Pair>)
+    return {Int4Dots<4, 1>, Int4Dots<1, 1>, Int4Dots<1, 4>};
+  else
+    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>};
+}

@@ -1,0 +1,258 @@
+"""The lookup on CPU as C++, compiled on first use and called through XLA's FFI.
+
+    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
+    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
+    ds[n, k]  = dy[n] . T_k[h[n, k]]
+
+The system compiler ($CXX, or the first of c++, g++, clang++) builds `lookup_native.cc` into
+$MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler and
+jax. Without a compiler `available` is False and callers use `lookup_xla`.
+
+$MEMORYFORMER_THREADS bounds the threads of one call (default: the cores this process may
+use); results do not depend on it, bit for bit. Start at `native`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
+
+SOURCES = (
+    "lookup_native.cc",
+    "lookup_native.h",
+    "lookup_native_kernel.h",
+    "lookup_native_machine.h",
+    "decode_native.h",
+    "decode_native_kernel.h",
+)
+FLAGS = (
+    "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
+).split()
+COMPILERS = ("c++", "g++", "clang++")
+BUILD_SECONDS = 300  # a compiler that hangs must not hang the run
+TARGETS = ("lookup_forward", "lookup_backward", "memory_layer", "matrix_product")
+INT4_GROUP = 64  # 4-bit weights that share a scale
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+PACKING_REUSE = 4  # tokens per bucket from which copying a table's slice pays
+
+_LOG = logging.getLogger(__name__)
+
+
+@jax.custom_vjp
+def native(tables: Tables, codes: Codes, scores: Scores) -> Float[Array, "N F"]:
+    """Sum scored rows on CPU: float32 or bfloat16 [K,C,F], int32 [N,K], [N,K] -> [N,F].
+
+    Codes outside [0, C) are clamped. Sums are in float32 and in the order of k.
+    Raises RuntimeError without a compiler, TypeError for other types.
+    """
+    return _forward(tables, codes, scores, jnp.zeros((0,), jnp.float32))
+
+
+def native_int8(
+    tables: Int[Array, "K C F"],
+    scales: Float[Array, "K C"],
+    codes: Codes,
+    scores: Scores,
+) -> Float[Array, "N F"]:
+    """Sum scored int8 rows, sum_k s[n,k] * scale_k[h] * T_k[h]; not differentiable."""
+    return _forward(tables, codes, scores, scales.astype(jnp.float32))
+
+
+def memory_layer(
+    x: Float[Array, "N D"],
+    tables: Tables | Int[Array, "K C F"],
+    scales: Float[Array, "K C"] | None,
+    bias: Float[Array, "F"] | None,
+    power: int,
+    beta: Array | float,
+    gamma: Array | float,
+) -> Float[Array, "N F"]:
+    """Hash, score and sum in one call: sum_k s(z_k) T_k[h(z_k)] + b; not differentiable.
+
+    Tables are float32, bfloat16, or int8 with `scales`; `power`, beta and gamma are those of
+    `hashing.SCORES`. Codes equal `hashing.hash_codes` bit for bit, scores to 1e-6.
+    """
+    _library()
+    knobs = jnp.stack([jnp.asarray(v, jnp.float32) for v in (beta, gamma)])
+    y = jax.ShapeDtypeStruct((x.shape[0], tables.shape[2]), jnp.float32)
+    call = jax.ffi.ffi_call("memoryformer_memory_layer", y, vmap_method="sequential")
+    floats = (_float32_or_empty(a) for a in (scales, bias))
+    return call(x.astype(jnp.float32), tables, *floats, knobs, power=bool(power))
+
+
+def matrix_product(
+    x: Float[Array, "N D"], weights: Array, scales: Array | None
+) -> Float[Array, "N V"]:
+    """Multiply a few vectors with a matrix stored by output; not differentiable.
+
+    Weights are float32 or bfloat16 [V, D], int8 with scales [V], or uint8 [V, D / 2] pairs
+    of 4 bits with scales [V, D / INT4_GROUP] (see `packed`).
+    """
+    _library()
+    y = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call("memoryformer_matrix_product", y, vmap_method="sequential")
+    return call(x.astype(jnp.float32), weights, _float32_or_empty(scales))
+
+
+def _float32_or_empty(array):
+    return jnp.zeros((0,), jnp.float32) if array is None else array.astype(jnp.float32)
+
+
+def supports(tables: Tables, scores: Scores) -> bool:
+    """Whether `native` takes these types."""
+    return scores.dtype == jnp.float32 and tables.dtype in (jnp.float32, jnp.bfloat16)
+
+
+def available() -> bool:
+    """Whether the library is built and loaded; builds it, and warns once if it cannot."""
+    try:
+        _library()
+    except RuntimeError as error:
+        _warn_once(str(error))
+        return False
+    return True
+
+
+def configure(
+    num_threads: int | None = None,
+    instruction_set: str = "avx512",
+    packing_reuse: int = PACKING_REUSE,
+) -> None:
+    """Bound threads and instructions of later calls in this process (for measurements).
+
+    `num_threads` None means $MEMORYFORMER_THREADS, or one per core.
+    """
+    _configure(_library(), num_threads, instruction_set, packing_reuse)
+
+
+def _native_fwd(tables, codes, scores):
+    return native(tables, codes, scores), (tables, codes, scores)
+
+
+def _native_bwd(residuals, dy):
+    tables, _, scores = residuals
+    dtables, dscores = _call("backward", (tables, scores), *residuals, dy)
+    return dtables, None, dscores
+
+
+native.defvjp(_native_fwd, _native_bwd)
+
+
+def _forward(tables, codes, scores, scales):
+    shape = (codes.shape[0], tables.shape[2])
+    y = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return _call("forward", (y,), tables, codes, scores, scales)[0]
+
+
+def _call(direction, results, tables, codes, scores, *others):
+    _library()
+    if scores.dtype != jnp.float32 or tables.dtype not in (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.int8,
+    ):
+        raise TypeError(
+            f"implementation='native' takes float32 or bfloat16 tables and float32 "
+            f"scores, not {tables.dtype} and {scores.dtype}: use 'xla'."
+        )
+    operands = (tables, codes.astype(jnp.int32), scores, *others)
+    results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+    call = jax.ffi.ffi_call(
+        f"memoryformer_lookup_{direction}", results, vmap_method="sequential"
+    )
+    return call(*operands)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _LOG.warning("native lookup unavailable, the slower XLA lookup is used: %s", reason)
+
+
+def _library() -> ctypes.CDLL:
+    library, error = _load()
+    if error:
+        raise RuntimeError(error)
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Build, load and register once per process: (library, '') or (None, reason)."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+        for target in TARGETS:
+            name = f"memoryformer_{target}"
+            capsule = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        _configure(library)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return None, " ".join(str(error).split())
+    return library, ""
+
+
+def _configure(
+    library, num_threads=None, instruction_set="avx512", packing_reuse=PACKING_REUSE
+):
+    if num_threads is None:
+        variable = os.environ.get("MEMORYFORMER_THREADS", "0")
+        if not variable.isdecimal():
+            raise ValueError(f"MEMORYFORMER_THREADS={variable!r}: not a whole number.")
+        num_threads = int(variable)
+    level = INSTRUCTION_SETS.index(instruction_set)
+    library.memoryformer_configure(num_threads, level, ctypes.c_int64(packing_reuse))
+
+
+def _build() -> pathlib.Path:
+    """Compile unless the cache holds it; processes that race all end with a whole file."""
+    folder = pathlib.Path(__file__).parent
+    compiler = find_compiler()
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    parts = [(folder / name).read_text() for name in SOURCES]
+    parts += [*FLAGS, compiler, version, jax.__version__, jax.lib.__version__]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    target = _cache_folder() / f"lookup_native-{key}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        output = pathlib.Path(temporary) / target.name
+        include = jax.ffi.include_dir()
+        command = [compiler, *FLAGS, f"-I{include}", str(folder / SOURCES[0])]
+        result = subprocess.run(
+            [*command, "-o", str(output)],
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+        )
+        if result.returncode:
+            detail = result.stderr.strip()[:300] or "no message"
+            raise OSError(f"{compiler} failed on {SOURCES[0]}: {detail}")
+        os.replace(output, target)
+    return target
+
+
+def find_compiler() -> str:
+    """Return $CXX, or the first compiler found; raises OSError."""
+    wanted = os.environ.get("CXX", "")
+    for name in (wanted,) if wanted else COMPILERS:
+        if path := shutil.which(name):
+            return path
+    tried = wanted or ", ".join(COMPILERS)
+    raise OSError(f"no C++ compiler found ({tried}): install g++ or set CXX.")
+
+
+def _cache_folder() -> pathlib.Path:
+    folder = os.environ.get("MEMORYFORMER_CACHE", "")
+    return pathlib.Path(folder or "~/.cache/memoryformer").expanduser()

@@ -1,0 +1,202 @@
+// Runs the native lookup on ragged shapes, without XLA, for the sanitizers.
+// Arrays are exactly as large as they should be, so that one byte too far is an error.
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+#include "decode_native.h"
+#include "lookup_native.h"
+
+using namespace memoryformer;
+
+struct ThreadPerTask {
+  std::vector<std::thread> threads;
+  template <class Work>
+  void Schedule(Work work) {
+    threads.emplace_back(work);
+  }
+  ~ThreadPerTask() {
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+template <class T>
+T Make(float value);
+template <>
+float Make<float>(float value) {
+  return value;
+}
+template <>
+BFloat16 Make<BFloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+template <>
+int8_t Make<int8_t>(float value) {
+  return static_cast<int8_t>(30 * value);
+}
+
+template <class T>
+std::unique_ptr<T[]> Exactly(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+template <class T>
+bool Check(const Shape& shape, std::mt19937& random) {
+  const auto [N, K, C, F] = shape;
+  std::normal_distribution<float> normal;
+  std::uniform_int_distribution<int32_t> any_code(-3, static_cast<int32_t>(C) + 3);
+  auto tables = Exactly<T>(K * C * F), dtables = Exactly<T>(K * C * F);
+  auto scales = Exactly<float>(K * C), scores = Exactly<float>(N * K);
+  auto dscores = Exactly<float>(N * K), y = Exactly<float>(N * F);
+  auto codes = Exactly<int32_t>(N * K);
+  for (int64_t i = 0; i < K * C * F; ++i) tables[i] = Make<T>(normal(random));
+  for (int64_t i = 0; i < K * C; ++i) scales[i] = normal(random);
+  for (int64_t i = 0; i < N * K; ++i) scores[i] = normal(random);
+  for (int64_t i = 0; i < N * K; ++i) codes[i] = any_code(random);
+  if (N * K > 2) codes[0] = INT32_MIN, codes[1] = INT32_MAX;
+  const bool scaled = std::is_same_v<T, int8_t>;
+  const Operands<T> op{shape, tables.get(), scaled ? scales.get() : nullptr, codes.get(),
+                       scores.get()};
+  {
+    ThreadPerTask pool;
+    Forward(op, y.get(), pool);
+  }
+  double worst = 0;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t f = 0; f < F; ++f) {
+      double sum = 0, size = 1;
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t row = op.Row(n, k);
+        const double term = double{op.Weight(n, k, row)} * ToFloat(tables[row * F + f]);
+        sum += term, size += std::abs(term);
+      }
+      worst = std::max(worst, std::abs(sum - y[n * F + f]) / size);
+    }
+  if constexpr (!std::is_same_v<T, int8_t>) {
+    ThreadPerTask pool;
+    Backward(op, y.get(), dtables.get(), dscores.get(), pool);
+  }
+  return worst < 1e-5;
+}
+
+// A whole memory layer, against its own hash and the lookup's sums.
+template <class T>
+bool CheckLayer(int64_t N, int64_t K, int64_t bits, int64_t F, std::mt19937& random) {
+  const Shape shape{N, K, int64_t{1} << bits, F};
+  std::normal_distribution<float> normal;
+  auto tables = Exactly<T>(K * shape.buckets * F);
+  auto scales = Exactly<float>(K * shape.buckets), x = Exactly<float>(N * K * bits);
+  auto bias = Exactly<float>(F), y = Exactly<float>(N * F), z = Exactly<float>(N * F);
+  auto scores = Exactly<float>(N * K);
+  auto codes = Exactly<int32_t>(N * K);
+  for (int64_t i = 0; i < K * shape.buckets * F; ++i) tables[i] = Make<T>(normal(random));
+  for (int64_t i = 0; i < K * shape.buckets; ++i) scales[i] = normal(random);
+  for (int64_t i = 0; i < N * K * bits; ++i) x[i] = normal(random);
+  for (int64_t f = 0; f < F; ++f) bias[f] = normal(random);
+  const bool scaled = std::is_same_v<T, int8_t>;
+  bool same = true;
+  for (const float gamma : {0.0f, 1.0f, 0.7f}) {
+    const Hash hash{bits, gamma > 0, 2.0f, gamma};
+    ThreadPerTask pool;
+    MemoryLayer(shape, tables.get(), scaled ? scales.get() : nullptr, x.get(), bias.get(),
+                hash, y.get(), pool);
+    for (int64_t n = 0; n < N; ++n)
+      HashToken(ChooseOnePlusExp(), x.get() + n * K * bits, K, hash, codes.get() + n * K,
+                scores.get() + n * K);
+    Forward(Operands<T>{shape, tables.get(), scaled ? scales.get() : nullptr, codes.get(),
+                        scores.get()},
+            z.get(), pool);
+    for (int64_t i = 0; i < N * F; ++i) same = same && y[i] == z[i] + bias[i % F];
+  }
+  return same;
+}
+
+template <class T>
+bool CheckProduct(int64_t V, int64_t D, int64_t N, std::mt19937& random) {
+  constexpr bool pairs = std::is_same_v<T, Int4Pair>, scaled = pairs || sizeof(T) == 1;
+  const int64_t stored = V * (pairs ? D / 2 : D);
+  std::normal_distribution<float> normal;
+  auto weights = Exactly<T>(stored);
+  auto scales = Exactly<float>(V * (pairs ? D / kInt4Group : 1));
+  auto x = Exactly<float>(N * D), y = Exactly<float>(N * V);
+  for (int64_t i = 0; i < stored; ++i) {
+    if constexpr (pairs) weights[i] = {static_cast<uint8_t>(random())};
+    else weights[i] = Make<T>(normal(random));
+  }
+  for (int64_t i = 0; i < V * (pairs ? D / kInt4Group : 1); ++i) scales[i] = normal(random);
+  for (int64_t i = 0; i < N * D; ++i) x[i] = normal(random);
+  {
+    ThreadPerTask pool;
+    MatrixProduct(Matrix<T>{V, D, weights.get(), scaled ? scales.get() : nullptr}, x.get(),
+                  N, y.get(), pool);
+  }
+  double worst = 0;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t v = 0; v < V; ++v) {
+      double sum = 0, size = 1;
+      for (int64_t d = 0; d < D; ++d) {
+        double w;
+        if constexpr (pairs) {
+          const int64_t j = d % kInt4Group, group = d / kInt4Group, half = kInt4Group / 2;
+          const int bits = weights[v * D / 2 + group * half + j % half].bits;
+          w = ((j < half ? bits & 15 : bits >> 4) - 8) *
+              double{scales[v * (D / kInt4Group) + group]};
+        } else {
+          w = ToFloat(weights[v * D + d]) * (scaled ? double{scales[v]} : 1.0);
+        }
+        sum += w * x[n * D + d], size += std::abs(w * x[n * D + d]);
+      }
+      worst = std::max(worst, std::abs(sum - y[n * V + v]) / size);
+    }
+  return worst < 1e-5;
+}
+
+// Every type of weights, on one ragged shape.
+bool CheckDecode(int64_t a, int64_t b, int64_t c, std::mt19937& random) {
+  const int64_t bits = 1 + a % 11, whole_groups = kInt4Group * (1 + b % 3);
+  return CheckLayer<float>(c, a, bits, b, random) &&
+         CheckLayer<BFloat16>(c, a, bits, b, random) &&
+         CheckLayer<int8_t>(c, a, bits, b, random) &&
+         CheckProduct<float>(a, b, c, random) && CheckProduct<BFloat16>(a, b, c, random) &&
+         CheckProduct<int8_t>(a, b, c, random) &&
+         CheckProduct<Int4Pair>(a, whole_groups, c, random);
+}
+
+int main() {
+  std::mt19937 random(0);
+  const Shape shapes[] = {{0, 3, 4, 5},    {4, 0, 2, 3},     {3, 2, 4, 0},
+                          {1, 1, 2, 1},    {3, 1, 1, 7},
+                          {7, 3, 4, 5},    {33, 5, 16, 40},  {130, 9, 16, 67},
+                          {513, 16, 8, 160}, {1, 130, 4, 300}, {300, 13, 32, 129},
+                          {2, 3, 2048, 64}, {4097, 2, 8, 17}};
+  max_threads = 3;
+  for (const int instructions : {0, 1, 2})
+    for (const int64_t reuse : {int64_t{0}, int64_t{1} << 40}) {
+      instruction_set = instructions;
+      packing_reuse = reuse;
+      for (const Shape& s : shapes)
+        if (!Check<float>(s, random) || !Check<BFloat16>(s, random) ||
+            !Check<int8_t>(s, random)) {
+          std::printf("wrong sums: N=%ld K=%ld C=%ld F=%ld\n", long(s.tokens),
+                      long(s.tables), long(s.buckets), long(s.features));
+          return 1;
+        }
+    }
+  for (const int instructions : {0, 1, 2}) {
+    instruction_set = instructions;
+    packing_reuse = 4;
+    const int64_t decode_shapes[][3] = {{1, 1, 1}, {3, 5, 2}, {33, 70, 1}, {40, 129, 9},
+                                        {7, 2, 4}, {13, 17, 33}};
+    for (const auto& s : decode_shapes)
+      if (!CheckDecode(s[0], s[1], s[2], random)) {
+        std::printf("wrong decode: %ld %ld %ld\n", long(s[0]), long(s[1]), long(s[2]));
+        return 1;
+      }
+  }
+  std::puts("ok");
+  return 0;
+}
