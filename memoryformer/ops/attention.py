@@ -1,0 +1,131 @@
+"""Softmax attention: o_i = sum_j softmax_j(q_i . k_j / sqrt(E)) v_j over the allowed j.
+
+`softmax` is the plain form, for every platform and for a cache: logits and softmax in float32.
+`fused` computes the same for whole rows without storing the logits:
+
+    cudnn     GPU, bf16: `jax.nn.dot_product_attention`
+    splash    TPU, length a multiple of 128: Pallas splash attention
+
+Start at `softmax`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from memoryformer.notation import Array, Float, Int
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+SPLASH_BLOCK = 128
+
+Transform = Callable[[Float[Array, "B H L M"], Array], Float[Array, "B H L M"]]
+
+
+def causal_mask(
+    query_index: Int[Array, "B L"],
+    query_segments: Int[Array, "B L"],
+    key_index: Int[Array, "B M"],
+    key_segments: Int[Array, "B M"],
+    *,
+    causal: bool = True,
+) -> Array:
+    """True where a query may look: same document, and not ahead of it: bool [B, L, M].
+
+    Indices count along the row (not inside a document); segment 0 is padding.
+    """
+    past = key_index[:, None, :] <= query_index[:, :, None]
+    same = key_segments[:, None, :] == query_segments[:, :, None]
+    past = past if causal else True
+    return past & same & (key_segments[:, None, :] != 0)
+
+
+def softmax(
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B M H E"],
+    v: Float[Array, "B M H E"],
+    mask: Array,
+    transform: Transform | None = None,
+) -> Float[Array, "B L H E"]:
+    """Attend with mask [B, L, M]; a query that may look nowhere gets zeros.
+
+    `transform(logits, mask)` may change the scaled logits.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("blhe,bmhe->bhlm", q, k, preferred_element_type=dtype)
+    logits = logits * q.shape[-1] ** -0.5
+    mask = mask[:, None]  # [B, 1, L, M]
+    if transform is not None:
+        logits = transform(logits, mask)
+    logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0)
+    return jnp.einsum("bhlm,bmhe->blhe", weights.astype(v.dtype), v)
+
+
+def why_not(implementation: str, q: Float[Array, "B L H E"]) -> str:
+    """Say why `fused` cannot serve q here; '' if it can."""
+    backend, dtype, (_, length, _, width) = jax.default_backend(), q.dtype, q.shape
+    match implementation:
+        case "cudnn" if backend != "gpu":
+            return f"the platform is {backend}, not gpu"
+        case "cudnn" if dtype != jnp.bfloat16:
+            return f"model.dtype is {dtype}, not bfloat16"
+        case "cudnn" if width % 8 or width > 128:
+            return f"the heads' width {width} is not a multiple of 8 up to 128"
+        case "splash" if backend != "tpu":
+            return f"the platform is {backend}, not tpu"
+        case "splash" if length % SPLASH_BLOCK:
+            return f"the length {length} is not a multiple of {SPLASH_BLOCK}"
+    return ""
+
+
+def fused(
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B L H E"],
+    v: Float[Array, "B L H E"],
+    segment_ids: Int[Array, "B L"],
+    implementation: str,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B L H E"]:
+    """Attend within whole rows by 'cudnn' or 'splash'; padding gets zeros.
+
+    Where `why_not` objects, the plain form takes its place, with a warning. `interpret`
+    runs splash attention on any platform, slowly.
+    """
+    reason = "" if interpret else why_not(implementation, q)
+    if reason:
+        logging.log_first_n(
+            logging.WARNING, "attention %r cannot run: %s; using 'xla'.", 8,
+            implementation, reason,
+        )  # fmt: skip
+        implementation = "xla"
+    if implementation == "splash":
+        y = _splash(q, k, v, segment_ids, interpret)
+    else:
+        index = jnp.broadcast_to(jnp.arange(q.shape[1])[None], segment_ids.shape)
+        mask = causal_mask(index, segment_ids, index, segment_ids)
+        if implementation == "xla":
+            return softmax(q, k, v, mask)
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], implementation="cudnn"
+        )
+    return jnp.where((segment_ids != 0)[..., None, None], y, 0)
+
+
+def _splash(q, k, v, segment_ids, interpret):
+    num_heads, length = q.shape[2], q.shape[1]
+    causal = splash_attention.CausalMask((length, length))
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([causal] * num_heads), interpret=interpret
+    )
+
+    def one_row(q, k, v, segments):  # [H, L, E]
+        segments = splash_attention.SegmentIds(q=segments, kv=segments)
+        return kernel(q * q.shape[-1] ** -0.5, k, v, segment_ids=segments)
+
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
+    return jnp.moveaxis(jax.vmap(one_row)(q, k, v, segment_ids), 1, 2)

@@ -1,0 +1,62 @@
+"""A stack of layers: what each keeps for its gradient, and a Python loop or `lax.scan`.
+
+    remat          kept between a layer's forward and backward pass
+    none           everything the gradient reads
+    projections    what projections put out, and what `codes` keeps
+    codes          codes and scores of memory layers, and what ring attention read: all
+                   that other devices had a part in, so that nothing is sent twice
+    full           the layer's input
+
+What is not kept is computed again; results are the same. Start at `apply`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from memoryformer.notation import Array
+
+_CODES = ("codes", "scores", "attended")
+_KEPT = {"projections": (*_CODES, "projected"), "codes": _CODES, "full": ()}
+REMAT = ("none", *_KEPT)
+
+Layer = Callable[[Any, Array], Array]
+
+
+def name(x: Array, what: str) -> Array:
+    """Mark x as one of the things that a policy may keep."""
+    return checkpoint_name(x, what)
+
+
+def rematerialise(layer: Layer, remat: str, *, scanned: bool = False) -> Layer:
+    """Let the gradient of `layer` keep what `remat` says and compute the rest again."""
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    # A scan keeps the two passes apart by itself.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+
+
+def apply(
+    layers: Sequence[Layer],
+    params: Sequence[Any],
+    x: Array,
+    *,
+    remat: str = "none",
+    scan: bool = False,
+) -> Array:
+    """x -> layers[n](params[n], .. layers[0](params[0], x)).
+
+    With `scan` all layers must be one function of trees of the same shapes: it is traced
+    and compiled once, and the parameters are copied into one stack [n, ..] each step.
+    """
+    if scan:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        layer = rematerialise(layers[0], remat, scanned=True)
+        return jax.lax.scan(lambda x, own: (layer(own, x), None), x, stacked)[0]
+    for layer, own in zip(layers, params, strict=True):
+        x = rematerialise(layer, remat)(own, x)
+    return x

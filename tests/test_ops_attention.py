@@ -1,0 +1,54 @@
+"""Attention that never stores its logits, and where it cannot run."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from memoryformer import errors, model
+from memoryformer.ops import attention
+
+SEGMENTS = np.array([[1] * 50 + [2] * 60 + [0] * 18], np.int32)
+
+
+def _qkv(length=128, width=32):
+    rng = np.random.default_rng(0)
+    shape = (1, length, 2, width)
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3))
+
+
+def test_splash_is_the_plain_form():
+    """In interpret mode. Red without the scale, the documents, or zeros for padding."""
+    q, k, v = _qkv()
+    want = attention.fused(q, k, v, SEGMENTS, "xla")
+    got = attention.fused(q, k, v, SEGMENTS, "splash", interpret=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert not np.any(np.asarray(got)[SEGMENTS == 0])
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
+def test_fallback_is_loud_and_right(implementation, monkeypatch):
+    """Red if another form is taken in silence."""
+    warnings = []
+    monkeypatch.setattr(
+        logging, "log_first_n", lambda *args: warnings.append(args[1] % args[3:])
+    )
+    q, k, v = _qkv(8)
+    segments = SEGMENTS[:, 46:54]
+    got = attention.fused(q, k, v, segments, implementation)
+    want = attention.fused(q, k, v, segments, "xla")
+    np.testing.assert_array_equal(got, want)
+    assert len(warnings) == 1
+    assert f"attention {implementation!r} cannot run: the platform is" in warnings[0]
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
+def test_dape_is_refused_without_logits(implementation):
+    """Red if the check is dropped: the transform would be ignored."""
+    fields = {"vocab_size": 8, "embed_dim": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(errors.ConfigError, match="never forms the logits"):
+        model.ModelConfig(
+            **fields, seq_len=8, logit_transform="dape_v2", attention=implementation
+        )
+    with pytest.raises(errors.ConfigError, match=r"cosformer_max_len=4.* 8 tokens"):
+        model.ModelConfig(**fields, seq_len=8, mixer="cosformer", cosformer_max_len=4)
