@@ -1,0 +1,330 @@
+"""Modules that hold parameters: MemoryLayer, Dense, Embed, RMSNorm, LayerNorm.
+
+Each reads like its equation and is written for one device. On a mesh with a `model` axis
+its last axis is a device's part: activations [.., D / n], tables [K, C, F / n]. A memory
+layer then sends only codes (1 or 2 bytes) and scores; a dense layer sends activations.
+
+Every parameter names the field of `sharding.ShardingSpecs` that places it (`spec=`).
+Start at `MemoryLayer`.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memoryformer import config as config_lib
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Activations, Array, Codes, Tokens
+from memoryformer.ops import collectives, depth, hashing, lookup, packed
+
+MODEL_AXIS = "model"
+
+_recorded: contextvars.ContextVar[dict[int, Codes] | None] = contextvars.ContextVar(
+    "recorded_codes", default=None
+)
+
+
+class MemoryLayer(nnx.Module):
+    """y = sum_k s(z_k) * T_k[h(z_k)] + b  (Eq. 11): [.., D] -> [.., *features].
+
+    1. Split x into K = D / tau chunks z_k.
+    2. The signs of a chunk are its code h(z_k); its score s(z_k) is `hashing.scores`.
+    3. Sum the K rows that the codes select, weighted by their scores.
+
+    `features` may be several axes, such as (3, D) for Q, K and V: they share one hash and
+    one pass of row reads.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int | tuple[int, ...],
+        *,
+        code_bits: int,
+        score: str = "softmax",
+        temperature: float = 1.0,
+        implementation: str = "auto",
+        use_bias: bool = False,
+        table_std: float = 0.02,
+        bias_std: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        features = _as_tuple(features)
+        shape = (in_features // code_bits, 1 << code_bits, *features)  # [K, C, F]
+        self.code_bits = code_bits
+        self.score = score
+        self.temperature = temperature
+        self.implementation = implementation
+        self.dtype = dtype
+        self.tables = nnx.Param(_normal(rngs, shape, table_std), spec="tables_kcf")
+        self.bias = _bias(rngs, features, use_bias, bias_std)
+        if score == "learned":  # starts as the released code's score
+            self.beta = nnx.Param(jnp.full((), 2.0 / temperature), spec="scalar")
+            self.gamma = nnx.Param(jnp.ones(()), spec="scalar")
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> [.., *features], in the layer's dtype."""
+        if isinstance(self.tables.get_value(), packed.PackedTables):
+            return self._read_packed(x)
+        chunks = hashing.split_chunks(x, self.code_bits)  # [.., K / n, tau]
+        codes = hashing.hash_codes(chunks)
+        _record(self, codes)
+        scores = hashing.scores(chunks, self.score, self.temperature, self._learned())
+        codes, scores = self._from_all_devices(codes, scores)  # [.., K]
+        scores = depth.name(scores, "scores")
+        tables = self.tables[...].astype(self.dtype)
+        num_tables, num_buckets, *features = tables.shape
+        y = lookup.lookup(
+            tables.reshape(num_tables, num_buckets, -1),
+            codes,
+            scores,
+            self.implementation,
+        )
+        y = y.reshape(*x.shape[:-1], *features)
+        if self.bias is not None:
+            y = y + _align(self.bias[...], y.ndim)
+        return depth.name(y.astype(self.dtype), "projected")
+
+    def _read_packed(self, x):
+        """The same from tables that `inference.prepare` has stored; on one device."""
+        tables = self.tables.get_value()
+        bias = None if self.bias is None else self.bias[...]
+        y = packed.memory_layer(
+            x, tables, bias, self.score, self.temperature, self._learned()
+        )
+        return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
+
+    def _learned(self):
+        return (self.beta[...], self.gamma[...]) if self.score == "learned" else None
+
+    def _from_all_devices(self, codes, scores):
+        """Gather what the other devices' parts of x hash to, in as few bytes as it takes."""
+        if collectives.axis_size(MODEL_AXIS) == 1:
+            return depth.name(codes, "codes"), scores
+        small = jnp.uint8 if self.code_bits <= 8 else jnp.uint16
+        codes = collectives.all_gather(codes.astype(small), MODEL_AXIS, -1)
+        codes = depth.name(codes, "codes")
+        scores = collectives.all_gather(scores.astype(self.dtype), MODEL_AXIS, -1)
+        return codes.astype(jnp.int32), scores
+
+
+class Dense(nnx.Module):
+    """y = x W + b: [.., D] -> [.., *features].
+
+    On a `model` axis: by default W is split over its outputs, and x is gathered; with
+    `split_inputs` W is split over its inputs, and the products are reduce-scattered.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int | tuple[int, ...],
+        *,
+        use_bias: bool = True,
+        kernel_std: float = 0.02,
+        split_inputs: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        features = _as_tuple(features)
+        self.features = features
+        self.split_inputs = split_inputs
+        self.dtype = dtype
+        self.kernel = nnx.Param(
+            _normal(rngs, (in_features, *features), kernel_std),
+            spec="kernel_fd" if split_inputs else "kernel_df",
+        )
+        self.bias = _bias(rngs, features, use_bias, 0.0)
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> [.., *features], in the layer's dtype."""
+        if isinstance(self.kernel.get_value(), packed.PackedMatrix):
+            y = packed.product(x, self.kernel.get_value()).astype(self.dtype)
+            y = y.reshape(*x.shape[:-1], *self.features)
+            return y if self.bias is None else y + _align(self.bias[...], y.ndim)
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.split_inputs:
+            y = jnp.tensordot(x, kernel, axes=1)
+            y = collectives.reduce_scatter(y, MODEL_AXIS, -1)
+        else:
+            x = collectives.all_gather(x, MODEL_AXIS, -1)
+            y = jnp.tensordot(x, kernel, axes=1)
+        if self.bias is not None:
+            y = y + _align(self.bias[...].astype(self.dtype), y.ndim)
+        return depth.name(y, "projected")
+
+
+class Embed(nnx.Module):
+    """x = W[token]: int [B, L] -> [B, L, D]."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        *,
+        std: float = 0.02,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.embedding = nnx.Param(
+            _normal(rngs, (vocab_size, embed_dim), std), spec="embed_vd"
+        )
+
+    def __call__(self, tokens: Tokens) -> Activations:
+        """[B, L] -> [B, L, D]; ids outside the vocabulary give NaN, never another row."""
+        rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill")
+        return rows.astype(self.dtype)
+
+    def attend(self, x: Activations) -> Array:
+        """Read the embedding as a head: [.., D] -> float32 [.., V]; see `Head`."""
+        weights = self.embedding[...].astype(self.dtype)
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            x.astype(self.dtype),
+            weights,
+            preferred_element_type=jnp.float32,
+        )
+        return collectives.reduce_scatter(logits, MODEL_AXIS, -1)
+
+
+class Head(nnx.Module):
+    """logits = x W: [.., D] -> float32 [.., V], the only fully-connected layer left.
+
+    On a `model` axis each device returns its part of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vocab_size: int,
+        *,
+        std: float = 0.02,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(
+            _normal(rngs, (embed_dim, vocab_size), std), spec="kernel_df"
+        )
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> float32 [.., V]."""
+        if isinstance(self.kernel.get_value(), packed.PackedMatrix):
+            return packed.product(x, self.kernel.get_value())
+        x = collectives.all_gather(x.astype(self.dtype), MODEL_AXIS, -1)
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.einsum(
+            "...d,dv->...v", x, kernel, preferred_element_type=jnp.float32
+        )
+
+
+class RMSNorm(nnx.Module):
+    """y = x / (sqrt(mean(x^2)) + eps) * g; eps is added to the root, as released."""
+
+    def __init__(self, features: int, *, eps: float = 1e-8):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((features,)), spec="vector_d")
+
+    def __call__(self, x: Activations) -> Activations:
+        """[.., D] -> [.., D]; statistics in float32."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = collectives.mean(wide**2, MODEL_AXIS)
+        y = wide / (jnp.sqrt(mean_square) + self.eps)
+        return (y * _align(self.scale[...], x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * g + b."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((features,)), spec="vector_d")
+        self.bias = nnx.Param(jnp.zeros((features,)), spec="vector_d")
+
+    def __call__(self, x: Activations) -> Activations:
+        """[.., D] -> [.., D]; statistics in float32."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - collectives.mean(wide, MODEL_AXIS)
+        variance = collectives.mean(centred**2, MODEL_AXIS)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        y = y * _align(self.scale[...], x.ndim) + _align(self.bias[...], x.ndim)
+        return y.astype(x.dtype)
+
+
+def validate_stack(config: Any) -> None:
+    """Check how a model's config wants its blocks run; raises `ConfigError`."""
+    config_lib.choose(config.remat, depth.REMAT, "model.remat")
+    if config.recurrence != "none" and (config.remat != "none" or config.scan_layers):
+        raise ConfigError(
+            f"model.recurrence={config.recurrence!r}: runs blocks in its own loop; use "
+            "remat='none', scan_layers=False."
+        )
+
+
+def run_blocks(
+    blocks: Sequence[nnx.Module], x: Activations, seq: Any, remat: str, scan: bool
+) -> Activations:
+    """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.depth` says."""
+    graphs, params = zip(*(nnx.split(block) for block in blocks), strict=True)
+
+    def as_function(graph):
+        return lambda own, x: nnx.merge(graph, own)(x, seq)[0]
+
+    functions = [as_function(graph) for graph in graphs]
+    return depth.apply(functions, params, x, remat=remat, scan=scan)
+
+
+@contextlib.contextmanager
+def record_codes() -> Iterator[dict[int, Codes]]:
+    """Collect the codes of every memory layer called inside, by `id` of the layer."""
+    recorded: dict[int, Codes] = {}
+    token = _recorded.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recorded.reset(token)
+
+
+def recording() -> bool:
+    """Whether codes are being collected."""
+    return _recorded.get() is not None
+
+
+def record(codes: dict[int, Codes]) -> None:
+    """Hand over codes collected elsewhere, as inside a loop, by `id` of the layer."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.update(codes)
+
+
+def _record(layer: MemoryLayer, codes: Codes) -> None:
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded[id(layer)] = codes
+
+
+def _as_tuple(features: int | tuple[int, ...]) -> tuple[int, ...]:
+    return features if isinstance(features, tuple) else (features,)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
+    return std * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
+def _bias(rngs, features, use_bias, std):
+    if not use_bias:
+        return None
+    value = _normal(rngs, features, std) if std else jnp.zeros(features)
+    return nnx.Param(value, spec="bias_f")
+
+
+def _align(vector: Array, ndim: int) -> Array:
+    """Add leading axes, so that broadcasting is written and never guessed."""
+    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)

@@ -1,0 +1,84 @@
+"""Sequence mixers, one file per family; `MIXERS` names them."""
+
+from memoryformer.errors import ConfigError
+from memoryformer.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
+from memoryformer.mixers.bounded import ConvLuna, Linformer, Luna
+from memoryformer.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
+from memoryformer.mixers.softmax import Softmax
+
+MIXERS = {
+    "softmax": Softmax,
+    "linear": Linear,
+    "trained_kernel": TrainedKernel,
+    "performer": Performer,
+    "cosformer": CosFormer,
+    "linformer": Linformer,  # the causal prefix form
+    "luna": Luna,
+    "conv_luna": ConvLuna,
+}
+BIDIRECTIONAL = ("softmax", "linformer", "luna", "conv_luna")  # take causal=False
+
+
+def validate(config) -> None:
+    """Check what the mixer of a model's config asks of it; raises `ConfigError`."""
+    if not config.causal and config.mixer not in BIDIRECTIONAL:
+        raise ConfigError(
+            f"model.causal=False: mixer={config.mixer!r} has only a causal form; "
+            f"choose one of {', '.join(BIDIRECTIONAL)}."
+        )
+    check = getattr(MIXERS[config.mixer], "validate", None)
+    if check is not None:
+        check(config)
+
+
+def validate_sequence(config, num_devices: int) -> None:
+    """Check that rows can be split over devices of a `sequence` axis; `ConfigError`."""
+    if num_devices == 1:
+        return
+    if config.seq_len % num_devices:
+        below = config.seq_len // num_devices * num_devices
+        raise ConfigError(
+            f"model.seq_len={config.seq_len} does not divide over {num_devices} devices "
+            f"along 'sequence': try {below or num_devices} or {below + num_devices}."
+        )
+    if config.recurrence != "none":
+        raise ConfigError(
+            f"mesh: model.recurrence={config.recurrence!r} carries a memory from chunk to "
+            "chunk of whole rows and cannot run over a 'sequence' axis."
+        )
+    check = getattr(MIXERS[config.mixer], "validate_sequence", None)
+    if check is not None:
+        check(config)
+    elif not config.causal:
+        raise ConfigError(
+            f"mesh: mixer={config.mixer!r} with model.causal=False sums over whole rows "
+            "and cannot run over a 'sequence' axis: use softmax, or no such axis."
+        )
+
+
+def takes_any_order(config) -> bool:
+    """Whether the tokens of a row may lie in any order over a `sequence` axis.
+
+    Ring attention reads positions; sums over the past need consecutive parts.
+    """
+    return config.mixer == "softmax"
+
+
+def max_length(config) -> int:
+    """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
+    if config.mixer not in ("cosformer", "linformer"):
+        return 0
+    return getattr(config, f"{config.mixer}_max_len") or config.seq_len
+
+
+__all__ = [
+    "MIXERS",
+    "SeqInfo",
+    "SequenceMixer",
+    "State",
+    "by_chunks",
+    "max_length",
+    "takes_any_order",
+    "validate",
+    "validate_sequence",
+]

@@ -1,0 +1,163 @@
+"""What every sequence mixer is: one interface for training, prefill and decoding.
+
+    y, state = mixer(x, seq, state)     x [B, L, D], any L >= 1
+
+Without a state the L tokens are whole rows (training); with one they continue what the state
+has seen, L = 1 decodes and anything between is chunked prefill. There is no mask, mode or
+decode argument: what may be seen follows from `SeqInfo`.
+
+A new mixer is an `nnx.Module` made as `Mixer(config, project, rngs=rngs, layer=i)`, where
+`project(in_features, features, output=False)` makes the block's projections, memory or dense.
+It is entered in `mixers.MIXERS`, and in the lists of tests/test_mixers.py and of
+`mixer_costs.MIXERS`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memoryformer import layers
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Activations, Array, Float, Int
+from memoryformer.ops import collectives, rotary
+
+State = Any  # a pytree of arrays of static shape
+Project = Callable[..., nnx.Module]
+
+
+class SeqInfo(NamedTuple):
+    """Where each token stands; shared by all layers.
+
+    positions: position inside the token's document.
+    segment_ids: which document of the row; 0 is padding.
+    step: the training step, for what is redrawn while training; None outside it.
+    """
+
+    positions: Int[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    step: Int[Array, ""] | None = None
+
+    @classmethod
+    def of_tokens(cls, tokens: Int[Array, "B L"]) -> "SeqInfo":
+        """Every row one document."""
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions[None], tokens.shape)
+        return cls(positions, jnp.ones_like(positions))
+
+
+class SequenceMixer(Protocol):
+    """The interface; a mixer is an `nnx.Module` with these two methods."""
+
+    def __call__(
+        self, x: Activations, seq: SeqInfo, state: State | None = None
+    ) -> tuple[Activations, State | None]:
+        """Mix along the sequence: [B, L, D] -> [B, L, D] and the state after it."""
+
+    def init_state(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> State:
+        """Return the state that has seen nothing and may see `max_len` tokens."""
+
+
+class MultiHead(nnx.Module):
+    """Three projections of D into H heads of width E, sharing one hash, and one back.
+
+    Heads may be a device's share: nothing here or in a subclass mixes them.
+    """
+
+    def __init__(self, config, project: Project):
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_heads
+        width = config.embed_dim
+        self.qkv = project(width, (3, width))
+        needs_out = config.output_projection
+        self.out = project(width, width, output=True) if needs_out else None
+
+    @property
+    def local_heads(self) -> int:
+        """This device's share of the heads."""
+        return self.num_heads // collectives.axis_size(layers.MODEL_AXIS)
+
+    def split(self, x: Activations) -> tuple[Array, Array, Array]:
+        """[B, L, D] -> three of [B, L, H, E]."""
+        qkv = self.qkv(x)  # [B, L, 3, D]
+        qkv = qkv.reshape(*x.shape[:2], 3, -1, self.head_dim)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def join(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
+        """[B, L, H, E] -> [B, L, D]."""
+        y = y.reshape(*y.shape[:2], -1).astype(dtype)
+        return y if self.out is None else self.out(y)
+
+
+class Rotary(nnx.Module):
+    """The rotary positions of a config, on queries and keys [B, L, H, E]."""
+
+    def __init__(self, config):
+        self.fraction = config.rotary_fraction
+        self.base = config.rotary_base
+
+    def __call__(self, q: Array, k: Array, seq: SeqInfo) -> tuple[Array, Array]:
+        """Turn both by the positions inside their documents."""
+        q, k = (
+            rotary.rotate(x, seq.positions, self.fraction, self.base) for x in (q, k)
+        )
+        return q, k
+
+
+def wide(x: Array) -> Array:
+    """Cast to float32, in which features, sums and softmaxes are computed."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def refuse_state(state: State | None) -> None:
+    """Raise for a state where the future is looked at too: there is none to continue."""
+    if state is not None:
+        raise ConfigError(
+            "model.causal=False: a mixer that looks ahead cannot decode; use causal=True."
+        )
+
+
+def by_chunks(
+    function: Callable[..., Array], arrays: tuple[Array, ...], chunk: int
+) -> Array:
+    """Apply `function` to `chunk` positions at a time, recomputing it for the gradient.
+
+    For functions that treat the positions (axis 1 of all arrays and of the result) apart:
+    the result is the same, and what they keep between is of one chunk. 0: all at once.
+    """
+    length = arrays[0].shape[1]
+    if not 0 < chunk < length:
+        return function(*arrays)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    checkpointed = jax.checkpoint(lambda part: function(*part))
+    y = jax.lax.map(checkpointed, tuple(split(x) for x in arrays))
+    y = jnp.moveaxis(y, 0, 1)
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+
+def take_rows(x: Array, index: Int[Array, "B N"]) -> Array:
+    """Rows of each batch entry: [B, L, ..], [B, N] -> [B, N, ..]."""
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+
+def check_positive(config, *names: str) -> None:
+    """Raise `ConfigError` for a field of the model's config that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(config, name)}: must be >= 1.")
+
+
+def check_length(name: str, max_len: int, length: int) -> None:
+    """Raise `ConfigError` if `length` tokens are more than a mixer was made for."""
+    if length > max_len:
+        raise ConfigError(
+            f"{name}={max_len}: the mixer has no position beyond it, but {length} tokens "
+            "are asked for; raise it (before training) or use fewer tokens."
+        )

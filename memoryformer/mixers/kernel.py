@@ -1,0 +1,266 @@
+"""Kernel attention: softmax's exp(q . k) becomes a product of features, phi(q) . phi(k).
+
+    o_t = phi(q_t) . S_t / phi(q_t) . z_t,   S_t = sum phi(k_s) (x) v_s,   z_t = sum phi(k_s)
+
+over the document so far: one call of `ops.prefix`, linear in the length of the sequence, with
+a state of fixed size. The variants differ in phi and in how they guard the denominator.
+
+    linear          elu(x) + 1                                    Katharopoulos et al. 2020
+    cosformer       [relu(x) cos i, relu(x) sin i], i = pi t / 2M      Qin et al. 2022
+    trained_kernel  three gated layers of a head's own            Yorsh and Kovalenko 2022
+    performer       exp(w . x - |x|^2 / 2), random w              Choromanski et al. 2020
+
+Start at `KernelAttention`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memoryformer.errors import ConfigError
+from memoryformer.mixers import base
+from memoryformer.notation import Activations, Array
+from memoryformer.ops import prefix, random_features
+
+
+class KernelAttention(base.MultiHead):
+    """The equation above; a subclass defines `features`, `width` and `guard`."""
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project)
+        self.chunk_size = config.prefix_chunk
+
+    def __call__(
+        self, x: Activations, seq: base.SeqInfo, state: prefix.PrefixState | None = None
+    ) -> tuple[Activations, prefix.PrefixState | None]:
+        """[B, L, D] -> [B, L, D] and the state after it."""
+        q, k, v = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        q, k, shift = self.features(q, k, seq, state)  # [B, L, H, R], shift [B, L, H]
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+        o, new_state = prefix.prefix(
+            q, k, v, seq.segment_ids, state, shift=shift, chunk_size=self.chunk_size
+        )
+        y = _ratio(o[..., :-1], self.guard(o[..., -1:]))
+        return self.join(y, x.dtype), None if state is None else new_state
+
+    def features(
+        self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Return phi(q), phi(k) and the shift of the sums, if they need one."""
+        raise NotImplementedError
+
+    def guard(self, z: Array) -> Array:
+        """Keep a denominator from being 0; one below 1e-30 reads next to nothing."""
+        return jnp.where(z < 1e-30, 1, z)
+
+    @property
+    def width(self) -> int:
+        """R, the number of features."""
+        return self.head_dim
+
+    def init_state(
+        self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
+    ) -> prefix.PrefixState:
+        """Sums [B, H, R, E + 1] in float32, for any length."""
+        return prefix.init_state(
+            batch_size, self.local_heads, self.width, self.head_dim + 1
+        )
+
+
+def _ratio(numerator: Array, z: Array) -> Array:
+    """numerator / z with the gradient (dn - y dz) / z: autodiff's 1 / z^2 overflows."""
+    fixed = jax.lax.stop_gradient(z)
+    y = jax.lax.stop_gradient(numerator / z)
+    return (numerator - y * (z - fixed)) / fixed
+
+
+class Linear(KernelAttention):
+    """phi(x) = elu(x) + 1 after rotary positions; 1e-6 is added to the denominator."""
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project, rngs=rngs, layer=layer)
+        self.rotary = base.Rotary(config)
+
+    def features(self, q, k, seq, state):
+        """Rotate first: phi must stay positive."""
+        q, k = self.rotary(q, k, seq)
+        return jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, None
+
+    def guard(self, z):
+        """z + 1e-6."""
+        return z + 1e-6
+
+
+class CosFormer(KernelAttention):
+    """A_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / 2M), its own code for positions.
+
+    M is a constant of the model, not the length of the input as in the published code, so
+    that training, prefill and decoding agree; beyond M the weights would be negative.
+    """
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project, rngs=rngs, layer=layer)
+        self.max_len = config.cosformer_max_len or config.seq_len
+
+    @staticmethod
+    def validate(config) -> None:
+        """Refuse M < seq_len."""
+        max_len = config.cosformer_max_len or config.seq_len
+        base.check_length("model.cosformer_max_len", max_len, config.seq_len)
+
+    def features(self, q, k, seq, state):
+        """[relu(x) cos i, relu(x) sin i], whose products are cos(i_t - i_s)."""
+        angle = seq.positions.astype(q.dtype) * (np.pi / (2 * self.max_len))
+        angle = angle[..., None, None]  # [B, L, 1, 1]
+        turn = jnp.cos(angle), jnp.sin(angle)
+        q, k = (
+            jnp.concatenate([jax.nn.relu(x) * turn[0], jax.nn.relu(x) * turn[1]], -1)
+            for x in (q, k)
+        )
+        return q, k, None
+
+    def guard(self, z):
+        """max(z, 1e-6): a query of which relu leaves nothing reads 0."""
+        return jnp.maximum(z, 1e-6)
+
+    @property
+    def width(self):
+        """2 E."""
+        return 2 * self.head_dim
+
+    def init_state(self, batch_size, max_len, dtype=jnp.float32):
+        """As in every kernel mixer, but not for more than M tokens."""
+        base.check_length("model.cosformer_max_len", self.max_len, max_len)
+        return super().init_state(batch_size, max_len, dtype)
+
+
+class TrainedKernel(KernelAttention):
+    """phi is a small feed-forward network, the same for queries and keys of a head.
+
+        x <- act(x W) * sigmoid(x A B)      W [E, E], orthogonal at first; A, B rank E / 4
+
+    with act = identity but softplus in the last layer, so that phi is positive. The
+    published 1 / sqrt(E) after phi cancels in the ratio; its orthogonality penalty is not
+    added to the loss.
+    """
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project, rngs=rngs, layer=layer)
+        self.rotary = base.Rotary(config)
+        self.depth = config.trained_kernel_layers
+        width, heads = config.head_dim, config.num_heads
+        rank = max(1, width // 4)
+
+        def normal(*shape):
+            return jax.random.normal(rngs.params(), shape) * shape[1] ** -0.5
+
+        # Heads last: the axis that a device has its part of.
+        self.w = nnx.Param(
+            jnp.moveaxis(
+                jax.random.orthogonal(rngs.params(), width, (self.depth, heads)), 1, 3
+            ),
+            spec="bias_f",
+        )  # [depth, E, E, H]
+        self.a = nnx.Param(normal(self.depth, width, rank, heads), spec="bias_f")
+        self.b = nnx.Param(normal(self.depth, rank, width, heads), spec="bias_f")
+
+    @staticmethod
+    def validate(config) -> None:
+        """Refuse a network without layers."""
+        base.check_positive(config, "trained_kernel_layers")
+
+    def features(self, q, k, seq, state):
+        """Both through the network, after rotary positions."""
+        q, k = self.rotary(q, k, seq)
+        return self._network(q), self._network(k), None
+
+    def _network(self, x):
+        layers = zip(self.w[...], self.a[...], self.b[...], strict=True)
+        for i, (w, a, b) in enumerate(layers):
+            value = jnp.einsum("blhe,efh->blhf", x, w)
+            gate = jnp.einsum("blhe,erh->blhr", x, a)
+            gate = jax.nn.sigmoid(jnp.einsum("blhr,rfh->blhf", gate, b))
+            last = i == self.depth - 1
+            x = (jax.nn.softplus(value) if last else value) * gate
+        return x
+
+
+class Performer(KernelAttention):
+    """Random features of the softmax kernel (FAVOR+), causal and exact in its sums.
+
+    Every query is shifted by its own largest log feature, every key by the running maximum
+    of its document, which the state carries: nothing of the future enters, unlike in the
+    published code (a maximum over all positions, a seed from the sum of all queries, a
+    denominator raised to 1e-6).
+
+    The features w are not parameters and are not stored: they follow from the model's seed,
+    the layer and the number of the draw, which is step // redraw_every while training and 0
+    otherwise. So a checkpoint, a resumed run and a decoder need nothing more, but features
+    that are redrawn cost QR factorisations [E, E] in every step; draw 0 is a constant.
+    """
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project, rngs=rngs, layer=layer)
+        self.rotary = base.Rotary(config)
+        self.num_features = config.performer_features
+        self.redraw_every = config.performer_redraw_every
+        self.seed = config.performer_seed
+        self.layer = layer
+
+    @staticmethod
+    def validate(config) -> None:
+        """Refuse a model without features, or a negative schedule."""
+        base.check_positive(config, "performer_features")
+        if config.scan_layers:
+            raise ConfigError(
+                "model.scan_layers=True: the performer's random features differ by layer "
+                "and are no parameters; use scan_layers=False."
+            )
+        if config.performer_redraw_every < 0:
+            raise ConfigError(
+                f"model.performer_redraw_every={config.performer_redraw_every}: must be "
+                "a number of steps, or 0 for never."
+            )
+
+    def features(self, q, k, seq, state):
+        """exp(log features - shift)."""
+        q, k = self.rotary(q, k, seq)
+        rows = self.rows(seq)
+        q, k = (random_features.log_features(x, rows) for x in (q, k))
+        highest = jax.lax.stop_gradient(jnp.max(k, axis=-1))  # [B, L, H]
+        shift = prefix.running_max(highest, seq.segment_ids, state)
+        q = q - jax.lax.stop_gradient(jnp.max(q, axis=-1, keepdims=True))
+        # The shift of padding is not its own: keep its exponent from overflowing.
+        real = (seq.segment_ids != 0)[..., None, None]
+        k = jnp.where(real, k - shift[..., None], 0)
+        return jnp.exp(q), jnp.exp(k), shift
+
+    def rows(self, seq: base.SeqInfo) -> Array:
+        """The w in use: [M, E], the same for all heads of a layer."""
+        shape = (self.num_features, self.head_dim)
+        if seq.step is None or not self.redraw_every:
+            return _fixed_rows(self.seed, self.layer, *shape)
+        return _rows(self.seed, self.layer, seq.step // self.redraw_every, *shape)
+
+    @property
+    def width(self):
+        """The number of random features."""
+        return self.num_features
+
+
+@functools.partial(jax.jit, static_argnames=("num_features", "head_dim"))
+def _rows(seed, layer, number, num_features, head_dim):
+    key = jax.random.fold_in(jax.random.key(seed), layer)
+    key = jax.random.fold_in(key, number)
+    return random_features.draw(key, num_features, head_dim)
+
+
+@functools.lru_cache(maxsize=128)
+def _fixed_rows(seed, layer, num_features, head_dim):
+    # Also while a program of a mesh is traced: these numbers are of no mesh.
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with no_mesh, jax.ensure_compile_time_eval():
+        return np.asarray(_rows(seed, layer, 0, num_features, head_dim))

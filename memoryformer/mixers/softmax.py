@@ -1,0 +1,163 @@
+"""Multi-head softmax attention with rotary positions and a key-value cache."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memoryformer import config as config_lib
+from memoryformer.errors import ConfigError
+from memoryformer.mixers import base, dape
+from memoryformer.notation import Activations, Array
+from memoryformer.ops import attention, collectives, ring
+
+LOGIT_TRANSFORMS = ("none", "dape_v2")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen; H is a device's share of the heads."""
+
+    keys: Array  # [B, M, H, E]
+    values: Array  # [B, M, H, E]
+    segment_ids: Array  # [B, M] int32; 0 where nothing is stored yet
+    length: Array  # [] int32, tokens stored
+
+
+class Softmax(base.MultiHead):
+    """o = MHA(Q(x), K(x), V(x)): every query looks at its own document's past."""
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project)
+        self.rotary = base.Rotary(config)
+        self.implementation = config.attention
+        self.sequence_chunk = config.sequence_chunk
+        self.causal = config.causal
+        uses_dape = config.logit_transform == "dape_v2"
+        self.transform = dape.DapeV2(config, rngs=rngs) if uses_dape else None
+
+    @staticmethod
+    def validate(config) -> None:
+        """Refuse unknown choices, and a transform of logits that are never formed."""
+        config_lib.choose(
+            config.attention, attention.IMPLEMENTATIONS, "model.attention"
+        )
+        transform = config.logit_transform
+        config_lib.choose(transform, LOGIT_TRANSFORMS, "model.logit_transform")
+        if transform != "none" and config.attention != "xla":
+            raise ConfigError(
+                f"model.attention={config.attention!r} never forms the logits that "
+                f"model.logit_transform={transform!r} changes: use attention='xla'."
+            )
+        if not config.causal and (transform != "none" or config.attention != "xla"):
+            raise ConfigError(
+                "model.causal=False: only with attention='xla' and logit_transform='none'."
+            )
+        base.check_positive(config, "dape_width")
+
+    @staticmethod
+    def validate_sequence(config) -> None:
+        """Refuse what needs a query's logits side by side, or a kernel of one device."""
+        if config.logit_transform != "none" or config.attention != "xla":
+            raise ConfigError(
+                f"mesh: model.attention={config.attention!r} with model.logit_transform="
+                f"{config.logit_transform!r} cannot run over a 'sequence' axis: ring "
+                "attention needs attention='xla' and logit_transform='none'."
+            )
+
+    def __call__(
+        self, x: Activations, seq: base.SeqInfo, state: KVCache | None = None
+    ) -> tuple[Activations, KVCache | None]:
+        """[B, L, D] -> [B, L, D]; with a cache, the new tokens follow the stored ones."""
+        batch_size, seq_len = x.shape[:2]
+        q, k, v = self.split(x)  # [B, L, H, E]
+        q, k = self.rotary(q, k, seq)
+        if not self.causal:
+            base.refuse_state(state)
+        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
+            return self.join(self._around(q, k, v, seq, state), x.dtype), None
+        if state is None and self.implementation != "xla":
+            y = attention.fused(q, k, v, seq.segment_ids, self.implementation)
+            return self.join(y, x.dtype), None
+        if state is None:
+            keys, values, key_segments, start = k, v, seq.segment_ids, 0
+        else:
+            start = state.length
+            state = _append(state, k, v, seq.segment_ids)
+            keys, values, key_segments = state.keys, state.values, state.segment_ids
+        query_index = _indices(seq_len, batch_size) + start
+        key_index = _indices(keys.shape[1], batch_size)
+        place = query_index  # where a query's own key stands
+        if self.transform is not None:
+            # Its windows run over neighbouring keys: padding must not stand between them.
+            real = key_segments != 0
+            order = jnp.argsort(~real, axis=1, stable=True)
+            past = key_index[:, None] <= query_index[:, :, None]
+            place = jnp.sum(past & real[:, None], axis=-1) - 1
+            keys, values, key_segments, key_index = (
+                base.take_rows(x, order)
+                for x in (keys, values, key_segments, key_index)
+            )
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        key_place = _indices(keys.shape[1], batch_size)
+
+        def attend(q, index, segments, place):
+            mask = attention.causal_mask(
+                index, segments, key_index, key_segments, causal=self.causal
+            )
+            transform = None
+            if self.transform is not None:
+                transform = functools.partial(
+                    self.transform, query_index=place, key_index=key_place
+                )
+            return attention.softmax(q, keys, values, mask, transform)
+
+        queries = (q, query_index, seq.segment_ids, place)
+        y = base.by_chunks(attend, queries, self.sequence_chunk)
+        return self.join(y, x.dtype), state
+
+    def _around(self, q, k, v, seq, state):
+        """Read the parts of the row that lie on other devices."""
+        if state is not None:
+            raise ConfigError("mesh: a `sequence` axis trains; decode without one.")
+        return ring.attend(
+            q,
+            k,
+            v,
+            seq.segment_ids,
+            seq.positions,
+            causal=self.causal,
+            tile=self.sequence_chunk or ring.TILE,
+        )
+
+    def init_state(
+        self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
+    ) -> KVCache:
+        """Return an empty cache for `max_len` tokens."""
+        shape = (batch_size, max_len, self.local_heads, self.head_dim)
+        return KVCache(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((batch_size, max_len), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+def _append(cache: KVCache, k: Array, v: Array, segment_ids: Array) -> KVCache:
+    def write(stored, new):
+        start = (0, cache.length) + (0,) * (stored.ndim - 2)
+        return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), start)
+
+    return KVCache(
+        write(cache.keys, k),
+        write(cache.values, v),
+        write(cache.segment_ids, segment_ids),
+        cache.length + k.shape[1],
+    )
+
+
+def _indices(length: int, batch_size: int) -> Array:
+    return jnp.broadcast_to(
+        jnp.arange(length, dtype=jnp.int32)[None], (batch_size, length)
+    )

@@ -1,0 +1,86 @@
+"""Segment recurrence: a memory of m slots carried over chunks of S tokens, around the trunk.
+
+    M_1 = M_init;   y_c, M_{c+1} = chunk(x_c, M_c)      M_{c+1} = M_init where a document starts
+
+    rmt         [_; y; M'] = trunk([M; x; M])                          Bulatov et al. 2022
+    memformer   y = trunk(x), every block reading M; M' = write(M, y)  Wu et al. 2020
+
+Any causal mixer may be inside. Attention ends at its chunk, so the cost is linear in the length
+and decoding keeps one chunk. Training scans over checkpointed chunks: only memories and outputs
+are stored, and a chunk is run again for its gradient. Gradients cross `recurrence_bptt` chunks,
+counted from the row's start (0: all).
+
+Results depend on where chunks begin. A document must begin where a chunk does, which
+`data.align_documents` sees to; two documents in one chunk would share a memory. Start at
+`Recurrence`.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from memoryformer import config as config_lib
+from memoryformer import mixers
+from memoryformer.errors import ConfigError
+from memoryformer.recurrence.base import (
+    Read,
+    Recurrence,
+    RecurrentState,
+    capacity,
+    chunk_size,
+)
+from memoryformer.recurrence.memformer import Memformer
+from memoryformer.recurrence.rmt import RMT
+
+KINDS: dict[str, type[Recurrence]] = {"rmt": RMT, "memformer": Memformer}
+
+
+def make(config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
+    """Make the recurrence of a model's config, or None."""
+    if config.recurrence == "none":
+        return None
+    return KINDS[config.recurrence](config, project, norm, rngs=rngs)
+
+
+def validate(config) -> None:
+    """Check the recurrence of a model's config; raises `ConfigError`."""
+    config_lib.choose(config.recurrence, ("none", *KINDS), "model.recurrence")
+    for name in ("recurrence_chunk", "recurrence_bptt"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"model.{name}={getattr(config, name)}: must be >= 0.")
+    if config.recurrence == "none":
+        return
+    if not config.causal:
+        raise ConfigError(
+            f"model.causal=False: model.recurrence={config.recurrence!r} goes from the past "
+            "to the future; use causal=True."
+        )
+    if config.recurrence_slots < 1 or config.memformer_temperature <= 0:
+        raise ConfigError(
+            f"model.recurrence_slots={config.recurrence_slots} must be >= 1, "
+            f"model.memformer_temperature={config.memformer_temperature} > 0."
+        )
+    size = chunk_size(config)
+    if size < 1 or config.seq_len % size:
+        raise ConfigError(
+            f"model.recurrence_chunk={size} does not divide model.seq_len="
+            f"{config.seq_len}: choose a divisor."
+        )
+    needed, limit = capacity(config), mixers.max_length(config)
+    if limit and limit < needed:
+        raise ConfigError(
+            f"model.{config.mixer}_max_len={limit}: a chunk of {size} tokens with its "
+            f"memory takes {needed} positions; raise it to {needed}."
+        )
+
+
+__all__ = [
+    "KINDS",
+    "Read",
+    "Recurrence",
+    "RecurrentState",
+    "capacity",
+    "chunk_size",
+    "make",
+    "validate",
+]

@@ -1,0 +1,54 @@
+"""The Recurrent Memory Transformer (Bulatov et al. 2022): memory as tokens of the trunk."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memoryformer.recurrence import base
+
+
+class RMT(base.Recurrence):
+    """Memory as tokens: read in front of a chunk, written behind it, after the final norm.
+
+    What reads cannot see the chunk, what writes sees all of it, by causality alone. Memory
+    tokens take positions: 0..m-1, the text m.., then the ones that write.
+    """
+
+    def __init__(self, config, project, norm, *, rngs):
+        super().__init__(config, project, norm, rngs=rngs)
+        self.before = self.num_slots
+        shape = (self.num_slots, config.embed_dim)
+        memory = config.embed_std * jax.random.normal(rngs.params(), shape)
+        self.memory = nnx.Param(memory, spec="bias_f")  # [m, D]
+
+    def initial(self):
+        """[m, D], trained."""
+        return self.memory[...]
+
+    def whole(self, trunk, memory, x, real, step):
+        """[M; x; M] through the trunk: y [B, S, D] and the new memory."""
+        m, size = self.num_slots, x.shape[1]
+        ones = jnp.ones((x.shape[0], m), bool)
+        seq = self.sequence(jnp.concatenate([ones, real, ones], axis=1), step=step)
+        y, _ = trunk.run_blocks(jnp.concatenate([memory, x, memory], axis=1), seq)
+        return y[:, m : m + size], y[:, m + size :]
+
+    def open(self, trunk, state, dtype):
+        """Read the memory."""
+        ones = jnp.ones(state.memory.shape[:2], bool)
+        seq = self.sequence(ones)
+        _, blocks = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
+        return state._replace(blocks=blocks)
+
+    def extend(self, trunk, state, x, real, step):
+        """Some tokens of a chunk, after those in the state."""
+        seq = self.sequence(real, self.num_slots + state.tokens, step)
+        y, blocks = trunk.run_blocks(x, seq, state.blocks)
+        return y, state._replace(blocks=blocks)
+
+    def close(self, trunk, state, dtype):
+        """What the memory tokens behind the chunk become."""
+        ones = jnp.ones(state.memory.shape[:2], bool)
+        seq = self.sequence(ones, self.num_slots + state.tokens)
+        y, _ = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
+        return y

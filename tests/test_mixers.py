@@ -1,0 +1,333 @@
+"""What every sequence mixer promises, with both projections: one list, `CASES`.
+
+A new mixer is one line there and one formula in oracle_mixers.py. Mutations tried by hand
+are named with the test they turn red.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_mixers
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import errors, mixers, model, sharding
+
+B, L, D, H = 4, 24, 16, 4
+CASES = {  # name: (mixer, fields of the config)
+    "softmax": ("softmax", {}),
+    "softmax_chunked": ("softmax", {"sequence_chunk": 5}),
+    "dape_v2": ("softmax", {"logit_transform": "dape_v2", "dape_width": 6}),
+    "linear": ("linear", {}),
+    "cosformer": ("cosformer", {"cosformer_max_len": 32}),
+    "trained_kernel": ("trained_kernel", {}),
+    "performer": ("performer", {"performer_features": 10}),
+    "linformer": ("linformer", {"linformer_slots": 5, "linformer_max_len": 28}),
+    "luna": ("luna", {"luna_slots": 5}),
+    "conv_luna": ("conv_luna", {"luna_slots": 5, "conv_luna_width": 3}),
+    "conv_luna_pool": ("conv_luna", {"luna_slots": 5, "conv_luna_filter": "pool"}),
+}
+BOTH_WAYS = {  # look ahead, have no state
+    "softmax_both": ("softmax", {"causal": False}),
+    "linformer_both": ("linformer", {"linformer_slots": 5, "causal": False}),
+    "luna_both": ("luna", {"luna_slots": 5, "causal": False}),
+    "conv_luna_both": ("conv_luna", {"luna_slots": 5, "causal": False}),
+}
+CAUSAL, CASES = CASES, CASES | BOTH_WAYS
+VARIANTS = ("softmax_chunked", "conv_luna_pool", *BOTH_WAYS)
+
+
+def _pairs(names, quick_projections=("dense",)):
+    """Each with both projections; of variants, some are left to the slow tests."""
+    pairs = []
+    for name, projection in itertools.product(names, ("memory", "dense")):
+        slow = name in VARIANTS and projection not in quick_projections
+        marks = [pytest.mark.slow] if slow else []
+        pairs.append(pytest.param(name, projection, marks=marks))
+    return pytest.mark.parametrize(("name", "projection"), pairs)
+
+
+every_mixer, causal_mixers = _pairs(CASES), _pairs(CAUSAL)
+every_mixer_slow_variants = _pairs(CASES, quick_projections=())
+
+# Rows: two documents and padding; padding first; one document; three documents.
+SEGMENTS = np.array(
+    [
+        [1] * 9 + [2] * 11 + [0] * 4,
+        [0] * 3 + [1] * 21,
+        [1] * 24,
+        [3] * 1 + [4] * 16 + [5] * 7,
+    ],
+    np.int32,
+)
+
+
+def _positions(segments):
+    starts = np.diff(segments, axis=1, prepend=-1) != 0
+    index = np.arange(segments.shape[1])
+    return (index - np.maximum.accumulate(starts * index, axis=1)).astype(np.int32)
+
+
+POSITIONS = _positions(SEGMENTS)
+
+
+# Compiling is what takes the time here.
+_quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True}
+)
+
+
+class Case:
+    """One mixer with one projection: its config, parameters and compiled forms."""
+
+    def __init__(self, name, projection):
+        mixer, fields = CASES[name]
+        self.config = model.ModelConfig(
+            vocab_size=8,
+            embed_dim=D,
+            num_layers=1,
+            num_heads=H,
+            seq_len=L,
+            mixer=mixer,
+            projection=projection,
+            code_bits=4,
+            rotary_fraction=0.5,
+            output_projection=projection == "dense",
+            mixer_std=0.25,
+            output_std=0.25,
+            bias_std=0.2,
+            prefix_chunk=8,
+            **fields,
+        )
+        oracle = name if name in oracle_mixers.ORACLES else mixer
+        self.oracle = oracle_mixers.ORACLES[oracle]
+        module = self._make()
+        self.graphdef, state = nnx.split(module)
+        self.names = nnx.to_pure_dict(
+            jax.tree.map(
+                lambda v: v.get_metadata()["spec"],
+                state,
+                is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+            )
+        )
+        # Parameters that start at a constant would hide what they multiply.
+        noise = np.random.default_rng(1)
+        self.params = jax.tree.map(
+            lambda x: x + jnp.asarray(0.1 * noise.normal(size=x.shape), x.dtype),
+            nnx.to_pure_dict(state),
+        )
+        self.x = jnp.asarray(
+            np.random.default_rng(0).normal(size=(B, L, D)), jnp.float32
+        )
+        self.forward = _quick_jit(lambda *args: self.apply(*args)[0])
+        self.step = _quick_jit(self.apply)
+
+    def _make(self):
+        rngs = nnx.Rngs(0)
+        project = functools.partial(model.make_projection, self.config, rngs=rngs)
+        make = mixers.MIXERS[self.config.mixer]
+        return make(self.config, project, rngs=rngs, layer=0)
+
+    def apply(self, params, x, positions, segments, state=None):
+        module = nnx.merge(self.graphdef, params)
+        return module(x, mixers.SeqInfo(positions, segments), state)
+
+    def run(self, x=None, segments=SEGMENTS, positions=None):
+        x = self.x if x is None else x
+        positions = _positions(segments) if positions is None else positions
+        return np.asarray(self.forward(self.params, x, positions, segments))
+
+    def init_state(self):
+        module = nnx.merge(self.graphdef, self.params)
+        return module.init_state(B, L, jnp.float32)
+
+    def dense(self, params, x, segments=SEGMENTS):
+        """The oracle, in float64."""
+        as_float64 = functools.partial(np.asarray, dtype=np.float64)
+        params, x = jax.tree.map(as_float64, params), as_float64(x)
+        if self.config.mixer == "performer":
+            rows = nnx.merge(self.graphdef, self.params).rows(_no_seq())
+            params = params | {"rows": as_float64(rows)}
+        return self.oracle(self.config, params, x, _positions(segments), segments)
+
+
+def _no_seq():
+    return mixers.SeqInfo(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+
+
+_case = functools.cache(Case)
+
+
+@pytest.fixture
+def case(name, projection):
+    return _case(name, projection)
+
+
+@every_mixer
+def test_oracle(case):
+    """Red for any term of a mixer's equation that is dropped, such as Luna's 1 / t."""
+    real = SEGMENTS != 0
+    got, want = case.run()[real], case.dense(case.params, case.x)[real]
+    assert np.abs(want).max() > 0.05
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@causal_mixers
+def test_no_future(case):
+    """Exactly zero. Red if performer's keys are shifted by a maximum over the chunk, if
+    linformer's slots are read whole, or if conv_luna's filter is centred.
+    """
+    segments = np.ones_like(SEGMENTS)
+    before = case.run(segments=segments)
+    for cut in (1, 8, 13):
+        after = case.run(case.x.at[:, cut:].multiply(-3.0), segments)
+        np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
+        assert np.all(np.abs(after[:, cut] - before[:, cut]).max(axis=-1) > 1e-3)
+
+
+@causal_mixers
+@pytest.mark.parametrize("sizes", [(7, 1, 7, 7, 1, 1), (1,) * L])
+def test_chunks_of_a_sequence_continue_each_other(case, sizes):
+    """Red if a state loses its document, its shift, its tail, or padding takes a place."""
+    whole, state, parts = case.run(), case.init_state(), []
+    shapes = jax.tree.map(jnp.shape, state)
+    for i, j in itertools.pairwise(np.cumsum([0, *sizes])):
+        args = (case.x[:, i:j], POSITIONS[:, i:j], SEGMENTS[:, i:j])
+        y, state = case.step(case.params, *args, state)
+        assert jax.tree.map(jnp.shape, state) == shapes
+        parts.append(y)
+    real = SEGMENTS != 0
+    np.testing.assert_allclose(np.concatenate(parts, 1)[real], whole[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_future_is_seen(name):
+    """Red if `causal` does not reach the mixer."""
+    case, segments = _case(name, "dense"), np.ones_like(SEGMENTS)
+    before = case.run(segments=segments)
+    after = case.run(case.x.at[:, -1].multiply(-3.0), segments)
+    assert np.all(np.abs(after - before)[:, 0].max(axis=-1) > 1e-3)
+    with pytest.raises(errors.ConfigError, match="cannot decode"):
+        case.apply(case.params, case.x, POSITIONS, SEGMENTS, case.init_state())
+
+
+@every_mixer
+def test_packed_documents_are_separate(case):
+    """Red if the mask, or a window of a filter, crosses a document's first token."""
+    packed = case.run()
+    for row, document in ((0, 2), (3, 4), (3, 5)):
+        places = np.flatnonzero(SEGMENTS[row] == document)
+        alone = np.zeros_like(SEGMENTS)
+        alone[0, : len(places)] = 1
+        x = jnp.zeros_like(case.x).at[0, : len(places)].set(case.x[row, places])
+        separate = case.run(x, alone)[0, : len(places)]
+        np.testing.assert_allclose(packed[row, places], separate, atol=1e-5)
+
+
+@every_mixer_slow_variants
+def test_padding_is_irrelevant(case):
+    """Its content, in outputs and gradients. Red if performer exponentiates padding: the
+    features of large keys are so small that those of padding overflow beside them.
+    """
+    real = jnp.asarray(SEGMENTS != 0)[..., None]
+    quiet, loud = (jnp.where(real, 30 * case.x, value) for value in (0.0, 100.0))
+    outputs = [np.where(real, case.run(x), 0) for x in (quiet, loud)]
+    np.testing.assert_array_equal(*outputs)
+    grads = [jax.tree.leaves(_gradients(case)(x)) for x in (quiet, loud)]
+    for got, want in zip(*grads, strict=True):
+        assert np.all(np.isfinite(got))
+        np.testing.assert_array_equal(got, want)
+
+
+@every_mixer
+def test_padding_takes_no_place(case):
+    """Inside a document, as between a padded prompt and what follows it.
+
+    Red if `fill_padding` is left out, or if a filter's window counts padding.
+    """
+    plain = np.zeros_like(SEGMENTS)
+    plain[:, :18] = 1
+    places = np.array([0, 1, 3, *range(8, 21), 22, 23])
+    spread = np.zeros_like(SEGMENTS)
+    spread[:, places] = 1
+    x = jnp.zeros_like(case.x).at[:, places].set(case.x[:, :18])
+    positions = np.maximum(np.cumsum(spread, axis=1, dtype=np.int32) - 1, 0)
+    got = case.run(x, spread, positions)[:, places]
+    np.testing.assert_allclose(got, case.run(segments=plain)[:, :18], atol=1e-5)
+
+
+@functools.cache
+def _gradients(case):
+    """x -> d/d(params, x) of a weighted sum of the real outputs."""
+    weights = _weights()
+
+    def loss(params, x):
+        return jnp.sum(case.apply(params, x, POSITIONS, SEGMENTS)[0] * weights)
+
+    grad = _quick_jit(jax.grad(loss, argnums=(0, 1)))
+    return lambda x: grad(case.params, x)
+
+
+def _weights():
+    weights = np.random.default_rng(2).normal(size=(B, L, D))
+    return np.where((SEGMENTS != 0)[..., None], weights, 0).astype(np.float32)
+
+
+@every_mixer_slow_variants
+def test_gradient(case):
+    """Of every parameter and of x, along a random direction, against differences of the
+    float64 oracle. Red if `ops.prefix` drops a term of its backward rule, or if the
+    gradient of a running maximum is kept on one side only.
+    """
+    got = _gradients(case)(case.x)
+    as_float64 = functools.partial(np.asarray, dtype=np.float64)
+    point = jax.tree.map(as_float64, (case.params, case.x))
+    leaves, treedef = jax.tree.flatten(point)
+    rng, step = np.random.default_rng(3), 1e-6
+
+    def loss(leaves):
+        params, x = jax.tree.unflatten(treedef, leaves)
+        return np.sum(case.dense(params, x) * _weights())
+
+    for i, grad in enumerate(jax.tree.leaves(got)):
+        direction = rng.normal(size=leaves[i].shape)
+        ends = [
+            loss([*leaves[:i], leaves[i] + side * direction, *leaves[i + 1 :]])
+            for side in (step, -step)
+        ]
+        want = (ends[0] - ends[1]) / (2 * step)
+        scale = np.sqrt(np.sum(as_float64(grad) ** 2)) + 1e-3
+        assert abs(np.sum(grad * direction) - want) / scale < 1e-3, i
+
+
+@every_mixer_slow_variants
+def test_eight_devices(case):
+    """Outputs and gradients on a 4 x 2 mesh (rows x heads) are those of one device.
+
+    Red if a mixer's own parameter is split along another axis than its heads.
+    """
+    shards = sharding.make("tensor:model=2")
+    specs = shards.param_specs(case.names, case.params)
+    act, rows = P("data", None, "model"), P("data", None)
+
+    def per_device(params, x, positions, segments, weights):
+        def loss(params):
+            y, _ = case.apply(params, x, positions, segments)
+            return jnp.sum(y * weights), y
+
+        grads, y = jax.grad(loss, has_aux=True)(params)
+        return sharding.sum_gradients(grads, specs), y
+
+    in_specs = (specs, act, rows, rows, act)
+    args = (case.params, case.x, POSITIONS, SEGMENTS, _weights())
+    with shards.activate():
+        function = _quick_jit(shards.shard_map(per_device, in_specs, (specs, act)))
+        grads, y = function(*shards.put(args, in_specs))
+    np.testing.assert_allclose(y, case.run(), atol=1e-5)
+    want = _gradients(case)(case.x)[0]
+    for got, one in zip(*map(jax.tree.leaves, (grads, want)), strict=True):
+        np.testing.assert_allclose(got, one, atol=1e-4 * (1 + np.abs(one).max()))
