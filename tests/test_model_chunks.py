@@ -1,0 +1,69 @@
+"""Working for a few positions at a time changes the memory, not the result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memoryformer import layers, model
+
+LENGTH = 23
+
+
+def _config(projection, chunk, **fields):
+    dense = {"output_projection": True, "ffn_activation": "gelu"}
+    return model.ModelConfig(
+        **{"vocab_size": 17, "embed_dim": 16, "num_layers": 2, "num_heads": 2},
+        **{"seq_len": LENGTH, "code_bits": 4, "mixer_std": 0.2, "ffn_std": 0.2},
+        **(dense if projection == "dense" else {}),
+        projection=projection,
+        sequence_chunk=chunk,
+        **fields,
+    )
+
+
+def _loss_and_gradient(config, length=LENGTH):
+    tokens = np.random.default_rng(0).integers(0, 17, (2, length))
+    segments = np.where(np.arange(length) < length // 2, 1, 2)[None].repeat(2, axis=0)
+
+    def loss(params):
+        logits = model.forward(config, params, jnp.asarray(tokens), segments)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("projection", ["memory", "dense"])
+@pytest.mark.parametrize("transform", ["none", "dape_v2"])
+def test_same_result(projection, transform):
+    """5 does not divide 23. Red if a chunk's queries get another chunk's mask."""
+    make = functools.partial(_config, projection, logit_transform=transform)
+    params = model.init(make(0))
+    whole, chunked = (_loss_and_gradient(make(chunk))(params) for chunk in (0, 5))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), chunked, whole
+    )
+
+
+def test_less_memory():
+    """Red if the chunks are kept for the gradient."""
+
+    def temporary(chunk):
+        config = _config("dense", chunk)
+        params = jax.eval_shape(lambda: model.init(config))
+        step = _loss_and_gradient(config, 1024).lower(params).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < temporary(0) / 3
+
+
+def test_codes_are_recorded_all_the_same():
+    """Red if codes are taken from inside the loop, whose values do not leave it."""
+    config = _config("memory", 5)
+    ones = jnp.ones((1, LENGTH), jnp.int32)
+    batch = {"inputs": ones, "positions": ones, "segment_ids": ones}
+    codes = model.codes(config, model.init(config), batch)
+    assert codes["blocks.0.ffn.up"].shape == (1, LENGTH, 4)
+    assert layers._recorded.get() is None
