@@ -1,0 +1,312 @@
+"""Where arrays live: the mesh, one spec per kind of parameter, and batches.
+
+A mesh has the axes `data` (rows of a batch), `sequence` (parts of each row) and `model` (the
+last axis of tables, kernels and activations); an axis of size 1 is left out, so that a single
+device has no mesh at all. The model runs inside one `jax.shard_map`, where nothing crosses an
+axis that is not written (`ops.collectives`); parameters outside it, and the optimizer's step,
+carry their shardings in their types (Explicit axes).
+
+    preset         parameters and optimizer state        activations
+    single         one device                            one device
+    data           replicated                            rows over `data`
+    fsdp           over `data`                           rows over `data`
+    tensor         last axis over `model`                last axis over `model`
+    fsdp_tensor    over `data` and `model`               both
+    sequence       replicated                            tokens over `sequence`
+
+`config.mesh` is a preset with optional sizes, such as 'tensor:model=4'; every preset but
+`single` takes every axis, as in 'fsdp_tensor:model=2,sequence=2'. `data` takes the devices
+that are left. Start at `make`.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import config as config_lib
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Array, Params
+from memoryformer.ops import collectives
+
+PRESETS = ("single", "data", "fsdp", "tensor", "fsdp_tensor", "sequence")
+AXES = ("data", "sequence", "model")
+TOKEN_AXES = ("data", "sequence")  # what splits the tokens of a batch: sums cross them
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingSpecs:
+    """The place of every array; all-None (the default) runs anywhere.
+
+    A parameter names its field. Extra axes of a parameter stand before the last one, such
+    as the 3 of [K, C, 3, D], and are never split.
+    """
+
+    tables_kcf: P = P(None, None, None)  # [K, C, F]
+    kernel_df: P = P(None, None)  # [D, F], split over outputs
+    kernel_fd: P = P(None, None)  # [F, D], split over inputs
+    embed_vd: P = P(None, None)  # [V, D]
+    bias_f: P = P(None)  # [F]
+    vector_d: P = P(None)  # [D]
+    scalar: P = P()  # []
+    batch_bl: P = P(None, None)  # [B, L]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh (None: a single device) and its specs.
+
+    `striped`: over `sequence` the tokens of a row are dealt out in turn, device r of n
+    holding r, r + n, ..; otherwise in consecutive parts. See `ops.ring`.
+    """
+
+    mesh: Mesh | None
+    specs: ShardingSpecs
+    striped: bool = False
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in use."""
+        return self.mesh.size if self.mesh else 1
+
+    @property
+    def platform(self) -> str:
+        """Kind of the devices, which need not be those of this machine (`targets`)."""
+        if self.mesh is None:
+            return jax.default_backend()
+        if isinstance(self.mesh, AbstractMesh):
+            return "abstract"
+        return self.mesh.devices.flat[0].platform
+
+    def activate(self) -> contextlib.AbstractContextManager:
+        """Make the mesh the ambient one, for what is computed outside `shard_map`."""
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self.mesh)
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+    def axis_size(self, axis: str) -> int:
+        """Devices along an axis; 1 if the mesh lacks it."""
+        return dict(self.mesh.shape).get(axis, 1) if self.mesh else 1
+
+    def param_specs(self, names: Any, shapes: Any) -> Any:
+        """Turn a tree of field names and one of shaped arrays into PartitionSpecs."""
+
+        def spec(name, array):
+            spec = getattr(self.specs, name)
+            extra = (None,) * (array.ndim - len(spec))
+            return P(*spec[:-1], *extra, *spec[-1:])
+
+        return jax.tree.map(spec, names, shapes)
+
+    def named(self, specs: Any) -> Any:
+        """Turn a tree of PartitionSpecs into shardings, None without a mesh."""
+        if self.mesh is None:
+            return jax.tree.map(lambda _: None, specs, is_leaf=_is_spec)
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec
+        )
+
+    def put(self, tree: Any, specs: Any) -> Any:
+        """Place arrays by their specs."""
+        if self.mesh is None:
+            return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.tree.map(jax.device_put, tree, self.named(specs))
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a batch [B, L] that this process's devices hold."""
+        if self.mesh is None:
+            return slice(0, batch_size)
+        sharding = NamedSharding(self.mesh, P(self.specs.batch_bl[0]))
+        held = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+        parts = [rows.indices(batch_size) for rows, _ in held]
+        return slice(min(p[0] for p in parts), max(p[1] for p in parts))
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        """Place this process's rows of a batch: [B / processes, L] -> [B, L].
+
+        With `striped`, L is in the order in which devices hold it.
+        """
+        if self.mesh is None:
+            return jax.device_put(batch)
+        sharding = NamedSharding(self.mesh, self.specs.batch_bl)
+        return {
+            name: jax.make_array_from_process_local_data(
+                sharding, self._dealt(rows), self._global_shape(rows)
+            )
+            for name, rows in batch.items()
+        }
+
+    def _global_shape(self, rows):
+        """The whole batch's: every process has all tokens of its share of the rows."""
+        by_row = NamedSharding(self.mesh, P(self.specs.batch_bl[0]))
+        size = self.axis_size("data")
+        parts = by_row.addressable_devices_indices_map((size,)).values()
+        here = len({part[0].indices(size) for part in parts})
+        return (len(rows) * size // here, *rows.shape[1:])
+
+    def _dealt(self, rows):
+        size = self.axis_size("sequence")
+        if not self.striped or size == 1:
+            return rows
+        return np.concatenate([rows[:, i::size] for i in range(size)], axis=1)
+
+    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Run `function` on every device's part; itself without a mesh.
+
+        Replication is not tracked (`check_vma=False`): gradients taken inside are of the
+        sum over devices of what each computes, and `sum_gradients` adds up their parts.
+        """
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+
+def make(
+    mesh: str,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    striped: bool = False,
+) -> Sharding:
+    """Build the mesh that a `config.mesh` string asks for; raises `ConfigError`.
+
+    Of `range(n)` it makes an abstract mesh of n devices, to trace for.
+
+    `striped`: how rows are split over `sequence`; for mixers that take any order.
+    """
+    preset, sizes = _parse(mesh)
+    devices = list(jax.devices() if devices is None else devices)
+    if preset == "single":
+        return Sharding(None, ShardingSpecs())
+    main = {"tensor": "model", "fsdp_tensor": "model", "sequence": "sequence"}.get(
+        preset
+    )
+    if main and main not in sizes:  # it takes all that the given sizes leave
+        sizes[main] = max(len(devices) // math.prod(sizes.values()), 1)
+    sequence, model = sizes.get("sequence", 1), sizes.get("model", 1)
+    data, rest = divmod(len(devices), sequence * model)
+    if rest or data < 1 or sizes.get("data", data) != data:
+        wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ConfigError(
+            f"mesh={mesh!r}: {wanted} does not fit {len(devices)} devices: the product "
+            "of the sizes must be their number."
+        )
+    sizes = dict(zip(AXES, (data, sequence, model), strict=True))
+    shape = {axis: size for axis, size in sizes.items() if size > 1}
+    if not shape:
+        return Sharding(None, ShardingSpecs())
+    made = _mesh(shape, devices)
+    return Sharding(made, _specs(set(shape), fully="fsdp" in preset), striped)
+
+
+def _mesh(shape, devices):
+    names, sizes = tuple(shape), tuple(shape.values())
+    if isinstance(devices[0], int):
+        types = (jax.sharding.AxisType.Explicit,) * len(names)
+        return AbstractMesh(sizes, names, axis_types=types)
+    return jax.make_mesh(sizes, names, devices=devices)
+
+
+def _parse(mesh: str) -> tuple[str, dict[str, int]]:
+    preset, _, options = mesh.partition(":")
+    config_lib.choose(preset, PRESETS, "mesh")
+    sizes = {}
+    for option in filter(None, options.split(",")):
+        axis, _, size = option.partition("=")
+        config_lib.choose(axis, AXES, f"mesh={mesh!r}, axis")
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh={mesh!r}: {axis}={size!r} is not a size >= 1.")
+        sizes[axis] = int(size)
+    return preset, sizes
+
+
+def _specs(axes: set[str], *, fully: bool) -> ShardingSpecs:
+    data, sequence, model = (axis if axis in axes else None for axis in AXES)
+    rows = data if fully else None  # FSDP: the axis that `model` does not split
+    return ShardingSpecs(
+        tables_kcf=P(None, rows, model),
+        kernel_df=P(rows, model),
+        kernel_fd=P(model, rows),
+        embed_vd=P(rows, model),
+        bias_f=P(model),
+        vector_d=P(model),
+        scalar=P(),
+        batch_bl=P(data, sequence),
+    )
+
+
+def validate(
+    sharding: Sharding, specs: Any, shapes: Any, batch_size: int, num_heads: int
+) -> None:
+    """Check that every array divides over the mesh; raises `ConfigError`."""
+    data, model = sharding.axis_size("data"), sharding.axis_size("model")
+    if batch_size % data:
+        raise ConfigError(
+            f"batch_size={batch_size} does not divide over {data} devices along 'data': "
+            f"use a multiple of {data}."
+        )
+    if num_heads % model:
+        raise ConfigError(
+            f"model.num_heads={num_heads} does not divide over {model} devices along "
+            "'model': use fewer devices there or more heads."
+        )
+    leaves = jax.tree.leaves_with_path(specs, is_leaf=_is_spec)
+    for (path, spec), shaped in zip(leaves, jax.tree.leaves(shapes), strict=True):
+        for size, axis in zip(shaped.shape, spec, strict=False):
+            if axis and size % sharding.axis_size(axis):
+                name = ".".join(str(entry.key) for entry in path)
+                raise ConfigError(
+                    f"mesh: {name} {shaped.shape} does not divide over "
+                    f"{sharding.axis_size(axis)} devices along {axis!r} ({size} there): "
+                    "change that size or the mesh."
+                )
+
+
+# --------------------------------------------------------------------------------------
+# Inside `Sharding.shard_map`.
+
+
+def gather_params(params: Params, specs: Any) -> Params:
+    """Join what FSDP split over `data`, once a step."""
+
+    def gather(param, spec):
+        if "data" not in spec:
+            return param
+        return collectives.all_gather(param, "data", spec.index("data"))
+
+    return jax.tree.map(gather, params, specs)
+
+
+def sum_gradients(grads: Params, specs: Any, axes: Sequence[str] = AXES) -> Params:
+    """Add up the devices' gradients, leaving each device what it stores.
+
+    Over an axis that splits the parameter the gradient is whole already, or, for FSDP's
+    `data`, a reduce-scatter keeps this device's rows. The other axes are summed over at once.
+    """
+
+    def reduce(grad, spec):
+        if "data" in axes and "data" in spec:
+            grad = collectives.reduce_scatter(grad, "data", spec.index("data"))
+        return collectives.psum(grad, tuple(axis for axis in axes if axis not in spec))
+
+    return jax.tree.map(reduce, grads, specs)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, P)
