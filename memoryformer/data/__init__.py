@@ -1,0 +1,99 @@
+"""Corpora, tokenizers and batches.
+
+    directory = data.prepare(data_config)            # once; later calls find it
+    dataset = data.open(data_config, expected_vocab_size=4096)
+    batches = dataset.train.batches(seq_len=256, batch_size=4, seed=0)
+    batch = batches.batch(step)                      # numpy, a pure function of step
+
+Documents come from TFDS builders (`corpora`, `catalogue`), are tokenised once into flat
+token files with a manifest (`shards`, `manifest`), and are served as windows through
+Grain (`source`). TensorFlow is never imported. From a shell:
+
+    python -m memoryformer.data inspect --config=configs/quickstart.py
+"""
+
+import dataclasses
+import pathlib
+
+from memoryformer import errors
+from memoryformer.data import manifest as manifest_lib
+from memoryformer.data.options import DataConfig, cache_root
+from memoryformer.data.shards import prepare, resolve_dir
+from memoryformer.data.source import Batch, Batches, EvalBatches, Split
+from memoryformer.data.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataConfig",
+    "Dataset",
+    "EvalBatches",
+    "Split",
+    "TextStream",
+    "Tokenizer",
+    "cache_root",
+    "open",
+    "open_directory",
+    "prepare",
+    "resolve_dir",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared corpus: `train` and `validation` streams and their tokenizer."""
+
+    directory: pathlib.Path
+    manifest: dict = dataclasses.field(repr=False)
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of contents and tokenizer; equal data has equal fingerprints."""
+        return self.manifest["fingerprint"]
+
+
+def open(data_config: DataConfig, expected_vocab_size: int = 0) -> Dataset:
+    """Open what `prepare` made, preparing it first if need be.
+
+    expected_vocab_size: the model's V; raises `ConfigError` if the tokenizer has more
+    tokens (0: not checked). Raises `DataError` for a damaged directory.
+    """
+    directory = prepare(data_config)
+    return open_directory(
+        directory, expected_vocab_size, align=data_config.align_documents
+    )
+
+
+def open_directory(
+    directory: pathlib.Path | str,
+    expected_vocab_size: int = 0,
+    verify: bool = False,
+    align: int = 0,
+) -> Dataset:
+    """Open a prepared directory; with `verify`, hash its files first. For align see `Split`."""
+    directory = pathlib.Path(directory)
+    manifest = manifest_lib.read(directory, verify=verify)
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    if expected_vocab_size and vocab_size > expected_vocab_size:
+        raise errors.ConfigError(
+            f"model.vocab_size={expected_vocab_size}: the tokenizer "
+            f"{manifest['tokenizer']['name']!r} has {vocab_size} tokens; set "
+            f"--config.model.vocab_size={vocab_size} or more."
+        )
+    splits = {
+        name: Split(
+            name=name,
+            path=directory / info["file"],
+            info=info,
+            dtype=manifest["dtype"],
+            vocab_size=vocab_size,
+            eot_id=manifest["tokenizer"]["eot_id"],
+            align=align,
+        )
+        for name, info in manifest["splits"].items()
+    }
+    tokenizer = manifest_lib.load_tokenizer(directory, manifest)
+    return Dataset(directory, manifest, tokenizer, **splits)

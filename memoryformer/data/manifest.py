@@ -1,0 +1,93 @@
+"""The manifest of a prepared directory: counts, hashes and one fingerprint.
+
+`fingerprint` covers contents only (tokens, counts, tokenizer), no path, date or machine,
+so equal data has equal fingerprints everywhere; checkpoints record it.
+
+Start at `read`.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from memoryformer import errors
+from memoryformer.data import tokenizer as tokenizer_lib
+
+FORMAT = 1
+
+
+def read(directory: pathlib.Path, verify: bool = False) -> dict:
+    """The manifest of a prepared directory, its files checked by size.
+
+    With `verify` their sha256 too, which reads them. Raises `DataError` for a missing,
+    damaged or foreign directory.
+    """
+    path = directory / "manifest.json"
+    again = "delete the directory and prepare it again"
+    if not path.is_file():
+        raise errors.DataError(
+            f"{directory}: holds no manifest.json; not prepared data."
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        splits = manifest["splits"]
+        sound = manifest["fingerprint"] == fingerprint(manifest)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise errors.DataError(f"{path}: damaged ({error}); {again}.") from error
+    if manifest["format"] != FORMAT or not sound:
+        raise errors.DataError(
+            f"{path}: edited, or of another format than {FORMAT}; {again}."
+        )
+    for name, split in splits.items():
+        file = directory / split["file"]
+        size = file.stat().st_size if file.is_file() else -1
+        expected = split["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        if size != expected:
+            raise errors.DataError(
+                f"{file}: {'missing' if size < 0 else f'{size} bytes'}, but the "
+                f"manifest says {expected} bytes for {name}; {again}."
+            )
+        if verify and _file_sha256(file) != split["sha256"]:
+            raise errors.DataError(
+                f"{file}: its sha256 is not the manifest's; it is damaged: {again}."
+            )
+    return manifest
+
+
+def load_tokenizer(directory: pathlib.Path, manifest: dict) -> tokenizer_lib.Tokenizer:
+    """The tokenizer that made the shards, checked against the manifest."""
+    tokenizer = tokenizer_lib.load(str(directory / "tokenizer.json"))
+    if tokenizer.fingerprint != manifest["tokenizer"]["sha256"]:
+        raise errors.DataError(
+            f"{directory / 'tokenizer.json'}: is not the tokenizer of these shards; "
+            "delete the directory and prepare it again."
+        )
+    tokenizer.name = manifest["tokenizer"]["name"]
+    return tokenizer
+
+
+def fingerprint(manifest: dict) -> str:
+    """sha256 of everything but itself and the names by which things were asked for."""
+    content = {
+        "format": manifest["format"],
+        "tokenizer": manifest["tokenizer"]["sha256"],
+        "dtype": manifest["dtype"],
+        "splits": manifest["splits"],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise `DataError` naming the first id outside 0..vocab_size-1."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise errors.DataError(
+            f"{where}: token id {int(bad)} is outside the vocabulary of {vocab_size}."
+        )
+
+
+def _file_sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""One progress line on standard error: done, rate, time left."""
+
+import sys
+import time
+
+
+class Progress:
+    """`preparing stdlib, tokenising: 61% 7.0/11.5 MB 2.3 MB/s eta 2s`.
+
+    On a terminal the line is rewritten in place; elsewhere a new one is printed every
+    few seconds, so a log stays readable.
+    """
+
+    def __init__(self, title: str, *, enabled: bool = True):
+        self.title = title
+        self.enabled = enabled
+        self._stage = ""
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.2 if self._terminal else 5.0
+
+    def start(self, stage: str, total: float, unit: str) -> None:
+        """Begin a stage of `total` units, e.g. ('tokenising', 11.5e6, 'B')."""
+        self._stage, self._total, self._unit = stage, total, unit
+        self._began = self._shown = time.monotonic()
+
+    def update(self, done: float) -> None:
+        """Show the line if it is due."""
+        now = time.monotonic()
+        if self.enabled and now - self._shown >= self._every:
+            self._shown = now
+            self._print(self._line(done, now - self._began))
+
+    def finish(self, done: float) -> None:
+        """Show the last line of a stage that took long enough to have had one."""
+        seconds = time.monotonic() - self._began
+        if self.enabled and (self._terminal or seconds >= 1.0):
+            self._print(self._line(done, seconds), end="\n")
+
+    def note(self, text: str) -> None:
+        """Show one more fact on a line of its own."""
+        if self.enabled:
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
+    def _line(self, done: float, seconds: float) -> str:
+        rate = done / max(seconds, 1e-9)
+        left = max(self._total - done, 0) / max(rate, 1e-9)
+        total = max(self._total, done, 1)
+        mega = self._unit == "B"
+        scale, unit = (1e6, "MB") if mega else (1, self._unit)
+        digits = 1 if mega else 0
+        return (
+            f"{self.title}, {self._stage}: {100 * done / total:.0f}% "
+            f"{done / scale:.{digits}f}/{total / scale:.{digits}f} {unit} "
+            f"{rate / scale:.{digits}f} {unit}/s eta {duration(left)}"
+        )
+
+    def _print(self, line: str, end: str = "") -> None:
+        text = f"\r{line:<79}{end}" if self._terminal else f"{line}\n"
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'42s', '3m10s', '5h02m', '2d03h'."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"

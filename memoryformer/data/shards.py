@@ -1,0 +1,334 @@
+"""Tokenise a corpus once: flat token files and the manifest that describes them.
+
+A prepared directory holds
+
+    train.bin, validation.bin   uint16 or uint32, little-endian, no header
+    tokenizer.json              exactly what made them
+    manifest.json               counts, hashes, fingerprint; written last
+
+Stream layout: each document is stored as [eot, t1, .., tn], and the file ends with one
+more eot. So an eot both ends the document before it and starts the next; inputs are
+stream[:-1], targets stream[1:], and every token and every end of document is predicted
+exactly once, each in the context of its own document.
+
+The directory appears by one rename, when it is complete. Its name is made of all that
+determines its bytes, so `prepare` is idempotent. Start at `prepare`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memoryformer import errors
+from memoryformer.data import files as files_lib
+from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import options
+from memoryformer.data import progress as progress_lib
+from memoryformer.data import tokenizer as tokenizer_lib
+
+if TYPE_CHECKING:  # importing it imports TFDS
+    from memoryformer.data import documents
+
+BPE_TRAINING_BYTES = 3_000_000
+_BATCH_CHARS = 1 << 20
+_BATCH_DOCUMENTS = 1024
+
+
+def prepare(data_config: options.DataConfig, progress: bool = True) -> pathlib.Path:
+    """Tokenise the corpus unless that is done, and return its directory.
+
+    Safe to call from many processes at once: one works, the others wait for it or find
+    its result. Raises `DataError` or `ConfigError` and leaves nothing behind if the
+    corpus cannot be read, `StorageError` if the cache cannot be written.
+    """
+    directory = resolve_dir(data_config)
+    if (directory / "manifest.json").is_file() or data_config.source == "prepared":
+        manifest_lib.read(directory)
+        return directory
+    if directory.exists():
+        raise errors.DataError(
+            f"{directory}: has no manifest.json; delete it and rerun."
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(directory) as locked:
+            if not directory.exists():
+                if locked:
+                    _remove_stale(directory)
+                _prepare_into(directory, data_config, progress)
+    except errors.MemoryFormerError:
+        raise
+    except OSError as error:
+        raise errors.StorageError(
+            f"data.data_dir={str(directory.parent)!r}: cannot be written "
+            f"({error.strerror or error}); free space or set data.data_dir."
+        ) from error
+    manifest_lib.read(directory)
+    return directory
+
+
+def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
+    """Where this data set is or would be prepared: cache / slug-hash.
+
+    The hash covers the corpus, the split and the tokenizer. Raises `DataError` if the
+    corpus is not there.
+    """
+    if data_config.source == "prepared":
+        return pathlib.Path(data_config.path).expanduser()
+    text = json.dumps(_request(data_config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    label = data_config.name or data_config.source
+    label = "".join(c if c.isalnum() else "-" for c in label).strip("-").lower()
+    return options.cache_root(data_config) / f"{label}-{digest}"
+
+
+def _request(data_config: options.DataConfig) -> dict:
+    """Everything that determines the bytes of the shards, cheap enough to ask often."""
+    request = {
+        "format": manifest_lib.FORMAT,
+        "source": data_config.source,
+        "max_documents": data_config.max_documents,
+        "validation_every": data_config.validation_every,
+        "tokenizer": data_config.tokenizer,
+    }
+    if data_config.source == "stdlib":
+        request["files"] = files_lib.fingerprint(files_lib.stdlib_files())
+    elif data_config.source == "tfds":
+        request["tfds"] = _catalogue_identity(data_config)
+    else:
+        only = data_config.source == "c4"
+        files = files_lib.list_files(data_config.path, json_only=only)
+        request["files"] = files_lib.fingerprint(files)
+        if data_config.validation_path:
+            files = files_lib.list_files(
+                data_config.validation_path,
+                json_only=only,
+                field="data.validation_path",
+            )
+            request["validation"] = files_lib.fingerprint(files)
+    if data_config.source != "stdlib":
+        request["text_field"] = data_config.text_field
+    if data_config.tokenizer != "bytes" and not tokenizer_lib.bpe_size(
+        data_config.tokenizer
+    ):
+        tokenizer = tokenizer_lib.load(data_config.tokenizer)
+        request["tokenizer"] = tokenizer.fingerprint
+    return request
+
+
+def _catalogue_identity(data_config: options.DataConfig) -> str:
+    from memoryformer.data import catalogue  # TFDS: slow to import
+
+    return catalogue.builder(data_config).info.full_name
+
+
+def _prepare_into(
+    directory: pathlib.Path, data_config: options.DataConfig, progress: bool
+) -> None:
+    """Write everything to a temporary sibling, then rename it to `directory`."""
+    temporary = directory.with_name(f".tmp-{directory.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir()
+        _write(temporary, data_config, progress)
+        _sync(temporary)
+        try:
+            temporary.rename(directory)
+        except OSError:
+            # Another process, on a file system without locks, was first.
+            if not (directory / "manifest.json").is_file():
+                raise
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    directory: pathlib.Path, data_config: options.DataConfig, progress: bool
+) -> None:
+    from memoryformer.data import documents as documents_lib  # TFDS: slow to import
+
+    line = progress_lib.Progress(f"preparing {data_config.source}", enabled=progress)
+    corpus = documents_lib.read(data_config, directory / "records", line)
+    held_out = {_digest(text) for text in corpus["validation"]}
+    tokenizer = _tokenizer(data_config, corpus["train"], held_out)
+    tokenizer.save(directory / "tokenizer.json")
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    manifest = {
+        "format": manifest_lib.FORMAT,
+        "source": documents_lib.describe(data_config),
+        "tokenizer": {
+            "name": data_config.tokenizer,
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        },
+        "dtype": dtype,
+        "splits": {},
+    }
+    for name, skip in (("validation", set()), ("train", held_out)):
+        line.start(f"tokenising {name}", len(corpus[name]), "documents")
+        manifest["splits"][name] = _write_split(
+            directory / f"{name}.bin", corpus[name], tokenizer, skip, dtype, line
+        )
+    shutil.rmtree(directory / "records", ignore_errors=True)
+    manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+@dataclasses.dataclass
+class _Writer:
+    """Appends documents to one token file and counts what it writes."""
+
+    stream: object
+    tokenizer: tokenizer_lib.Tokenizer
+    dtype: str
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    token_bytes: int = 0
+    eots: int = 0
+
+    def __post_init__(self):
+        self.sha256 = hashlib.sha256()
+
+    def append(self, texts: list[str]) -> None:
+        eot = self.tokenizer.eot_id
+        for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
+            ids = np.array(ids, np.int64)
+            manifest_lib.check_ids(
+                ids, self.tokenizer.vocab_size, "the tokenizer's output"
+            )
+            self._write(np.concatenate([[eot], ids]))
+            self.documents += 1
+            self.bytes += len(text.encode("utf-8"))
+            self.token_bytes += int(self.tokenizer.token_bytes[ids].sum())
+
+    def close(self) -> None:
+        self._write(np.array([self.tokenizer.eot_id]))
+
+    def _write(self, ids: np.ndarray) -> None:
+        data = ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
+        self.stream.write(data)
+        self.sha256.update(data)
+        self.tokens += len(ids)
+        self.eots += int((ids == self.tokenizer.eot_id).sum())
+
+
+def _write_split(
+    path: pathlib.Path,
+    texts: Iterable[str],
+    tokenizer: tokenizer_lib.Tokenizer,
+    skip: set[bytes],
+    dtype: str,
+    line: progress_lib.Progress,
+) -> dict:
+    duplicates = empty = seen = 0
+    with path.open("wb") as stream:
+        writer = _Writer(stream, tokenizer, dtype)
+        batch, size = [], 0
+        for text in texts:
+            seen += 1
+            if not text:
+                empty += 1
+            elif skip and _digest(text) in skip:
+                duplicates += 1
+            else:
+                batch.append(text)
+                size += len(text)
+            if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+                writer.append(batch)
+                batch, size = [], 0
+                line.update(seen)
+        writer.append(batch)
+        writer.close()
+    line.finish(seen)
+    if not writer.documents:
+        raise errors.DataError(f"{path.stem}: no document holds any text.")
+    if writer.eots != writer.documents + 1:
+        raise errors.DataError(
+            f"data.tokenizer={tokenizer.name!r}: made the end-of-document token from "
+            f"text ({writer.eots - 1} ends in {writer.documents} documents)."
+        )
+    return {
+        "file": path.name,
+        "documents": writer.documents,
+        "tokens": writer.tokens,
+        "ends_of_document": writer.eots - 1,
+        "bytes": writer.bytes,
+        "token_bytes": writer.token_bytes,
+        "empty_dropped": empty,
+        "duplicates_of_validation_dropped": duplicates,
+        "sha256": writer.sha256.hexdigest(),
+    }
+
+
+def _tokenizer(
+    data_config: options.DataConfig, texts: "documents.Texts", held_out: set[bytes]
+) -> tokenizer_lib.Tokenizer:
+    size = tokenizer_lib.bpe_size(data_config.tokenizer)
+    if not size:
+        return tokenizer_lib.load(data_config.tokenizer)
+    # Spread over the corpus, which lies in file order.
+    stride = max(1, -(-texts.num_bytes // BPE_TRAINING_BYTES))
+
+    def some() -> Iterator[str]:
+        left = BPE_TRAINING_BYTES
+        for text in texts.sample(stride, lambda text: _digest(text) not in held_out):
+            data = text.encode("utf-8")[:left]
+            left -= len(data)
+            yield data.decode("utf-8", errors="ignore")
+            if not left:
+                return
+
+    return tokenizer_lib.train_bpe(some(), size)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Flush a directory and its files, so that a rename cannot outrun the contents."""
+    targets = [path, *(p for p in path.iterdir() if p.is_file())]
+    for target in targets:
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale(directory: pathlib.Path) -> None:
+    for old in directory.parent.glob(f".tmp-{directory.name}-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[bool]:
+    """Hold the data set's lock; yields False where the file system has none."""
+    import fcntl
+
+    with open(directory.parent / f".lock-{directory.name}", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"waiting for another process that prepares {directory}",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,83 @@
+"""Documents that begin at multiples of a number of positions: every token once, in place."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import data, errors, experiment, presets
+from memoryformer.data import layout
+
+EOT = 9
+
+
+def test_places():
+    """Red if padding is counted as tokens, or a document of full length gets some."""
+    tokens = np.array([EOT, 1, 2, 3, 4, EOT, 5, 6, 7, EOT, 8, EOT])
+    made = layout.make(tokens, EOT, 4)
+    assert made.num_places == 8 + 4 + 4  # the last token is only a target
+    index, real = made.at(np.arange(16))
+    want = [0, 1, 2, 3, 4, -1, -1, -1, 5, 6, 7, 8, 9, 10, -1, -1]
+    np.testing.assert_array_equal(np.where(real, index, -1), want)
+    for plain in (0, 1):
+        made = layout.make(tokens, EOT, plain)
+        index, real = made.at(np.arange(11))
+        np.testing.assert_array_equal(index, np.arange(11))
+        assert real.all() and made.num_places == 11
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aligned")
+    toy.corpus(folder / "corpus")
+    config = toy.run_config(folder, **{"data.align_documents": 8})
+    return data.open(experiment.resolve(config).data)
+
+
+def test_batches(dataset):
+    """Documents begin at multiples of 8, and evaluation sees every target once.
+
+    Red if a row's padding is given a weight, or a target is of the next place in the row.
+    """
+    split = dataset.validation
+    batches = split.eval_batches(32, 4)
+    parts = [batches.batch(i) for i in range(len(batches))]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    real = joined["segment_ids"] != 0
+    np.testing.assert_array_equal(real, joined["weights"] > 0)
+    np.testing.assert_array_equal(joined["targets"][real], split.tokens[1:])
+    np.testing.assert_array_equal(joined["inputs"][real], split.tokens[:-1])
+    begins = (joined["inputs"] == split.eot_id) & real
+    assert begins.sum() > 3 and not begins[:, np.arange(32) % 8 != 0].any()
+    for row in dataset.train.batches(32, 4, 0).batch(2)["segment_ids"].reshape(-1, 8):
+        assert len(set(row[row != 0])) == 1
+
+
+def test_a_chunk_with_two_documents_is_refused(tmp_path):
+    """Red if packed documents reach a memory that is carried over chunks."""
+    fields = {"model.recurrence": "rmt", "model.recurrence_chunk": 4}
+    for align in (0, 2):
+        config = toy.run_config(tmp_path, **fields, **{"data.align_documents": align})
+        with pytest.raises(
+            errors.ConfigError, match=r"inside a chunk.*documents=4"
+        ) as e:
+            experiment.resolve(config)
+        assert "\n" not in str(e.value)
+    config = toy.run_config(tmp_path, **{"data.align_documents": 3})
+    with pytest.raises(errors.ConfigError, match=r"does not divide model\.seq_len=16"):
+        experiment.resolve(config)
+
+
+@pytest.mark.parametrize("name", ["rmt", "memformer"])
+def test_presets_align(name):
+    """Red if a named experiment with a memory packs documents."""
+    run = experiment.resolve(presets.with_mixer(presets.pythia("410m"), name))
+    assert run.data.align_documents == 512 and run.model.recurrence == name
+
+
+def test_rows_must_hold_whole_chunks(dataset):
+    """Red if a chunk crosses rows."""
+    split = dataclasses.replace(dataset.train, align=8)
+    with pytest.raises(errors.ConfigError, match="align_documents=8 does not divide"):
+        split.batches(12, 2, 0)

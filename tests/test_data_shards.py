@@ -1,0 +1,301 @@
+"""Preparing: one rename, one fingerprint, the same text in one split only."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from memoryformer import data, errors
+from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import shards
+from tests import data_helpers
+
+PREPARE = (
+    "import json, sys\n"
+    "from memoryformer import data\n"
+    "print(data.prepare(data.DataConfig(**json.loads(sys.argv[1]))))\n"
+)
+
+
+def start(config):
+    fields = json.dumps({k: getattr(config, k) for k in config.__dataclass_fields__})
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARE, fields],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def documents(dataset, split):
+    """The texts of a split, recovered from its token file."""
+    tokens = np.array(getattr(dataset, split).tokens, np.int64)
+    ends = np.flatnonzero(tokens == dataset.tokenizer.eot_id)
+    assert ends[0] == 0 and ends[-1] == len(tokens) - 1
+    pairs = itertools.pairwise(ends)
+    return [dataset.tokenizer.decode(tokens[a + 1 : b]) for a, b in pairs]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return data_helpers.config(
+        tmp_path_factory.mktemp("shards"), data_helpers.texts(60)
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+    return data.open(config)
+
+
+def test_the_stream_holds_every_document_once(dataset):
+    """Red if an end of document is missing (pain: pre-tokenised data without EOD)."""
+    train, held_out = (documents(dataset, s) for s in ("train", "validation"))
+    assert sorted(train + held_out) == sorted(data_helpers.texts(60))
+    for split, texts in (("train", train), ("validation", held_out)):
+        counts = dataset.manifest["splits"][split]
+        assert counts["documents"] == counts["ends_of_document"] == len(texts)
+        assert counts["bytes"] == sum(len(text.encode()) for text in texts)
+        assert counts["bytes"] == counts["token_bytes"]
+        assert counts["tokens"] == len(getattr(dataset, split).tokens)
+
+
+def test_preparing_again_changes_nothing(dataset, config, monkeypatch):
+    """Red if prepare() writes again: the writer is taken away."""
+    monkeypatch.setattr(shards, "_write", None)
+    before = (dataset.directory / "train.bin").stat()
+    assert data.prepare(config) == dataset.directory == data.resolve_dir(config)
+    assert (dataset.directory / "train.bin").stat() == before
+
+
+def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
+    """Elsewhere, at another time, other order of creation. Red if a path is hashed."""
+    corpus = tmp_path / "elsewhere"
+    corpus.mkdir()
+    for i, text in reversed(list(enumerate(data_helpers.texts(60)))):
+        (corpus / f"{i:04d}.txt").write_text(text, encoding="utf-8")
+    config = data.DataConfig(
+        source="text",
+        path=str(corpus),
+        tokenizer="bytes",
+        validation_every=5,
+        data_dir=str(tmp_path / "cache"),
+    )
+    assert data.open(config).fingerprint == dataset.fingerprint
+    (corpus / "0001.txt").write_text("another text")
+    assert data.open(config).fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer": "bpe:300"},
+        {"validation_every": 7},
+        {"max_documents": 40},
+        {"text_field": "body"},
+    ],
+)
+def test_whatever_changes_the_data_changes_the_directory(dataset, config, change):
+    """Red if a field is left out of the request that names the directory."""
+    changed = dataclasses.replace(config, **change)
+    assert data.resolve_dir(changed) != dataset.directory
+
+
+def test_the_same_text_is_never_in_both_splits(tmp_path):
+    """Duplicates everywhere. Red if train does not skip what validation holds."""
+    texts = data_helpers.texts(40)
+    train = data_helpers.folder(tmp_path / "train", texts + texts[:20])
+    held_out = data_helpers.folder(tmp_path / "held_out", [*texts[10:15], "new one"])
+    config = data.DataConfig(
+        source="text",
+        path=str(train),
+        validation_path=str(held_out),
+        tokenizer="bytes",
+        data_dir=str(tmp_path / "cache"),
+    )
+    dataset = data.open(config)
+    in_train, in_validation = (documents(dataset, s) for s in ("train", "validation"))
+    assert not set(in_train) & set(in_validation)
+    assert sorted(in_validation) == sorted([*texts[10:15], "new one"])
+    assert len(in_train) == 60 - 10
+    counts = dataset.manifest["splits"]["train"]
+    assert counts["duplicates_of_validation_dropped"] == 10
+    hashed = data.open(
+        data.DataConfig(
+            source="text",
+            path=str(train),
+            tokenizer="bytes",
+            validation_every=4,
+            data_dir=str(tmp_path / "cache"),
+        )
+    )
+    in_train, in_validation = (documents(hashed, s) for s in ("train", "validation"))
+    assert len(in_train) + len(in_validation) == 60
+    assert not set(in_train) & set(in_validation)
+
+
+def test_the_tokenizer_never_sees_validation(tmp_path, monkeypatch):
+    """Red if BPE is trained on all documents, or on the beginning of the corpus."""
+    seen = []
+    train_bpe = shards.tokenizer_lib.train_bpe
+
+    def spy(texts, size):
+        seen.extend(texts)
+        return train_bpe(seen, size)
+
+    monkeypatch.setattr(shards.tokenizer_lib, "train_bpe", spy)
+    monkeypatch.setattr(shards, "BPE_TRAINING_BYTES", 1500)
+    texts = data_helpers.texts(60)
+    held_out = data_helpers.folder(tmp_path / "held_out", texts[::2])
+    config = data_helpers.config(
+        tmp_path, texts, tokenizer="bpe:260", validation_path=str(held_out)
+    )
+    dataset = data.open(config)
+    assert len(seen) > 2 and not set(seen) & set(texts[::2])
+    assert 500 < sum(len(text.encode()) for text in seen) <= 1500
+    assert texts.index(seen[-2]) > 40
+    assert sorted(documents(dataset, "train")) == sorted(texts[1::2])
+
+
+@pytest.mark.parametrize("moment", ["records", "train.bin"])
+def test_a_killed_preparation_leaves_no_data_set(tmp_path, moment):
+    """SIGKILL. Red if files are written straight into the final directory."""
+    texts = ["\n".join(data_helpers.texts(400, seed=i)) for i in range(60)]
+    config = data_helpers.config(tmp_path, texts, tokenizer="bpe:600")
+    process = start(config)
+    root = tmp_path / "cache"
+    deadline = time.monotonic() + 60
+    while not list(root.glob(f".tmp-*/{moment}")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not data.resolve_dir(config).exists()
+    assert list(root.glob(".tmp-*")), "killed too late to show anything"
+    directory = data.prepare(config, progress=False)
+    assert not list(root.glob(".tmp-*")), "debris stays"
+    manifest_lib.read(directory, verify=True)
+
+
+def test_processes_at_once_agree(tmp_path):
+    """Red without the lock and the rename: they would write into one directory."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(300), tokenizer="bpe:400")
+    processes = [start(config) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    directories = {output.strip() for output, _ in outputs}
+    assert directories == {str(data.resolve_dir(config))}
+    manifest_lib.read(pathlib.Path(directories.pop()), verify=True)
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+def test_without_locks_the_first_to_finish_wins(tmp_path):
+    """Red if a failed rename is an error although the data set is there."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(40))
+    directory = data.prepare(config)
+    shards._prepare_into(directory, config, progress=False)
+    manifest_lib.read(directory, verify=True)
+    assert not list(directory.parent.glob(".tmp-*"))
+
+
+def test_a_prepared_directory_can_move(dataset, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.directory, copy)
+    opened = data.open(data.DataConfig(source="prepared", path=str(copy)))
+    assert opened.fingerprint == dataset.fingerprint
+    assert opened.tokenizer.encode("a") == dataset.tokenizer.encode("a")
+
+
+def test_damaged_directories_are_one_line(dataset, tmp_path):
+    """Red if a size, hash or fingerprint is not compared."""
+
+    def edit(path, old, new):
+        path.write_text(path.read_text().replace(old, new))
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(content)
+
+    def cut(path):
+        os.truncate(path, path.stat().st_size - 2)
+
+    cases = [
+        ("train.bin", cut, "bytes, but the manifest says", False),
+        ("validation.bin", pathlib.Path.unlink, "missing, but the manifest", False),
+        ("train.bin", flip, "sha256 is not the manifest's", True),
+        ("manifest.json", cut, "manifest.json: damaged", False),
+        ("manifest.json", pathlib.Path.unlink, "holds no manifest.json", False),
+        (
+            "manifest.json",
+            lambda p: edit(p, '"documents": ', '"documents": 1'),
+            "edited",
+            False,
+        ),
+        (
+            "tokenizer.json",
+            lambda p: edit(p, "<eot>", "<eos>"),
+            "not the tokenizer",
+            False,
+        ),
+    ]
+    for number, (name, damage, message, verify) in enumerate(cases):
+        copy = tmp_path / str(number)
+        shutil.copytree(dataset.directory, copy)
+        damage(copy / name)
+        with pytest.raises(errors.DataError, match=message) as caught:
+            data.open_directory(copy, verify=verify)
+        assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_a_model_with_too_small_a_vocabulary_is_refused(config):
+    """Red if expected_vocab_size is ignored; the lookup would clamp silently."""
+    data.open(config, expected_vocab_size=257)
+    data.open(config, expected_vocab_size=512)
+    message = r"model.vocab_size=256: the tokenizer 'bytes' has 257 tokens"
+    with pytest.raises(errors.ConfigError, match=message):
+        data.open(config, expected_vocab_size=256)
+
+
+def test_an_id_outside_the_vocabulary_is_not_written(tmp_path, monkeypatch):
+    """Red if ids go to disk unchecked: as uint16, 65536 becomes 0."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(40))
+    encode = shards.tokenizer_lib.Tokenizer.encode_batch
+
+    def broken(self, texts):
+        return [[*ids, 65536] for ids in encode(self, texts)]
+
+    monkeypatch.setattr(shards.tokenizer_lib.Tokenizer, "encode_batch", broken)
+    with pytest.raises(errors.DataError, match=r"token id 65536 is outside .* 257"):
+        data.prepare(config)
+    assert not data.resolve_dir(config).exists()
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMORYFORMER_DATA", str(tmp_path / "environment"))
+    assert data.cache_root(data.DataConfig()) == tmp_path / "environment"
+    given = data.DataConfig(data_dir=str(tmp_path / "given"))
+    assert data.cache_root(given) == tmp_path / "given"
+    monkeypatch.delenv("MEMORYFORMER_DATA")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_root(data.DataConfig()) == tmp_path / ".cache/memoryformer"
+    with pytest.raises(errors.ConfigError, match="local or mounted"):
+        data.cache_root(data.DataConfig(data_dir="gs://bucket"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = data_helpers.config(tmp_path, data_helpers.texts(10))
+    blocked = dataclasses.replace(config, data_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(errors.StorageError, match="cannot be written"):
+        data.prepare(blocked)

@@ -1,0 +1,154 @@
+"""Yardsticks against a plain-Python oracle, and the command line around the data."""
+
+import collections
+import json
+import math
+import random
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from memoryformer import data
+from memoryformer.data import yardsticks
+from tests import data_helpers
+
+
+def oracle(train, text, max_order):
+    """Witten-Bell straight from its definition, with dictionaries."""
+    successors = collections.defaultdict(collections.Counter)
+    for start in range(len(train) - max_order + 1):
+        for order in range(1, max_order + 1):
+            gram = train[start : start + order]
+            successors[gram[:-1]][gram[-1]] += 1
+
+    def probability(context, byte):
+        shorter = probability(context[1:], byte) if context else 1 / 256
+        seen = successors.get(context)
+        if not seen:
+            return shorter
+        kinds = len(seen)
+        return (seen[byte] + kinds * shorter) / (sum(seen.values()) + kinds)
+
+    bits = []
+    for order in range(1, max_order + 1):
+        nats = sum(
+            math.log(probability(text[max(0, i - order + 1) : i], text[i]))
+            for i in range(len(text))
+        )
+        bits.append(-nats / math.log(2) / len(text))
+    return bits
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ngrams_equal_the_definition(seed):
+    """Red if types are counted as tokens, or a context is cut on the wrong side."""
+    rng = random.Random(seed)
+    words = [rng.randbytes(3), b"abab", b"the ", b"\0\0", b"\xff"]
+    train = b"".join(rng.choices(words, k=150))
+    text = b"".join(rng.choices([*words, b"new"], k=60))
+    assert yardsticks.ngram_bits(train, text) == pytest.approx(
+        oracle(train, text, yardsticks.MAX_ORDER), rel=1e-12
+    )
+
+
+def test_an_ngram_model_is_a_distribution():
+    """The probabilities of all 256 next bytes add up to 1 (red if T(h) is dropped)."""
+    train = b"abracadabra " * 20
+    total = 0.0
+    for byte in range(256):
+        text = b"abracad" + bytes([byte])
+        context = yardsticks.ngram_bits(train, text[:-1], 3)[-1] * 7
+        whole = yardsticks.ngram_bits(train, text, 3)[-1] * 8
+        total += 2 ** (context - whole)
+    assert total == pytest.approx(1, rel=1e-9)
+
+
+def test_compressors_see_what_they_should():
+    """Red if xz-after-train does not see train, or sees too little of it."""
+    rng = random.Random(0)
+    train = rng.randbytes(200_000)
+    seen_before = train[20_000:60_000]
+    result = yardsticks.compute(train, seen_before)
+    assert result["zlib_6"] == len(zlib.compress(seen_before, 6)) / len(seen_before) * 8
+    assert result["xz_6"] > 7.9 and result["bz2_9"] > 7.9
+    assert 0 < result["xz_6_after_train"] < 0.1
+    assert result["ngram_7"] < result["ngram_2"]
+
+
+def test_measuring_uses_the_documents_and_is_kept(tmp_path, monkeypatch):
+    """Red if the end-of-document token becomes text, or the cache ignores the data."""
+    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(60)))
+    seen = []
+    compute = yardsticks.compute
+    monkeypatch.setattr(
+        yardsticks, "compute", lambda *args: seen.append(args) or compute(*args)
+    )
+    result = yardsticks.measure(dataset)
+    train, validation = seen[0]
+    splits = dataset.manifest["splits"]
+    assert len(train) == splits["train"]["bytes"] == result["train_bytes"]
+    assert len(validation) == splits["validation"]["bytes"]
+    joined = (train + validation).decode()
+    assert all(text in joined for text in data_helpers.texts(60))
+    assert yardsticks.measure(dataset) == result and len(seen) == 1
+    path = dataset.directory / "yardsticks.json"
+    path.write_text(path.read_text().replace(dataset.fingerprint, "another"))
+    assert yardsticks.measure(dataset) == result and len(seen) == 2
+    assert "zlib_6" in yardsticks.table(result)
+
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({{
+        "data": {{"source": "text", "path": {path!r}, "data_dir": {cache!r},
+                  "tokenizer": "bytes", "validation_every": 5}},
+        "model": {{"seq_len": 600}}, "train": {{"batch_size": 3, "seed": 1}},
+    }})
+"""
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "memoryformer.data", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_commands(tmp_path):
+    """inspect shows counts and segments; errors are one line with their exit code."""
+    corpus = data_helpers.folder(tmp_path / "corpus", data_helpers.texts(60))
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(path=str(corpus), cache=str(tmp_path / "cache")))
+    shown = command("inspect", f"--config={config}", "--verify")
+    assert shown.returncode == 0, shown.stderr
+    directory = shown.stdout.split()[1]
+    dataset = data.open_directory(directory)
+    counts = dataset.manifest["splits"]["train"]
+    assert (
+        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
+        in shown.stdout
+    )
+    assert f"{counts['documents']:,} ends of document" in shown.stdout
+    assert f"{dataset.fingerprint} (verified)" in shown.stdout
+    assert "first batch: 3 x 600, seed 1" in shown.stdout
+    row = dataset.train.batches(600, 3, 1).batch(0)["segment_ids"][0]
+    assert f"row 0 segment {row.max()}: columns" in shown.stdout
+    assert "'document" in shown.stdout and "-> <eot>" in shown.stdout
+
+    measured = command("yardsticks", f"--config={config}", "--json")
+    assert json.loads(measured.stdout) == yardsticks.measure(dataset)
+
+    corpus.rename(tmp_path / "gone")
+    for arguments, code, words in (
+        (["inspect", f"--config={config}"], 46, "no such file or folder"),
+        (["inspect", "--config=missing.py"], 2, "no such file"),
+    ):
+        failed = command(*arguments)
+        assert failed.returncode == code, failed.stderr
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert words in failed.stderr
