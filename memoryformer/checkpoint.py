@@ -1,0 +1,402 @@
+"""Checkpoints: Orbax writes them in the background, a manifest makes them trustworthy.
+
+    workdir/checkpoints/<step>/state/...   Orbax (v0), any number of devices and processes
+    workdir/checkpoints/<step>/MANIFEST    SHA-256 of every file above, shape and dtype of
+                                           every leaf, config, data fingerprint, versions
+
+A step counts once its manifest is there, and is restored only if every file still agrees
+with it. Orbax alone restores most flipped bits without a word, reports a save that failed
+on a full disk as done, and forgets a save that was not waited for.
+
+Start at `Checkpointer` (training) or `load` (everything else).
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+from memoryformer import drift, integrity, leaves, processes
+from memoryformer.errors import ConfigError, StorageError
+from memoryformer.notation import Params
+
+FOLDER = "checkpoints"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
+
+    every_steps: int = 1000  # 0 = off
+    every_minutes: float = 0.0  # 0 = off
+    keep: int = 2
+    keep_every: int = 0  # 0 = off
+
+    def __post_init__(self):
+        least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise ConfigError(
+                    f"checkpoint.{name}={value}: must be {bound} or more."
+                )
+
+
+class Checkpointer:
+    """Save and restore the training state of one run; a context manager.
+
+    `run_config` is the resolved config and `data_fingerprint` names the data; both are
+    stored with every step, and a step written under others is refused (see `drift`)
+    unless `allow` holds the fields that differ; `complete` fills a stored config in with
+    the fields that it was written without. Every process makes one and calls the
+    same methods at the same steps; process 0 writes manifests and deletes.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: CheckpointConfig,
+        *,
+        run_config: Mapping[str, Any],
+        data_fingerprint: str,
+        allow: Collection[str] = (),
+        complete: Callable[[dict], dict] = dict,
+    ):
+        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        self._config = config
+        self._facts = {
+            "config": drift.plain(run_config),
+            "data_fingerprint": data_fingerprint,
+            "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        }
+        self._allow = allow
+        self._complete = complete
+        self._chief = processes.is_chief()
+        self._damaged: set[int] = set()
+        self._current: int | None = None  # the step whose state this run holds on disk
+        self._finaliser: threading.Thread | None = None
+        self._failure: StorageError | None = None
+        self._last_save = time.monotonic()
+        logging.getLogger("absl").addFilter(_is_not_a_dump)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._chief:
+                self._remove_debris()
+            processes.barrier("checkpoints")  # every process must see the same steps
+            options = ocp.CheckpointManagerOptions(save_root_metadata=False)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise StorageError(
+                f"{self.directory}: cannot be written: {_first_line(error)}."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a manifest, ascending."""
+        return _finished(self.directory)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return what the manifest of `step` says: config, data_fingerprint, leaves, ..."""
+        return integrity.facts(self.directory / str(step))
+
+    def should_save(self, step: int) -> bool:
+        """Whether it is time, by steps or by minutes; never for the step already saved."""
+        if step == self._current:
+            return False
+        if self._config.every_steps and step % self._config.every_steps == 0:
+            return True
+        if not self._config.every_minutes:
+            return False
+        due = time.monotonic() - self._last_save >= 60 * self._config.every_minutes
+        if jax.process_count() == 1:
+            return due
+        # Clocks differ: process 0 decides, now and then, since it costs a round trip.
+        return step % 10 == 0 and bool(processes.from_chief(due))
+
+    def preflight(self, state: Any) -> None:
+        """Raise `StorageError` if the disk cannot hold `keep` + 2 states.
+
+        `keep` stay, one is being written and one not yet deleted. What checkpoints take
+        up already counts as free; `keep_every` steps come on top and are not counted.
+        """
+        one = leaves.total_bytes(state)
+        need = one * (self._config.keep + 2)
+        free = shutil.disk_usage(self.directory).free + integrity.size(self.directory)
+        if self._chief and free < need:
+            raise StorageError(
+                f"{self.directory}: {free / 2**30:.2f} GiB free, checkpoints need "
+                f"{need / 2**30:.2f} GiB (checkpoint.keep={self._config.keep} plus 2, "
+                f"{one / 2**30:.2f} GiB each); free some space or lower checkpoint.keep."
+            )
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
+        """Start saving `state` as `step`; return False if it is there already.
+
+        Blocks for the copy to the host, and for the save before if that still runs. What
+        an earlier run left under the same step (damaged, or of a future given up by
+        restoring an older step) is replaced. Raises `StorageError`.
+        """
+        self.wait()
+        if step == self._current:
+            return False
+        target = self.directory / str(step)
+        facts = self._facts | {"step": step, "leaves": leaves.describe(state)}
+        try:
+            if self._chief and target.exists():
+                integrity.remove(target)
+            self._damaged.discard(step)
+            processes.barrier(f"replace {step}")
+            self._manager.reload()
+            # Without `force` Orbax skips a step below its newest, and says nothing.
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            self._failure = self._failed(step, error)
+            raise self._failure from error
+        self._finaliser = threading.Thread(
+            target=self._finalise, args=(step, facts), name=f"checkpoint-{step}"
+        )
+        self._finaliser.start()
+        self._current = step
+        self._last_save = time.monotonic()
+        if wait:
+            self.wait()
+        return True
+
+    def check(self) -> None:
+        """Raise `StorageError` if a save has failed. Costs nothing: call it every step."""
+        if self._finaliser is not None and not self._finaliser.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in progress. Raises `StorageError` if it failed."""
+        if self._finaliser is not None:
+            self._finaliser.join()
+            self._finaliser = None
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Wait, then read the last step again: success only if it is whole on disk."""
+        try:
+            self.wait()
+        finally:
+            # Orbax raises the error of a failed save once more; `wait` has told it.
+            with contextlib.suppress(*([Exception] if self._failure else [])):
+                self._manager.close()
+        if self._chief and self._current is not None:
+            integrity.verify(self.directory / str(self._current))
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, exception: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except StorageError as error:
+            if exception is None:
+                raise
+            if error is not exception:  # never hide what ended the run
+                processes.say(f"error: {error}")
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Restore the newest whole step: (step, state), or None where nothing was saved.
+
+        Damaged and unfinished steps are skipped with one line each on standard error.
+        Raises `StorageError` if there are finished steps and all are damaged.
+        """
+        damaged, finished = [], self.steps()
+        for step in reversed(_numbered(self.directory)):
+            if step not in finished:
+                processes.say(
+                    f"checkpoint {step}: skipped, its save was never finished."
+                )
+                continue
+            try:
+                return step, self.restore(step, abstract_state)
+            except integrity.DamagedError as error:
+                damaged.append(step)
+                processes.say(f"checkpoint {step}: skipped, damaged: {error}")
+        if damaged:
+            raise StorageError(
+                f"{self.directory}: every checkpoint is damaged (steps {_list(damaged)}); "
+                "restore a copy, or delete the directory to start from scratch."
+            )
+        return None
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """Restore one step with the shapes, dtypes and shardings of `abstract_state`.
+
+        Leaves are `jax.ShapeDtypeStruct`s (with a sharding, for more than one device) or
+        arrays. Raises `ConfigError` naming what differs in config, data or leaves,
+        `DamagedError`, or `StorageError` if the step is not there.
+        """
+        target = _existing(self.directory, step)
+        problem = ""
+        if self._chief:
+            try:
+                integrity.verify(target)
+            except integrity.DamagedError as error:
+                problem = str(error)
+        if processes.from_chief(bool(problem)):
+            self._damaged.add(step)
+            raise integrity.DamagedError(problem or f"{target}: found by process 0.")
+        self._compare(step, abstract_state)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(
+                        jax.tree.map(leaves.abstract, abstract_state)
+                    )
+                ),
+            )
+        except Exception as error:
+            raise StorageError(
+                f"{target}: cannot be restored: {_first_line(error)}."
+            ) from error
+        self._current = step
+        return restored["state"]
+
+    def _finalise(self, step: int, facts: dict[str, Any]) -> None:
+        """In a thread: wait for Orbax's commit, write the manifest, delete what is old."""
+        try:
+            self._manager.wait_until_finished()
+            if self._chief:
+                integrity.write(self.directory / str(step), facts)
+                self._retain(step)
+        except BaseException as error:
+            self._failure = self._failed(step, error)
+
+    def _retain(self, newest: int) -> None:
+        """Delete all but the newest `keep` and the `keep_every` ones, whole or not."""
+        whole = [s for s in self.steps() if s <= newest and s not in self._damaged]
+        kept = set(whole[-self._config.keep :])
+        if self._config.keep_every:
+            kept |= {s for s in whole if s % self._config.keep_every == 0}
+        for step in _numbered(self.directory):
+            if step in kept:
+                continue
+            if step > newest:
+                processes.say(
+                    f"checkpoint {step}: deleted, the run went on from an older one."
+                )
+            integrity.remove(self.directory / str(step))
+
+    def _remove_debris(self) -> None:
+        """Delete what killed saves and killed deletions have left."""
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            processes.say(
+                f"checkpoint {path.name.split('.')[0]}: unfinished save removed."
+            )
+            shutil.rmtree(path)
+        finished = self.steps()
+        for step in set(_numbered(self.directory)) - set(finished):
+            if finished and step < finished[-1]:
+                integrity.remove(self.directory / str(step))
+
+    def _failed(self, step: int, error: BaseException) -> StorageError:
+        """Tidy up after a failed save, which would keep a full disk full."""
+        if self._chief:
+            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        failure = StorageError(
+            f"{self.directory / str(step)}: saving failed: {_first_line(error)}."
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _compare(self, step: int, abstract_state: Any) -> None:
+        """Raise `ConfigError` if `step` is of another config, data or model."""
+        facts = self.facts(step)
+        saved = self._complete(facts["config"])
+        saved["data_fingerprint"] = facts["data_fingerprint"]
+        ours = dict(self._facts["config"])
+        ours["data_fingerprint"] = self._facts["data_fingerprint"]
+        changes = drift.check(saved, ours, self._allow)
+        if changes:
+            processes.say(f"checkpoint {step}: going on under a changed config:")
+            processes.say(drift.describe(changes))
+        leaves.compare(facts["leaves"], leaves.describe(abstract_state), step)
+
+
+def load(
+    workdir: str | os.PathLike, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Params]:
+    """Load (config, params) of a run: the newest step, or `step`.
+
+    params is a nested dict of numpy arrays with string keys; no model, mesh or device is
+    needed. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
+    """
+    target = _existing(pathlib.Path(workdir).absolute() / FOLDER, step)
+    facts = integrity.verify(target)
+    abstract = leaves.nested(facts["leaves"], "params")
+    restore_args = jax.tree.map(
+        lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            target / "state",
+            args=ocp.args.PyTreeRestore(
+                item=abstract, restore_args=restore_args, partial_restore=True
+            ),
+        )
+    return ml_collections.ConfigDict(_tuples(facts["config"])), restored["params"]
+
+
+def facts(workdir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+    """Return what the manifest of a step says (None: the newest); see `load`."""
+    return integrity.facts(_existing(pathlib.Path(workdir).absolute() / FOLDER, step))
+
+
+def _existing(directory: pathlib.Path, step: int | None) -> pathlib.Path:
+    """Return the directory of a finished step (None: the newest) or say what there is."""
+    if not directory.is_dir():
+        raise StorageError(f"--workdir: there is no directory {directory}.")
+    steps = _finished(directory)
+    if not steps:
+        raise StorageError(f"{directory}: holds no finished checkpoint.")
+    if step is not None and step not in steps:
+        raise StorageError(f"{directory}: no step {step}; there are {_list(steps)}.")
+    return directory / str(steps[-1] if step is None else step)
+
+
+def _numbered(directory: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+
+
+def _finished(directory: pathlib.Path) -> list[int]:
+    return [s for s in _numbered(directory) if integrity.exists(directory / str(s))]
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_not_a_dump(record: logging.LogRecord) -> bool:
+    # Orbax logs pages of traceback for an error that it raises and we report in a line.
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    # The operating system's reason comes last, behind several long paths.
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-170:]}"
+
+
+def _list(steps: list[int]) -> str:
+    return ", ".join(map(str, sorted(steps)))

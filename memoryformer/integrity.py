@@ -1,0 +1,117 @@
+"""Manifests: what makes a checkpoint directory whole, and proof that it still is.
+
+A manifest lists every file of a directory with its size and SHA-256, beside any facts
+worth keeping. It is written last and moved into place in one step, so a directory with a
+manifest was complete; a directory without one is not whole. Its first line is the SHA-256
+of the rest: a flipped bit in the manifest is found like one in the data.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from memoryformer.errors import StorageError
+
+MANIFEST = "MANIFEST"
+
+
+class DamagedError(StorageError):
+    """A file is missing, cut short or changed since its manifest was written."""
+
+
+def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Hash every file under `directory`, flush it to the disk and write the manifest.
+
+    A file system that delays allocation reports a full disk only at the flush, so the
+    flush comes before anything older may be deleted on the strength of this manifest.
+    """
+    files = {
+        name: [(directory / name).stat().st_size, _sha256(directory / name, flush=True)]
+        for name in _files(directory)
+    }
+    body = json.dumps({"facts": facts, "files": files}, sort_keys=True).encode()
+    fresh = directory / f"{MANIFEST}.tmp"
+    with fresh.open("wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, directory / MANIFEST)
+
+
+def exists(directory: pathlib.Path) -> bool:
+    """Whether the directory was complete once."""
+    return (directory / MANIFEST).is_file()
+
+
+def facts(directory: pathlib.Path) -> dict[str, Any]:
+    """Return the facts of the manifest. Raises `DamagedError`; looks at no other file."""
+    return _read(directory)["facts"]
+
+
+def verify(directory: pathlib.Path) -> dict[str, Any]:
+    """Return the facts of the manifest after reading and comparing every file.
+
+    Raises `DamagedError` naming the first file that is missing, shorter or different.
+    """
+    manifest = _read(directory)
+    files = manifest["files"]
+    for name, (size, _) in files.items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError as error:
+            raise DamagedError(f"{directory / name}: missing.") from error
+        if found != size:
+            raise DamagedError(f"{directory / name}: {found} bytes, was {size}.")
+
+    def differs(item: tuple[str, list]) -> bool:
+        name, (_, digest) = item
+        try:
+            return _sha256(directory / name) != digest
+        except OSError:
+            return True  # unreadable is damaged, whatever the reason
+
+    # hashlib lets other threads run: several files are read at once.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for name, bad in zip(files, pool.map(differs, files.items()), strict=True):
+            if bad:
+                raise DamagedError(f"{directory / name}: changed since it was written.")
+    return manifest["facts"]
+
+
+def remove(directory: pathlib.Path) -> None:
+    """Delete a directory; killed in the middle, what is left is no longer whole."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def size(directory: pathlib.Path) -> int:
+    """Return the bytes of all files under `directory`; 0 where it does not exist."""
+    return sum((directory / name).stat().st_size for name in _files(directory))
+
+
+def _read(directory: pathlib.Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise DamagedError(f"{path}: missing or unreadable.") from error
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise DamagedError(f"{path}: changed since it was written.")
+    return json.loads(body)
+
+
+def _files(directory: pathlib.Path) -> list[str]:
+    paths = (p for p in directory.rglob("*") if p.is_file())
+    names = (p.relative_to(directory).as_posix() for p in paths)
+    return sorted(n for n in names if n not in (MANIFEST, f"{MANIFEST}.tmp"))
+
+
+def _sha256(path: pathlib.Path, *, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""What a checkpoint says about the leaves of a state: path, shape, dtype.
+
+Enough to refuse a state of another model by the name of the first leaf that differs, and
+to read the parameters back without the model. Leaves are arrays or abstract values.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from memoryformer.errors import ConfigError
+
+Leaf = list[Any]  # [[key, ...], [size, ...], dtype], as JSON gives it back
+
+
+def describe(state: Any) -> list[Leaf]:
+    """Return [[path keys], [shape], dtype] of every leaf, in the order of the tree."""
+    return [
+        [
+            jax.tree_util.keystr(path, simple=True, separator="\0").split("\0"),
+            list(x.shape),
+            str(x.dtype),
+        ]
+        for path, x in jax.tree.leaves_with_path(state)
+    ]
+
+
+def compare(saved: Iterable[Leaf], wanted: Iterable[Leaf], step: int) -> None:
+    """Raise `ConfigError` at the first leaf that differs in name, shape or dtype."""
+    old, new = _by_name(saved), _by_name(wanted)
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name, "absent"), new.get(name, "absent")
+        if was != now:
+            raise ConfigError(
+                f"checkpoint {step} is of another model or optimizer: {name} is {was} "
+                f"there and {now} here; use its config, or a new --workdir."
+            )
+
+
+def nested(described: Iterable[Leaf], root: str) -> dict[str, Any]:
+    """Return {root: abstract values of the leaves under that key} as nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, shape, dtype in described:
+        if path[0] != root:
+            continue
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
+    return tree
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding; without one, this process's first device."""
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:  # or Orbax would ask for the devices it was saved on
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def total_bytes(state: Any) -> int:
+    """Return the bytes of all leaves, whatever devices they are spread over."""
+    return sum(
+        math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state)
+    )
+
+
+def _by_name(described: Iterable[Leaf]) -> dict[str, str]:
+    return {
+        "/".join(path): f"{dtype}[{', '.join(map(str, shape))}]"
+        for path, shape, dtype in described
+    }
