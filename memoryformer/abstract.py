@@ -1,0 +1,148 @@
+"""A run in shapes only: its train step traced and lowered, with no array and no device.
+
+The step is the very one that `trainer` runs, for devices that are there, for those of
+`targets` that are not, or for an abstract mesh of any number. Start at `trace`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+
+from memoryformer import evaluation, experiment, mixers, optimizer, trainer
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+
+
+def device_sharding(
+    run: experiment.Experiment, devices: Sequence[jax.Device] | range
+) -> sharding_lib.Sharding:
+    """Return the run's sharding over `devices`, or over an abstract mesh for `range(n)`.
+
+    A single device that is not this machine's gets a mesh of size 1: without one, jax would
+    compile for the default device.
+    """
+    striped = mixers.takes_any_order(run.model)
+    made = sharding_lib.make(run.mesh, devices, striped=striped)
+    local = isinstance(devices, range) or devices[0].platform == jax.default_backend()
+    if made.mesh is None and not local:
+        mesh = jax.make_mesh((1,), ("data",), devices=devices[:1])
+        return sharding_lib.Sharding(mesh, sharding_lib.ShardingSpecs())
+    return made
+
+
+def trace(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding
+) -> tuple[trainer.TrainState, jax.stages.Traced]:
+    """Trace the trainer's step; returns the abstract state, and what can be lowered.
+
+    Raises `ConfigError` where run and mesh do not fit together.
+    """
+    # Outside the mesh: on devices that are not there, nothing can be computed.
+    programs = trainer.programs(run, sharding)
+    hyper = jax.eval_shape(lambda: optimizer.hyperparams(run.optimizer))
+    with sharding.activate():
+        traced = programs.train_step.trace(
+            programs.abstract, batch(run, sharding), hyper
+        )
+    return programs.abstract, traced
+
+
+def state(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding
+) -> trainer.TrainState:
+    """Return the shapes and places of what a checkpoint holds."""
+    return trainer.programs(run, sharding).abstract
+
+
+def trace_forward(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding
+) -> jax.stages.Traced:
+    """Trace the evaluation step, on a batch of training's size."""
+    programs = trainer.programs(run, sharding)
+    with sharding.activate():
+        return programs.eval_step.trace(programs.abstract.params, batch(run, sharding))
+
+
+def lower(
+    traced: jax.stages.Traced, sharding: sharding_lib.Sharding
+) -> jax.stages.Lowered:
+    """Lower what `trace` returned."""
+    with sharding.activate():
+        return traced.lower()
+
+
+def batch(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a training batch, as the data's batches have them."""
+    place = None
+    if sharding.mesh:
+        place = NamedSharding(sharding.mesh, sharding.specs.batch_bl)
+    shape = (run.train.batch_size, run.model.seq_len)
+    integers = ("inputs", "targets", "positions", "segment_ids")
+    dtypes = dict.fromkeys(integers, jnp.int32) | {"weights": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for name, dtype in dtypes.items()
+    }
+
+
+def mesh_shape(sharding: sharding_lib.Sharding) -> dict[str, int]:
+    """Axis -> size; empty without a mesh."""
+    return dict(sharding.mesh.shape) if sharding.mesh else {}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of abstract arrays."""
+
+    def size(x):
+        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def activation_bytes(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding
+) -> int:
+    """Estimate what the forward pass of a microbatch keeps for the gradient, per device.
+
+    From traces of one and of two blocks on one device, as if all of it were split over
+    `model`; codes and scores are not, so that with that axis this is a little low.
+    """
+    rows = run.train.batch_size // run.train.num_microbatches
+    rows = max(rows // sharding.axis_size("data"), 1)
+    length = run.model.seq_len // sharding.axis_size("sequence")
+    rows_of = {
+        name: jax.ShapeDtypeStruct((rows, length), x.dtype)
+        for name, x in batch(run, sharding).items()
+    }
+    one, two = (_kept_bytes(run, layers, rows_of) for layers in (1, 2))
+    total = one + (two - one) * (run.model.num_layers - 1)
+    return max(total, 0) // sharding.axis_size("model")
+
+
+def _kept_bytes(run, num_layers, rows):
+    """Bytes of what `vjp` closes over, without the parameters themselves."""
+    model = dataclasses.replace(run.model, num_layers=num_layers)
+    params = jax.eval_shape(lambda: model_lib.init(model))
+
+    def pull(params, rows, step):
+        nats = lambda p: evaluation.batch_nats(model, p, rows, step)  # noqa: E731
+        return jax.vjp(nats, params)[1]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    kept = jax.eval_shape(pull, params, rows, step)
+    sizes = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
+    own = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in sizes]
+    return sharding_lib.num_bytes(own)
+
+
+def is_abstract(sharding: sharding_lib.Sharding) -> bool:
+    """Whether nothing can be compiled for this mesh."""
+    return isinstance(sharding.mesh, AbstractMesh)

@@ -1,0 +1,66 @@
+"""What a run is about to do, told at its start: its config, and what is new in it.
+
+    model: vocab_size=4096 embed_dim=128 num_layers=3 ...
+    changed from configs/quickstart.py:
+      train.seed: 0 -> 1
+    changed since the last run in runs/mine:
+      train.log_every: 10 -> 50
+
+Start at `text`; `dump` is the form in which shipped configs are reviewed.
+"""
+
+import json
+import pathlib
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from memoryformer import config as config_lib
+from memoryformer import drift, experiment
+from memoryformer.errors import ConfigError
+
+WIDTH = 100
+
+
+def text(config: Mapping[str, Any], preset: str, workdir: pathlib.Path | str) -> str:
+    """Return the resolved config, and its changes from the file `preset` and in `workdir`.
+
+    `preset` is FILE[:ARGUMENT]. Raises `ConfigError` for a config that cannot be.
+    """
+    resolved = experiment.complete(config)
+    lines = []
+    for section, fields in resolved.items():
+        shown = str(fields)
+        if isinstance(fields, Mapping):
+            shown = " ".join(f"{key}={value!r}" for key, value in fields.items())
+        lines += textwrap.wrap(
+            f"{section}: {shown}", WIDTH, subsequent_indent="  ", break_long_words=False
+        )
+    # As written: the file alone may lack what the command line must give.
+    lines += _changes(config_lib.load(preset), config, f"from {preset}")
+    last = _last(pathlib.Path(workdir))
+    if last is not None:
+        lines += _changes(last, resolved, f"since the last run in {workdir}")
+    return "\n".join(lines)
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """Return a config as one sorted line per field: 'model.embed_dim = 128'."""
+    flat = config_lib.flatten(config)
+    return "".join(f"{key} = {flat[key]!r}\n" for key in sorted(flat))
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], whence: str) -> list[str]:
+    changes = drift.drift(old, new)
+    if not changes:
+        return [f"nothing changed {whence}"]
+    return [f"changed {whence}:", *drift.describe(changes).split("\n")]
+
+
+def _last(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config that the last run in `workdir` left, if there is one and it is whole."""
+    try:
+        stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        return experiment.complete(stored)
+    except (OSError, json.JSONDecodeError, ConfigError):
+        return None

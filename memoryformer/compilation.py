@@ -1,0 +1,72 @@
+"""The cache of compiled programs: a run that starts again does not compile again.
+
+Start at `use_cache`.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from memoryformer.errors import ConfigError
+
+DEFAULT = "~/.cache/memoryformer/compiled"
+OFF = "off"
+
+_chosen: str | None = None  # by `use_cache`, so that a later run can choose otherwise
+
+
+def use_cache(directory: str) -> str:
+    """Keep compiled programs below `directory`, or nowhere ('off'); say what was done.
+
+    What the environment says (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)
+    comes first. Programs for CPUs are kept apart by kind of CPU: a home directory may be
+    shared by several. Raises `ConfigError` for a directory that cannot be made.
+    """
+    global _chosen
+    present = jax.config.jax_compilation_cache_dir
+    if not jax.config.jax_enable_compilation_cache:
+        return "compiled programs are not kept: JAX_ENABLE_COMPILATION_CACHE is off"
+    if present and present != _chosen:
+        return f"compiled programs are kept in {present}, as JAX is configured"
+    wanted = None if directory == OFF else _folder(directory)
+    if wanted != present:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", wanted)
+        _chosen = wanted
+    if wanted is None:
+        return "compiled programs are not kept"
+    return f"compiled programs are kept in {wanted} (train.compilation_cache)"
+
+
+def _folder(directory):
+    folder = pathlib.Path(directory).expanduser()
+    if jax.default_backend() == "cpu":
+        folder /= f"cpu-{_cpu_kind()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"train.compilation_cache={directory!r}: {error.strerror}; name a directory "
+            f"that can be written, or {OFF!r}."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"train.compilation_cache={directory!r}: cannot be written; name another "
+            f"directory, or {OFF!r}."
+        )
+    return str(folder)
+
+
+def _cpu_kind():
+    """A short name of the instructions that this machine's CPU knows."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    flags = [
+        line for line in lines if line.startswith(("flags", "Features", "model name"))
+    ]
+    text = "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,160 @@
+"""A whole experiment: every section of a config as a frozen dataclass, checked together.
+
+Nothing behind `resolve` sees a ConfigDict. Start there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from memoryformer import checkpoint, compilation, data, metrics, optimizer, recurrence
+from memoryformer import config as config_lib
+from memoryformer.errors import ConfigError
+from memoryformer.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, and what to do about numbers that are not finite."""
+
+    num_steps: int
+    batch_size: int  # sequences of one optimizer step, over all devices
+    num_microbatches: int = 1  # gradient accumulation; must divide the device's share
+    seed: int = 0  # of the parameters and of the order of the data
+    log_every: int = 10
+    nonfinite: str = "halt"  # halt | skip the update
+    max_skipped: int = 10  # consecutive skipped updates before halting all the same
+    spike_sigmas: float = 0.0  # skip updates that leap out this far (`spikes`); 0 = off
+    spike_window: int = 128  # ... out of this many steps
+    # Where compiled programs are kept for the next start; 'off': nowhere (`compilation`).
+    compilation_cache: str = compilation.DEFAULT
+    # Seconds before a phase counts as hanging (`watchdog`); 0 = no limit.
+    first_step_timeout: float = 7200.0  # with its compilation
+    step_timeout: float = 1800.0
+    evaluation_timeout: float = 3600.0  # of one batch: the first one compiles
+    checkpoint_timeout: float = 7200.0
+
+    def __post_init__(self):
+        positive = ("num_steps", "batch_size", "num_microbatches", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be >= 1.")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"train.seed={self.seed}: must be in [0, 2^31).")
+        if not self.compilation_cache:
+            raise ConfigError(
+                "train.compilation_cache='': name a directory, or 'off' for none."
+            )
+        config_lib.choose(self.nonfinite, ("halt", "skip"), "train.nonfinite")
+        if self.spike_sigmas < 0 or self.spike_window < 2:
+            raise ConfigError(
+                f"train.spike_sigmas={self.spike_sigmas} must be >= 0, "
+                f"train.spike_window={self.spike_window} >= 2."
+            )
+        for phase, seconds in self.timeouts.items():
+            if seconds < 0:
+                raise ConfigError(
+                    f"train.{phase}_timeout={seconds}: must be >= 0 (0 = no limit)."
+                )
+
+    @property
+    def timeouts(self) -> dict[str, float]:
+        """Seconds that each phase of the loop may take."""
+        suffix = "_timeout"
+        return {
+            name.removesuffix(suffix): value
+            for name, value in vars(self).items()
+            if name.endswith(suffix)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """When to evaluate during training, and on how much; eval.py reads all the text."""
+
+    every_steps: int = 0  # 0: only at the end
+    batch_size: int = 16
+    num_batches: int = 0  # spread over the validation split; 0: all of it
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.every_steps < 0 or self.num_batches < 0:
+            raise ConfigError(
+                f"eval.batch_size={self.batch_size} must be >= 1, eval.every_steps="
+                f"{self.every_steps} and eval.num_batches={self.num_batches} >= 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One config, frozen; each field is a section."""
+
+    model: ModelConfig
+    data: data.DataConfig
+    train: TrainConfig
+    optimizer: optimizer.OptimizerConfig
+    eval: EvalConfig
+    checkpoint: checkpoint.CheckpointConfig
+    metrics: metrics.MetricsConfig
+    mesh: str = "data"
+
+
+_SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return a config with every field of every section: what config files start from."""
+    config = ml_collections.ConfigDict()
+    for name, cls in _SECTIONS.items():
+        config[name] = config_lib.defaults(cls)
+    config.mesh = "data"
+    return config
+
+
+def resolve(config: Mapping[str, Any]) -> Experiment:
+    """Check a whole config and freeze it; raises `ConfigError` at the first mistake."""
+    given = dict(config)
+    mesh = given.pop("mesh", "data")
+    if not isinstance(mesh, str):
+        raise ConfigError(f"mesh={mesh!r}: expected a preset's name, such as 'data'.")
+    for name in given:
+        if name not in _SECTIONS:
+            near = config_lib.suggest(name, [*_SECTIONS, "mesh"])
+            raise ConfigError(f"{name}: unknown section{near}.")
+    sections = {
+        name: config_lib.build(cls, given.get(name, {}), name)
+        for name, cls in _SECTIONS.items()
+    }
+    run = Experiment(mesh=mesh, **sections)
+    _check_documents(run)
+    return run
+
+
+def _check_documents(run: Experiment) -> None:
+    """A document may not begin inside a chunk that shares one memory."""
+    align, model = run.data.align_documents, run.model
+    if align and model.seq_len % align:
+        raise ConfigError(
+            f"data.align_documents={align} does not divide model.seq_len="
+            f"{model.seq_len}: choose a divisor."
+        )
+    if model.recurrence == "none":
+        return
+    chunk = recurrence.chunk_size(model)
+    if not align or align % chunk:
+        raise ConfigError(
+            f"data.align_documents={align}: packed documents would begin inside a chunk "
+            f"of model.recurrence={model.recurrence!r} and share its memory; set "
+            f"--config.data.align_documents={chunk}."
+        )
+
+
+def as_dict(experiment: Experiment) -> dict[str, Any]:
+    """Return the resolved config, every default filled in, as plain values."""
+    return dataclasses.asdict(experiment)
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the fields that a config stored by an older version lacks."""
+    return as_dict(resolve(config))

@@ -1,0 +1,326 @@
+"""Metrics: an append-only JSON-lines file, optional trackers and one progress line.
+
+`metrics.jsonl` is the truth, one object per line: `step` (updates done when the values
+were taken) and named values in full precision. What depends on the wall clock has a name
+in `WALL_CLOCK`; everything else is equal bit for bit between two runs of one config
+(`comparable`). Values that are not finite are written as strings ("nan", "inf"): the
+file stays valid JSON and `float(value)` reads all of them. Start at `MetricsWriter`.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+
+from memoryformer.errors import ConfigError, StorageError
+
+WALL_CLOCK = frozenset(
+    {
+        "train/tokens_per_second",
+        "train/step_seconds",
+        "train/compile_seconds",
+        "train/data_fraction",
+        "train/mfu",
+        "train/memory_bytes",
+        "train/wall_seconds",
+        "val/seconds",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True  # if tensorboardX is installed
+    wandb: str = ""  # a Weights & Biases project; '' = off
+
+
+class MetricsWriter:
+    """Write rows of metrics; process 0 alone touches the disk.
+
+    A run that starts again from the checkpoint of step `start_step` (0: from scratch)
+    first drops the rows of later steps and a half-written last line, atomically. So the
+    rows of step s must be written before the checkpoint of step s is asked for.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: MetricsConfig,
+        start_step: int = 0,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+    ):
+        self._file = self._board = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        workdir = pathlib.Path(workdir)
+        path = workdir / "metrics.jsonl"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error}.") from error
+        if config.tensorboard and importlib.util.find_spec("tensorboardX"):
+            board = importlib.import_module("tensorboardX")
+            purge = start_step + 1 if start_step else None
+            self._board = board.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=purge, flush_secs=10
+            )
+        if config.wandb:
+            self._wandb = _start_wandb(workdir, config.wandb, run_config)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row. Values are numbers, strings or arrays of one element."""
+        if self._file is None:
+            return
+        row = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{self._file.name}: step {step}: cannot be written: {error}."
+            ) from error
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and not isinstance(value, str):
+                    self._board.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def close(self) -> None:
+        """Flush and close everything; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._board = self._wandb = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *unused_exception: Any) -> None:
+        self.close()
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of `workdir/metrics.jsonl`, a half-written last line left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}.") from error
+    return [row for row in map(_parse, lines) if row is not None]
+
+
+def comparable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row without what depends on the wall clock."""
+    return {k: v for k, v in row.items() if k not in WALL_CLOCK}
+
+
+class Sums:
+    """Means as sums and counts, added up in float64 and divided once.
+
+    >>> sums = Sums()
+    >>> sums.add("val/loss", 6.0, 2.0)
+    >>> sums.add("val/loss", 4.0, 3.0)
+    >>> sums.means()
+    {'val/loss': 2.0}
+    """
+
+    def __init__(self):
+        self._totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, total: Any, count: Any = 1.0) -> None:
+        """Add a sum over `count` things."""
+        old_total, old_count = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = (old_total + float(total), old_count + float(count))
+
+    def means(self) -> dict[str, float]:
+        """Return {name: sum / count}; 'nan' where nothing was counted."""
+        return {k: t / c if c else math.nan for k, (t, c) in self._totals.items()}
+
+
+def progress_line(
+    step: int,
+    num_steps: int,
+    *,
+    loss: float | None = None,
+    grad_norm: float | None = None,
+    learning_rate: float | None = None,
+    tokens_per_second: float | None = None,
+    num_devices: int = 1,
+    step_seconds: float | None = None,
+    data_fraction: float | None = None,
+    mfu: float | None = None,
+    memory_bytes: tuple[int, int] | None = None,
+    eta_seconds: float | None = None,
+    checkpoint_step: int | None = None,
+) -> str:
+    """Return the line of one log interval; what is None is left out.
+
+    `step 1200/106418 (1.1%) loss 3.412 gnorm 0.82 lr 3.0e-3 tok/s 412k (51.5k/dev)
+    step 1.27s data 0.3% mfu 41.2% mem 61/80GiB eta 1d12h ckpt@1000`
+    """
+    parts = [f"step {step}/{num_steps} ({100 * step / max(num_steps, 1):.1f}%)"]
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if grad_norm is not None:
+        parts.append(f"gnorm {grad_norm:.2f}")
+    if learning_rate is not None:
+        mantissa, _, exponent = f"{learning_rate:.1e}".partition("e")
+        parts.append(f"lr {mantissa}e{int(exponent)}")
+    if tokens_per_second is not None:
+        per_device = ""
+        if num_devices > 1:
+            per_device = f" ({short_number(tokens_per_second / num_devices)}/dev)"
+        parts.append(f"tok/s {short_number(tokens_per_second)}{per_device}")
+    if step_seconds is not None:
+        parts.append(f"step {step_seconds:.3g}s")
+    if data_fraction is not None:
+        parts.append(f"data {100 * data_fraction:.1f}%")
+    if mfu is not None:
+        parts.append(f"mfu {100 * mfu:.1f}%")
+    if memory_bytes is not None:
+        used, total = (x / 2**30 for x in memory_bytes)
+        parts.append(f"mem {used:.3g}/{total:.3g}GiB")
+    if eta_seconds is not None:
+        parts.append(f"eta {short_time(eta_seconds)}")
+    if checkpoint_step is not None:
+        parts.append(f"ckpt@{checkpoint_step}")
+    return " ".join(parts)
+
+
+def short_number(x: float) -> str:
+    """Three digits and a unit: 51.5k, 412k, 2.5M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{x / size:#.3g}".rstrip(".") + unit
+    return f"{x:.3g}"
+
+
+def short_time(seconds: float) -> str:
+    """Two units: 42s, 3m20s, 2h05m, 1d12h."""
+    seconds = max(round(seconds), 0)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+class ProgressPrinter:
+    """Print progress lines: one that overwrites itself on a terminal, else one per call.
+
+    Process 0 alone prints. `note` prints a line that stays.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._open = False  # a line without its end is on the terminal
+        self._silent = jax.process_index() != 0
+
+    def update(self, line: str) -> None:
+        """Show `line` in the place of the one before."""
+        if self._silent:
+            return
+        if not self._live:
+            print(line, file=self._stream, flush=True)
+            return
+        # One column stays free: a full line would wrap and could not be overwritten.
+        width = max(shutil.get_terminal_size().columns - 1, 20)
+        self._stream.write(f"\r{line[:width]}\x1b[K")
+        self._stream.flush()
+        self._open = True
+
+    def note(self, line: str) -> None:
+        """Print `line` so that it stays on the screen."""
+        if self._silent:
+            return
+        start = "\r\x1b[K" if self._open else ""
+        print(f"{start}{line}", file=self._stream, flush=True)
+        self._open = False
+
+    def close(self) -> None:
+        """End the line that is on the terminal."""
+        if self._open:
+            print(file=self._stream, flush=True)
+        self._open = False
+
+
+def _drop_after(path: pathlib.Path, start_step: int) -> None:
+    """Rewrite `path` without rows after `start_step` (0: all) and without broken ones."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines(keepends=True)
+    rows = [(line, _parse(line)) for line in lines]
+    kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
+    if len(kept) == len(lines):
+        return
+    fresh = path.with_suffix(".jsonl.tmp")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None  # the writer was killed in the middle of this line
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def _plain(value: Any) -> int | float | str:
+    if isinstance(value, str | bool):
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _start_wandb(workdir: pathlib.Path, project: str, run_config: Any) -> Any:
+    """Start or continue the run whose id is kept in the workdir."""
+    if not importlib.util.find_spec("wandb"):
+        raise ConfigError(
+            f"metrics.wandb={project!r}: wandb is not installed; `pip install wandb`, "
+            "or leave the field empty."
+        )
+    wandb = importlib.import_module("wandb")
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    run = wandb.init(
+        project=project,
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(run_config or {}),
+    )
+    # Rows carry their own step: the tracker's counter may not go back after a restart.
+    run.define_metric("*", step_metric="step")
+    return run

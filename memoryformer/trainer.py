@@ -1,0 +1,438 @@
+"""Training: the step, and the loop around it.
+
+The batch of step n is a pure function of (data, seed, n), so that a run is resumed from its
+step alone. Start at `train`; the step's mathematics is `make_train_step`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import checkpoint as checkpoint_lib
+from memoryformer import (
+    compilation,
+    data,
+    degradation,
+    diagnostics,
+    drift,
+    evaluation,
+    experiment,
+    metrics,
+    mixers,
+    optimizer,
+    outcome,
+    preemption,
+    processes,
+    spikes,
+    training_log,
+    watchdog,
+)
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer.errors import ConfigError, Preempted
+from memoryformer.notation import Array, Params
+from memoryformer.ops import collectives
+
+UTILISATION_BATCHES = 4  # of validation text, at every evaluation
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: Array  # int32, updates done
+    params: Params
+    opt_state: Any
+    spikes: spikes.SpikeState
+
+
+def new_state(run: experiment.Experiment, params: Params) -> TrainState:
+    """Return the state of step 0 with these parameters."""
+    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    history = spikes.init(run.train.spike_window)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    allow: Collection[str] = (),
+    compiled: dict[Any, "_Compiled"] | None = None,
+) -> dict[str, float]:
+    """Train a model, or go on training it; return its last validation metrics.
+
+    Args:
+      config: a whole config, see `experiment`.
+      workdir: gets config.json, metrics.jsonl and checkpoints/. If it holds a checkpoint, the
+        run goes on from there, and its config must be the same but for `drift.FREE`.
+      allow: further fields that may differ.
+      compiled: what an earlier run of this process left in the same dict, if this one
+        differs from it in traced inputs only (seed, learning rate, weight decay).
+
+    Raises `Preempted` after SIGTERM or SIGINT, with the state saved; `NumericError`,
+    `StorageError`, `DataError` and `ConfigError` as their names say. A phase that takes
+    longer than `train.*_timeout` ends the process with exit code 43 (`watchdog`).
+    """
+    run = experiment.resolve(config)
+    workdir = pathlib.Path(workdir)
+    with (
+        outcome.recorded(workdir),
+        preemption.StopRequest() as stop,
+        watchdog.Watchdog(run.train.timeouts) as watch,
+    ):
+        processes.check_joined(run.mesh)
+        striped = mixers.takes_any_order(run.model)
+        sharding = sharding_lib.make(run.mesh, striped=striped)
+        specs = _check_fit(run, sharding)
+        dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+        processes.agree("the config", drift.shared(experiment.as_dict(run)))
+        processes.agree("the data", dataset.fingerprint)
+        with (
+            sharding.activate(),
+            checkpoint_lib.Checkpointer(
+                workdir,
+                run.checkpoint,
+                run_config=experiment.as_dict(run),
+                data_fingerprint=dataset.fingerprint,
+                allow=allow,
+                complete=experiment.complete,
+            ) as checkpointer,
+        ):
+            made = programs(run, sharding, specs, compiled)
+            parts = (sharding, made, dataset, checkpointer, stop, watch)
+            return _Loop(run, workdir, *parts).run()
+
+
+class _Compiled(NamedTuple):
+    """The functions of a run; jit compiles each at its first call."""
+
+    draw: Callable[..., TrainState]
+    abstract: TrainState
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    eval_step: Callable[..., Array]
+
+
+def program(run: experiment.Experiment) -> Any:
+    """Return what a run's compiled functions depend on: equal for runs that share them.
+
+    Seed, peak learning rate and weight decay are left out: they are inputs.
+    """
+    recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
+    return run.model, recipe, dataclasses.replace(run.train, seed=0), run.mesh
+
+
+def programs(run, sharding, specs=None, cache=None) -> _Compiled:
+    """Return the run's functions, from `cache` if it holds them; it keeps one set.
+
+    `dryrun` compiles them from abstract arrays. Raises `ConfigError` as `_check_fit`.
+    """
+    specs = _check_fit(run, sharding) if specs is None else specs
+    cache = {} if cache is None else cache
+    key = program(run)
+    if key not in cache:
+        cache.clear()
+        cache[key] = _Compiled(
+            *init_state(run, sharding, specs),
+            make_train_step(run, sharding, specs),
+            evaluation.make_eval_step(run.model, sharding),
+        )
+    return cache[key]
+
+
+def make_train_step(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
+
+    `hyper`, `optimizer.hyperparams(run.optimizer)`, is traced; left out, the run's numbers
+    are compiled in.
+
+    loss = sum of nats / sum of weights over the whole batch, whatever its division into
+    devices and microbatches. Gradients cross the devices once a step. An update that is not
+    finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
+    """
+    tx = optimizer.make(run.optimizer, run.train.num_steps)
+
+    def gradient_sums(params, batch, step):  # on one device, of its rows
+        params = sharding_lib.gather_params(params, specs)
+
+        def objective(params, batch):
+            nats = evaluation.batch_nats(run.model, params, batch, step)
+            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
+            # Each device along `model` computes the same sum: count it once.
+            return nats / collectives.axis_size("model"), (nats, weight)
+
+        def microbatch(_, batch):
+            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
+                params, batch
+            )
+            return grads, sums
+
+        grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
+        grads = sharding_lib.sum_gradients(grads, specs)
+        tokens = sharding_lib.TOKEN_AXES
+        return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
+
+    gradient_sums = sharding.shard_map(
+        gradient_sums, (specs, sharding.specs.batch_bl, P()), (specs, P())
+    )
+
+    def train_step(state, batch, hyper=None):
+        grads, (nats, weight) = gradient_sums(state.params, batch, state.step)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = nats / weight, optax.tree.norm(grads)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, hyperparams=hyper
+        )
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike = finite & spikes.is_spike(
+            state.spikes, loss, grad_norm, run.train.spike_sigmas
+        )
+        params, opt_state = _take(
+            finite & ~spike, (params, opt_state), (state.params, state.opt_state)
+        )
+        history = spikes.record(state.spikes, loss, grad_norm)
+        values = {
+            "nats": nats,
+            "weight": weight,
+            "grad_norm": grad_norm,
+            "finite": finite,
+            "spike": spike,
+            "updates": optimizer.count(opt_state),
+        }
+        return TrainState(state.step + 1, params, opt_state, history), values
+
+    # On CPU a donated state makes XLA copy arrays before it updates them in place.
+    donated = () if sharding.platform == "cpu" else (0,)
+    return jax.jit(train_step, donate_argnums=donated)
+
+
+def _take(good, new, old):
+    """Return `new` where `good`, a scalar, holds, else `old`."""
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+
+def _accumulate(function, batch, count):
+    """Sum `function(None, microbatch)` over `count` parts of a batch's rows."""
+    if count == 1:
+        return function(None, batch)
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    first = function(None, jax.tree.map(lambda x: x[0], parts))
+    rest = jax.tree.map(lambda x: x[1:], parts)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(None, part)), None
+
+    return jax.lax.scan(add, first, rest)[0]
+
+
+def init_state(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+) -> tuple[Callable[..., TrainState], TrainState]:
+    """Return `draw(seed)`, which makes the first state, and that state's abstract form."""
+    tx = optimizer.make(run.optimizer, run.train.num_steps)
+
+    def draw(seed=run.train.seed):
+        return new_state(run, model_lib.init(run.model, seed))
+
+    abstract = jax.eval_shape(draw)
+    opt_specs = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        abstract.opt_state,
+        specs,
+        transform_non_params=lambda _: P(),
+    )
+    everywhere = jax.tree.map(lambda _: P(), abstract.spikes)
+    shardings = sharding.named(TrainState(P(), specs, opt_specs, everywhere))
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+        is_leaf=lambda x: x is None,
+    )
+    return jax.jit(draw, out_shardings=shardings), abstract
+
+
+def _check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> Any:
+    specs = model_lib.partition_specs(run.model, sharding)
+    shapes = jax.eval_shape(lambda: model_lib.init(run.model))
+    sizes = (run.train.batch_size, run.eval.batch_size)
+    for batch_size in sizes:
+        sharding_lib.validate(sharding, specs, shapes, batch_size, run.model.num_heads)
+    share = run.train.batch_size // sharding.axis_size("data")
+    if share % run.train.num_microbatches:
+        raise ConfigError(
+            f"train.num_microbatches={run.train.num_microbatches} does not divide the "
+            f"{share} rows of a device (train.batch_size={run.train.batch_size})."
+        )
+    optimizer.schedule(run.optimizer, run.train.num_steps)  # raises where it cannot be
+    return specs
+
+
+class _Loop:
+    """The training loop's parts; `run` is the loop."""
+
+    def __init__(
+        self, run, workdir, sharding, programs, dataset, checkpointer, stop, watch
+    ):
+        self.config = run
+        self.workdir = workdir
+        self.sharding = sharding
+        self.dataset = dataset
+        self.checkpointer = checkpointer
+        self.signal = stop
+        self.stop = processes.SharedFlag(stop)
+        self.watch = watch
+        self.progress = metrics.ProgressPrinter()
+        self.progress.note(compilation.use_cache(run.train.compilation_cache))
+        self.draw, self.abstract, self.train_step, self.eval_step = programs
+        self.hyper = optimizer.hyperparams(run.optimizer)
+        self.batches = dataset.train.batches(
+            run.model.seq_len, run.train.batch_size, run.train.seed
+        )
+        self.rows = sharding.local_rows(run.train.batch_size)
+
+    def run(self) -> dict[str, float]:
+        """Restore, step, evaluate and save until `train.num_steps`."""
+        run, checkpointer, watch = self.config, self.checkpointer, self.watch
+        state, start = self._restore()
+        self._write_config()
+        validation: dict[str, float] = {}
+        with metrics.MetricsWriter(
+            self.workdir, run.metrics, start, run_config=experiment.as_dict(run)
+        ) as writer:
+            log = training_log.TrainingLog(
+                run, writer, self.progress, start, self.sharding.num_devices
+            )
+            if self._evaluation_missed(start):
+                validation = self._evaluate(state.params, writer, start)
+            # The order is the contract: state n is logged, evaluated and saved, in this
+            # order, before batch n is consumed. Metrics are read one step late, so that
+            # the host never waits for a step that it has just dispatched.
+            for step in range(start, run.train.num_steps):
+                if self.stop():
+                    break
+                watch.enter("first_step" if step == start else "step", step + 1)
+                batch = log.timed(lambda: self.batches.batch(step, self.rows))  # noqa: B023
+                batch = self.sharding.put_batch(batch)
+                state, values = log.called(self.train_step, state, batch, self.hyper)
+                log.push(step + 1, values)
+                checkpointer.check()
+                if self._evaluation_due(step + 1):
+                    log.drain()
+                    validation = self._evaluate(state.params, writer, step + 1)
+                if step + 1 == run.train.num_steps or checkpointer.should_save(
+                    step + 1
+                ):
+                    log.drain()
+                    watch.enter("checkpoint", step + 1)
+                    checkpointer.save(step + 1, state)
+                    log.saved = step + 1
+            log.drain()
+            done = int(state.step)
+            watch.enter("checkpoint", done)
+            checkpointer.save(done, state, wait=True)
+            self.progress.close()
+        if done < run.train.num_steps or self._evaluation_missed(done):
+            raise Preempted(
+                f"{self.signal.name or 'asked to stop by another process'}: stopped after "
+                f"step {done} of {run.train.num_steps}, state saved; run the same command "
+                "to go on."
+            )
+        return validation
+
+    def _restore(self):
+        """Return (state, step): the newest whole checkpoint, or a fresh state at 0."""
+        self.watch.enter("checkpoint")
+        self.checkpointer.preflight(self.abstract)
+        restored = self.checkpointer.restore_latest(self.abstract)
+        if restored is None:
+            self.watch.enter("first_step")
+            return self.draw(self.config.train.seed), 0
+        step, state = restored
+        self.progress.note(f"going on from step {step} in {self.workdir}")
+        return state, step
+
+    def _write_config(self):
+        if jax.process_index():
+            return
+        path = self.workdir / "config.json"
+        fresh = path.with_suffix(".json.tmp")
+        text = json.dumps(experiment.as_dict(self.config), indent=2)
+        fresh.write_text(text + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+
+    def _evaluation_due(self, step):
+        every = self.config.eval.every_steps
+        return step == self.config.train.num_steps or bool(every and step % every == 0)
+
+    def _evaluation_missed(self, step):
+        """Whether the run was asked to stop in the evaluation of `step`."""
+        if not step or not self._evaluation_due(step):
+            return False
+        missed = False
+        if processes.is_chief():
+            rows = metrics.read(self.workdir)
+            missed = not any(r["step"] == step and "val/loss" in r for r in rows)
+        return processes.from_chief(missed)
+
+    def _evaluate(self, params, writer, step):
+        run = self.config
+
+        def stop():  # asked before every batch
+            self.watch.enter("evaluation", step)
+            return self.stop()
+
+        values = evaluation.evaluate(
+            self.eval_step,
+            params,
+            self.dataset.validation.eval_batches(
+                run.model.seq_len, run.eval.batch_size
+            ),
+            self.dataset.tokenizer.token_bytes,
+            self.sharding,
+            num_batches=run.eval.num_batches,
+            stop=stop,
+        )
+        if values is None:  # asked to stop: the next run makes up for it
+            return {}
+        values |= self._utilisation(params) | self._degradation(params)
+        writer.write(step, values)
+        self.progress.note(
+            f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "
+            f"{values['val/bits_per_byte']:.4f} bits per byte"
+        )
+        return values
+
+    def _utilisation(self, params):
+        """How evenly the tables are read, over a few batches of validation text."""
+        model = self.config.model
+        if model.projection != "memory":
+            return {}
+        few = self._few_batches()
+        counts = diagnostics.collect(model, params, few, self.sharding)
+        return diagnostics.summary(counts)
+
+    def _degradation(self, params):
+        """How alike the slots of a mixer's memory are, over the same batches."""
+        model = self.config.model
+        if not degradation.measures(model):
+            return {}
+        return degradation.collect(model, params, self._few_batches(), self.sharding)
+
+    def _few_batches(self):
+        run = self.config
+        batches = self.dataset.validation.eval_batches(
+            run.model.seq_len, run.eval.batch_size
+        )
+        return (batches[i] for i in range(min(len(batches), UTILISATION_BATCHES)))

@@ -1,0 +1,146 @@
+"""The training loop's log: metrics read one step late, one row every `log_every` steps.
+
+Reading a metric waits for the device. What is pushed at step n is read at step n + 1, when
+the next step is under way, so the device never waits for the host. Start at `TrainingLog`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from memoryformer import experiment, metrics, optimizer
+from memoryformer.errors import NumericError
+from memoryformer.notation import Array
+
+
+class TrainingLog:
+    """Read metrics one step late, add them up, and write a row every `log_every` steps."""
+
+    def __init__(
+        self,
+        config: experiment.Experiment,
+        writer: metrics.MetricsWriter,
+        progress: metrics.ProgressPrinter,
+        start: int,
+        num_devices: int,
+    ):
+        self._train = config.train
+        self._writer = writer
+        self._progress = progress
+        self._num_devices = num_devices
+        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._schedule = optimizer.schedule(config.optimizer, config.train.num_steps)
+        self._tokens_per_step = config.train.batch_size * config.model.seq_len
+        self._nonfinite = 0  # in a row
+        self._compile_seconds: float | None = None  # of tracing and compiling the step
+        self.saved: int | None = start or None
+        self._reset(time.perf_counter())
+
+    def timed(self, function: Callable[[], Any]) -> Any:
+        """Call `function` and count its time as time spent on data."""
+        started = time.perf_counter()
+        result = function()
+        self._data_seconds += time.perf_counter() - started
+        return result
+
+    def called(self, train_step: Callable[..., Any], *args: Any) -> Any:
+        """Call the step; its first call returns when it is compiled, not when it is done."""
+        started = time.perf_counter()
+        result = train_step(*args)
+        if self._compile_seconds is None:
+            self._compile_seconds = time.perf_counter() - started
+            self._progress.note(f"step ready in {self._compile_seconds:.1f} s")
+        return result
+
+    def push(self, step: int, values: dict[str, Array]) -> None:
+        """Take the metrics of `step` as they are dispatched, and read those before."""
+        self.drain()
+        self._pending = (step, values)
+
+    def drain(self) -> None:
+        """Read the metrics that are still pending, waiting for them."""
+        if self._pending is None:
+            return
+        step, values = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in values.items()}
+        self._check(step, values)
+        if values["finite"]:
+            self._nats += values["nats"]
+            self._weight += values["weight"]
+        self._steps += 1
+        if step % self._train.log_every == 0 or step == self._train.num_steps:
+            self._write(step, values)
+
+    def _check(self, step, values):
+        """Tell of an update that the step did not take; raise if they are too many."""
+        self._nonfinite = 0 if values["finite"] else self._nonfinite + 1
+        told = (
+            f"step {step}: loss {values['nats'] / max(values['weight'], 1):.4g}, gradient "
+            f"norm {values['grad_norm']:.4g}"
+        )
+        if values["spike"]:
+            self._progress.note(f"{told} leap out of the last ones; update skipped")
+        if values["finite"]:
+            return
+        told += " are not finite; the update was dropped"
+        if self._train.nonfinite == "halt" or self._nonfinite > self._train.max_skipped:
+            raise NumericError(
+                f"{told} and nothing later is saved; lower optimizer.learning_rate, or "
+                "set train.nonfinite=skip to go on past single ones."
+            )
+        self._progress.note(f"{told} ({self._nonfinite} in a row)")
+
+    def _write(self, step, values):
+        now = time.perf_counter()
+        seconds = (now - self._since) / self._steps
+        rate = self._tokens_per_step / seconds
+        loss = self._nats / self._weight if self._weight else float("nan")
+        updates = int(values["updates"])  # fewer than steps, if some were not taken
+        learning_rate = float(self._schedule(max(updates - 1, 0)))
+        self._writer.write(
+            step,
+            {
+                "train/loss": loss,
+                "train/grad_norm": values["grad_norm"],
+                "train/learning_rate": learning_rate,
+                "train/skipped": step - updates,
+                "train/tokens": step * self._tokens_per_step,
+                "train/tokens_per_second": rate,
+                "train/step_seconds": seconds,
+                "train/compile_seconds": self._compile_seconds or 0.0,
+                "train/data_fraction": self._data_seconds / (now - self._since),
+            },
+        )
+        num_steps = self._train.num_steps
+        self._progress.update(
+            metrics.progress_line(
+                step,
+                num_steps,
+                loss=loss,
+                grad_norm=values["grad_norm"],
+                learning_rate=learning_rate,
+                tokens_per_second=rate,
+                num_devices=self._num_devices,
+                step_seconds=seconds,
+                data_fraction=self._data_seconds / (now - self._since),
+                memory_bytes=_memory(),
+                eta_seconds=(num_steps - step) * seconds,
+                checkpoint_step=self.saved,
+            )
+        )
+        self._reset(now)
+
+    def _reset(self, now):
+        self._since = now
+        self._steps = 0
+        self._nats = self._weight = self._data_seconds = 0.0
+
+
+def _memory() -> tuple[int, int] | None:
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["peak_bytes_in_use"], stats["bytes_limit"]

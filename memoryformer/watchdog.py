@@ -1,0 +1,70 @@
+"""A thread that ends a process which hangs, after writing down where it hangs.
+
+A job that waits for a lost peer or a dead disk costs as much as one that computes, and no
+one is told. The loop names the phase that it enters; a phase that outlasts its limit gets
+the stacks of all threads on standard error and exit code 43, which launchers start again.
+The exit takes no lock and runs no handler: whatever hangs could hold it up.
+
+Start at `Watchdog`.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from memoryformer.errors import HangError
+
+
+class Watchdog:
+    """A context manager: `enter(phase)` starts that phase's clock.
+
+    `limits` are seconds by phase; 0 or a phase without a limit is not watched.
+    """
+
+    def __init__(self, limits: Mapping[str, float]):
+        self._limits = {phase: limit for phase, limit in limits.items() if limit}
+        self._now: tuple[str, int, float] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
+
+    def enter(self, phase: str, step: int = 0) -> None:
+        """Leave the phase before and start this one. Costs less than a microsecond."""
+        self._now = (phase, step, time.monotonic())
+
+    def __enter__(self) -> "Watchdog":
+        if self._limits:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *unused_exception: Any) -> None:
+        self._closed.set()
+        if self._limits:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        pause = min(1.0, min(self._limits.values()) / 10)
+        while not self._closed.wait(pause):
+            if self._now is None:
+                continue
+            phase, step, since = self._now
+            seconds = time.monotonic() - since
+            if seconds > self._limits.get(phase, float("inf")):
+                self._give_up(phase, step, seconds)
+
+    def _give_up(self, phase: str, step: int, seconds: float) -> None:
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        field = f"train.{phase}_timeout"
+        print(
+            f"error: step {step}: {phase.replace('_', ' ')} has taken {seconds:.0f} s, "
+            f"{field}={self._limits[phase]:g} allows no more; the stacks are above, run "
+            f"the same command to go on from the last checkpoint, or raise {field}.",
+            file=sys.__stderr__,
+            flush=True,
+        )
+        os._exit(HangError.exit_code)

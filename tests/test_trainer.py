@@ -1,0 +1,250 @@
+"""The training loop: restarts bit for bit, numbers that are not finite, what it writes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import checkpoint, experiment, metrics, preemption, sharding, trainer
+from memoryformer.errors import ConfigError, NumericError, Preempted
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, KEYS = 20, {"train/loss", "train/grad_norm", "train/learning_rate"}
+KEYS |= {"train/tokens", "train/tokens_per_second", "train/step_seconds"}
+KEYS |= {"train/compile_seconds"}
+VALIDATION = {"val/loss", "val/perplexity", "val/bits_per_byte", "val/tokens"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainer")
+    toy.corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """A run of 20 steps that nothing stopped."""
+    return toy.trained(folder, "straight")
+
+
+def whole_state(workdir, **fields):
+    """Every leaf of the newest checkpoint, restored as the trainer does."""
+    run = experiment.resolve(toy.run_config(workdir.parent, **fields))
+    made = sharding.make("single")
+    _, abstract = trainer.init_state(run, made, trainer._check_fit(run, made))
+    facts = checkpoint.facts(workdir)
+    with checkpoint.Checkpointer(
+        workdir,
+        run.checkpoint,
+        run_config=facts["config"],
+        data_fingerprint=facts["data_fingerprint"],
+    ) as checkpointer:
+        return checkpointer.restore_latest(abstract)
+
+
+def rows(workdir):
+    return [metrics.comparable(row) for row in metrics.read(workdir)]
+
+
+def assert_same_run(workdir, expected):
+    """State, step and metrics, bit for bit."""
+    (step, state), (wanted_step, wanted) = whole_state(workdir), whole_state(expected)
+    assert step == wanted_step == STEPS
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    assert rows(workdir) == rows(expected)
+
+
+def test_what_a_run_writes(straight):
+    """config.json with every field, and rows with the documented keys.
+
+    Mutation: `train/tokens` left out of the row.
+    """
+    config = json.loads((straight / "config.json").read_text(encoding="utf-8"))
+    assert experiment.resolve(config) == experiment.resolve(
+        toy.run_config(straight.parent)
+    )
+    written = metrics.read(straight)
+    train = [row for row in written if "train/loss" in row]
+    validation = [row for row in written if "val/loss" in row]
+    assert [row["step"] for row in train] == [5, 10, 15, 20]
+    assert [row["step"] for row in validation] == [10, 20]
+    assert all(row.keys() >= KEYS for row in train)
+    assert all(row.keys() >= VALIDATION for row in validation)
+    assert train[-1]["train/tokens"] == 20 * 8 * 16
+    assert train[-1]["train/loss"] < train[0]["train/loss"] < 1.2 * np.log(toy.VOCAB)
+    assert any("utilisation" in key or "bucket" in key for key in validation[0])
+    steps = sorted(p.name for p in (straight / checkpoint.FOLDER).iterdir())
+    assert steps == ["15", "20"]
+
+
+def test_straight_equals_restarted(folder, straight, monkeypatch):
+    """10 steps, a stop request, and the same call again: 20 straight, bit for bit.
+
+    Mutations: batches drawn from step 0 after a restart; the optimizer's state not
+    restored; rows of the first part written twice.
+    """
+    asked = []
+    original = trainer.make_train_step
+
+    def counting(*arguments):
+        step = original(*arguments)
+
+        def wrapped(*inputs):
+            asked.append(1)
+            if len(asked) == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*inputs)
+
+        return wrapped
+
+    monkeypatch.setattr(trainer, "make_train_step", counting)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        toy.trained(folder, "restarted")
+    assert caught.value.exit_code == 42
+    assert "stopped after step 10 of 20, state saved" in str(caught.value)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(asked) == 10
+    toy.trained(folder, "restarted")
+    assert len(asked) == 20
+    assert_same_run(folder / "restarted", straight)
+    toy.trained(folder, "restarted")  # done: nothing to do
+    assert len(asked) == 20
+    assert_same_run(folder / "restarted", straight)
+
+
+def test_another_config_is_refused(folder, straight):
+    """What would change the result, by field; a free field is not refused.
+
+    Mutation: 'model.*' in `drift.FREE`.
+    """
+    before = rows(straight)
+    for fields in ({"model.score": "l1"}, {"train.seed": 1}):
+        with pytest.raises(ConfigError, match=next(iter(fields))) as caught:
+            toy.trained(folder, "straight", **fields)
+        assert "\n" not in str(caught.value)
+    assert rows(straight) == before
+    toy.trained(folder, "straight", **{"train.log_every": 7, "checkpoint.keep": 1})
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Make the gradients of some steps (counted from 1) not finite, by their weights."""
+
+    def poison(*steps):
+        original = sharding.Sharding.put_batch
+        count = [0]
+
+        def put_batch(self, batch):
+            if batch["inputs"].shape == (8, 16):
+                count[0] += 1
+                if count[0] in steps:
+                    batch = batch | {"weights": batch["weights"] * np.float32(np.inf)}
+            return original(self, batch)
+
+        monkeypatch.setattr(sharding.Sharding, "put_batch", put_batch)
+
+    return poison
+
+
+NO_EVALUATION = {"eval.every_steps": 0, "eval.batch_size": 16, "train.log_every": 1}
+
+
+def test_nonfinite_numbers_halt_the_run(folder, poisoned):
+    """The checkpoint before stays; nothing of the bad step or after it is saved.
+
+    Mutations: no `_take` in the step; `drain` after the save.
+    """
+    poisoned(7)
+    with pytest.raises(NumericError, match="step 7: loss") as caught:
+        toy.trained(folder, "halted", **NO_EVALUATION)
+    assert caught.value.exit_code == 44 and "\n" not in str(caught.value)
+    step, state = whole_state(folder / "halted", **NO_EVALUATION)
+    assert step == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    assert [row["step"] for row in metrics.read(folder / "halted")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+def test_nonfinite_updates_can_be_skipped(folder, poisoned):
+    """Each is dropped whole, and told; more than `max_skipped` in a row halt.
+
+    Mutation: the count of skipped updates never set back.
+    """
+    fields = NO_EVALUATION | {"train.nonfinite": "skip", "train.max_skipped": 2}
+    poisoned(3, 4, 7, 8)
+    toy.trained(folder, "skipped", **fields)
+    step, state = whole_state(folder / "skipped", **fields)
+    assert step == STEPS and int(state.opt_state.count) == STEPS - 4
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    train = [r for r in metrics.read(folder / "skipped") if "train/loss" in r]
+    assert [r["step"] for r in train if r["train/loss"] == "nan"] == [3, 4, 7, 8]
+    poisoned(3, 4, 5)
+    with pytest.raises(NumericError, match="step 5"):
+        toy.trained(folder, "skipped_too_often", **fields)
+
+
+def test_stop_request():
+    """The first signal asks, by name; handlers come back afterwards.
+
+    Mutation: `__exit__` restores nothing.
+    """
+    before = [signal.getsignal(s) for s in preemption.SIGNALS]
+    with preemption.StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop and stop.name == "SIGINT"
+    assert [signal.getsignal(s) for s in preemption.SIGNALS] == before
+
+
+def test_sigterm_from_outside(folder, straight):
+    """The command exits 42 with its state saved; the same command ends as if nothing was.
+
+    Mutation: `Preempted` with exit code 0.
+    """
+    workdir = folder / "outside"
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={toy.config_file(folder)}",
+        f"--workdir={workdir}",
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    process = subprocess.Popen(
+        [*command, "--config.train.log_every=1"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=120) == 42
+    lines = process.stderr.read().strip().splitlines()
+    assert lines[-1].startswith("error: SIGTERM: stopped after step")
+    assert 0 < max(int(p.name) for p in (workdir / checkpoint.FOLDER).iterdir()) < STEPS
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (step, state), (_, wanted) = whole_state(workdir), whole_state(straight)
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)

@@ -1,0 +1,45 @@
+"""Train a model, or go on training it: python train.py --config=FILE --workdir=DIR."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from memoryformer import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
+_ALLOW = flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0 where there are several; auto: as jax finds out (TPU VMs); not "
+    "needed under SLURM's srun and on GKE's TPUs.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", 0, "How many processes there are."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
+_INIT_TIMEOUT = flags.DEFINE_float(
+    "init_timeout", 600.0, "Seconds to wait for all processes."
+)
+
+
+def main(argv):
+    """Check the command line, find the other processes and train."""
+    errors.check_arguments(argv, config=_CONFIG.value)
+    from memoryformer import announcement, distributed, processes, trainer
+
+    others = distributed.start(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        _INIT_TIMEOUT.value,
+    )
+    with others:
+        preset = config_flags.get_config_filename(flags.FLAGS["config"])
+        if processes.is_chief():
+            print(announcement.text(_CONFIG.value, preset, _WORKDIR.value), flush=True)
+        trainer.train(_CONFIG.value, _WORKDIR.value, allow=_ALLOW.value)
+
+
+if __name__ == "__main__":
+    errors.run_main(main)
