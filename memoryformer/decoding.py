@@ -1,0 +1,207 @@
+"""Sampling: read the prompt once, then one token at a time through the mixers' state.
+
+    p(token) ~ softmax(logits / temperature) over the smallest set with mass >= top_p
+
+Temperature 0 takes the most likely token, which equals the argmax of the full forward pass.
+A compiled loop chooses and reads up to LOOP tokens; between them nothing goes through
+Python. Weights may be stored narrower (`inference`). Start at `Generator`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryformer import inference, mixers, recurrence
+from memoryformer import model as model_lib
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Array, Params
+
+# Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
+# of any length share a handful of compiled programs.
+PREFILL = 256
+CACHE_STEP = 128  # caches grow in these steps, for the same reason
+# Tokens of one call: the compiled loop comes back to Python only between calls.
+LOOP = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen, and when to stop."""
+
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens}: must be >= 1.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature}: must be >= 0.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must be in (0, 1].")
+
+
+def choose(
+    logits: Array, key: Array, temperature: Array | float, top_p: Array | float
+) -> Array:
+    """Choose one token per row: float32 [B, V] -> int32 [B]; both knobs may be traced."""
+
+    def greedy(logits):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sampled(logits):
+        return _sample(logits, key, temperature, top_p).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, sampled, greedy, logits)
+
+
+def _sample(logits, key, temperature, top_p):
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+    mass = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(mass, axis=-1) - mass  # of the tokens more likely than this one
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(ordered, last, axis=-1)
+    nucleus = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    return jax.random.categorical(key, nucleus, axis=-1)
+
+
+class Generator:
+    """Continue token sequences with one model; compiled steps are kept between calls."""
+
+    def __init__(
+        self,
+        model_config: model_lib.ModelConfig,
+        params: Params,
+        kinds: inference.WeightKinds | None = None,
+    ):
+        self.model_config = model_config
+        # On CPU float32 weights are laid out for reading too.
+        if kinds is not None or jax.default_backend() == "cpu":
+            kinds = kinds or inference.WeightKinds()
+            params = inference.prepare(model_config, params, kinds)
+        self._params = jax.tree.map(jnp.asarray, params)
+        self._prefill = jax.jit(self._step, donate_argnums=1)
+        self._decode = jax.jit(self._loop, donate_argnums=(1, 2))
+
+    def _step(self, params, state, tokens, seq):
+        model = model_lib.merge(self.model_config, params)
+        x, state = model.features(tokens, seq, state)
+        return model.logits(x[:, -1]), state  # [B, V]
+
+    def _loop(self, params, state, logits, position, keys, count, temperature, top_p):
+        """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
+
+        def one(i, carry):
+            state, logits, position, keys, tokens = carry
+            keys, now = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+            pick = jax.vmap(choose, (0, 0, None, None))
+            token = pick(logits[:, None], now, temperature, top_p)  # [B, 1]
+            seq = mixers.SeqInfo(position[:, None], jnp.ones_like(token))
+            logits, state = self._step(params, state, token, seq)
+            tokens = tokens.at[i].set(token[:, 0])
+            return state, logits, position + 1, keys, tokens
+
+        tokens = jnp.zeros((LOOP, logits.shape[0]), jnp.int32)
+        carry = (state, logits, position, keys, tokens)
+        *carry, tokens = jax.lax.fori_loop(0, count, one, carry)
+        return tokens, *carry
+
+    def stream(
+        self, prompt: Sequence[int], sampling: SamplingConfig, eot_id: int = -1
+    ) -> Iterator[int]:
+        """Yield the tokens that follow `prompt`, up to and without `eot_id`."""
+        for (token,) in self.stream_batch([prompt], sampling):
+            if token == eot_id:
+                return
+            yield token
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+    ) -> Iterator[list[int]]:
+        """Yield one token for each of `prompts`, `sampling.max_tokens` times.
+
+        Row i draws with seed + i, so that it gives what it would give alone. LOOP tokens are
+        handed out while the next are computed.
+        """
+        self._check(prompts)
+        longest = max(map(len, prompts))
+        chunk = 0
+        if self.model_config.recurrence != "none":
+            if len(set(map(len, prompts))) > 1:  # padding would move a row's chunks
+                yield from self._one_by_one(prompts, sampling)
+                return
+            chunk = recurrence.chunk_size(self.model_config)
+        state = self._init_state(len(prompts), longest + sampling.max_tokens)
+        # Prompts end together: what stands before a shorter one is padding.
+        tokens = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[longest - len(prompt) :] = prompt
+        sizes = np.array([[len(prompt)] for prompt in prompts])
+        positions = np.arange(longest)[None] - (longest - sizes)
+        segment_ids = (positions >= 0).astype(np.int32)
+        positions = np.maximum(positions, 0).astype(np.int32)
+        start = 0
+        for size in _pieces(longest, chunk):
+            part = np.s_[:, start : start + size]
+            seq = mixers.SeqInfo(positions[part], segment_ids[part])
+            logits, state = self._prefill(self._params, state, tokens[part], seq)
+            start += size
+        position = jnp.asarray(sizes[:, 0], jnp.int32)
+        keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
+        knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
+        pending = []
+        for done in range(0, sampling.max_tokens, LOOP):
+            count = min(LOOP, sampling.max_tokens - done)
+            now, state, logits, position, keys = self._decode(
+                self._params, state, logits, position, keys, count, *knobs
+            )
+            yield from np.asarray(pending).tolist()
+            pending = now[:count]
+        yield from np.asarray(pending).tolist()
+
+    def _one_by_one(self, prompts, sampling):
+        """The same tokens from a state for each prompt."""
+        streams = [
+            self.stream_batch([prompt], dataclasses.replace(sampling, seed=seed))
+            for seed, prompt in enumerate(prompts, sampling.seed)
+        ]
+        for tokens in zip(*streams, strict=True):
+            yield [token for (token,) in tokens]
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        vocab_size = self.model_config.vocab_size
+        for prompt in prompts:
+            if not len(prompt):
+                raise ConfigError("prompt: empty; give at least one token.")
+            if min(prompt) < 0 or max(prompt) >= vocab_size:
+                raise ConfigError(
+                    f"prompt: token ids must be in [0, {vocab_size}), got "
+                    f"{min(prompt)}..{max(prompt)}: is this the model's tokenizer?"
+                )
+
+    def _init_state(self, batch_size: int, length: int) -> mixers.State:
+        max_len = -(-length // CACHE_STEP) * CACHE_STEP
+        if length <= self.model_config.seq_len:  # some mixers have no position beyond
+            max_len = min(max_len, self.model_config.seq_len)
+        model = model_lib.merge(self.model_config, self._params)
+        dtype = jnp.dtype(self.model_config.dtype)
+        return model.init_state(batch_size, max_len, dtype)
+
+
+def _pieces(length: int, chunk: int = 0) -> list[int]:
+    """Cut a prompt into powers of two, largest first: 300 -> [256, 32, 8, 4].
+
+    With chunks of a recurrence, whole ones first: no piece then crosses a chunk's end.
+    """
+    pieces = [chunk] * (length // chunk) if chunk else []
+    length -= sum(pieces)
+    while length:
+        size = min(PREFILL, 1 << (length.bit_length() - 1))
+        pieces.append(size)
+        length -= size
+    return pieces

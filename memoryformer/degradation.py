@@ -1,0 +1,132 @@
+"""The memory degradation meter: do the slots of a memory fall together?
+
+    cosine          mean over pairs of slots of r_i . r_j / |r_i| |r_j|
+    effective rank  exp(entropy of sigma / sum(sigma)), sigma the singular values of the slots
+
+m slots of width D that are all alike have cosine 1 and effective rank 1, independent ones
+about 0 and at most min(m, D). "On Difficulties of Attention Factorization through Shared
+Memory" (Yorsh et al. 2024) finds that Luna's memory collapses in training, and that a filter
+before the memory (`conv_luna`) repairs it. What a collapse is for MemoryFormer's tables is
+measured by `diagnostics.utilisation`.
+
+Start at `collect`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import errors, mixers
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer.notation import Array, Float, Params
+from memoryformer.ops import collectives
+
+MEASURED = ("luna", "conv_luna")
+
+
+def cosine(rows: Float[Array, "*B m D"]) -> Float[Array, "*B"]:
+    """Mean cosine of two different rows; 0 for a single row."""
+    m = rows.shape[-2]
+    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    unit = rows / jnp.maximum(norm, 1e-30)
+    total = jnp.sum(jnp.sum(unit, axis=-2) ** 2, axis=-1)
+    return (total - jnp.sum(unit**2, axis=(-2, -1))) / max(m * (m - 1), 1)
+
+
+def effective_rank(rows: Float[Array, "*B m D"]) -> Float[Array, "*B"]:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    values = jnp.linalg.svd(rows, compute_uv=False)
+    total = jnp.sum(values, axis=-1, keepdims=True)
+    share = values / jnp.maximum(total, 1e-30)
+    logs = jnp.log(jnp.where(share > 0, share, 1))
+    return jnp.exp(-jnp.sum(share * logs, axis=-1))
+
+
+def measures(model_config: model_lib.ModelConfig) -> bool:
+    """Whether a model has memories that `collect` can read."""
+    if model_config.recurrence != "none":
+        return True
+    return model_config.mixer in MEASURED and model_config.causal
+
+
+def make_step(
+    model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
+) -> Callable[[Params, Mapping[str, Array]], dict[str, Array]]:
+    """Compile `(params, batch) -> sums over rows` of both figures, and the rows' number.
+
+    A row's memory is the one after its last token. Raises `ConfigError` for other mixers.
+    """
+    if not measures(model_config):
+        raise errors.ConfigError(
+            f"model.mixer={model_config.mixer!r}, model.causal={model_config.causal}: has "
+            f"no memory to measure; causal {' and '.join(MEASURED)} and recurrences have."
+        )
+    specs = model_lib.partition_specs(model_config, sharding)
+
+    def per_device(params, batch):
+        model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+        real, memories = _memories(model, batch["inputs"], seq)
+        real &= _holds_the_end()
+        sums = {"rows": jnp.sum(real)}
+        for name, rows in memories.items():
+            rows = collectives.all_gather(rows, "model", -1)  # [B, m, D]
+            for figure in (cosine, effective_rank):
+                values = jnp.where(real, figure(rows), 0)
+                sums[f"{name}/{figure.__name__}"] = jnp.sum(values)
+        tokens = sharding_lib.TOKEN_AXES
+        return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
+
+    in_specs = (specs, sharding.specs.batch_bl)
+    return jax.jit(sharding.shard_map(per_device, in_specs, P()))
+
+
+def _memories(model, tokens, seq):
+    """Which rows hold a memory [B], and each memory by name, [B, m, D / n]."""
+    if model.recurrence is not None:
+        rows = model.recurrence.memory_after(model, model.embed(tokens), seq)
+        real = jnp.ones(tokens.shape[:1], bool)
+        return real, {"recurrence": rows.astype(jnp.float32)}
+    state = model.init_state(*tokens.shape)
+    _, state = model.features(tokens, seq, state)
+    memories = {}
+    for i, block in enumerate(state):
+        rows = jnp.moveaxis(block.memory.sums.mT, 1, 2)  # [B, m, H, E]
+        memories[f"blocks.{i}.mixer"] = rows.reshape(*rows.shape[:2], -1)
+    return state[0].memory.segment_ids != 0, memories
+
+
+def _holds_the_end():
+    """Whether this device holds the last tokens of its rows."""
+    axis = collectives.SEQUENCE_AXIS
+    return collectives.axis_index(axis) == collectives.axis_size(axis) - 1
+
+
+def collect(
+    model_config: model_lib.ModelConfig,
+    params: Params,
+    batches: Iterable[Mapping[str, Any]],
+    sharding: sharding_lib.Sharding | None = None,
+) -> dict[str, float]:
+    """Metrics of every memory: 'degradation/blocks.0.mixer/cosine' and '.../effective_rank';
+    a memory carried over chunks is 'degradation/recurrence/..'.
+
+    Means over the rows of `batches`; every process is given all rows of a batch.
+    """
+    sharding = sharding or sharding_lib.make("single")
+    step, totals = make_step(model_config, sharding), {}
+    for batch in batches:
+        ours = sharding.local_rows(len(batch["inputs"]))
+        keys = ("inputs", "positions", "segment_ids")
+        needed = {key: batch[key][ours] for key in keys}
+        for name, value in step(params, sharding.put_batch(needed)).items():
+            totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
+    rows = totals.pop("rows", 0)
+    if not rows:
+        raise errors.DataError("no row to measure a memory on: batches is empty.")
+    return {f"degradation/{name}": value / rows for name, value in totals.items()}

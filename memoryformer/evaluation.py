@@ -1,0 +1,198 @@
+"""Evaluation: the loss over every token of the validation text, per token and per byte.
+
+    val/loss          = sum of nats / tokens
+    val/perplexity    = exp(val/loss)
+    val/bits_per_byte = sum of nats / ln 2 / bytes of the text
+
+Sums over rows are made in float64, so they depend on how rows are batched only through XLA's
+rounding of a row's own numbers (1e-8 seen). Start at `evaluate`, or from a checkpoint at
+`evaluate_checkpoint`.
+"""
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import (
+    checkpoint,
+    compilation,
+    data,
+    drift,
+    experiment,
+    inference,
+    losses,
+    mixers,
+)
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer.errors import ConfigError, DataError
+from memoryformer.notation import Array, Params
+from memoryformer.ops import collectives
+
+Batch = Mapping[str, Array]
+
+
+def batch_nats(
+    model_config: model_lib.ModelConfig,
+    params: Params,
+    batch: Batch,
+    step: Array | None = None,
+) -> Array:
+    """Return the weighted nats of every target: [B, L] float32; `step` while training."""
+    model = model_lib.merge(model_config, params)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], step)
+    logits, _ = model(batch["inputs"], seq)
+    nats = losses.token_nats(logits, batch["targets"])
+    # Not a product: padding must not turn 0 * inf into nan.
+    return jnp.where(batch["weights"] > 0, nats * batch["weights"], 0)
+
+
+def make_eval_step(
+    model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
+) -> Callable[[Params, Batch], Array]:
+    """Compile `(params, batch) -> nats of each row, [B]`."""
+    specs = model_lib.partition_specs(model_config, sharding)
+
+    def per_device(params, batch):
+        params = sharding_lib.gather_params(params, specs)
+        rows = jnp.sum(batch_nats(model_config, params, batch), axis=-1)
+        rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
+        return collectives.all_gather(rows, "data", 0)  # every process reads them all
+
+    in_specs = (specs, sharding.specs.batch_bl)
+    return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))
+
+
+def evaluate(
+    eval_step: Callable[[Params, Batch], Array],
+    params: Params,
+    batches: data.EvalBatches,
+    token_bytes: np.ndarray,
+    sharding: sharding_lib.Sharding,
+    *,
+    num_batches: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
+
+    Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
+    'val/seconds'}, or None if `stop()` said so between two batches.
+    """
+    started = time.perf_counter()
+    count = min(num_batches or len(batches), len(batches))
+    nats = weight = num_bytes = 0.0
+    pending = None  # one batch is computed while the next is read
+    for i in range(count):
+        if stop():
+            return None
+        batch = batches[i * len(batches) // count]
+        weight += float(batch["weights"].sum(dtype=np.float64))
+        num_bytes += float((token_bytes[batch["targets"]] * batch["weights"]).sum())
+        ours = sharding.local_rows(len(batch["inputs"]))
+        local = {name: rows[ours] for name, rows in batch.items()}
+        rows = eval_step(params, sharding.put_batch(local))
+        nats += 0.0 if pending is None else _total(pending)
+        pending = rows
+    nats += 0.0 if pending is None else _total(pending)
+    if not weight or not num_bytes:
+        raise DataError("validation: no text to evaluate on; give more documents.")
+    loss = nats / weight
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/bits_per_byte": nats / math.log(2) / num_bytes,
+        "val/tokens": int(weight),
+        "val/bytes": int(num_bytes),
+        "val/seconds": time.perf_counter() - started,
+    }
+
+
+def _total(rows: Array) -> float:
+    return math.fsum(np.asarray(rows, np.float64).tolist())
+
+
+def evaluate_checkpoint(
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    kinds: inference.WeightKinds | None = None,
+    density: float = 1.0,
+) -> dict[str, Any]:
+    """Evaluate one step of a run (None: the newest) on all of its validation text.
+
+    `kinds` rounds the weights first, `density` prunes dense ones (see `inference`).
+
+    With `config`, the architecture, data and tokenizer must be the checkpoint's; its `eval`
+    and `mesh` sections are used instead of those stored. Works on any number of devices.
+    """
+    saved, params = checkpoint.load(workdir, step)
+    if config is None:
+        run = experiment.resolve(saved)
+    else:
+        run = experiment.resolve(config)
+        check_same_model(saved, run)
+    facts = checkpoint.facts(workdir, step)
+    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+    if dataset.fingerprint != facts["data_fingerprint"]:
+        raise DataError(
+            f"the data in {dataset.directory} has fingerprint "
+            f"{dataset.fingerprint[:12]}, the checkpoint was trained on "
+            f"{facts['data_fingerprint'][:12]}: point data.path or data.data_dir at it."
+        )
+    params, changed = inference.altered(run.model, params, kinds, density)
+    compilation.use_cache(run.train.compilation_cache)
+    striped = mixers.takes_any_order(run.model)
+    sharding = sharding_lib.make(run.mesh, striped=striped)
+    specs = model_lib.partition_specs(run.model, sharding)
+    sharding_lib.validate(
+        sharding, specs, params, run.eval.batch_size, run.model.num_heads
+    )
+    with sharding.activate():
+        result = evaluate(
+            make_eval_step(run.model, sharding),
+            sharding.put(params, specs),
+            dataset.validation.eval_batches(run.model.seq_len, run.eval.batch_size),
+            dataset.tokenizer.token_bytes,
+            sharding,
+        )
+    return {
+        "step": facts["step"],
+        **changed,
+        **result,
+        "model_fingerprint": fingerprint(params),
+        "data_fingerprint": dataset.fingerprint,
+    }
+
+
+def check_same_model(saved: Mapping[str, Any], run: experiment.Experiment) -> None:
+    """Raise `ConfigError` unless `run` has the checkpoint's model and data."""
+    saved = experiment.complete(saved)
+    changes = drift.drift(
+        {name: saved[name] for name in ("model", "data")},
+        {name: experiment.as_dict(run)[name] for name in ("model", "data")},
+    )
+    free = ("model.lookup", "model.dtype", "model.remat", "model.scan_layers")
+    free += ("data.path", "data.data_dir")
+    changes = [change for change in changes if change[0] not in free]
+    if changes:
+        listed = "; ".join(
+            f"{f}: {old!r} there, {new!r} here" for f, old, new in changes
+        )
+        raise ConfigError(f"the checkpoint is of another config: {listed}.")
+
+
+def fingerprint(params: Params) -> str:
+    """Return the SHA-256 of all parameters, by path."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

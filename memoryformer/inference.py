@@ -1,0 +1,139 @@
+"""Parameters made ready to be read only: narrower weights, in huge pages.
+
+    kind       of tables         of the head and of dense layers
+    float32    4 bytes           4 bytes a weight
+    bfloat16   2                 2
+    int8       1                 1, a scale for each output
+    int4       -                 1/2, a scale for 64 weights
+
+What is rounded, and by how much, is in `ops.packed`. The result takes the place of the
+parameters in `model.merge` and has no gradients. Start at `prepare`; `round_weights` and
+`prune` give ordinary parameters of the same values, to measure what they cost.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from memoryformer import config as config_lib
+from memoryformer import model
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Array, Params
+from memoryformer.ops import packed
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightKinds:
+    """How weights are stored; each field is a flag of generation and evaluation."""
+
+    tables: str = "float32"
+    head: str = "float32"  # an untied head
+    dense: str = "float32"  # every other dense layer
+
+    def __post_init__(self):
+        config_lib.choose(self.tables, packed.TABLE_KINDS, "--tables")
+        config_lib.choose(self.head, packed.MATRIX_KINDS, "--head")
+        config_lib.choose(self.dense, packed.MATRIX_KINDS, "--dense")
+
+
+def prepare(
+    model_config: model.ModelConfig, params: Params, kinds: WeightKinds
+) -> Params:
+    """Store tables, head and dense kernels as `kinds` says; the rest stays as it is.
+
+    Leaves are converted one after the other; what is packed already is kept.
+    """
+
+    def store(role, leaf):
+        return jax.tree.map(packed.in_huge_pages, _pack(role, leaf, kinds))
+
+    return _map_weights(model_config, params, store)
+
+
+def round_weights(
+    model_config: model.ModelConfig, params: Params, kinds: WeightKinds
+) -> Params:
+    """Return float32 parameters with the values that `prepare` would store."""
+
+    def rounded(role, leaf):
+        weights = _pack(role, leaf, kinds)
+        if role == "tables":
+            return packed.widen_tables(weights)
+        return packed.widen_matrix(weights).reshape(leaf.shape)
+
+    return _map_weights(model_config, params, rounded)
+
+
+def prune(
+    model_config: model.ModelConfig, params: Params, density: float
+) -> tuple[Params, dict[str, float]]:
+    """Keep the largest magnitudes of each dense kernel but the head: a share `density`.
+
+    Returns the parameters and {'multiply_adds', 'effective_multiply_adds'} of a token in
+    those kernels. Effective counts the weights that are not zero: fewer operations only for
+    a machine that skips zeros, which no matrix product here does.
+    """
+    if not 0 < density <= 1:
+        raise ConfigError(f"--density={density}: must be in (0, 1].")
+    counts = {"multiply_adds": 0, "effective_multiply_adds": 0}
+
+    def sparse(role, leaf):
+        if role != "dense":
+            return leaf
+        weights = np.array(leaf)
+        magnitudes = np.abs(weights).reshape(-1)
+        kept = round(density * magnitudes.size)
+        dropped = np.argpartition(magnitudes, -kept)[:-kept] if kept else slice(None)
+        weights.reshape(-1)[dropped] = 0
+        counts["multiply_adds"] += weights.size
+        counts["effective_multiply_adds"] += kept
+        return weights
+
+    return _map_weights(model_config, params, sparse), counts
+
+
+def altered(
+    model_config: model.ModelConfig,
+    params: Params,
+    kinds: WeightKinds | None,
+    density: float,
+) -> tuple[Params, dict[str, Any]]:
+    """Prune to `density` and round to `kinds`, and say so: (params, what was done)."""
+    changed: dict[str, Any] = {}
+    if density != 1:
+        params, changed = prune(model_config, params, density)
+    if kinds is not None:
+        params = round_weights(model_config, params, kinds)
+        changed = changed | {"weights": dataclasses.asdict(kinds)}
+    return params, changed
+
+
+def _pack(role, leaf, kinds):
+    leaf = np.asarray(leaf)
+    if role == "tables":
+        return packed.pack_tables(leaf, kinds.tables)
+    return packed.pack_matrix(leaf.reshape(leaf.shape[0], -1), getattr(kinds, role))
+
+
+def _map_weights(
+    model_config: model.ModelConfig,
+    params: Params,
+    function: Callable[[str, Array], Any],
+) -> Params:
+    """Replace every tables and kernel leaf by function(role, leaf), role of `WeightKinds`."""
+
+    def walk(node, specs, path):
+        if isinstance(node, packed.PackedTables | packed.PackedMatrix):
+            return node
+        if isinstance(node, dict):
+            return {key: walk(node[key], specs[key], (*path, key)) for key in node}
+        if specs == "tables_kcf":
+            return function("tables", node)
+        if specs.startswith("kernel"):
+            return function("head" if path[0] == "head" else "dense", node)
+        return node
+
+    return walk(params, model.param_specs(model_config), ())

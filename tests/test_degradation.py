@@ -1,0 +1,74 @@
+"""The memory degradation meter, on memories whose figures are known."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import degradation, errors, metrics, model, sharding
+
+
+def test_known_memories():
+    """Red if a row is compared with itself, or the entropy's sign is lost."""
+    alike = jnp.ones((3, 5)) * jnp.array([[1.0], [2.0], [3.0]])
+    orthogonal = jnp.eye(3, 5)
+    rows = jnp.stack([alike, orthogonal, -orthogonal])
+    np.testing.assert_allclose(degradation.cosine(rows), [1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(degradation.effective_rank(rows), [1, 3, 3], rtol=1e-4)
+    opposite = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(degradation.cosine(opposite), -1, atol=1e-6)
+    one = jnp.ones((1, 4))
+    assert degradation.cosine(one) == pytest.approx(0, abs=1e-6)
+
+
+def _config(**fields):
+    return model.ModelConfig(
+        12, 16, 2, 2, 12, code_bits=4, mixer="luna", luna_slots=3, **fields
+    )
+
+
+def _batch():
+    tokens = np.random.default_rng(0).integers(0, 11, (8, 12), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32)[None], (8, 12)).copy()
+    return {
+        "inputs": tokens,
+        "positions": positions,
+        "segment_ids": np.ones_like(tokens),
+    }
+
+
+def test_a_mesh_measures_the_same():
+    """Red if a device measures its share of the heads, or a state has all of them."""
+    config = _config(mixer_std=0.3)
+    params = model.init(config)
+    one = degradation.collect(config, params, [_batch()])
+    shards = sharding.make("tensor:model=2")
+    specs = model.partition_specs(config, shards)
+    with shards.activate():
+        params = shards.put(params, specs)
+        eight = degradation.collect(config, params, [_batch()], shards)
+    assert one == pytest.approx(eight, abs=1e-4)
+    assert set(one) == {
+        f"degradation/blocks.{i}.mixer/{name}"
+        for i in range(2)
+        for name in ("cosine", "effective_rank")
+    }
+
+
+def test_it_is_logged_while_training(tmp_path):
+    """Red if the trainer does not ask for it."""
+    workdir = toy.trained(
+        tmp_path,
+        **{"model.mixer": "luna", "model.luna_slots": 4, "train.num_steps": 10},
+    )
+    rows = [json.dumps(row) for row in metrics.read(workdir)]
+    assert any("degradation/blocks.0.mixer/effective_rank" in row for row in rows)
+
+
+def test_other_mixers_are_refused():
+    """Red if softmax's cache is read as a memory."""
+    config = model.ModelConfig(11, 16, 1, 2, 12, code_bits=4)
+    with pytest.raises(errors.ConfigError, match="has no memory to measure"):
+        degradation.collect(config, model.init(config), [_batch()])

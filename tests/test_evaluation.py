@@ -1,0 +1,181 @@
+"""Evaluation: the same number whatever the batch size and the devices, and the right one."""
+
+import math
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import toy
+
+from memoryformer import checkpoint, data, evaluation, experiment, model, sharding
+from memoryformer.errors import ConfigError, DataError
+
+KEYS = {"val/loss", "val/perplexity", "val/bits_per_byte", "val/tokens", "val/bytes"}
+
+
+@pytest.fixture(scope="module")
+def opened(toy_run):
+    """(run, params, dataset) of the toy run."""
+    config, params = checkpoint.load(toy_run)
+    run = experiment.resolve(config)
+    return run, jax.tree.map(jax.numpy.asarray, params), data.open(run.data)
+
+
+def evaluate(opened, batch_size, mesh="single", **options):
+    run, params, dataset = opened
+    made = sharding.make(mesh)
+    specs = model.partition_specs(run.model, made)
+    with made.activate():
+        return evaluation.evaluate(
+            evaluation.make_eval_step(run.model, made),
+            made.put(params, specs),
+            dataset.validation.eval_batches(run.model.seq_len, batch_size),
+            dataset.tokenizer.token_bytes,
+            made,
+            **options,
+        )
+
+
+def without_time(result):
+    return {k: v for k, v in result.items() if k != "val/seconds"}
+
+
+@pytest.fixture(scope="module")
+def by_eights(opened):
+    return without_time(evaluate(opened, 8))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_independent_of_the_batch_size(opened, by_eights, batch_size):
+    """Counts exactly, losses but for XLA's rounding of one row, the last batch padded.
+
+    Mutations: the mean of batches' means; padding counted.
+    """
+    result = evaluate(opened, batch_size)
+    for name in ("val/tokens", "val/bytes"):
+        assert result[name] == by_eights[name]
+    for name in ("val/loss", "val/bits_per_byte", "val/perplexity"):
+        assert abs(result[name] / by_eights[name] - 1) < 1e-7, name
+    assert without_time(evaluate(opened, batch_size)) == without_time(result)
+
+
+def test_equals_a_plain_loop(opened, by_eights):
+    """Window by window, without padding, packing by hand, in float64.
+
+    Mutations: nats / ln 2 without the bytes; positions along the row.
+    """
+    run, params, dataset = opened
+    stream = np.asarray(dataset.validation.tokens, np.int64)
+    length, eot = run.model.seq_len, dataset.tokenizer.eot_id
+    nats = []
+    for start in range(0, len(stream) - 1, length):
+        window = stream[start : start + length + 1]
+        inputs, targets = window[None, :-1], window[None, 1:]
+        starts = inputs == eot
+        segments = np.cumsum(starts, axis=1) + 1
+        positions = toy.positions(segments)
+        logits = oracle.transformer(run.model, params, inputs, positions, segments)
+        nats.extend(oracle.token_nats(logits, targets)[0])
+    total, tokens = math.fsum(nats), len(stream) - 1
+    num_bytes = int(dataset.tokenizer.token_bytes[stream[1:]].sum())
+    assert by_eights["val/tokens"] == tokens and by_eights["val/bytes"] == num_bytes
+    assert num_bytes == dataset.manifest["splits"]["validation"]["bytes"]
+    expected = {
+        "val/loss": total / tokens,
+        "val/perplexity": math.exp(total / tokens),
+        "val/bits_per_byte": total / math.log(2) / num_bytes,
+    }
+    for name, value in expected.items():
+        assert abs(by_eights[name] / value - 1) < 1e-6, name
+
+
+def test_a_few_batches_and_a_stop(opened, by_eights):
+    """`num_batches` are spread over the text; more than there are, all; a stop: None.
+
+    Mutations: `batches[i]`; `stop` asked only before the first batch; bytes of the
+    inputs for the targets'.
+    """
+    few = evaluate(opened, 8, num_batches=2)
+    assert few["val/tokens"] == 2 * 8 * 16
+    dataset = opened[2]
+    stream = np.asarray(dataset.validation.tokens, np.int64)
+    assert len(stream) // 128 == 5  # six batches, of which 0 and 3
+    targets = np.concatenate([stream[1:129], stream[385:513]])
+    assert few["val/bytes"] == dataset.tokenizer.token_bytes[targets].sum()
+    assert without_time(evaluate(opened, 8, num_batches=10**6)) == by_eights
+    asked = iter([False, False, True])
+    assert evaluate(opened, 8, stop=lambda: next(asked)) is None
+    assert next(asked, None) is None
+
+
+@pytest.mark.parametrize("mesh", ["single", "data", "fsdp_tensor:model=2"])
+def test_checkpoint_on_one_and_eight_devices(toy_run, by_eights, mesh):
+    """Restored on any mesh, to rounding; all keys of eval.py's JSON.
+
+    Mutation: parameters left unplaced (`put` the identity).
+    """
+    config = toy.run_config(
+        toy_run.parent, **{"mesh": mesh, "eval.num_batches": 0, "eval.batch_size": 8}
+    )
+    result = evaluation.evaluate_checkpoint(toy_run, None, config)
+    assert result["step"] == 20 and result.keys() >= KEYS
+    assert len(result["model_fingerprint"]) == len(result["data_fingerprint"]) == 64
+    for name in KEYS:
+        assert abs(result[name] / by_eights[name] - 1) < 1e-6, name
+    if mesh == "single":
+        older = evaluation.evaluate_checkpoint(toy_run, 15, config)
+        assert older["step"] == 15
+        assert older["model_fingerprint"] != result["model_fingerprint"]
+        assert older["val/loss"] > result["val/loss"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model.score": "l1"}, {"data.validation_every": 9}]
+)
+def test_another_config_is_refused(toy_run, fields):
+    """Named by field, in one line.
+
+    Mutation: `check_same_model` returns at once.
+    """
+    config = toy.run_config(toy_run.parent, **fields)
+    with pytest.raises(ConfigError, match=next(iter(fields))) as caught:
+        evaluation.evaluate_checkpoint(toy_run, None, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_data_is_refused(toy_run, tmp_path):
+    """Text that the model was not trained on gives no figure under its name.
+
+    Mutation: the fingerprints not compared.
+    """
+    other = toy.corpus(tmp_path / "corpus", seed=1)
+    config = toy.run_config(toy_run.parent, **{"data.path": str(other)})
+    with pytest.raises(DataError, match="has fingerprint"):
+        evaluation.evaluate_checkpoint(toy_run, None, config)
+
+
+def test_fingerprint_is_of_values_and_names():
+    """Mutation: the path not hashed."""
+    a, b = np.zeros(3, np.float32), np.ones(3, np.float32)
+    prints = {
+        evaluation.fingerprint(tree)
+        for tree in ({"a": a, "b": b}, {"a": b, "b": a}, {"a": a, "c": b}, {"a": a})
+    }
+    assert len(prints) == 4
+    assert evaluation.fingerprint({"a": a.copy()}) in prints
+
+
+def test_nats_of_padding_are_nothing():
+    """Not a product: 0 * inf in padding would be nan.
+
+    Mutation: `nats * weights` for the `where`.
+    """
+    config = toy.model_config("dense", num_layers=1, vocab_size=4)
+    shapes = jax.eval_shape(lambda: model.init(config))
+    params = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.1), shapes)
+    params["head"]["kernel"] = params["head"]["kernel"].at[:, 0].set(np.inf)
+    batch = toy.batch(config, batch_size=1)
+    batch["weights"] = np.zeros_like(batch["weights"])
+    nats = evaluation.batch_nats(config, params, batch)
+    np.testing.assert_array_equal(nats, np.zeros((1, 12)))

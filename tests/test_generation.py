@@ -1,0 +1,185 @@
+"""Sampling: cache = full forward, rows alone = rows together, stop strings, files."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from memoryformer import convert, errors, generation, model
+from memoryformer.data import tokenizer as tokenizer_lib
+
+PROMPTS = [[5, 1, 7], [2], [3, 4, 8, 1, 0]]
+
+
+def make(mixer="softmax", vocab_size=31):
+    config = model.ModelConfig(
+        vocab_size=vocab_size,
+        embed_dim=16,
+        num_layers=1,
+        num_heads=2,
+        seq_len=64,
+        code_bits=4,
+        mixer=mixer,
+        mixer_std=0.5,
+        ffn_std=0.5,
+        head_std=1.0,
+    )
+    return config, model.init(config, 1)
+
+
+def test_greedy_equals_the_argmax_of_the_full_forward_pass():
+    """24 tokens after prompts of 1, 3 and 5.
+
+    Red when the cache is read one position late or positions do not go on.
+    """
+    config, params = make()
+    generator = generation.Generator(config, params)
+    sampling = generation.SamplingConfig(max_tokens=24, temperature=0.0)
+    forward = jax.jit(lambda tokens: model.forward(config, params, tokens))
+    for prompt in PROMPTS:
+        tokens = np.zeros((1, 40), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for i in range(len(prompt), len(prompt) + 24):
+            tokens[0, i] = np.asarray(forward(tokens))[0, i - 1].argmax()
+        expected = tokens[0, len(prompt) : len(prompt) + 24].tolist()
+        assert list(generator.stream(prompt, sampling)) == expected
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "cosformer"])
+def test_rows_together_are_rows_alone(mixer):
+    """Row i of a batch with seed s is the prompt alone with seed s + i.
+
+    Red when padding before a short prompt is seen, shifts its positions, or when rows share
+    one key.
+    """
+    config, params = make(mixer)
+    generator = generation.Generator(config, params)
+    sampling = generation.SamplingConfig(12, 1.0, 0.9, 5)
+    together = list(generator.stream_batch(PROMPTS, sampling))
+    for i, prompt in enumerate(PROMPTS):
+        alone = generation.SamplingConfig(12, 1.0, 0.9, 5 + i)
+        assert [row[i] for row in together] == list(generator.stream(prompt, alone))
+    first, second = zip(
+        *generator.stream_batch([PROMPTS[0]] * 2, sampling), strict=True
+    )
+    assert first != second
+
+
+def test_impossible_prompts_are_refused():
+    """Red when an id is clipped or an empty prompt starts from nothing."""
+    generator = generation.Generator(*make())
+    sampling = generation.SamplingConfig(max_tokens=2)
+    for prompts, message in (([[1], []], "empty"), ([[1], [31]], r"1\.\.|31\.\.31")):
+        with pytest.raises(errors.ConfigError, match=message):
+            next(generator.stream_batch(prompts, sampling))
+
+
+class Script:
+    """A generator that says what it is told."""
+
+    def __init__(self, *texts):
+        self.rows = [list(text) for text in texts]
+
+    def stream_batch(self, prompts, sampling):
+        for tokens in list(zip(*self.rows, strict=True))[: sampling.max_tokens]:
+            yield list(tokens)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "finish", "num_tokens"),
+    [
+        (b"abcdef", [], "abcd", "length", 4),
+        (b"abcdef", ["c"], "ab", "stop", 3),
+        (b"abcdef", ["bc", "abc"], "", "stop", 3),
+        (b"abcdef", ["de"], "abcd", "length", 4),
+        (b"ab\x00cd", ["zz"], "ab", "end", 2),
+        ("aé→".encode(), ["→"], "aé\ufffd", "length", 4),
+        ("aé".encode() + b"xx", ["x"], "aé", "stop", 4),
+    ],
+)
+def test_stop_strings(said, stop, text, finish, num_tokens):
+    """Cut before the first stop string, over token borders; nothing of it is ever shown.
+
+    A zero byte stands for the end of a document here. Red when the string is looked for in
+    the last token only, when its beginning is shown, or a character is cut in two.
+    """
+    tokenizer = tokenizer_lib.byte_level()
+    tokens = [256 if byte == 0 else byte for byte in said]
+    shown = []
+    sampling = generation.SamplingConfig(max_tokens=4)
+    (reply,) = generation.complete(
+        Script(tokens), tokenizer, ["x"], sampling, stop, shown.append
+    )
+    assert reply == generation.Completion(text, num_tokens, finish)
+    so_far = ""
+    for part in shown:
+        so_far += part
+        assert text.startswith(so_far)
+    assert so_far == text
+
+
+def test_each_row_ends_by_itself():
+    """Red when the first row's end ends the others."""
+    tokenizer = tokenizer_lib.byte_level()
+    sampling = generation.SamplingConfig(max_tokens=6)
+    script = Script(b"ab.abc", b"abcd.a")
+    replies = generation.complete(script, tokenizer, ["", ""], sampling, ["."])
+    assert [reply.text for reply in replies] == ["ab", "abcd"]
+
+
+def test_prompt_files_and_the_command_line(tmp_path):
+    """JSONL in any batch size; the same through the command; a REPL that ends.
+
+    Red when a prompt's seed depends on its batch, or a flag is lost.
+    """
+    config, params = make(vocab_size=257)
+    tokenizer = tokenizer_lib.byte_level()
+    generator = generation.Generator(config, params)
+    sampling = generation.SamplingConfig(max_tokens=5, temperature=1.0, seed=3)
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("one\nlonger than that\nx\n")
+    rows = list(generation.complete_file(generator, tokenizer, str(lines), sampling))
+    assert [row["seed"] for row in rows] == [3, 4, 5]
+    json_lines = tmp_path / "prompts.jsonl"
+    with json_lines.open("w") as file:
+        file.writelines(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
+    again = generation.complete_file(
+        generator, tokenizer, str(json_lines), sampling, batch_size=2
+    )
+    assert list(again) == rows
+    for text, message in (("{}", "JSON with 'prompt'"), ("{", "JSON with 'prompt'")):
+        json_lines.write_text(text)
+        with pytest.raises(errors.ConfigError, match=message):
+            next(
+                generation.complete_file(
+                    generator, tokenizer, str(json_lines), sampling
+                )
+            )
+
+    convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
+    command = [sys.executable, "-m", "memoryformer.generation"]
+    command += [f"--export={tmp_path / 'export'}", "--max_tokens=5", "--seed=3"]
+    command += ["--temperature=1", "--top_p=0.95"]
+
+    def run(*flags, **kwargs):
+        return subprocess.run(
+            command + list(flags),
+            cwd=pathlib.Path(__file__).parents[1],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+            **kwargs,
+        )
+
+    run(f"--prompts={lines}", f"--output={tmp_path / 'out.jsonl'}")
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows
+    typed = run("--repl", input="one\n\n")
+    assert typed.stdout.startswith("one" + rows[0]["text"])
+    assert "tokens/s" in typed.stderr

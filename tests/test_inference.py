@@ -1,0 +1,91 @@
+"""Weights stored narrower: what decoding and evaluation make of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import decoding, errors, evaluation, inference, model
+from memoryformer.ops import packed
+
+INT8 = inference.WeightKinds("int8", "int8", "int8")
+
+
+def greedy(config, params, kinds, prompts, max_tokens=20):
+    generator = decoding.Generator(config, params, kinds)
+    sampling = decoding.SamplingConfig(max_tokens=max_tokens, temperature=0.0)
+    return np.array(list(generator.stream_batch(prompts, sampling)))
+
+
+@pytest.mark.parametrize("projection", ["memory", "dense"])
+def test_decoding_with_narrow_weights_is_the_forward_pass_of_rounded_ones(projection):
+    """More tokens than one call of the loop. Red if a scale is lost, the loop's calls do
+    not join, or `round_weights` rounds other leaves than `prepare`."""
+    config = toy.model_config(projection, seq_len=40, lookup="auto")
+    params = model.init(config, 3)
+    prompts = [[5, 1, 7], [2, 2, 4]]
+    tokens = greedy(config, params, INT8, prompts, decoding.LOOP + 4).T
+    rounded = inference.round_weights(config, params, INT8)
+    whole = np.concatenate([prompts, tokens], axis=1)
+    logits = np.asarray(model.forward(config, rounded, jnp.asarray(whole)))
+    np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), tokens)
+
+
+def test_only_weights_are_packed():
+    """Tables, head and kernels, each as asked; norms, biases and embedding stay. Red if
+    the head is stored as the dense layers are."""
+    kinds = inference.WeightKinds("int8", "int4", "bfloat16")
+    config = toy.model_config("dense")
+    stored = inference.prepare(config, model.init(config), kinds)
+    assert stored["head"]["kernel"].values.dtype == jnp.uint8
+    block = stored["blocks"]["0"]
+    assert block["ffn"]["up"]["kernel"].values.dtype == jnp.bfloat16
+    assert block["norm1"]["scale"].dtype == stored["embed"]["embedding"].dtype
+    config = toy.model_config("memory")
+    stored = inference.prepare(config, model.init(config), kinds)
+    tables = stored["blocks"]["1"]["mixer"]["qkv"]["tables"]
+    assert isinstance(tables, packed.PackedTables) and tables.values.dtype == jnp.int8
+    again = inference.prepare(config, stored, inference.WeightKinds())
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, stored, again))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.25])
+def test_pruning_keeps_the_largest(density):
+    """Red if the smallest are kept, the head is pruned, or the count is of all weights."""
+    config = toy.model_config("dense")
+    params = model.init(config)
+    pruned, operations = inference.prune(config, params, density)
+    before = np.abs(np.asarray(params["blocks"]["0"]["ffn"]["up"]["kernel"]))
+    after = np.abs(np.asarray(pruned["blocks"]["0"]["ffn"]["up"]["kernel"]))
+    assert np.count_nonzero(after) == round(density * before.size)
+    if density < 1:
+        assert after[after > 0].min() >= before[after == 0].max()
+    assert pruned["head"]["kernel"] is params["head"]["kernel"]
+    share = operations["effective_multiply_adds"] / operations["multiply_adds"]
+    assert share == pytest.approx(density)
+
+
+def test_what_cannot_be_stored_is_refused():
+    """Red if a typo is taken for float32."""
+    for fields, message in (
+        ({"tables": "int4"}, "--tables"),
+        ({"head": "int9"}, "--head"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            inference.WeightKinds(**fields)
+    with pytest.raises(errors.ConfigError, match="--density"):
+        inference.prune(toy.model_config("dense"), {}, 0.0)
+
+
+def test_int8_tables_cost_next_to_nothing(tmp_path):
+    """A trained toy: the loss moves by less than 0.002 nats, and says what it is of. Red if
+    one scale serves all rows of a layer, or the weights are not rounded at all."""
+    workdir = toy.trained(tmp_path)
+    float32 = evaluation.evaluate_checkpoint(workdir)
+    kinds = inference.WeightKinds("int8", "int8")
+    int8 = evaluation.evaluate_checkpoint(workdir, kinds=kinds)
+    assert 0 < abs(int8["val/loss"] - float32["val/loss"]) < 0.002
+    assert int8["weights"] == dataclasses.asdict(kinds)
