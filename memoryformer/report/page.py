@@ -1,0 +1,289 @@
+"""One HTML page that needs nothing else: curves, tables, utilisation, differences.
+
+Light or dark as the reader's device is, one column on a phone, white on paper. Start at
+`render`.
+"""
+
+import html
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memoryformer.report import studies as studies_lib
+from memoryformer.report import svg
+from memoryformer.report.studies import BITS, LOSS, SPEED, VALIDATION, Run, Study
+from memoryformer.sweep import points, tables
+
+STYLE = pathlib.Path(__file__).with_name("page.css")
+MEASURES = (
+    ("used_fraction", "rows used"),
+    ("entropy", "entropy / log C"),
+    ("flip_rate", "flip rate"),
+    ("max_over_mean", "most read / mean"),
+)
+NAMES = {
+    BITS: "validation, bits per byte",
+    VALIDATION: "validation loss, nats per token",
+    LOSS: "training loss, nats per token",
+    SPEED: "tokens per second",
+}
+
+
+def render(studies: Sequence[Study]) -> str:
+    """Return the page of these studies."""
+    title = " · ".join(study.name for study in studies)
+    number = sum(len(study.runs) for study in studies)
+    contents = ""
+    if len(studies) > 1:
+        links = "".join(
+            f'<li><a href="#s{i}">{_text(study.name)}</a></li>'
+            for i, study in enumerate(studies)
+        )
+        contents = f"<nav><ul>{links}</ul></nav>"
+    body = "".join(_section(i, study) for i, study in enumerate(studies))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{_text(title)}</title><style>{STYLE.read_text('utf-8')}</style></head>"
+        f"<body>{svg.DEFINITIONS}<header><h1>{_text(title)}</h1>"
+        f"<p>{number} runs in {len(studies)} "
+        f"{'studies' if len(studies) > 1 else 'study'}. {_how_to_read(studies)}</p>"
+        f"{contents}</header><main>{body}</main></body></html>\n"
+    )
+
+
+def _how_to_read(studies: Sequence[Study]) -> str:
+    seeds = max(len(runs) for study in studies for runs in study.variants.values())
+    if seeds < 2:
+        return "One seed each: no spread is known."
+    return (
+        "Lines are means over seeds, bands reach from the lowest to the highest seed; "
+        f"± is the standard deviation over seeds. A difference is called noise below "
+        f"{tables.NOISE:g} standard errors (from the pooled standard deviation)."
+    )
+
+
+def _section(index: int, study: Study) -> str:
+    metric = study.headline
+    charts = [_curves(study, metric, "tokens"), _curves(study, metric, "flops")]
+    charts += [_curves(study, LOSS, "tokens"), _throughput(study)]
+    figures = "".join(chart for chart in charts if chart)
+    return (
+        f'<section id="s{index}"><h2>{_text(study.name)}</h2>'
+        f"{_results(study, metric)}{svg.legend(list(study.variants))}"
+        f'<div class="charts">{figures}</div>'
+        f"{_utilisation(study)}{_differences(study)}{_runs(study)}</section>"
+    )
+
+
+def _results(study: Study, metric: str) -> str:
+    summaries = study.summaries(metric)
+    pooled = tables.pooled_deviation(summaries)
+    rows = []
+    for summary in summaries:
+        run = study.variants[summary.variant][0]
+        apart = tables.difference(summary, summaries[0], pooled)
+        against, verdict = "", "baseline"
+        if summary is not summaries[0]:
+            against, verdict = _plus_minus(apart.value, apart.error, "+"), apart.verdict
+        tokens = float(run.series(metric)[0][-1])
+        rows.append(
+            (
+                summary.variant,
+                summary.count,
+                _plus_minus(summary.mean, summary.deviation),
+                against,
+                verdict,
+                svg.short(tokens),
+                svg.short(run.cost.parameters.total),
+                svg.short(tokens * run.cost.training_flops_per_token),
+            )
+        )
+    header = ("variant", "seeds", NAMES[metric], "difference ± s.e.", "")
+    header += ("tokens", "parameters", "FLOPs")
+    floor = ""
+    if not math.isnan(pooled):
+        degrees = sum(s.count - 1 for s in summaries)
+        floor = (
+            f'<p class="note">Noise floor: {pooled:.2g}, the standard deviation over seeds '
+            f"pooled over variants ({degrees} degrees of freedom).</p>"
+        )
+    return _table(header, rows) + floor
+
+
+def _curves(study: Study, metric: str, against: str) -> str:
+    found, ends = [], []
+    for label, runs in study.variants.items():
+        one = band(label, runs, metric, against, marks=metric != LOSS)
+        found.append(one)
+        ends += [one.x[-1]] if len(one.x) else []
+    if not ends:
+        return ""
+    wide = against == "flops" and max(ends) > 4 * min(ends)
+    label = {"flops": "training FLOPs", "tokens": "training tokens"}[against]
+    chart = svg.lines(found, label, NAMES[metric], log_x=wide)
+    note = " (logarithmic)" if wide else ""
+    return _figure(f"{NAMES[metric]} against {label}{note}", chart)
+
+
+def band(
+    label: str, runs: Iterable[Run], metric: str, against: str, *, marks: bool
+) -> svg.Series:
+    """Return mean and range over the seeds, where all of them have a value.
+
+    A run that is behind ends its seeds' line: a mean of fewer would jump.
+    """
+    series = [run.series(metric, against) for run in runs]
+    series = [(x, y) for x, y in series if len(x)]
+    if not series:
+        nothing = np.zeros(0)
+        return svg.Series(label, nothing, nothing, nothing, nothing, marks)
+    common = series[0][0]
+    for x, _ in series[1:]:
+        common = np.intersect1d(common, x)
+    values = np.stack([y[np.searchsorted(x, common)] for x, y in series])
+    if metric == LOSS:
+        common, values = _smooth(common, values)
+    spread = values.mean(0), values.min(0), values.max(0)
+    return svg.Series(label, common, *spread, marks)
+
+
+def _smooth(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running means over about 4 % of the points."""
+    window = max(1, len(x) // 25)
+    kernel = np.full(window, 1 / window)
+    smooth = [np.convolve(row, kernel, mode="valid") for row in values]
+    return np.convolve(x, kernel, mode="valid"), np.stack(smooth)
+
+
+def _throughput(study: Study) -> str:
+    names, values = [], []
+    for label, runs in study.variants.items():
+        speeds = [speed for speed in (run.last(SPEED) for run in runs) if speed]
+        if speeds:
+            names.append(label)
+            values.append((min(speeds), statistics.fmean(speeds), max(speeds)))
+    if not names:
+        return ""
+    title = "tokens per second while training (median of a run; bars: mean over seeds)"
+    return _figure(title, svg.bars(names, values, title))
+
+
+def _utilisation(study: Study) -> str:
+    rows = []
+    for label, runs in study.variants.items():
+        layers = sorted(
+            {
+                name.split("/")[1]
+                for run in runs
+                for row in run.rows
+                for name in row
+                if name.startswith("utilisation/")
+            }
+        )
+        for kind in sorted({layer.split(".", 2)[2] for layer in layers}):
+            blocks = [layer for layer in layers if layer.endswith(f".{kind}")]
+            values = [_over(runs, blocks, measure) for measure, _ in MEASURES]
+            rows.append((label, kind, *values))
+    if not rows:
+        return ""
+    header = ("variant", "layer", *(name for _, name in MEASURES))
+    note = (
+        '<p class="note">At the last evaluation, over validation text: mean over blocks '
+        "and seeds (lowest to highest). Uniform use is 1, 1, 0.5 and 1.</p>"
+    )
+    body = _table(header, rows) + note
+    return f"<details open><summary>Use of the buckets</summary>{body}</details>"
+
+
+def _over(runs: Iterable[Run], layers: Iterable[str], measure: str) -> str:
+    names = [f"utilisation/{layer}/{measure}" for layer in layers]
+    values = [v for run in runs for v in map(run.last, names) if v is not None]
+    if not values:
+        return ""
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _differences(study: Study) -> str:
+    if not study.varying:
+        return ""
+    header = ("variant", *study.varying)
+    rows = [
+        (label, *(_value(runs[0].config.get(field)) for field in study.varying))
+        for label, runs in study.variants.items()
+    ]
+    body = _table(header, rows)
+    return f"<details open><summary>Where configs differ</summary>{body}</details>"
+
+
+def _runs(study: Study) -> str:
+    rows = []
+    for label, runs in study.variants.items():
+        for run in runs:
+            values = (run.last(study.headline), run.last(LOSS), run.last(SPEED))
+            step = f"{run.rows[-1]['step']} of {run.config.get('train.num_steps', '?')}"
+            shown = ["" if v is None else tables.number(v) for v in values]
+            rows.append((label, run.seed, step, *shown, str(run.workdir)))
+    names = (NAMES[study.headline], NAMES[LOSS], NAMES[SPEED])
+    header = ("variant", "seed", "step", *names, "directory")
+    body = _table(header, rows)
+    return f"<details><summary>All {len(rows)} runs</summary>{body}</details>"
+
+
+def _figure(caption: str, chart: str) -> str:
+    return f"<figure><figcaption>{_text(caption)}</figcaption>{chart}</figure>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_breakable(_text(cell))}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    text = _text(value)
+    kind = ' class="number"' if text[:1].isdigit() or text[:1] in "+-" else ""
+    if text in VERDICTS:
+        kind, text = "", f'<span class="verdict">{text}</span>'
+    return f"<td{kind}>{text}</td>"
+
+
+def _breakable(text: str) -> str:
+    return text.replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+VERDICTS = ("lower", "higher", "within noise", "one seed", "baseline")
+
+
+def _plus_minus(value: float, spread: float, sign: str = "") -> str:
+    shown = f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.0f}"
+    return shown if math.isnan(spread) else f"{shown} ± {spread:.2g}"
+
+
+def _value(value: Any) -> str:
+    return points.describe({"": value}).removeprefix("=") if value != "" else "''"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def write(
+    directories: Sequence[pathlib.Path], output: pathlib.Path
+) -> Mapping[str, int]:
+    """Write the page of all runs below `directories`; return the size of each study."""
+    studies = studies_lib.load(directories)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render(studies), encoding="utf-8")
+    return {study.name: len(study.runs) for study in studies}

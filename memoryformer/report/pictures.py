@@ -1,0 +1,377 @@
+"""Pictures: FLOPs per block, bucket utilisation, loss curves. Start at `SUBCOMMANDS`."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+from memoryformer import (
+    accounting,
+    checkpoint,
+    config,
+    data,
+    diagnostics,
+    errors,
+    metrics,
+    model,
+)
+
+matplotlib.use("Agg")  # no display needed; before pyplot is imported
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+LAYERS = ("mixer.qkv", "ffn.up", "ffn.down")
+
+
+def flops_figure() -> plt.Figure:
+    """Draw FLOPs per block against hidden size, the paper's Fig. 1, with K = D / 8."""
+    widths = range(512, 3072 + 1, 128)
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    kinds = (("dense", "Transformer"), ("memory", "MemoryFormer"))
+    for colour, (projection, label) in zip(COLOURS, kinds, strict=False):
+        for length, line in ((2048, "-"), (1024, "--")):
+            cost = [_block_flops(width, length, projection) / 1e9 for width in widths]
+            axes.plot(widths, cost, line, color=colour, label=f"{label}, L = {length}")
+    memory, dense = (_block_flops(2048, 2048, kind) for kind in ("memory", "dense"))
+    ends = {"xy": (2048, memory / 1e9), "xytext": (2048, dense / 1e9)}
+    axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "0.3"})
+    axes.text(2080, 0.7 * dense / 1e9, f"to {100 * memory / dense:.1f} %\n(L = 2048)")
+    axes.set(
+        xlabel="model width D",
+        ylabel="GFLOPs (one multiply-add = one FLOP)",
+        title="Forward pass of one block over one sequence of L tokens",
+        xticks=range(512, 3073, 512),
+        xlim=(512, 3072),
+        ylim=(0, None),
+    )
+    axes.legend(loc="upper left")
+    return figure
+
+
+def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
+    """Draw training and validation loss, and bits per byte, of one or more runs.
+
+    The x axis is tokens if every run logs `train/tokens`, else steps. Raises
+    `StorageError` for a run without `metrics.jsonl`, `DataError` for one without losses.
+    """
+    runs = {name: _curves(workdir) for name, workdir in _names(workdirs).items()}
+    by_tokens = all(len(run["train/tokens"][0]) for run in runs.values())
+    with_bytes = any(len(run["val/bits_per_byte"][0]) for run in runs.values())
+    columns = 1 + with_bytes
+    figure, all_axes = plt.subplots(
+        1, columns, figsize=(1.0 + 5.4 * columns, 4.2), squeeze=False
+    )
+    loss_axes, bytes_axes = all_axes[0, 0], all_axes[0, -1]
+    highest = []
+    for index, (name, run) in enumerate(runs.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        x, y = _against(run, "train/loss", by_tokens)
+        smooth_x, smooth_y, window = _smooth(x, y)
+        if window > 1:
+            loss_axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        label = f"{name}, train" + (f" (mean of {window})" if window > 1 else "")
+        loss_axes.plot(smooth_x, smooth_y, color=colour, label=label)
+        x, y = _against(run, "val/loss", by_tokens)
+        if len(x):
+            mark = {"linestyle": "--", "marker": "o", "markersize": 4}
+            loss_axes.plot(x, y, color=colour, label=f"{name}, validation", **mark)
+        highest += [_after_start(smooth_y), *y]
+        x, y = _against(run, "val/bits_per_byte", by_tokens)
+        if with_bytes and len(x):
+            last = f"{name}, validation: {y[-1]:.3f} at the end"
+            bytes_axes.plot(x, y, color=colour, marker="o", markersize=4, label=last)
+    top = max((value for value in highest if np.isfinite(value)), default=None)
+    loss_axes.set(ylabel="loss (nats per token)", title="Loss")
+    if top is not None:
+        loss_axes.set_ylim(top=1.05 * top)  # the first few steps would flatten the rest
+    if with_bytes:
+        bytes_axes.set(ylabel="bits per byte", title="Bits per byte of validation text")
+    for axes in all_axes.flat:
+        axes.set(xlabel="training tokens" if by_tokens else "step", xlim=(0, None))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.legend()
+    return figure
+
+
+def buckets_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
+    """Draw how often each bucket is read in the first block, the paper's Fig. 4.
+
+    `counts` is `diagnostics.collect`'s. Columns: Q, K, V (one hash), FFN up, FFN down;
+    rows: the first and the last table.
+    """
+    figure, all_axes = plt.subplots(2, 3, figsize=(11.5, 6.0), sharey="col")
+    titles = ("Q, K, V (one hash)", "FFN up", "FFN down")
+    for column, (layer, title) in enumerate(zip(LAYERS, titles, strict=True)):
+        table_counts = counts[f"blocks.0.{layer}"]  # [K, C]
+        num_tables, num_buckets = table_counts.shape
+        use = diagnostics.utilisation(table_counts)
+        for row, table in enumerate((0, num_tables - 1)):
+            axes = all_axes[row, column]
+            share = table_counts[table] / table_counts[table].mean()
+            edges = np.arange(num_buckets + 1) - 0.5
+            colour = COLOURS[column]
+            axes.stairs(share, edges, fill=True, color=colour, edgecolor=colour, lw=0.6)
+            axes.axhline(1, color="black", linestyle="--", linewidth=1)
+            used = f"{100 * use.used_fraction[table]:.0f} % used"
+            entropy = f"entropy {use.entropy[table]:.2f}"
+            axes.set(
+                title=f"{title}, table {table + 1} of {num_tables}\n{used}, {entropy}, "
+                f"max {use.max_over_mean[table]:.1f}x",
+                xlim=(-0.5, num_buckets - 0.5),
+                xticks=np.linspace(0, num_buckets, 5),
+            )
+            axes.grid(axis="x", visible=False)
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("reads / mean reads")
+    for axes in all_axes[-1]:
+        axes.set_xlabel("bucket")
+    tokens = int(counts[f"blocks.0.{LAYERS[0]}"][0].sum())
+    figure.suptitle(
+        f"Reads of each bucket, first block, {tokens:,} validation tokens; "
+        "dashed: uniform"
+    )
+    return figure
+
+
+def layers_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
+    """Draw how evenly every memory layer of every block is used: mean, and range."""
+    figure, all_axes = plt.subplots(2, 2, figsize=(9.5, 6.4), sharex=True)
+    panels = (
+        ("used_fraction", "rows used (fraction)"),
+        ("entropy", "entropy / log C"),
+        ("max_over_mean", "most read row / mean row"),
+        ("flip_rate", "flip rate of a bit, 2p(1 - p)"),
+    )
+    num_blocks = 1 + max(int(name.split(".")[1]) for name in counts)
+    for layer, marker, colour in zip(LAYERS, "osD", COLOURS, strict=False):
+        names = [f"blocks.{block}.{layer}" for block in range(num_blocks)]
+        blocks = [b for b, name in enumerate(names) if name in counts]
+        values = [_layer_values(counts[names[block]]) for block in blocks]
+        for axes, (key, _) in zip(all_axes.flat, panels, strict=True):
+            each = [value[key].ravel() for value in values]
+            mean = [np.mean(value) for value in each]
+            low, high = [np.min(v) for v in each], [np.max(v) for v in each]
+            offset = 0.12 * (LAYERS.index(layer) - 1)  # beside each other, not on top
+            axes.errorbar(
+                np.asarray(blocks) + offset,
+                mean,
+                yerr=[np.subtract(mean, low), np.subtract(high, mean)],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linestyle="none",
+                elinewidth=1,
+                capsize=2,
+                label=layer,
+            )
+    for axes, (key, label) in zip(all_axes.flat, panels, strict=True):
+        uniform = 0.5 if key == "flip_rate" else 1.0
+        axes.axhline(uniform, color="black", linestyle="--", linewidth=1)
+        top = None if key == "max_over_mean" else 1.05 * uniform
+        axes.set(ylabel=label, ylim=(0, top))
+    for axes in all_axes[-1]:
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(
+        "Mean over tables (bits), bars from least to most; dashed: uniform use"
+    )
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags of the command line say."""
+
+    output: str = ""  # folder for the pictures; '' = DIR/plots
+    workdir: str = ""
+    max_tokens: int = 0  # 0 = all
+
+
+def run_flops(argv: Sequence[str], options: Options) -> None:
+    """Draw Fig. 1 into `output`, by default the working directory."""
+    _no_more(argv, "flops")
+    _save(flops_figure(), _folder(options.output or ".") / "flops.png")
+
+
+def run_curves(argv: Sequence[str], options: Options) -> None:
+    """Draw the losses of the runs named on the command line."""
+    if not argv:
+        raise errors.ConfigError("report curves: name at least one run directory.")
+    workdirs = [_existing(name) for name in argv]
+    figure = curves_figure(workdirs)
+    output = _folder(options.output or workdirs[0] / "plots")
+    _save(figure, output / "curves.png")
+
+
+def run_utilisation(argv: Sequence[str], options: Options) -> None:
+    """Draw how the run in `workdir` uses its buckets, on its validation text.
+
+    Counts the newest checkpoint's codes on the first `max_tokens` tokens and prints a
+    line per layer.
+    """
+    _no_more(argv, "utilisation")
+    if not options.workdir:
+        raise errors.ConfigError("report utilisation: --workdir=DIR is missing.")
+    workdir = _existing(options.workdir)
+    counts = _collect(workdir, options.max_tokens)
+    output = _folder(options.output or workdir / "plots")
+    _save(buckets_figure(counts), output / "utilisation_buckets.png")
+    _save(layers_figure(counts), output / "utilisation_layers.png")
+    print(f"{'layer':22s} {'used':>6s} {'entropy':>8s} {'max/mean':>9s} {'flip':>6s}")
+    for name, layer_counts in counts.items():
+        means = {k: np.mean(v) for k, v in _layer_values(layer_counts).items()}
+        print("{:22s} {:6.1%} {:8.3f} {:9.1f} {:6.3f}".format(name, *means.values()))
+
+
+SUBCOMMANDS = {
+    "flops": run_flops,
+    "utilisation": run_utilisation,
+    "curves": run_curves,
+}
+
+
+def main(argv: Sequence[str], options: Options) -> None:
+    """Run the subcommand that `argv` names."""
+    if len(argv) < 2:
+        raise errors.ConfigError(f"report: name one of {', '.join(SUBCOMMANDS)}.")
+    name = config.choose(argv[1], SUBCOMMANDS, "report subcommand")
+    with plt.rc_context(STYLE):
+        SUBCOMMANDS[name](argv[2:], options)
+
+
+def _block_flops(width: int, length: int, projection: str) -> int:
+    shape = accounting.Shape(
+        vocab_size=1,
+        embed_dim=width,
+        num_layers=1,
+        num_heads=1,
+        seq_len=length,
+        projection=projection,
+        output_projection=projection == "dense",
+    )
+    return accounting.count(shape).block.total_paper
+
+
+def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
+    """Count the codes of the newest checkpoint on the start of its validation text."""
+    run_config, params = checkpoint.load(workdir)
+    model_config = model.ModelConfig.from_config(run_config.model)
+    data_config = config.build(data.DataConfig, run_config.data, "data")
+    dataset = data.open(data_config, model_config.vocab_size)
+    batch_size = max(1, 8192 // model_config.seq_len)
+    batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
+    number = -(-max_tokens // (batch_size * model_config.seq_len)) or None
+    batches = itertools.islice(iter(batches), number)
+    return diagnostics.collect(model_config, params, batches)
+
+
+def _curves(workdir: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of each plotted metric; what is not a finite number is left out."""
+    names = ("train/loss", "train/tokens", "val/loss", "val/bits_per_byte")
+    points: dict[str, dict[int, float]] = {name: {} for name in names}
+    for row in metrics.read(workdir):
+        for name in names:
+            if name in row and np.isfinite(float(row[name])):
+                points[name][row["step"]] = float(row[name])
+    if not points["train/loss"] and not points["val/loss"]:
+        raise errors.DataError(f"{workdir}/metrics.jsonl: holds no loss yet.")
+    curves = {}
+    for name, values in points.items():
+        steps = sorted(values)
+        curves[name] = (np.array(steps), np.array([values[step] for step in steps]))
+    return curves
+
+
+def _against(
+    run: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, by_tokens: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = run[name]
+    if not by_tokens or not len(steps):
+        return steps, values
+    # Validation rows need not say how many tokens were trained on: step tells.
+    return np.interp(steps, *run["train/tokens"]), values
+
+
+def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Running means over about 2 % of the points, and how many that is."""
+    window = max(1, len(y) // 50)
+    kernel = np.full(window, 1 / window)
+    x, y = (np.convolve(v, kernel, mode="valid") for v in (x, y))
+    return x, y, window
+
+
+def _after_start(y: np.ndarray) -> float:
+    return y[len(y) // 20] if len(y) else -np.inf
+
+
+def _layer_values(counts: np.ndarray) -> dict[str, np.ndarray]:
+    use = diagnostics.utilisation(counts)
+    return {
+        "used_fraction": use.used_fraction,
+        "entropy": use.entropy,
+        "max_over_mean": use.max_over_mean,
+        "flip_rate": diagnostics.bit_rates(counts).flip_rate,
+    }
+
+
+def _names(workdirs: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Label each run by as much of the end of its path as tells it from the others."""
+    resolved = list(dict.fromkeys(workdir.resolve() for workdir in workdirs))
+    depth = 1
+    while len({w.parts[-depth:] for w in resolved}) < len(resolved):
+        depth += 1
+    return {os.path.join(*w.parts[-depth:]): w for w in resolved}
+
+
+def _no_more(argv: Sequence[str], subcommand: str) -> None:
+    if argv:
+        raise errors.ConfigError(
+            f"report {subcommand}: {argv[0]!r}: unexpected argument."
+        )
+
+
+def _existing(name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    if not path.is_dir():
+        raise errors.DataError(f"{name}: there is no such run directory.")
+    return path
+
+
+def _folder(name: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.StorageError(f"{path}: cannot be made: {error}.") from error
+    return path
+
+
+def _save(figure: plt.Figure, path: pathlib.Path) -> None:
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise errors.StorageError(f"{path}: cannot be written: {error}.") from error
+    finally:
+        plt.close(figure)
+    print(path)

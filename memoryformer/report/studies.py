@@ -1,0 +1,177 @@
+"""Runs and groups of them, from their files alone. Start at `load`."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memoryformer import accounting, drift
+from memoryformer import config as config_lib
+from memoryformer.errors import DataError
+from memoryformer.sweep import files, points, tables
+
+LOSS, BITS, VALIDATION = "train/loss", "val/bits_per_byte", "val/loss"
+SPEED = "train/tokens_per_second"
+MAX_DEPTH = 4  # folders below a named one in which runs are looked for
+
+Series = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run directory."""
+
+    workdir: pathlib.Path
+    config: Mapping[str, Any]  # flat, as JSON has it
+    rows: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    label: str = ""  # what a sweep calls it
+
+    @property
+    def seed(self) -> int:
+        """Of parameters and data."""
+        return self.config.get("train.seed", 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.config["train.batch_size"] * self.config["model.seq_len"]
+
+    @functools.cached_property
+    def cost(self) -> accounting.Accounting:
+        """FLOPs and parameters of its model."""
+        prefix = "model."
+        model = {
+            key.removeprefix(prefix): value
+            for key, value in self.config.items()
+            if key.startswith(prefix)
+        }
+        return accounting.count(model)
+
+    def series(self, metric: str, against: str = "tokens") -> Series:
+        """Return a metric over tokens, FLOPs or steps; what is not finite is left out."""
+        found = [(r["step"], float(r[metric])) for r in self.rows if metric in r]
+        found = [(step, value) for step, value in found if np.isfinite(value)]
+        steps = np.array([step for step, _ in found], float)
+        tokens = steps * self.tokens_per_step
+        x = {
+            "steps": steps,
+            "tokens": tokens,
+            "flops": tokens * self.cost.training_flops_per_token,
+        }[against]
+        return x, np.array([value for _, value in found])
+
+    def last(self, metric: str) -> float | None:
+        """Return the last finite value of a metric, the median of a speed."""
+        values = self.series(metric)[1]
+        if not len(values):
+            return None
+        if metric in files.MEDIANS:
+            return statistics.median(values.tolist())
+        return float(values[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs that are compared with each other; the first variant is the baseline."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @functools.cached_property
+    def varying(self) -> list[str]:
+        """The fields in which runs differ, but for their seeds."""
+        return [field for field in differing(self.runs) if field != points.SEED]
+
+    @functools.cached_property
+    def variants(self) -> dict[str, list[Run]]:
+        """Runs by what they have in common, but for their seeds, in order."""
+        groups: dict[tuple, list[Run]] = {}
+        for run in self.runs:
+            key = tuple(str(run.config.get(field)) for field in self.varying)
+            groups.setdefault(key, []).append(run)
+        named: dict[str, list[Run]] = {}
+        for key, runs in groups.items():
+            fields = dict(zip(self.varying, key, strict=True))
+            label = runs[0].label or points.describe(fields) or runs[0].workdir.name
+            while label in named:
+                label += "'"
+            named[label] = runs
+        return named
+
+    def summaries(self, metric: str) -> list[tables.Summary]:
+        """Mean and spread of a metric's last values, of the variants that have it."""
+        found = []
+        for label, runs in self.variants.items():
+            values = [v for v in (run.last(metric) for run in runs) if v is not None]
+            if values:
+                found.append(tables.summarise(label, values))
+        return found
+
+    @property
+    def headline(self) -> str:
+        """The metric to compare: bits per byte where all have it, else a loss."""
+        for metric in (BITS, VALIDATION, LOSS):
+            if all(run.last(metric) is not None for run in self.runs):
+                return metric
+        return BITS
+
+
+def load(directories: Sequence[pathlib.Path]) -> list[Study]:
+    """Read every run in or below `directories`: a study per sweep, one of all others.
+
+    Raises `DataError` where there is none.
+    """
+    studies, others, seen = [], [], set()
+    for directory in directories:
+        if not directory.is_dir():
+            raise DataError(f"{directory}: there is no such directory.")
+        found = [p.parent for p in _below(directory, files.MANIFEST)]
+        for sweep in found:
+            runs = [run for run in _of_sweep(sweep) if run]
+            seen |= {run.workdir.resolve() for run in runs}
+            if runs:
+                studies.append(Study(sweep.name, runs))
+        for path in _below(directory, "metrics.jsonl"):
+            if path.parent.resolve() not in seen:
+                seen.add(path.parent.resolve())
+                others.append(_run(path.parent))
+    others = [run for run in others if run]
+    if others:
+        studies.append(Study("runs", others))
+    if not studies:
+        listed = ", ".join(map(str, directories))
+        raise DataError(f"{listed}: holds no run (config.json and metrics.jsonl).")
+    return studies
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Return the fields that are not the same in all runs."""
+    fields = sorted(set().union(*(run.config for run in runs)))
+    return [f for f in fields if len({str(run.config.get(f)) for run in runs}) > 1]
+
+
+def _below(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
+    patterns = ("*/" * depth + name for depth in range(MAX_DEPTH + 1))
+    return [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+
+
+def _of_sweep(directory: pathlib.Path) -> list[Run | None]:
+    facts = json.loads((directory / files.MANIFEST).read_text(encoding="utf-8"))
+    return [
+        _run(directory / name, point["label"])
+        for name, point in facts["points"].items()
+    ]
+
+
+def _run(workdir: pathlib.Path, label: str = "") -> Run | None:
+    path = workdir / "config.json"
+    rows = files.read_rows(workdir)
+    if not path.exists() or not rows:
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return Run(workdir, config_lib.flatten(drift.plain(config)), rows, label)

@@ -1,0 +1,185 @@
+"""The report page holds the numbers of the files, stands alone, and is quick."""
+
+import html.parser
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import drift, experiment
+from memoryformer.errors import DataError
+from memoryformer.report import page, studies, svg
+from memoryformer.sweep import files, points
+
+SWEEPS = """
+
+def sweep_rate():
+    for rate in (1e-3, 2e-3):
+        yield {"optimizer.learning_rate": rate}
+
+def sweep_seed():
+    for seed in range(10):
+        yield {"train.seed": seed}
+"""
+
+
+def write_run(workdir, run, offset):
+    """What training leaves: a config and rows, the last ones at known values."""
+    workdir.mkdir(parents=True)
+    config = drift.plain(experiment.as_dict(run))
+    (workdir / "config.json").write_text(json.dumps(config))
+    rows = []
+    for step in range(1, 21):
+        rows.append({"step": step, "train/loss": 9.0 / step + offset})
+        rows[-1]["train/tokens_per_second"] = 1000.0 + step
+    for step in (10, 20):
+        bits = offset + 20 / step
+        use = {"utilisation/blocks.0.ffn.up/used_fraction": 0.25}
+        rows.append({"step": step, "val/loss": bits, "val/bits_per_byte": bits, **use})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workdir / "metrics.jsonl").write_text(text + '{"step": 21, "train')
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two learning rates, ten seeds each: bits per byte 2 and 2.5, ± the seed's 0.01."""
+    folder = tmp_path_factory.mktemp("report")
+    path = toy.config_file(folder)
+    path.write_text(path.read_text() + SWEEPS)
+    made = points.expand(str(path), ["rate", "seed"], folder / "runs")
+    for point in made.points:
+        second = point.run.optimizer.learning_rate == 2e-3
+        offset = 1 + 0.5 * second + 0.01 * point.run.train.seed
+        write_run(point.workdir, point.run, offset)
+    files.write_manifest(made)
+    return made
+
+
+def cells(text):
+    """The rows of all tables, as texts."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    plain = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in plain]
+
+
+def test_page_of_a_sweep(sweep, tmp_path):
+    """Means, spreads and the difference are those of the rows; twenty runs in ten seconds.
+
+    Mutations: population s.d. in `summarise`; the difference's sign turned round.
+    """
+    started = time.process_time()
+    sizes = page.write([sweep.directory.parent], tmp_path / "new" / "report.html")
+    assert time.process_time() - started < 10
+    assert sizes == {"rate-seed": 20}
+    text = (tmp_path / "new" / "report.html").read_text()
+    rows = cells(text)
+    spread = np.std(np.arange(10) * 0.01, ddof=1)
+    error = spread * np.sqrt(2 / 10)
+    first, second = rows[1:3]
+    assert first[:5] == ["learning_rate=0.001", "10", "2.0450 ± 0.03", "", "baseline"]
+    assert second[2] == "2.5450 ± 0.03"
+    assert second[3:5] == [f"+0.5000 ± {error:.2g}", "higher"]
+    assert first[5] == svg.short(20 * 8 * 16)
+    assert ["learning_rate=0.001", "0.001"] in rows
+    assert any(row[1:3] == ["ffn.up", "0.25 (0.25 to 0.25)"] for row in rows)
+    assert f"{spread:.2g}" in re.search(r"Noise floor: ([\d.]+)", text)[1]
+
+
+def test_page_stands_alone_and_is_well_formed(sweep):
+    """No link out, no script, no tag left open; light, dark, phone and paper are styled.
+
+    Mutations: a `<script src=...>`; `</section>` left out.
+    """
+    text = page.render(studies.load([sweep.directory]))
+    assert not re.search(r"""(src|href)=["'](?!#)""", text)
+    assert "<script" not in text and "url(" not in text.replace("url(#plot)", "")
+    for query in ("prefers-color-scheme: dark", "max-width: 40rem", "@media print"):
+        assert query in text
+    open_tags = []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "wbr"):  # which have no end
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Parser().feed(text)
+    assert not open_tags
+
+
+def test_names_are_escaped(tmp_path):
+    """Mutation: `_text` without `html.escape`."""
+    run = experiment.resolve(toy.run_config(tmp_path))
+    write_run(tmp_path / "<b>x", run, 1.0)
+    text = page.render(studies.load([tmp_path]))
+    assert "<b>" not in text and "&lt;b&gt;x" in text
+
+
+def test_band_is_of_the_steps_that_all_seeds_have(sweep):
+    """Mean, lowest and highest over seeds; FLOPs are tokens times the model's cost.
+
+    Mutation: `union1d` in place of `intersect1d`.
+    """
+    [study] = studies.load([sweep.directory])
+    runs = study.variants["learning_rate=0.001"]
+    behind = studies.Run(runs[0].workdir, runs[0].config, runs[0].rows[:5])
+    one = page.band("a", runs, studies.BITS, "tokens", marks=True)
+    np.testing.assert_array_equal(one.x, [10 * 128, 20 * 128])
+    np.testing.assert_allclose(one.mean, [3.045, 2.045])
+    np.testing.assert_allclose(one.low, [3.0, 2.0])
+    np.testing.assert_allclose(one.high, [3.09, 2.09])
+    cost = runs[0].cost.training_flops_per_token
+    flops = page.band("a", runs, studies.BITS, "flops", marks=True)
+    np.testing.assert_allclose(flops.x, one.x * cost)
+    both = page.band("a", [*runs, behind], studies.LOSS, "tokens", marks=False)
+    assert len(both.x) == 5
+
+
+def test_runs_without_a_sweep_are_grouped_by_config(tmp_path):
+    """Seeds together, variants named by what differs; a folder without runs is an error.
+
+    Mutation: `points.SEED` not left out of `Study.varying`.
+    """
+    for seed in (0, 1):
+        for width in (16, 32):
+            fields = {"train.seed": seed, "model.embed_dim": width}
+            run = experiment.resolve(toy.run_config(tmp_path, **fields))
+            write_run(tmp_path / f"{width}-{seed}", run, 1.0)
+    [study] = studies.load([tmp_path])
+    assert {k: len(v) for k, v in study.variants.items()} == {
+        "embed_dim=16": 2,
+        "embed_dim=32": 2,
+    }
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no run"):
+        studies.load([tmp_path / "empty"])
+    with pytest.raises(DataError, match="there is no such directory"):
+        studies.load([tmp_path / "nowhere"])
+
+
+def test_charts_draw_what_they_are_given():
+    """Axis, points and ticks; a hundredth of the range is a few pixels.
+
+    Mutation: the y axis not turned round.
+    """
+    x = np.array([0.0, 50.0, 100.0])
+    y = np.array([3.0, 2.0, 1.0])
+    drawn = svg.lines([svg.Series("a", x, y, y, y)], "x", "y")
+    pairs = re.search(r'<polyline[^>]*points="([^"]*)"', drawn)[1].split()
+    pixels = np.array([[float(v) for v in pair.split(",")] for pair in pairs])
+    assert np.all(np.diff(pixels[:, 0]) > 0) and np.all(np.diff(pixels[:, 1]) > 0)
+    np.testing.assert_allclose(pixels[1], (pixels[0] + pixels[2]) / 2, atol=0.1)
+    assert "band" not in drawn
+    assert "band" in svg.lines([svg.Series("a", x, y, y - 1, y + 1)], "x", "y")
+    assert svg.Axis(0, 100, 0, 1).ticks() == [0, 20, 40, 60, 80, 100]
+    assert svg.Axis(1, 1000, 0, 1, log=True).ticks()[:4] == [1, 2, 5, 10]
+    assert [svg.nice(v) for v in (0.011, 3, 7)] == [0.02, 5, 10]
+    assert [svg.short(v) for v in (0.5, 512_000, 3.2e12)] == ["0.5", "512k", "3.2e12"]
