@@ -1,0 +1,143 @@
+"""Our own portable form: one safetensors file, config.json, tokenizer and a reader.
+
+    DIR/model.safetensors   parameters by path, 'blocks.0.mixer.qkv.tables', ..
+    DIR/config.json         the model, how tables are stored, where it comes from
+    DIR/tokenizer.json      if the model has one
+    DIR/reader.py           a reference implementation in one file, numpy only
+
+Tables may be stored narrower; everything else stays float32:
+
+    tables      bytes   error of an entry t of row r
+    float32     4       none
+    bfloat16    2       |t| / 256, and none if t was bfloat16 before
+    int8        1       max|r| / 254: one scale max|r| / 127 for each row [F]
+
+so a memory layer's output moves by at most sum_k s(z_k) * the error of its row k. Start at
+`save_export` and `load_export`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from memoryformer import config as config_lib
+from memoryformer import model
+from memoryformer.convert import reference_reader, safetensors_file, trees
+from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.errors import ConfigError, DataError
+from memoryformer.notation import Params
+
+TABLE_TYPES = ("float32", "bfloat16", "int8")
+SCALE = ".scale_of_rows"
+_FORMAT = {"format": "memoryformer", "version": 1}
+
+
+def save_export(
+    directory: str | os.PathLike,
+    config: model.ModelConfig,
+    params: Params,
+    *,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
+    tables: str = "float32",
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `params` to `directory`, which must hold no other model.
+
+    `source` says where the model comes from and is kept as it is in config.json. Raises
+    `ConfigError` for an unknown table type, `DataError` for parameters of another model.
+    """
+    config_lib.choose(tables, TABLE_TYPES, "--tables")
+    directory = pathlib.Path(directory)
+    trees.check(config, params, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    for path, array in trees.flatten(params).items():
+        if path.split(".")[-1] == "tables":
+            arrays |= _narrow(path, array, tables)
+        else:
+            arrays[path] = array
+    fields = _FORMAT | {
+        "model": dataclasses.asdict(config),
+        "tables": tables,
+        "tokenizer": "tokenizer.json" if tokenizer else "",
+        "source": dict(source or {}),
+    }
+    safetensors_file.write(directory / "model.safetensors", arrays, {"format": "np"})
+    if tokenizer:
+        tokenizer.save(directory / "tokenizer.json")
+    shutil.copyfile(reference_reader.__file__, directory / "reader.py")
+    # Last: a directory with a config.json is complete.
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params]:
+    """Read what `save_export` wrote: (model_config, float32 params).
+
+    Raises `DataError` for missing or damaged files.
+    """
+    directory = pathlib.Path(directory)
+    fields = read_config(directory)
+    config = model.ModelConfig.from_config(fields["model"])
+    arrays, _ = safetensors_file.read(directory / "model.safetensors")
+    flat = {
+        path: _widen(path, arrays)
+        for path in sorted(arrays)
+        if not path.endswith(SCALE)
+    }
+    params = trees.unflatten(flat)
+    trees.check(config, params, directory)
+    return config, params
+
+
+def load_tokenizer(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None:
+    """Read the tokenizer beside a model, or None where there is none."""
+    path = pathlib.Path(directory) / "tokenizer.json"
+    return tokenizer_lib.load(str(path)) if path.is_file() else None
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read config.json of an export; raises `DataError` if it is none."""
+    path = pathlib.Path(directory) / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}).") from error
+    found = {key: fields.get(key) for key in _FORMAT}
+    if found["format"] != _FORMAT["format"]:
+        raise ConfigError(f"{path}: not an export of this package.")
+    if found != _FORMAT:
+        raise ConfigError(
+            f"{path}: version={found['version']!r}: this code reads version "
+            f"{_FORMAT['version']}."
+        )
+    return fields
+
+
+def _narrow(path: str, table: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    if kind == "bfloat16":
+        return {path: table.astype(ml_dtypes.bfloat16)}
+    if kind == "float32":
+        return {path: table}
+    scale = np.abs(table).max(axis=-1) / np.float32(127)
+    # A row of zeros has scale 0; it stays 0 whatever it is divided by.
+    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
+    quantised = np.clip(np.rint(table / divisor), -127, 127).astype(np.int8)
+    return {path: quantised, path + SCALE: scale.astype(np.float32)}
+
+
+def _widen(path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    array = arrays[path]
+    if array.dtype == np.int8:
+        if path + SCALE not in arrays:
+            raise DataError(f"{path}: lacks {path + SCALE}.")
+        return array * np.asarray(arrays[path + SCALE])[..., None]
+    return np.asarray(array, np.float32)

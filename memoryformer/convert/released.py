@@ -1,0 +1,337 @@
+"""Checkpoints of the authors' released code (GPT-NeoX with memory modules) <-> ours.
+
+    DIR/latest                              the name of the newest global_stepN
+    DIR/global_stepN/configs/*.yml          the run's configuration
+    DIR/global_stepN/mp_rank_00_model_states.pt      {'module': {'sequential.I.NAME': ..}}
+    or, trained with pipeline stages, beside it
+    DIR/global_stepN/layer_II-model_00-model_states.pt            {'NAME': ..}
+
+I counts the pieces: 0 embedding, 2 .. n + 1 blocks, n + 3 final norm, n + 4 head. Tables
+are [K 2^tau, F], float16; the first value of a chunk is the high bit, as ours. Start at
+`load_released`.
+"""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import yaml
+
+from memoryformer import model
+from memoryformer.convert import torch_file, trees
+from memoryformer.errors import ConfigError, DataError
+from memoryformer.notation import Params
+
+EXTRA_BITS = 2  # fixed in the released code
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_STATES = "mp_rank_00_model_states.pt"
+
+
+def load_released(
+    directory: str | os.PathLike, config_file: str | os.PathLike = ""
+) -> tuple[model.ModelConfig, Params]:
+    """Read a checkpoint of the released code: (model_config, float32 params).
+
+    `directory` is a `global_stepN` or the folder around it; `config_file` is the run's
+    yml, by default what the checkpoint carries. Raises `ConfigError` for a variant that
+    we lack, `DataError` for missing or damaged files.
+    """
+    directory = _step_directory(pathlib.Path(directory))
+    pieces = _read_pieces(directory)
+    fields = _read_config(directory, config_file)
+    config = model_config(fields, pieces, directory)
+    tensors = {
+        f"{index}.{name}": tensor
+        for index, piece in pieces.items()
+        for name, tensor in piece.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    return config, trees.read(_entries(config), tensors, config, directory)
+
+
+def save_released(
+    directory: str | os.PathLike,
+    config: model.ModelConfig,
+    params: Params,
+    *,
+    step: int = 0,
+    dtype: str = "float16",
+    layer_files: bool = True,
+) -> None:
+    """Write `DIR/global_step{step}` as the released code does, and `DIR/latest`.
+
+    float16, theirs, rounds: exact for what was float16 before; 'float32' is exact.
+    `layer_files=False` puts everything into one file. Raises `ConfigError` for a model
+    that the released code cannot run, `DataError` for values beyond float16.
+    """
+    fields = their_config(config)
+    pieces: dict[int, dict[str, np.ndarray]] = {}
+    for name, tensor in trees.write(_entries(config), params, config).items():
+        index, _, name = name.partition(".")
+        with np.errstate(over="ignore"):
+            narrow = tensor.astype(dtype)
+        if not np.isfinite(narrow).all():
+            raise DataError(f"{name} of layer {index}: not finite in {dtype}.")
+        pieces.setdefault(int(index), {})[name] = narrow
+
+    directory = pathlib.Path(directory)
+    target = directory / f"global_step{step}"
+    (target / "configs").mkdir(parents=True, exist_ok=True)
+    (target / "configs" / "memoryformer.yml").write_text(json.dumps(fields, indent=2))
+    states: dict[str, Any] = {
+        "module": None,
+        "iteration": step,
+        "args": {
+            "num_layers": config.num_layers,
+            "hidden_size": config.embed_dim,
+            "num_attention_heads": config.num_heads,
+            "max_position_embeddings": config.seq_len,
+            "padded_vocab_size": config.vocab_size,
+            "model_parallel_size": 1,
+        },
+    }
+    if layer_files:
+        for index, piece in pieces.items():
+            name = f"layer_{index:02d}-model_00-model_states.pt"
+            torch_file.write(target / name, piece)
+    else:
+        states["module"] = {
+            f"sequential.{index}.{name}": tensor
+            for index, piece in sorted(pieces.items())
+            for name, tensor in piece.items()
+        }
+    torch_file.write(target / _STATES, states)
+    (directory / "latest").write_text(target.name)
+
+
+def model_config(
+    fields: dict[str, Any], pieces: dict[int, dict[str, np.ndarray]], source: Any
+) -> model.ModelConfig:
+    """Translate their yml; the sizes come from the tensors themselves."""
+    memory = fields.get("attn_memory_config") or {}
+    given = fields | {f"attn_memory_config.{k}": v for k, v in memory.items()}
+    for name, (value, default) in _REQUIRED.items():
+        if given.get(name, default) != value:
+            raise ConfigError(
+                f"{source}: {name}={given.get(name, default)!r}: only {value!r} is "
+                "supported."
+            )
+    if 0 not in pieces or "word_embeddings.weight" not in pieces[0]:
+        raise DataError(f"{source}: lacks word_embeddings.weight.")
+    blocks = [p for p in pieces.values() if "attention.query_proj.tables" in p]
+    if not blocks:
+        raise DataError(f"{source}: lacks attention.query_proj.tables.")
+    vocab_size, embed_dim = pieces[0]["word_embeddings.weight"].shape
+    return model.ModelConfig(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=len(blocks),
+        num_heads=_need(fields, "num_attention_heads", source),
+        seq_len=_need(fields, "max_position_embeddings", source),
+        code_bits=_need(memory, "code_length", source),
+        extra_bits=EXTRA_BITS,
+        score="l1_softmax",
+        memory_bias=True,
+        norm_eps=float(fields.get("rms_norm_epsilon", 1e-8)),
+        rotary_fraction=float(fields.get("rotary_pct", 1.0)),
+        rotary_base=float(fields.get("rotary_emb_base", 10_000)),
+    )
+
+
+def their_config(config: model.ModelConfig) -> dict[str, Any]:
+    """Translate our config; raises `ConfigError` for what the released code cannot run."""
+    wanted = {
+        "mixer": "softmax",
+        "projection": "memory",
+        "causal": True,
+        "logit_transform": "none",
+        "recurrence": "none",
+        "extra_bits": EXTRA_BITS,
+        "score": "l1_softmax",
+        "temperature": 1.0,
+        "memory_bias": True,
+        "norm": "rmsnorm",
+        "residual": "sequential",
+        "ffn_activation": "none",
+        "output_projection": False,
+        "tie_embeddings": False,
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"model.{name}={getattr(config, name)!r}: the released code has only "
+                f"{value!r}; export to safetensors instead."
+            )
+    sizes = {"ffn_num_table": config.num_tables, "code_length": config.code_bits}
+    both = sizes | {"remove_projection": True, "block_size": 64, "act_fn": "silu"}
+    both |= {"projection_type": "dense", "learn_weight": False}
+    width = config.embed_dim
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": width,
+        "num_attention_heads": config.num_heads,
+        "seq_length": config.seq_len,
+        "max_position_embeddings": config.seq_len,
+        "pos_emb": "rotary",
+        "rotary_pct": config.rotary_fraction,
+        "rotary_emb_base": config.rotary_base,
+        "no_weight_tying": True,
+        "gpt_j_residual": False,
+        "norm": "rmsnorm",
+        "rms_norm_epsilon": config.norm_eps,
+        "attn_memory_config": both
+        | {"fc_qkv": False, "shared_projection": False, "del_dense": True}
+        | {"value_size": width, "dense_size": width},
+        "memory_config": both
+        | {"hidden_size": width, "output_size": width, "act_pos": "none"},
+        "mlp_type": "MemoryBlock",
+        "double_mlp_table": True,
+        "mlp_expand_type": "extra_bit",
+        "zero_pad_residual": True,
+        "repeat_residual": False,
+        "aux_loss": False,
+    }
+
+
+# name -> (the value that we read, the default of GPT-NeoX or the released code)
+_REQUIRED = {
+    "norm": ("rmsnorm", "layernorm"),
+    "pos_emb": ("rotary", "learned"),
+    "gpt_j_residual": (False, False),
+    "no_weight_tying": (True, False),
+    "mlp_type": ("MemoryBlock", "regular"),
+    "double_mlp_table": (True, False),
+    "mlp_expand_type": ("extra_bit", "extra_bit"),
+    "attn_memory_config.fc_qkv": (False, False),
+    "attn_memory_config.remove_projection": (True, False),
+    "attn_memory_config.shared_projection": (False, False),
+    "attn_memory_config.del_dense": (True, False),
+}
+
+
+def _split(config: model.ModelConfig, rows: np.ndarray) -> np.ndarray:
+    """[K C, F] -> [K, C, F]."""
+    return rows.reshape(config.num_tables, -1, rows.shape[-1])
+
+
+def _tables(ours: str, theirs: str) -> trees.Entry:
+    return trees.Entry(
+        f"{ours}.tables",
+        (f"{theirs}.tables",),
+        _split,
+        lambda _, tables: (tables.reshape(-1, tables.shape[-1]),),
+    )
+
+
+def _same(ours: str, theirs: str) -> trees.Entry:
+    return trees.Entry(ours, (theirs,))
+
+
+_PROJECTIONS = tuple(f"attention.{name}_proj" for name in ("query", "key", "value"))
+_BLOCK = (
+    _same("norm1.scale", "input_layernorm.scale"),
+    _same("norm2.scale", "post_attention_layernorm.scale"),
+    trees.Entry(
+        "mixer.qkv.tables",
+        tuple(f"{name}.tables" for name in _PROJECTIONS),
+        lambda config, *qkv: np.stack([_split(config, rows) for rows in qkv], axis=2),
+        lambda _, tables: tuple(
+            tables[:, :, i].reshape(-1, tables.shape[-1]) for i in range(3)
+        ),
+    ),
+    trees.Entry(
+        "mixer.qkv.bias",
+        tuple(f"{name}.bias" for name in _PROJECTIONS),
+        lambda _, *qkv: np.stack(qkv),
+        lambda _, bias: tuple(bias),
+    ),
+    _tables("ffn.up", "mlp.0"),
+    _same("ffn.up.bias", "mlp.0.bias"),
+    _same("ffn.norm.scale", "mlp.1.weight"),
+    _same("ffn.norm.bias", "mlp.1.bias"),
+    _tables("ffn.down", "mlp.2"),
+    _same("ffn.down.bias", "mlp.2.bias"),
+)
+
+
+def _entries(config: model.ModelConfig) -> list[trees.Entry]:
+    depth = config.num_layers
+    entries = [
+        _same("embed.embedding", "0.word_embeddings.weight"),
+        _same("final_norm.scale", f"{depth + 3}.norm.scale"),
+        trees.linear("head.kernel", f"{depth + 4}.final_linear.weight"),
+    ]
+    for i in range(depth):
+        entries += trees.in_block(_BLOCK, f"blocks.{i}.", f"{i + 2}.")
+    return entries
+
+
+def _step_directory(directory: pathlib.Path) -> pathlib.Path:
+    latest = directory / "latest"
+    if latest.is_file():
+        return directory / latest.read_text().strip()
+    if not directory.is_dir():
+        raise DataError(f"{directory}: there is no such directory.")
+    return directory
+
+
+def _read_pieces(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
+    pieces: dict[int, dict[str, np.ndarray]] = {}
+    ranks = {path.name for path in directory.glob("mp_rank_*_model_states.pt")}
+    for path in sorted(directory.glob("layer_*.pt")):
+        match = _LAYER_FILE.fullmatch(path.name)
+        if match is None:
+            raise DataError(f"{path}: not a name of a layer file.")
+        ranks.add(f"mp_rank_{match[2]}_model_states.pt")
+        piece = torch_file.read(path)
+        if piece:
+            pieces[int(match[1])] = dict(piece)
+    if ranks - {_STATES}:
+        raise DataError(
+            f"{directory}: was split over {len(ranks)} model-parallel ranks; merge "
+            "them with the tools of GPT-NeoX first."
+        )
+    if not pieces and (directory / _STATES).is_file():
+        for name, tensor in (_states(directory).get("module") or {}).items():
+            _, index, name = name.split(".", 2)
+            pieces.setdefault(int(index), {})[name] = tensor
+    if not pieces:
+        raise DataError(
+            f"{directory}: holds no layer_*-model_00-model_states.pt and no {_STATES} "
+            "with a module."
+        )
+    return pieces
+
+
+def _states(directory: pathlib.Path) -> dict[str, Any]:
+    path = directory / _STATES
+    return torch_file.read(path) if path.is_file() else {}
+
+
+def _read_config(directory: pathlib.Path, config_file: Any) -> dict[str, Any]:
+    files = [pathlib.Path(config_file)] if config_file else []
+    files = files or sorted(directory.glob("configs/*.yml"))
+    files = files or sorted(directory.glob("*.yml"))
+    if not files:
+        raise ConfigError(
+            f"{directory}: carries no configs/*.yml; name the run's yml (heads and "
+            "rotary_pct are in no tensor)."
+        )
+    fields: dict[str, Any] = {}
+    for file in files:
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{file}: cannot be read ({reason}).") from error
+        fields |= {key.replace("-", "_"): value for key, value in loaded.items()}
+    return fields
+
+
+def _need(fields: dict[str, Any], name: str, source: Any) -> Any:
+    if name not in fields:
+        raise ConfigError(f"{source}: its yml lacks {name}.")
+    return fields[name]

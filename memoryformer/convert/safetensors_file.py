@@ -1,0 +1,108 @@
+"""The safetensors format: read and write named numpy arrays, bfloat16 included.
+
+    8 bytes: length n of the header · n bytes: JSON {name: {dtype, shape, data_offsets}}
+    · the arrays, one after another, little-endian, without holes
+
+Written here and not taken from the `safetensors` package: its numpy side knows no
+bfloat16, and it is sixty lines. Start at `read` and `write`.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from memoryformer.errors import DataError
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return (arrays, metadata); arrays are mapped from the file, read when touched.
+
+    Raises `DataError` for a file that is cut short or not of this format.
+    """
+    path = pathlib.Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise DataError(f"{path}: not a safetensors file, or cut short.")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: its safetensors header is damaged.") from error
+    metadata = header.pop("__metadata__", {})
+    start = 8 + length
+    # An empty array cannot be mapped.
+    data = np.memmap(path, np.uint8, "r", start) if size > start else np.zeros(0, "u1")
+    arrays = {name: _array(path, name, entry, data) for name, entry in header.items()}
+    return arrays, metadata
+
+
+def write(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `arrays`; `path` appears only once everything is on disk."""
+    # Widest type first, as the reference writer does: every array stays aligned.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    offset = 0
+    for name in order:
+        array = arrays[name]
+        if array.dtype not in _NAMES:
+            raise DataError(f"{name}: safetensors has no type for {array.dtype}.")
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _array(path, name, entry, data: np.ndarray) -> np.ndarray:
+    if entry["dtype"] not in DTYPES:
+        raise DataError(f"{path}: {name} has the unknown type {entry['dtype']}.")
+    dtype = np.dtype(DTYPES[entry["dtype"]])
+    begin, end = entry["data_offsets"]
+    expected = math.prod(entry["shape"]) * dtype.itemsize
+    if not 0 <= begin <= end <= len(data) or end - begin != expected:
+        raise DataError(f"{path}: {name} does not fit the file, which is cut short.")
+    return data[begin:end].view(dtype).reshape(entry["shape"])
