@@ -1,0 +1,213 @@
+"""ListOps, generated here: nested operations on digits, the answer one of ten classes.
+
+    [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]   ->   5
+
+After Nangia and Bowman (2018) and the long sequences of Long Range Arena (Tay et al. 2021),
+re-derived: trees are drawn until one has `min_len` to `max_len` tokens. Every batch is fresh
+and a function of (seed, step), so there is no training set to fit by heart.
+
+    python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
+
+Start at `batch` for the data, at `train` for the classifier: the trunk of a `Transformer`
+(two-sided with `model.causal=False`), the mean over its tokens, and a linear head.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import config_flags
+
+from memoryformer import config as config_lib
+from memoryformer import degradation, errors, mixers
+from memoryformer import model as model_lib
+from memoryformer.errors import ConfigError
+from memoryformer.notation import Array, Params
+
+OPERATIONS = {
+    "MIN": min,
+    "MAX": max,
+    "MED": lambda values: int(np.median(values)),
+    "SM": lambda values: sum(values) % 10,
+}
+TOKENS = ("<pad>", *map(str, range(10)), *(f"[{name}" for name in OPERATIONS), "]")
+NUM_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOpsConfig:
+    """Size of the trees and of the training."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    min_len: int = 10
+    max_depth: int = 10
+    max_args: int = 10
+    value_fraction: float = 0.75  # chance that an argument is a digit
+    seed: int = 0
+    eval_every: int = 100
+    eval_batches: int = 8
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "max_depth", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"task.{name}={getattr(self, name)}: must be >= 1.")
+        if self.max_args < 2 or not 0 < self.value_fraction < 1:
+            raise ConfigError(
+                f"task.max_args={self.max_args} must be >= 2 and "
+                f"task.value_fraction={self.value_fraction} between 0 and 1."
+            )
+
+
+def tree(rng: np.random.Generator, config: ListOpsConfig) -> tuple[list[str], int]:
+    """Draw one expression: its tokens and its value."""
+
+    def argument(depth):
+        if depth >= config.max_depth or rng.random() < config.value_fraction:
+            digit = int(rng.integers(10))
+            return [str(digit)], digit
+        return operation(depth + 1)
+
+    def operation(depth):
+        name = list(OPERATIONS)[rng.integers(len(OPERATIONS))]
+        parts = [argument(depth) for _ in range(rng.integers(2, config.max_args + 1))]
+        tokens = [token for part, _ in parts for token in part]
+        value = OPERATIONS[name]([value for _, value in parts])
+        return [f"[{name}", *tokens, "]"], value
+
+    return operation(1)
+
+
+def batch(config: ListOpsConfig, max_len: int, step: int, split: str = "train") -> dict:
+    """Batch of a step: inputs and segment_ids [B, L] (0 = padding), labels [B]."""
+    rng = np.random.default_rng([config.seed, step, split != "train"])
+    ids = {token: i for i, token in enumerate(TOKENS)}
+    inputs = np.zeros((config.batch_size, max_len), np.int32)
+    labels = np.zeros(config.batch_size, np.int32)
+    for row in range(config.batch_size):
+        for _ in range(10_000):
+            tokens, labels[row] = tree(rng, config)
+            if config.min_len <= len(tokens) <= max_len:
+                break
+        else:
+            raise ConfigError(
+                f"task.min_len={config.min_len}, model.seq_len={max_len}: none of 10,000 "
+                "trees is that long; widen the range or change task.max_depth, max_args."
+            )
+        inputs[row, : len(tokens)] = [ids[token] for token in tokens]
+    segment_ids = (inputs != 0).astype(np.int32)
+    return {"inputs": inputs, "segment_ids": segment_ids, "labels": labels}
+
+
+def init(model_config: model_lib.ModelConfig, seed: int = 0) -> Params:
+    """Draw a trunk's parameters and a head of zeros [D, 10]."""
+    params = model_lib.init(model_config, seed)
+    params["classes"] = {"kernel": jnp.zeros((model_config.embed_dim, NUM_CLASSES))}
+    return params
+
+
+def logits(
+    model_config: model_lib.ModelConfig, params: Params, data: Mapping[str, Array]
+) -> Array:
+    """Class logits [B, 10] from the mean over a row's tokens."""
+    trunk = {name: value for name, value in params.items() if name != "classes"}
+    seq = mixers.SeqInfo.of_tokens(data["inputs"])
+    seq = seq._replace(segment_ids=data["segment_ids"])
+    model = model_lib.merge(model_config, trunk)
+    x, _ = model.features(data["inputs"], seq)
+    real = (data["segment_ids"] != 0)[..., None]
+    mean = jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.sum(real, axis=1)
+    return mean.astype(jnp.float32) @ params["classes"]["kernel"]
+
+
+def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
+    """Train on fresh trees; write and return the rows of metrics.jsonl."""
+    model_config = model_lib.ModelConfig.from_config(config["model"])
+    task = config_lib.build(ListOpsConfig, config["task"], "task")
+    if model_config.vocab_size < len(TOKENS):
+        raise ConfigError(
+            f"model.vocab_size={model_config.vocab_size}: ListOps has {len(TOKENS)} tokens."
+        )
+    if task.warmup_steps >= task.num_steps:
+        raise ConfigError(
+            f"task.warmup_steps={task.warmup_steps}: must be below "
+            f"task.num_steps={task.num_steps}."
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, task.learning_rate, task.warmup_steps, task.num_steps
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=task.weight_decay),
+    )
+
+    def loss_and_accuracy(params, data):
+        values = logits(model_config, params, data)
+        losses = optax.softmax_cross_entropy_with_integer_labels(values, data["labels"])
+        correct = jnp.argmax(values, axis=-1) == data["labels"]
+        return jnp.mean(losses), jnp.mean(correct)
+
+    @jax.jit
+    def step(params, opt_state, data):
+        grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
+        (loss, accuracy), grads = grad(params, data)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, accuracy
+
+    measure = jax.jit(loss_and_accuracy)
+    params = init(model_config, task.seed)
+    opt_state, rows = tx.init(params), []
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(task.num_steps):
+        data = batch(task, model_config.seq_len, i)
+        params, opt_state, loss, accuracy = step(params, opt_state, data)
+        if (i + 1) % task.eval_every and i + 1 < task.num_steps:
+            continue
+        held_out = [
+            measure(params, batch(task, model_config.seq_len, j, "validation"))
+            for j in range(task.eval_batches)
+        ]
+        row = {"step": i + 1, "train/loss": loss, "train/accuracy": accuracy}
+        row["val/loss"], row["val/accuracy"] = np.mean(held_out, axis=0)
+        row |= _degradation(model_config, task, params)
+        rows.append({name: float(value) for name, value in row.items()})
+        print(json.dumps(rows[-1]), flush=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return rows
+
+
+def _degradation(model_config, task, params):
+    """How alike the slots of each layer's memory are; nothing without such memories."""
+    if not degradation.measures(model_config):
+        return {}
+    trunk = {name: value for name, value in params.items() if name != "classes"}
+    data = batch(task, model_config.seq_len, 0, "validation")
+    seq = mixers.SeqInfo.of_tokens(data["inputs"])
+    data |= {"positions": np.asarray(seq.positions)}
+    return degradation.collect(model_config, trunk, [data])
+
+
+def main(argv):
+    """Train the classifier of --config."""
+    if len(argv) > 1:
+        raise ConfigError(f"{argv[1]}: unexpected argument; flags only.")
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/listops.py[:MIXER].")
+    flags.DEFINE_string("workdir", None, "Where metrics.jsonl goes.", required=True)
+    flags.mark_flag_as_required("config")
+    errors.run_main(main)
