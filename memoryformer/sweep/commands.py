@@ -1,0 +1,164 @@
+"""The words of the command line, each a function of a sweep. Start at `COMMANDS`."""
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+
+from memoryformer import abstract, accounting, metrics, trainer
+from memoryformer import config as config_lib
+from memoryformer.errors import ConfigError
+from memoryformer.sweep import files, points, runner, tables
+from memoryformer.sweep.points import Point, Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags of the command line say."""
+
+    index: int = -1  # print: this point alone
+    todo: bool = False  # print: neither done nor failed points
+    parallel: int = 1  # run: processes
+    retry_failed: bool = False  # run: failed points too
+    baseline: str = ""  # collect: a variant; '' = the first
+
+
+def show(sweep: Sweep, unused_options: Options) -> int:
+    """List the points: index, overrides, directory."""
+    lines = [(p.index, points.describe(p.overrides), p.workdir) for p in sweep.points]
+    print(tables.text_table(("index", "overrides", "directory"), lines))
+    return 0
+
+
+def check(sweep: Sweep, unused_options: Options) -> int:
+    """Build every point's shapes and estimate its memory; nothing is run or read.
+
+    Resolving has checked the configs. Memory is that of one device of this machine: what a
+    checkpoint holds, its gradients, and an estimate of the activations. `dryrun` says more.
+    """
+    sizes: dict[Any, tuple[int, ...]] = {}
+    lines = []
+    for point in sweep.points:
+        run = point.run
+        key = trainer.program(run)
+        if key not in sizes:
+            sizes[key] = _sizes(point)
+        tokens = run.train.num_steps * run.train.batch_size * run.model.seq_len
+        cost = accounting.count(run.model).training_flops_per_token * tokens
+        parameters, *parts = sizes[key]
+        figures = map(metrics.short_number, (parameters, tokens))
+        gigabytes = [f"{part / 2**30:.3g}" for part in (*parts, sum(parts))]
+        name = point.workdir.name[:-9]
+        lines.append((point.index, name, *figures, f"{cost:.2e}", *gigabytes))
+    header = ("index", "point", "parameters", "tokens", "FLOPs")
+    header += ("GiB: state", "gradients", "activations", "all")
+    print(tables.text_table(header, lines))
+    print(f"{len(lines)} points are sound, of {len(sizes)} compiled programs.")
+    return 0
+
+
+def _sizes(point: Point) -> tuple[int, ...]:
+    """Parameters, and the bytes of a device: state, gradients, activations."""
+    try:
+        made = abstract.device_sharding(point.run, jax.devices())
+        state = abstract.state(point.run, made)
+        activations = abstract.activation_bytes(point.run, made)
+    except ConfigError as error:
+        name = f"point {point.index} ({point.workdir.name})"
+        raise ConfigError(f"{name}: {error}") from error
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    device = map(abstract.device_bytes, (state, state.params))
+    return parameters, *device, activations
+
+
+def show_commands(sweep: Sweep, options: Options) -> int:
+    """Print one shell command per point, or that of `index`; of those to do, if asked."""
+    chosen = sweep.points
+    if options.index >= 0:
+        if options.index >= len(chosen):
+            raise ConfigError(
+                f"--index={options.index}: the sweep has {len(chosen)} points, from 0."
+            )
+        chosen = chosen[options.index : options.index + 1]
+    files.write_manifest(sweep)
+    for point in chosen:
+        ended = options.todo and files.state(point).name in ("done", "failed")
+        if not ended:
+            print(command(sweep, point))
+    return 0
+
+
+def command(sweep: Sweep, point: Point) -> str:
+    """The line of train.py that trains a point."""
+    overrides = dict(sweep.base) | dict(point.overrides)
+    words = ["python", "train.py", f"--config={sweep.config}"]
+    words += [f"--workdir={point.workdir}"]
+    words += [f"--config.{key}={value}" for key, value in overrides.items()]
+    return shlex.join(words)
+
+
+def run(sweep: Sweep, options: Options) -> int:
+    """Train the points here; see `runner.run`."""
+    return runner.run(
+        sweep, parallel=options.parallel, retry_failed=options.retry_failed
+    )
+
+
+def status(sweep: Sweep, unused_options: Options) -> int:
+    """Say how far every point is."""
+    states = [files.state(point) for point in sweep.points]
+    lines = []
+    for point, state in zip(sweep.points, states, strict=True):
+        facts = state.error and f"{state.exit_code}: {state.error}"
+        if state.age is not None:
+            facts = f"last row {metrics.short_time(state.age)} ago"
+        steps = f"{state.step}/{point.run.train.num_steps}"
+        loss = "" if state.loss is None else f"{state.loss:.3f}"
+        name = point.workdir.name
+        lines.append((point.index, name, state.name, steps, loss, facts))
+    print(tables.text_table(("index", "point", "state", "step", "loss", ""), lines))
+    names = [state.name for state in states]
+    print(", ".join(f"{names.count(name)} {name}" for name in files.STATES))
+    return 0
+
+
+def collect(sweep: Sweep, options: Options) -> int:
+    """Write points.csv and print the tables by variant."""
+    print(tables.collect(sweep, options.baseline))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sweep, Options], int]] = {
+    "list": show,
+    "check": check,
+    "print": show_commands,
+    "run": run,
+    "status": status,
+    "collect": collect,
+}
+
+
+def main(
+    words: Collection[str],
+    config: str,
+    names: Collection[str],
+    root: str,
+    base: dict[str, Any],
+    options: Options,
+) -> int:
+    """Run one command; without `names`, `list` says which sweeps there are."""
+    words = list(words)
+    if len(words) != 1:
+        raise ConfigError(f"sweep: name one of {', '.join(COMMANDS)}.")
+    chosen = COMMANDS[config_lib.choose(words[0], COMMANDS, "sweep command")]
+    if not names:
+        known = points.available(config)
+        if words[0] == "list" and known:
+            print(tables.text_table(("sweep", ""), list(known.items())))
+            return 0
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"--sweep is missing: {config} defines {listed}.")
+    sweep = points.expand(config, tuple(names), root, base)
+    return chosen(sweep, options)

@@ -1,0 +1,199 @@
+"""What a sweep consists of: overrides, resolved configs, directories. Start at `expand`."""
+
+import dataclasses
+import fnmatch
+import hashlib
+import inspect
+import itertools
+import json
+import pathlib
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from memoryformer import config as config_lib
+from memoryformer import drift, experiment
+from memoryformer.errors import ConfigError
+
+PREFIX = "sweep_"
+LABEL = "label"
+SEED = "train.seed"
+DEFAULT_METRICS = ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
+# Fields that name no other experiment, unless the sweep itself is over them.
+BOOKKEEPING = tuple(
+    field for field in drift.FREE if field not in ("eval.*", "data.path")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    index: int
+    overrides: Mapping[str, Any]  # of the config file's, without the label
+    label: str  # what tells it from others, but for its seed; '' if only that does
+    run: experiment.Experiment
+    workdir: pathlib.Path
+
+    @property
+    def variant(self) -> str:
+        """What tells the point from others, but for its seed."""
+        return self.label or "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The points of one or several sweeps of a config file, multiplied."""
+
+    config: str  # FILE[:ARGUMENT]
+    names: tuple[str, ...]
+    base: Mapping[str, Any]  # overrides from the command line
+    directory: pathlib.Path
+    metrics: tuple[str, ...]
+    points: tuple[Point, ...]
+
+
+def expand(
+    config: str,
+    names: Sequence[str],
+    root: pathlib.Path | str,
+    base: Mapping[str, Any] | None = None,
+) -> Sweep:
+    """Resolve every point of the sweeps `names` of a config file.
+
+    Args:
+      config: FILE[:ARGUMENT][,key=value...].
+      names: of `sweep_NAME` generators; several are multiplied.
+      root: where the sweep's directory goes.
+      base: dotted overrides that apply to every point.
+
+    Raises `ConfigError` for an unknown sweep, a point that cannot be, a field that two
+    sweeps set, and for two points that are the same run.
+    """
+    module, argument, written = config_lib.load_module(config)
+    base = dict(base or {})
+    chosen = [_overrides(module, name, argument) for name in names]
+    file = config_lib.split(config)[0]
+    folder = "-".join(filter(None, (pathlib.Path(file).stem, argument)))
+    directory = pathlib.Path(root) / _clean(folder) / _clean("-".join(names))
+    points = []
+    for index, parts in enumerate(itertools.product(*chosen)):
+        overrides, label = _merged(parts, names)
+        where = (
+            f"sweep {','.join(names)}, point {index} ({label or describe(overrides)})"
+        )
+        points.append(_point(config, base, overrides, label, index, directory, where))
+    if not points:
+        raise ConfigError(f"--sweep={','.join(names)}: has no points.")
+    _refuse_twins(points)
+    # What stands behind the colon as key=value is an override like any other.
+    plain = f"{file}:{argument}" if argument else file
+    metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
+    return Sweep(plain, tuple(names), written | base, directory, metrics, tuple(points))
+
+
+def available(config: str) -> dict[str, str]:
+    """Return the sweeps of a config file: {name: first line of its docstring}."""
+    module, _, _ = config_lib.load_module(config)
+    return {name: (inspect.getdoc(f) or "").split("\n")[0] for name, f in _all(module)}
+
+
+def describe(overrides: Mapping[str, Any]) -> str:
+    """'learning_rate=0.003, seed=1': the fields by their last names."""
+    return ", ".join(f"{k.split('.')[-1]}={_value(v)}" for k, v in overrides.items())
+
+
+def _all(module: types.ModuleType) -> list[tuple[str, Any]]:
+    return [
+        (name.removeprefix(PREFIX), function)
+        for name, function in vars(module).items()
+        if name.startswith(PREFIX) and callable(function)
+    ]
+
+
+def _overrides(
+    module: types.ModuleType, name: str, argument: str
+) -> list[dict[str, Any]]:
+    known = dict(_all(module))
+    if not known:
+        raise ConfigError(f"--sweep={name}: the config file defines no {PREFIX}NAME().")
+    generator = known[config_lib.choose(name, known, "--sweep")]
+    takes = bool(inspect.signature(generator).parameters)
+    return [dict(point) for point in (generator(argument) if takes else generator())]
+
+
+def _merged(
+    parts: Iterable[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    overrides: dict[str, Any] = {}
+    labels = []
+    for part, name in zip(parts, names, strict=True):
+        part = dict(part)
+        label = part.pop(LABEL, "")
+        if both := overrides.keys() & part.keys():
+            raise ConfigError(
+                f"--sweep={','.join(names)}: {name!r} sets {min(both)}, and so does "
+                "another one of them; a product needs sweeps over different fields."
+            )
+        rest = {k: v for k, v in part.items() if k != SEED}
+        labels.append(label or describe(rest))
+        overrides |= part
+    return overrides, ", ".join(filter(None, labels))
+
+
+def _point(config, base, overrides, label, index, directory, where):
+    try:
+        loaded = config_lib.load(config)
+        known = config_lib.flatten(loaded)
+        for key, value in (base | overrides).items():
+            if key not in known:
+                near = config_lib.suggest(key, known)
+                raise ConfigError(f"{key}: the config has no such field{near}.")
+            with loaded.unlocked():
+                loaded.update_from_flattened_dict({key: value})
+        run = experiment.resolve(loaded)
+    except (TypeError, ValueError) as error:  # ConfigError is one
+        raise ConfigError(f"{where}: {error}") from error
+    seed = f"seed={overrides[SEED]}" if SEED in overrides else ""
+    slug = _clean(", ".join(filter(None, (label[:50], seed)))) or "base"
+    workdir = _directory(directory, slug, _hash(run, overrides))
+    return Point(index, overrides, label, run, workdir)
+
+
+def _directory(directory: pathlib.Path, slug: str, digest: str) -> pathlib.Path:
+    """The point's own directory, or that of another sweep which has trained the same."""
+    own = directory / f"{slug}-{digest}"
+    twins = sorted(directory.parent.glob(f"*/*-{digest}"))
+    return twins[0] if twins and not own.exists() else own
+
+
+def _hash(run: experiment.Experiment, overrides: Mapping[str, Any]) -> str:
+    flat = config_lib.flatten(drift.plain(experiment.as_dict(run)))
+    named = {
+        key: value
+        for key, value in flat.items()
+        if key in overrides or not any(fnmatch.fnmatchcase(key, p) for p in BOOKKEEPING)
+    }
+    text = json.dumps(named, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _refuse_twins(points: Sequence[Point]) -> None:
+    seen: dict[str, Point] = {}
+    for point in points:
+        twin = seen.setdefault(point.workdir.name[-8:], point)
+        if twin is not point:
+            raise ConfigError(
+                f"points {twin.index} and {point.index} are the same run: "
+                f"{dict(twin.overrides)} and {dict(point.overrides)}; leave one out."
+            )
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _clean(text: str) -> str:
+    """A file name that needs no quoting in a shell."""
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_")

@@ -1,0 +1,194 @@
+"""Runs of programs, mostly train.py, in processes of their own, at the price of a fork.
+
+A server imports jax and the package once, starts no backend, and forks for every run; the
+child applies a fault and a mutation by name (`faults`, `mutations`) and executes the program
+as a command would. Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
+`python tests/runner.py` is the server: requests on stdin, answers on stdout, JSON lines.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Compiling is what takes the time: a third of it without LLVM's optimisations.
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+
+class Result(NamedTuple):
+    """How a run ended: exit code (-9: killed by signal 9) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Runner:
+    """Starts runs of the config file `config`; a context manager.
+
+    `folder` gets outputs and a compilation cache, which makes restarts cheap.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: pathlib.Path):
+        self._folder = folder
+        self._config = config
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Runner":
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        }
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        return self
+
+    def __exit__(self, *unused_exception) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def start(
+        self,
+        workdir,
+        *,
+        program="train.py",
+        config=True,
+        fault="",
+        mutation="",
+        devices=1,
+        flags=(),
+        **fields,
+    ):
+        """Start a run and return its (process id, output file); `fields` override.
+
+        `config`: whether the program takes the config file.
+        """
+        with self._lock:
+            self._count += 1
+            output = self._folder / f"run{self._count}"
+            overrides = [f"--config.{k}={v}" for k, v in fields.items()]
+            request = {
+                "argv": [
+                    program,
+                    *([f"--config={self._config}"] if config else []),
+                    f"--workdir={workdir}",
+                    *overrides,
+                    *flags,
+                ],
+                "fault": fault,
+                "mutation": mutation,
+                "devices": devices,
+                "output": str(output),
+            }
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            return int(self._server.stdout.readline()), output
+
+    def wait(self, started, timeout=900.0) -> Result:
+        """Wait for a run; kill it after `timeout` seconds."""
+        pid, output = started
+        deadline = time.monotonic() + timeout
+        code = output.with_suffix(".code")
+        while not code.exists():
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                deadline += 10
+            time.sleep(0.02)
+        texts = (output.with_suffix(s).read_text() for s in (".out", ".err"))
+        return Result(int(code.read_text()), *texts)
+
+    def kill(self, started) -> None:
+        """kill -9, unless it has ended."""
+        pid, output = started
+        if not output.with_suffix(".code").exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def run(self, workdir, **options) -> Result:
+        """Start a run and wait for it; see `start`."""
+        return self.wait(self.start(workdir, **options))
+
+
+def _serve():
+    import runpy
+
+    import faults
+    import jax
+    import mutations
+    import parity  # noqa: F401  (with all that a run may import)
+    import world  # noqa: F401  (what the config file imports)
+
+    from memoryformer import distributed, trainer  # noqa: F401
+
+    patches = {"": lambda: None} | faults.FAULTS | mutations.MUTATIONS
+
+    def child(request):
+        output = pathlib.Path(request["output"])
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            file = os.open(output.with_suffix(suffix), os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(ROOT)
+        jax.config.update("jax_num_cpu_devices", request["devices"])
+        sys.argv = request["argv"]
+        for name in (request["mutation"], request["fault"]):
+            name, _, argument = name.partition(":")
+            patches[name](*([int(argument)] if argument else []))
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+    def reap(pid, output):
+        _, status = os.waitpid(pid, 0)
+        fresh = output.with_suffix(".code.tmp")
+        fresh.write_text(str(os.waitstatus_to_exitcode(status)))
+        os.replace(fresh, output.with_suffix(".code"))
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                child(request)
+                code = 0
+            except SystemExit as error:
+                code = error.code or 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                if jax.distributed.is_initialized():  # as at an interpreter's end
+                    atexit._run_exitfuncs()
+                    jax.distributed.shutdown()  # waits for the others
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code if isinstance(code, int) else 1)
+        print(pid, flush=True)
+        threading.Thread(
+            target=reap, args=(pid, pathlib.Path(request["output"])), daemon=True
+        ).start()
+
+
+if __name__ == "__main__":
+    _serve()

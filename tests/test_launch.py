@@ -1,0 +1,287 @@
+"""The launch scripts, with what they call faked: who is started again, and which point."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import toy
+
+from memoryformer.sweep import commands, points
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+AGAIN, NOT_AGAIN = (42, 43, 143), (0, 1, 2, 44, 45, 46)
+# Each fake writes down how it was called; its exit codes come from a file, one a line.
+FAKE = """#!/bin/bash
+printf '%s\\0' {name} "$@" >> {log}
+printf '\\1' >> {log}
+{body}
+codes={codes}
+code=0
+if [ -s "$codes" ]; then
+  code=$(head -n 1 "$codes")
+  sed -i 1d "$codes"
+fi
+exit $code
+"""
+
+
+class Machine:
+    """A folder that stands first in PATH, with fakes and their log."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.log = folder / "log"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.log.touch()
+        python = self.bin / "python"
+        python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+
+    def fake(self, name, codes=(), body=""):
+        file = self.folder / f"{name}.codes"
+        file.write_text("".join(f"{code}\n" for code in codes))
+        facts = {"name": name, "log": self.log, "codes": file, "body": body}
+        path = self.bin / name
+        path.write_text(FAKE.format(**facts))
+        path.chmod(0o755)
+
+    def run(self, script, *arguments, **environment):
+        """Run a script of launch/; return (exit code, calls of the fakes, output)."""
+        done = subprocess.run(
+            [ROOT / "launch" / script, *arguments],
+            env=os.environ
+            | {
+                "PATH": f"{self.bin}:{os.environ['PATH']}",
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+                "SLURM_SUBMIT_DIR": str(ROOT),
+            }
+            | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        calls = [c.split("\0")[:-1] for c in self.log.read_text().split("\1")[:-1]]
+        return done.returncode, calls, done.stdout + done.stderr
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_parse(path):
+    """Mutation: a missing `done`."""
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("code", AGAIN + NOT_AGAIN)
+def test_slurm_requeues_by_exit_code(machine, code):
+    """42, 43 and 143 go back into the queue, nothing else does; the code is passed on.
+
+    Mutations: 43 left out of the `case`; `44` put into it; `exit 0` at the end.
+    """
+    machine.fake("srun", [code])
+    machine.fake("scontrol")
+    ended, calls, _ = machine.run(
+        "slurm.sh", "--config=a b.py", "--workdir=w", SLURM_JOB_ID="17"
+    )
+    assert ended == code
+    train = ["python", "train.py", "--config=a b.py", "--workdir=w"]
+    assert calls[0] == ["srun", "--kill-on-bad-exit=1", *train]
+    assert calls[1:] == ([["scontrol", "requeue", "17"]] if code in AGAIN else [])
+
+
+def test_slurm_gives_up_after_many_restarts(machine):
+    """Mutation: MAX_RESTARTS not looked at."""
+    machine.fake("srun", [43])
+    machine.fake("scontrol")
+    facts = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}
+    ended, calls, output = machine.run("slurm.sh", **facts)
+    assert ended == 43 and "giving up" in output
+    assert [call[0] for call in calls] == ["srun"]
+
+
+def test_signals_go_to_the_steps():
+    """`--signal=TERM@...` without "B:", `--requeue`, and a log that is appended to.
+
+    Mutation: `--signal=B:TERM@300`, which a trap-less batch script would die of.
+    """
+    for name in ("slurm.sh", "slurm_array.sh"):
+        text = (ROOT / "launch" / name).read_text()
+        found = dict(re.findall(r"--([\w-]+)=(\S+)", text))
+        assert found["signal"] == "TERM@300" and found["open-mode"] == "append"
+        assert re.search(r"^#SBATCH .*--requeue", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    path = toy.config_file(folder)
+    path.write_text(
+        path.read_text()
+        + "\n\ndef sweep_rate():\n    for rate in (1e-3, 2e-3, 3e-3):\n"
+        + '        yield {"optimizer.learning_rate": rate}\n'
+    )
+    return folder
+
+
+@pytest.mark.parametrize("code", (42, 44))
+def test_slurm_array_runs_its_point(machine, folder, code):
+    """Index 1 is the sweep's second point; the array task, not the job, is requeued.
+
+    Mutations: `--index=0`; `scontrol requeue $SLURM_JOB_ID`.
+    """
+    machine.fake("srun", [code])
+    machine.fake("scontrol")
+    config = str(folder / "toy_config.py")
+    root = machine.folder / "runs"
+    ended, calls, output = machine.run(
+        "slurm_array.sh",
+        f"--config={config}",
+        "--sweep=rate",
+        f"--root={root}",
+        "--config.train.batch_size=16",
+        SLURM_ARRAY_JOB_ID="17",
+        SLURM_ARRAY_TASK_ID="1",
+        SLURM_JOB_ID="18",
+    )
+    assert ended == code, output
+    sweep = points.expand(config, ["rate"], root, {"train.batch_size": 16})
+    wanted = commands.command(sweep, sweep.points[1])
+    assert calls[0] == ["srun", "--kill-on-bad-exit=1", "bash", "-c", wanted]
+    requeue = [["scontrol", "requeue", "17_1"]]
+    assert calls[1:] == (requeue if code in AGAIN else [])
+
+
+@pytest.mark.parametrize("state", ("done", "failed"))
+def test_slurm_array_leaves_ended_points_alone(machine, folder, state):
+    """Mutation: the script without `--todo`."""
+    machine.fake("srun")
+    config, root = str(folder / "toy_config.py"), machine.folder / "runs"
+    sweep = points.expand(config, ["rate"], root)
+    sweep.points[2].workdir.mkdir(parents=True)
+    outcome = json.dumps({"state": state, "exit_code": 44, "error": "nan"})
+    (sweep.points[2].workdir / "outcome.json").write_text(outcome)
+    ended, calls, _ = machine.run(
+        "slurm_array.sh",
+        f"--config={config}",
+        "--sweep=rate",
+        f"--root={root}",
+        SLURM_ARRAY_TASK_ID="2",
+    )
+    assert (ended, calls) == (0, [])
+
+
+def test_slurm_array_refuses_a_wrong_sweep(machine, folder):
+    """A mistake ends the task before it takes an accelerator. Mutation: no `|| exit`."""
+    machine.fake("srun")
+    ended, calls, output = machine.run(
+        "slurm_array.sh",
+        f"--config={folder / 'toy_config.py'}",
+        "--sweep=rates",
+        SLURM_ARRAY_TASK_ID="0",
+    )
+    assert ended == 2 and calls == []
+    assert "did you mean 'rate'" in output
+
+
+TPU = {"NAME": "mf", "ZONE": "z", "TYPE": "v6e-16", "BACKOFF_SECONDS": "0"}
+GCLOUD = r"""
+case "$4" in
+  describe) head -n 1 {states}; sed -i 1d {states} ;;
+  ssh) [[ "$*" == *train.py* ]] && {{ cat {answers} | head -n 1; sed -i 1d {answers}; }} ;;
+esac
+"""
+
+
+def gcloud(machine, states, answers):
+    """A gcloud whose VM is in `states`, and whose workers answer each run so."""
+    facts = {}
+    for name, lines in (("states", states), ("answers", answers)):
+        facts[name] = machine.folder / name
+        facts[name].write_text("".join(f"{line}\n" for line in lines))
+    machine.fake("gcloud", body=GCLOUD.format(**facts))
+
+
+def exit_codes(*codes):
+    return " ".join(f"worker exit code {code}" for code in codes)
+
+
+def words(calls, word):
+    return [call for call in calls if call[4] == word]
+
+
+def test_tpu_vm_goes_on_after_preemption(machine):
+    """No VM: it is made; preempted: made again, with the same command; a worker that saved
+    (42) or hung (43): the command again; all workers done: 0.
+
+    Mutations: `exit 0` at the first answer; `make_vm` whatever the state.
+    """
+    states = ["", "PREEMPTED", "READY", "READY"]
+    answers = ["", exit_codes(42, 43), exit_codes(42, 42), exit_codes(0, 0)]
+    gcloud(machine, states, answers)
+    ended, calls, output = machine.run("tpu_vm.sh", "--config=a b.py", **TPU)
+    assert ended == 0, output
+    assert len(words(calls, "create")) == 2
+    trained = [c for c in words(calls, "ssh") if "train.py" in c[-2]]
+    assert len(trained) == 4 and len({tuple(c) for c in trained}) == 1
+    assert "train.py --coordinator=auto --config=a\\ b.py" in trained[0][-2]
+    assert "--worker=all" in trained[0] and "--zone=z" in trained[0]
+
+
+@pytest.mark.parametrize("code", (1, 2, 44, 45, 46))
+def test_tpu_vm_stops_at_what_would_come_again(machine, code):
+    """Mutation: 44 left out of the `case`."""
+    gcloud(machine, ["READY"], [exit_codes(code, 42)])
+    ended, calls, _ = machine.run("tpu_vm.sh", **TPU)
+    assert ended == code
+    assert len([c for c in words(calls, "ssh") if "train.py" in c[-2]]) == 1
+
+
+GKE = {"CLUSTER": "c", "TYPE": "v6e-16", "IMAGE": "i"}
+
+
+def test_gke_run(machine):
+    """One workload; its command turns a hang into what xpk starts again, and keeps others.
+
+    Mutation: `exit $?` in place of the two codes.
+    """
+    machine.fake("xpk")
+    ended, [call], _ = machine.run("gke_xpk.sh", "tiny", "--config=a b.py", **GKE)
+    assert ended == 0
+    assert call[1:3] == ["workload", "create"] and "--workload=tiny" in call
+    assert "--tpu-type=v6e-16" in call and "--docker-image=i" in call
+    command = call[-1].removeprefix("--command=")
+    assert command.startswith("python train.py --config=a\\ b.py;")
+    rest = command.partition(";")[2]
+    for code, passed_on in ((0, 0), (42, 42), (43, 42), (44, 44)):
+        done = subprocess.run(["bash", "-c", f"(exit {code});{rest}"])
+        assert done.returncode == passed_on
+
+
+def test_gke_sweep(machine, folder):
+    """A workload for each point. Mutation: without `</dev/null`, xpk reads the others."""
+    machine.fake("xpk", body="cat > /dev/null")
+    config, root = str(folder / "toy_config.py"), machine.folder / "runs"
+    ended, calls, output = machine.run(
+        "gke_xpk.sh",
+        "rates",
+        SWEEP=f"--config={config} --sweep=rate --root={root}",
+        **GKE,
+    )
+    assert ended == 0, output
+    sweep = points.expand(config, ["rate"], root)
+    for index, (call, point) in enumerate(zip(calls, sweep.points, strict=True)):
+        assert f"--workload=rates-{index}" in call
+        line = commands.command(sweep, point)
+        assert call[-1].startswith(f"--command={line};")

@@ -1,0 +1,365 @@
+"""Sweeps: what their points are, that they share what is compiled, how they end."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import drift, experiment, metrics, outcome
+from memoryformer.errors import ConfigError, NumericError, Preempted
+from memoryformer.sweep import commands, files, points, runner, tables, worker
+
+ROOT = pathlib.Path(__file__).parents[1]
+SWEEPS = '''
+
+def sweep_seed():
+    """Seeds."""
+    for seed in range(3):
+        yield {"train.seed": seed}
+
+def sweep_rate():
+    for rate in (1e-3, 2e-3, 3e-3, 4e-3):
+        yield {"optimizer.learning_rate": rate}
+
+def sweep_same_rates():
+    yield {"label": "other name", "optimizer.learning_rate": 2e-3}
+
+def sweep_width(projection):
+    for width in (16, 32):
+        yield {"label": f"{projection}{width}", "model.embed_dim": width}
+
+def sweep_twins():
+    yield {"model.code_bits": 4}
+    yield {}
+
+def sweep_wrong():
+    yield {"model.embed_dim": 18}
+
+def sweep_misspelt():
+    yield {"model.embed_dims": 32}
+
+def sweep_explodes():
+    yield {"optimizer.learning_rate": 1e-3}
+    yield {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
+
+def sweep_none():
+    return ()
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    toy.corpus(folder / "corpus")
+    path = toy.config_file(folder)
+    path.write_text(path.read_text() + SWEEPS)
+    return folder
+
+
+def expand(folder, *names, argument="", root="", **base):
+    config = f"{folder / 'toy_config.py'}" + (f":{argument}" if argument else "")
+    return points.expand(config, names, root or folder / "runs", base)
+
+
+def train(point):
+    """Train one point in this process."""
+    config = drift.plain(experiment.as_dict(point.run))
+    return worker.train(config, str(point.workdir), {})
+
+
+def test_product_of_sweeps(folder):
+    """Every combination, the last sweep fastest; labels, names of directories.
+
+    Mutation: `zip` in place of `itertools.product`.
+    """
+    sweep = expand(folder, "width", "seed", argument="memory")
+    assert len(sweep.points) == 6
+    assert [p.run.train.seed for p in sweep.points] == [0, 1, 2] * 2
+    assert [p.run.model.embed_dim for p in sweep.points] == [16] * 3 + [32] * 3
+    assert {p.variant for p in sweep.points} == {"memory16", "memory32"}
+    first = sweep.points[0].workdir
+    assert first.parent == folder / "runs" / "toy_config-memory" / "width-seed"
+    assert first.name.startswith("memory16_seed=0-")
+    assert shlex.quote(first.name) == first.name
+
+
+def test_directories_are_named_by_content(folder):
+    """The same run has the same hash whatever it is called, another one another hash; what
+    changes no number (here, where to log) changes no name.
+
+    Mutations: the label hashed; `optimizer.learning_rate` added to BOOKKEEPING.
+    """
+    plain = [p.workdir.name for p in expand(folder, "rate").points]
+    named = expand(folder, "same_rates").points[0].workdir.name
+    assert named[-8:] == plain[1][-8:] and named[:-8] != plain[1][:-8]
+    assert len({name[-8:] for name in plain}) == 4
+    quiet = expand(folder, "rate", **{"train.log_every": 3})
+    assert [p.workdir.name for p in quiet.points] == plain
+    other = expand(folder, "rate", **{"train.batch_size": 16})
+    assert not {p.workdir.name for p in other.points} & set(plain)
+
+
+def test_what_another_sweep_trained_is_not_trained_again(folder, tmp_path):
+    """Mutation: `_directory` returns its own directory always."""
+    done = expand(folder, "rate", root=tmp_path).points[1].workdir
+    done.mkdir(parents=True)
+    assert expand(folder, "same_rates", root=tmp_path).points[0].workdir == done
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["sed"], "--sweep='sed': unknown choice; did you mean 'seed'?"),
+        (["rate", "same_rates"], "'same_rates' sets optimizer.learning_rate, and so"),
+        (["twins"], "points 0 and 1 are the same run"),
+        (["wrong"], "point 0 (embed_dim=18): model.embed_dim=18 is not a multiple"),
+        (["misspelt"], "model.embed_dims: the config has no such field; did you mean"),
+        (["none"], "--sweep=none: has no points"),
+    ],
+)
+def test_mistakes_are_one_line(folder, names, message):
+    """Mutations: `_refuse_twins` not called; a later sweep's field wins."""
+    with pytest.raises(ConfigError) as caught:
+        expand(folder, *names)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_commands_without_a_sweep(folder, capsys):
+    """`list` says what there is; the other words ask for a name; a near miss is named.
+
+    Mutation: `list` expands an empty product.
+    """
+    config = str(folder / "toy_config.py")
+    arguments = (config, [], str(folder / "runs"), {}, commands.Options())
+    assert commands.main(["list"], *arguments) == 0
+    assert "seed        Seeds." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--sweep is missing: .* defines seed, rate"):
+        commands.main(["run"], *arguments)
+    with pytest.raises(ConfigError, match="did you mean 'status'"):
+        commands.main(["statis"], *arguments)
+    with pytest.raises(ConfigError, match="name one of list, check, print"):
+        commands.main([], *arguments)
+
+
+def test_print_gives_commands_that_make_the_points(folder, capsys):
+    """Each line, read as a shell and train.py do, resolves to its point; `index` picks one.
+
+    Mutation: overrides of the command line left out of the lines.
+    """
+    sweep = expand(
+        folder, "width", "seed", argument="dense", **{"train.batch_size": 16}
+    )
+    commands.show_commands(sweep, commands.Options())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    for line, point in zip(lines, sweep.points, strict=True):
+        python, script, config, workdir, *overrides = shlex.split(line)
+        assert [python, script] == ["python", "train.py"]
+        assert workdir == f"--workdir={point.workdir}"
+        path = config.removeprefix("--config=") + ","
+        path += ",".join(o.removeprefix("--config.") for o in overrides)
+        assert points.config_lib.load(path).train.batch_size == 16
+        assert experiment.resolve(points.config_lib.load(path)) == point.run
+    commands.show_commands(sweep, commands.Options(index=4))
+    assert capsys.readouterr().out.splitlines() == [lines[4]]
+    with pytest.raises(ConfigError, match="--index=6: the sweep has 6 points"):
+        commands.show_commands(sweep, commands.Options(index=6))
+
+
+def test_check_builds_every_point(folder, capsys):
+    """Sizes in its table; a point that does not fit its mesh is named; nothing is written.
+
+    Mutation: `check` without `trainer.programs`.
+    """
+    sweep = expand(folder, "rate", "seed", root="/nowhere")
+    commands.check(sweep, commands.Options())
+    out = capsys.readouterr().out
+    assert "12 points are sound, of 1 compiled programs." in out
+    wrong = expand(folder, "rate", **{"train.num_microbatches": 3})
+    with pytest.raises(
+        ConfigError, match=r"point 0 .*num_microbatches=3 does not divide"
+    ):
+        commands.check(wrong, commands.Options())
+
+
+def test_twelve_points_compile_once(folder, tmp_path):
+    """Learning rate x seed in one process: the first point compiles, the others nothing.
+    And each is what it would be alone, to the bit.
+
+    Mutations: `dataclasses.replace(run.train, seed=0)` left out of `trainer.program`;
+    `hyper` not passed to the step.
+    """
+    short = {"train.num_steps": 4, "eval.every_steps": 0, "checkpoint.every_steps": 0}
+    sweep = expand(folder, "rate", "seed", root=tmp_path, **short)
+    requests = [
+        json.dumps(
+            {
+                "index": point.index,
+                "config": drift.plain(experiment.as_dict(point.run)),
+                "workdir": str(point.workdir),
+            }
+        )
+        for point in sweep.points
+    ]
+    replies, compiled = io.StringIO(), {}
+    worker.serve(requests, replies, compiled)
+    replies = [json.loads(line) for line in replies.getvalue().splitlines()]
+    assert [reply["code"] for reply in replies] == [0] * 12
+    assert replies[0]["compilations"] > 0
+    assert [reply["compilations"] for reply in replies[1:]] == [0] * 11
+    [programs] = compiled.values()
+    assert programs.train_step._cache_size() == 1
+    losses = {p.index: files.values(p.workdir, ["val/loss"]) for p in sweep.points}
+    assert len({loss["val/loss"] for loss in losses.values()}) == 12
+    alone = expand(folder, "rate", "seed", root=tmp_path / "alone", **short).points[7]
+    assert train(alone) == (0, "")
+    assert files.values(alone.workdir, ["val/loss"]) == losses[7]
+    rows = metrics.read(alone.workdir)
+    assert max(row.get("train/learning_rate", 0) for row in rows) <= 3e-3
+
+
+def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
+    """A sweep that is stopped half-way says 42 and goes on where it was; a third run has
+    nothing to do; results are those of points trained alone.
+
+    Mutations: `files.state` says 'new' for all; code 42 listed as a failure.
+    """
+    slow = {"train.num_steps": 60, "eval.every_steps": 0}
+    arguments = [f"--config={folder / 'toy_config.py'}", "--sweep=seed"]
+    arguments += [f"--root={tmp_path}", "--parallel=2"]
+    arguments += [f"--config.{key}={value}" for key, value in slow.items()]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(word):
+        command = [sys.executable, "-m", "memoryformer.sweep", *arguments, word]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    sweep = expand(folder, "seed", root=tmp_path, **slow)
+    first = start("run")
+    while first.poll() is None and not any(
+        files.state(point).step for point in sweep.points
+    ):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    out = first.communicate(timeout=120)[0]
+    assert first.returncode == 42, out
+    assert "run the same command to go on" in out
+    assert any(files.state(point).name == "partial" for point in sweep.points)
+    second = start("run")
+    assert "done (" in second.communicate(timeout=240)[0]
+    assert second.returncode == 0
+    assert [files.state(point).name for point in sweep.points] == ["done"] * 3
+    stream = io.StringIO()
+    assert runner.run(sweep, stream=stream) == 0
+    assert stream.getvalue().count("done before") == 3
+    assert "started" not in stream.getvalue()
+    commands.status(sweep, commands.Options())
+    assert "3 done, 0 failed, 0 partial, 0 new" in capsys.readouterr().out
+    steps = [row["step"] for row in metrics.read(sweep.points[0].workdir)]
+    assert steps == sorted(steps) and steps[-1] == 60
+
+
+def test_failed_points_are_listed(folder, tmp_path):
+    """A loss that is not finite fails its point alone, once; `retry_failed` tries again.
+
+    Mutations: `outcome.recorded` writes nothing; the first failure ends the sweep.
+    """
+    short = {"train.num_steps": 6, "eval.every_steps": 0}
+    sweep = expand(folder, "explodes", root=tmp_path, **short)
+    codes, texts = [], []
+    for retry in (False, False, True):
+        stream = io.StringIO()
+        codes.append(runner.run(sweep, retry_failed=retry, stream=stream))
+        texts.append(stream.getvalue())
+    assert codes == [44] * 3
+    assert [files.state(p).name for p in sweep.points] == ["done", "failed"]
+    assert files.state(sweep.points[1]).exit_code == 44
+    assert ["started" in text for text in texts] == [True, False, True]
+    assert all("not finite" in text for text in texts)
+    log = (sweep.points[1].workdir / "log.txt").read_text()
+    assert log.count("error: ") == 2
+
+
+def test_outcome(tmp_path):
+    """Stopped runs leave none; a refused config leaves what was there.
+
+    Mutations: `except Exception` before `except Preempted`; `before` not put back.
+    """
+    with outcome.recorded(tmp_path):
+        assert outcome.read(tmp_path) is None
+    assert outcome.read(tmp_path) == {"state": "done"}
+    with pytest.raises(ConfigError), outcome.recorded(tmp_path):
+        raise ConfigError("another config")
+    assert outcome.read(tmp_path) == {"state": "done"}
+    with pytest.raises(NumericError), outcome.recorded(tmp_path):
+        raise NumericError("nan")
+    assert outcome.read(tmp_path)["exit_code"] == 44
+    with pytest.raises(Preempted), outcome.recorded(tmp_path):
+        raise Preempted("asked")
+    assert outcome.read(tmp_path) is None
+
+
+def fake_results(sweep, values):
+    """Write what a run leaves, without running."""
+    for point, value in zip(sweep.points, values, strict=True):
+        point.workdir.mkdir(parents=True)
+        row = {"step": 20, "train/loss": 1.0, "val/loss": value}
+        row |= {"val/bits_per_byte": value, "train/tokens_per_second": 5.0}
+        (point.workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (point.workdir / "outcome.json").write_text('{"state": "done"}')
+
+
+def test_collect(folder, tmp_path):
+    """Mean, s.d. with n - 1, differences with their standard errors, and a CSV file.
+
+    Mutations: `statistics.pstdev`; sqrt(1/n) in place of sqrt(1/n + 1/m).
+    """
+    sweep = expand(folder, "width", "seed", argument="memory", root=tmp_path)
+    values = [2.0, 2.1, 2.2, 1.5, 1.6, 1.4]
+    fake_results(sweep, values)
+    text = tables.collect(sweep)
+    assert "6 of 6 points are done" in text
+    assert "| memory16 | 3 | 2.1000 ± 0.1 | baseline | |" in text
+    error = 0.1 * np.sqrt(2 / 3)
+    assert f"| memory32 | 3 | 1.5000 ± 0.1 | -0.6 ± {error:.2g} | lower |" in text
+    assert "noise floor (s.d. over seeds, pooled): 0.1" in text
+    with (sweep.directory / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val/loss"]) for row in rows] == values
+    assert rows[4]["variant"] == "memory32" and rows[4]["train.seed"] == "1"
+    assert rows[0]["tokens"] == str(20 * 8 * 16)
+    turned = tables.collect(sweep, "memory32")
+    assert "| +0.6 ±" in turned and "| higher |" in turned
+    with pytest.raises(ConfigError, match="known: memory16, memory32"):
+        tables.collect(sweep, "memory64")
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, verdict",
+    [
+        ([1.0, 1.2], [1.1, 1.3], "within noise"),
+        ([1.0, 1.01], [1.1, 1.11], "lower"),
+        ([1.2], [1.1], "one seed"),
+    ],
+)
+def test_verdicts(ours, theirs, verdict):
+    """Mutation: NOISE = 0."""
+    summaries = [tables.summarise("a", ours), tables.summarise("b", theirs)]
+    pooled = tables.pooled_deviation(summaries)
+    assert tables.difference(*summaries, pooled).verdict == verdict
