@@ -1,0 +1,275 @@
+"""What a run would need, without running it: state, memory, messages, before any device.
+
+    python -m memoryformer.dryrun --config=configs/memoryformer_base.py \\
+        --target=v6e:8x8 --config.mesh=fsdp_tensor:model=4 [--json=FILE] [--compile=full]
+
+It traces and lowers the very train step that `trainer` runs, from abstract arrays, and
+compiles it for the target (`targets`): all of it, or by default, where there are many blocks,
+the same step with one block and with two, of which the rest follows. Where the target's
+compiler is not installed it compiles for as many devices of this CPU, which tells the messages
+but not the target's memory. Start at `examine`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from memoryformer import abstract, accounting, errors, experiment, hlo, remedies, traced
+from memoryformer import config as config_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer import targets as targets_lib
+from memoryformer.targets import GIB
+
+HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
+COMPILE = ("auto", "full", "blocks", "none")
+FEW_BLOCKS = 2  # `auto` compiles up to so many in full
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device, as the compiler plans them."""
+
+    arguments: int  # state and batch
+    outputs: int  # the new state, where it does not take the old one's place
+    temporary: int  # activations, gradients, what is gathered
+    total: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
+        """Read the compiler's plan."""
+        stats = compiled.memory_analysis()
+        outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        parts = (stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes)
+        return cls(*parts, sum(parts))
+
+    def plus(self, other: "Memory", times: int) -> "Memory":
+        """Each field, and `times` what it is beyond `other`'s."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Memory(*(a + times * (a - b) for a, b in pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything `examine` finds out; bytes are those of one device unless said."""
+
+    config: dict[str, Any]
+    target: str
+    mesh: dict[str, int]
+    num_devices: int
+    parameters: dict[str, int]
+    training_flops_per_token: int
+    tokens_per_step: int
+    total_tokens: int
+    checkpoint_bytes: int  # the whole state
+    params_bytes: int
+    optimizer_bytes: int
+    gathered_bytes: (
+        int  # parameters joined from `data` (FSDP), for the length of a step
+    )
+    gradient_bytes: int  # before they are summed over `data`
+    activation_bytes: int  # an estimate: what the forward pass of a microbatch keeps
+    messages: list[hlo.Collective]  # of the traced step
+    compiled: str = ""  # for what, and how much of the step
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: Memory | None = None
+    device_bytes: int = 0  # 0: not known
+    verdict: str = "not compiled"  # the compiler's, one line
+    collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def as_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def examine(
+    run: experiment.Experiment, target: str = "cpu", how: str = "auto"
+) -> Report:
+    """Lower and compile a run's train step for a target, and say what it needs.
+
+    `how` is one of `COMPILE`. Raises `ConfigError` where config and target do not fit.
+    """
+    config_lib.choose(how, COMPILE, "--compile")
+    wanted = targets_lib.parse(target)
+    missing = wanted.missing()
+    chosen = targets_lib.parse(f"cpu:{wanted.num_devices}") if missing else wanted
+    sharding = abstract.device_sharding(run, chosen.devices())
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "tracing"):
+        state, step = abstract.trace(run, sharding)
+        report = _count(run, wanted, sharding, state, step)
+    with _timed(seconds, "lowering"):
+        lowered = abstract.lower(step, sharding)
+    if how == "auto":
+        how = "blocks" if run.model.num_layers > FEW_BLOCKS else "full"
+    found: dict[str, Any] = {}
+    with _timed(seconds, "compiling"):
+        if how == "full":
+            found = _compile(lowered, sharding)
+        elif how == "blocks":
+            found = _compile_blocks(run, sharding)
+    memory, capacity = found.get("memory"), wanted.chip.memory_bytes
+    if memory and capacity and not missing:
+        found["verdict"] = _verdict(memory, capacity)
+    report = dataclasses.replace(
+        report,
+        **found,
+        compiled={
+            "none": "",
+            "full": f"{chosen.name}, all of it",
+            "blocks": f"{chosen.name}, one block and two, the rest in proportion",
+        }[how],
+        seconds=seconds,
+        device_bytes=capacity,
+    )
+    warnings = [missing] if missing else []
+    warnings += remedies.find(report, run, wanted, sharding)
+    return dataclasses.replace(report, warnings=warnings)
+
+
+def _count(run, target, sharding, state, step) -> Report:
+    """What is known before anything is compiled."""
+    model, train = run.model, run.train
+    counted = accounting.count(model)
+    tokens = train.batch_size * model.seq_len
+    params = abstract.device_bytes(state.params)
+    whole = sharding_lib.num_bytes(state.params) // sharding.axis_size("model")
+    mesh = abstract.mesh_shape(sharding)
+    return Report(
+        config=experiment.as_dict(run),
+        target=target.name,
+        mesh=mesh,
+        num_devices=target.num_devices,
+        parameters=dataclasses.asdict(counted.parameters),
+        training_flops_per_token=counted.training_flops_per_token,
+        tokens_per_step=tokens,
+        total_tokens=tokens * train.num_steps,
+        checkpoint_bytes=sharding_lib.num_bytes(state),
+        params_bytes=params,
+        optimizer_bytes=abstract.device_bytes((state.opt_state, state.spikes)),
+        gathered_bytes=whole if "fsdp" in run.mesh and params < whole else 0,
+        gradient_bytes=max(whole, params),
+        activation_bytes=abstract.activation_bytes(run, sharding),
+        messages=traced.collectives(step.jaxpr, mesh),
+    )
+
+
+def _compile(lowered, sharding) -> dict[str, Any]:
+    """Compile, quickly for a CPU: there only the plan is wanted, not the code."""
+    options = None
+    if sharding.platform == "cpu":
+        options = {"xla_llvm_disable_expensive_passes": True}
+        options["xla_backend_optimization_level"] = 0
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        message = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        used = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", message)
+        return {"verdict": f"does not fit: {used[0] if used else message[:200]}"}
+    return {
+        "memory": Memory.of(compiled),
+        "collectives": hlo.collectives(
+            compiled.as_text(), abstract.mesh_shape(sharding)
+        ),
+        "verdict": "compiles",
+    }
+
+
+def _compile_blocks(run, sharding) -> dict[str, Any]:
+    found = []
+    for layers in (1, 2):
+        model = dataclasses.replace(run.model, num_layers=layers)
+        small = dataclasses.replace(run, model=model)
+        step = abstract.trace(small, sharding)[1]
+        found.append(_compile(abstract.lower(step, sharding), sharding))
+        if "memory" not in found[-1]:
+            return {"verdict": f"{found[-1]['verdict']}, with {layers} block(s) alone"}
+    one, two = found
+    layers = run.model.num_layers
+    return {
+        "memory": two["memory"].plus(one["memory"], layers - 2),
+        "collectives": hlo.extrapolated(one["collectives"], two["collectives"], layers),
+        "verdict": "compiles",
+    }
+
+
+def _verdict(memory: Memory, capacity: int) -> str:
+    fits = memory.total <= HEADROOM * capacity
+    size = f"{memory.total / GIB:.2f} of {capacity / GIB:.0f} GiB"
+    return f"{'fits' if fits else 'does not fit'}: {size}"
+
+
+def describe(report: Report) -> str:
+    """Return the report as text to read."""
+    config = config_lib.flatten(report.config).items()
+    lines = [f"{key} = {value}" for key, value in config]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    rows = [("target", report.target), ("mesh", mesh or "none, one device")]
+    for name, value in report.parameters.items():
+        rows.append((f"parameters: {name.replace('_', ' ')}", f"{value:,}"))
+    for name in ("training_flops_per_token", "tokens_per_step", "total_tokens"):
+        rows.append((name.replace("_", " "), f"{getattr(report, name):,}"))
+    rows.append(("checkpoint", _bytes(report.checkpoint_bytes)))
+    for name in ("params", "optimizer", "gathered", "gradient", "activation"):
+        size = getattr(report, f"{name}_bytes")
+        rows.append((f"{name} bytes of a device", _bytes(size)))
+    rows.append(("compiled for", report.compiled or "nothing"))
+    if report.memory:
+        for name, value in dataclasses.asdict(report.memory).items():
+            rows.append((f"compiler: {name}", _bytes(value)))
+    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in report.seconds.items())
+    rows += [("verdict", report.verdict), ("took", seconds)]
+    lines += [""] + [f"{name:<34}{value}" for name, value in rows]
+    lines += ["", "Collectives of one step, per device, as traced:"]
+    lines.append(hlo.table(report.messages))
+    if report.collectives:
+        lines += ["", f"as compiled for {report.compiled}:"]
+        lines.append(hlo.table(report.collectives))
+    return "\n".join([*lines, "", *(f"warning: {w}" for w in report.warnings)])
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GIB:,.3f} GiB" if count >= GIB / 100 else f"{count:,.0f} B"
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print what the run of `--config` needs on `--target`."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device here
+    # What was compiled for a device that is not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = flags.FLAGS.config
+    errors.check_arguments(argv, config=config)
+    report = examine(
+        experiment.resolve(config), flags.FLAGS.target, flags.FLAGS.compile
+    )
+    print(describe(report))
+    if flags.FLAGS.json:
+        pathlib.Path(flags.FLAGS.json).write_text(report.as_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment: configs/NAME.py[:ARG]."
+    )
+    flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
+    flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
+    flags.DEFINE_string("json", "", "Write the whole report to this file.")
+    errors.run_main(main)

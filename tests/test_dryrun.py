@@ -1,0 +1,230 @@
+"""The dry run: the trainer's own step, its memory, its messages, and what to do about them."""
+
+import dataclasses
+import functools
+import json
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import (
+    abstract,
+    dryrun,
+    experiment,
+    optimizer,
+    remedies,
+    targets,
+    trainer,
+)
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer.errors import ConfigError
+
+B, L = 16, 64
+# Temporary memory of a device's step at the size below, in MiB: measured, and a fifth more.
+TEMPORARY_MIB = {
+    "single": 11.0,
+    "data": 0.95,
+    "fsdp": 69.0,  # the parameters joined, and their gradients
+    "tensor:model=4": 1.3,
+    "fsdp_tensor:model=4": 15.5,
+    "sequence": 1.2,
+}
+
+
+@functools.cache
+def run_of(mesh="single", projection="memory", **fields):
+    config = experiment.default_config()
+    sizes = {"vocab_size": 512, "embed_dim": 128, "num_layers": 1, "num_heads": 4}
+    sizes |= {"seq_len": L, "code_bits": 8, "extra_bits": 2, "lookup": "xla"}
+    config.model.update(dataclasses.asdict(toy.model_config(projection, **sizes)))
+    config.train.update(num_steps=10, batch_size=B)
+    config.eval.batch_size = B
+    config.mesh = mesh
+    config.update_from_flattened_dict(fields)
+    return experiment.resolve(config)
+
+
+@functools.cache
+def report_of(mesh):
+    return dryrun.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
+
+
+@pytest.mark.parametrize("mesh", TEMPORARY_MIB)
+def test_memory_of_a_step_is_bounded(mesh):
+    """Temporary memory of a device's step, as compiled, for every preset of meshes.
+
+    Mutations: `implementation='reference'`, which builds [N, K, F]; parameters gathered
+    over `model` too; gradients of all microbatches kept apart.
+    """
+    memory = report_of(mesh).memory
+    assert memory.temporary <= TEMPORARY_MIB[mesh] * 2**20
+    assert memory.total >= memory.arguments >= abstract_state(mesh)
+
+
+def readable(traced):
+    """A jaxpr as text, without the addresses of functions."""
+    return re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
+
+
+def abstract_state(mesh):
+    report = report_of(mesh)
+    return report.params_bytes + report.optimizer_bytes
+
+
+@pytest.mark.parametrize("mesh", ["single", "fsdp_tensor:model=4"])
+def test_the_trainers_own_step_is_lowered(mesh):
+    """The same program, text for text, that the loop's first call traces.
+
+    Mutation: `batch` without weights' float32, or the step without `hyper`.
+    """
+    run = run_of(mesh)
+    devices = jax.devices() if mesh != "single" else jax.devices()[:1]
+    place = abstract.device_sharding(run, devices)
+    _, step = abstract.trace(run, place)
+    programs = trainer.programs(run, place)
+    with place.activate():
+        state = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+            programs.abstract,
+        )
+        batch = place.put_batch(toy.batch(run.model, 0, B, L))
+        hyper = optimizer.hyperparams(run.optimizer)
+        theirs = programs.train_step.trace(state, batch, hyper)
+        held = {s.device: 0 for s in jax.tree.leaves(state)[0].addressable_shards}
+        for array in jax.tree.leaves(state):
+            for shard in array.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+    assert readable(step) == readable(theirs)
+    # ... and the bytes are those that its devices hold.
+    report = report_of(mesh)
+    counted = report.params_bytes + report.optimizer_bytes + 4  # the step's number
+    assert set(held.values()) == {counted}
+    assert report.checkpoint_bytes == sharding_lib.num_bytes(state)
+
+
+def test_without_the_targets_compiler(monkeypatch):
+    """One line on what to install; messages are compiled for this CPU all the same.
+
+    Mutation: `missing` not asked.
+    """
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    report = dryrun.examine(run_of("fsdp_tensor:model=4"), "v5e:2x4")
+    assert "pip install 'jax[tpu]==" in report.warnings[0]
+    assert report.compiled.startswith("cpu:8") and report.num_devices == 8
+    assert {c.axes for c in report.collectives} >= {("data",), ("model",)}
+    with pytest.raises(ConfigError, match="pip install"):
+        targets.parse("h200:8").devices()
+
+
+@pytest.mark.slow
+def test_few_blocks_tell_of_many():
+    """Five blocks extrapolated from one and two, beside five compiled.
+
+    Mutation: `num_layers` blocks added to those of two.
+    """
+    run = run_of("fsdp_tensor:model=4", **{"model.num_layers": 5})
+    whole, few = (dryrun.examine(run, "cpu:8", how) for how in ("full", "blocks"))
+    assert few.memory.arguments == whole.memory.arguments
+    assert few.memory.temporary == pytest.approx(whole.memory.temporary, rel=0.1)
+    for axis in ("data", "model"):
+        ours, theirs = (
+            dryrun.hlo.wire_bytes(r.collectives, axis) for r in (few, whole)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_abstract_meshes_of_any_number():
+    """512 devices: a device's share of the state, and what it sends, from a trace alone.
+
+    Mutation: `range` taken for devices.
+    """
+    run = run_of(
+        "fsdp_tensor:model=4", **{"train.batch_size": 256, "eval.batch_size": 256}
+    )
+    place = abstract.device_sharding(run, range(512))
+    assert place.num_devices == 512 and abstract.is_abstract(place)
+    state, step = abstract.trace(run, place)
+    whole = sharding_lib.num_bytes(state.params)
+    assert whole / 512 <= abstract.device_bytes(state.params) < 1.2 * whole / 512
+    found = dryrun.traced.collectives(step.jaxpr, abstract.mesh_shape(place))
+    tables = [c for c in found if c.kind == "reduce-scatter" and c.axes == ("data",)]
+    assert sum(c.payload_bytes * c.count for c in tables) >= 0.9 * whole / 4
+
+
+def test_what_does_not_fit_has_remedies(monkeypatch):
+    """Concrete fields, what saves most first; the compiler's own refusal is a verdict.
+
+    Mutation: `HEADROOM` 100.
+    """
+    tiny = dataclasses.replace(targets.CHIPS["cpu"], memory_bytes=2**20)
+    monkeypatch.setitem(targets.CHIPS, "cpu", tiny)
+    report = dryrun.examine(run_of("data"), "cpu:8")
+    assert report.verdict.startswith("does not fit: ")
+    advice = "\n".join(report.warnings)
+    assert "mesh=fsdp or fsdp_tensor" in advice and "model=2" in advice
+
+    def refuses(compiler_options):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\n"
+            "Used 30.1G of 15.75G hbm."
+        )
+
+    lowered = types.SimpleNamespace(compile=refuses)
+    place = abstract.device_sharding(run_of(), jax.devices()[:1])
+    found = dryrun._compile(lowered, place)
+    assert found == {"verdict": "does not fit: Used 30.1G of 15.75G hbm"}
+
+
+def test_slow_messages_are_told():
+    """Mutation: `SLOW` infinite."""
+    report = types.SimpleNamespace(
+        verdict="fits", num_devices=16, tokens_per_step=16, training_flops_per_token=1,
+        messages=report_of("fsdp").messages,
+    )  # fmt: skip
+    target = targets.parse("h200:16")
+    (line,) = remedies.find(report, run_of("fsdp", **{"model.dtype": "bfloat16"}),
+                            target, None)  # fmt: skip
+    assert "over 'data' take" in line and "train.batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("v7x", "unknown choice"),
+        ("v5e", "write a chip and its slice"),
+        ("v5e:2y4", "write a chip and its slice"),
+        ("h200:12", "whole hosts of 8 GPUs"),
+        ("cpu:0", "0 devices"),
+        ("cpu:4096", "xla_force_host_platform_device_count=4096"),
+    ],
+)
+def test_bad_targets_are_one_line(target, message):
+    """Mutation: a topology not matched whole."""
+    with pytest.raises(ConfigError) as caught:
+        dryrun.examine(run_of(), target)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_report_reads_and_stores():
+    """Every figure in text and in JSON. Mutation: `describe` without the memory."""
+    report = report_of("fsdp_tensor:model=4")
+    text = dryrun.describe(report)
+    for wanted in (
+        "model.embed_dim = 128",
+        "data=2 x model=4",
+        "checkpoint",
+        "reduce-scatter",
+        "compiler: temporary",
+        "warning: ",
+    ):
+        assert wanted in text or wanted == "warning: "
+    stored = json.loads(report.as_json())
+    assert stored["memory"]["total"] == report.memory.total
+    counted = stored["parameters"]
+    params = jax.eval_shape(lambda: model_lib.init(run_of().model))
+    assert counted["total"] == sum(x.size for x in jax.tree.leaves(params))
