@@ -1,0 +1,42 @@
+"""ListOps with a two-sided trunk, to try what a shared memory costs (Long-Range-Arena style).
+
+    python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
+    ... --config=configs/listops.py:conv_luna --config.model.luna_slots=1
+
+The argument is `softmax`, `linformer`, `luna` or `conv_luna`. Short sequences by default; for
+LRA's, `--config.model.seq_len=2000 --config.task.min_len=500`. Cost: minutes on two CPU cores.
+"""
+
+import ml_collections
+
+
+def get_config(mixer: str = "luna") -> ml_collections.ConfigDict:
+    """Return the experiment of one mixer."""
+    config = ml_collections.ConfigDict()
+
+    model = config.model = ml_collections.ConfigDict()
+    model.vocab_size = 16
+    model.embed_dim = 128
+    model.num_layers = 4
+    model.num_heads = 4
+    model.seq_len = 128
+    model.mixer = mixer
+    model.causal = False
+    model.projection = "dense"
+    model.output_projection = True
+    model.ffn_activation = "gelu"
+    model.rotary_fraction = 1.0
+    model.linformer_slots = 16
+    model.luna_slots = 16
+    model.conv_luna_filter = "conv"
+    model.conv_luna_width = 4
+
+    task = config.task = ml_collections.ConfigDict()
+    task.num_steps = 1000
+    task.batch_size = 32
+    task.learning_rate = 5e-4
+    task.min_len = 20
+    task.max_depth = 6
+    task.eval_every = 100
+    task.seed = 0
+    return config

@@ -1,0 +1,49 @@
+"""A small MemoryFormer on the Python standard library's own sources.
+
+    make quickstart          # trains, evaluates, samples, draws
+    make quickstart-dense    # the same with the dense twin (configs/quickstart.py:dense)
+
+Two CPU cores, under eight minutes of training. docs/results.md has what it reaches.
+
+Target: v5e:1x1
+"""
+
+import ml_collections
+
+from memoryformer import experiment
+
+
+def get_config(projection: str = "memory") -> ml_collections.ConfigDict:
+    """The quickstart experiment with projection 'memory' or 'dense'."""
+    config = experiment.default_config()
+
+    model = config.model
+    model.vocab_size = 4096
+    model.embed_dim = 128
+    model.num_layers = 3
+    model.num_heads = 2
+    model.seq_len = 256
+    model.projection = projection
+    model.memory_bias = True
+    model.rotary_fraction = 1.0
+    if projection == "dense":
+        model.output_projection = True
+        model.ffn_activation = "gelu"
+        model.output_std = 0.02 / (2 * model.num_layers) ** 0.5
+
+    config.data.source = "stdlib"
+    config.data.tokenizer = "bpe:4096"
+
+    train = config.train
+    train.num_steps = 3000
+    train.batch_size = 4
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 4e-3
+    optimizer.end_fraction = 0.05
+    optimizer.warmup_steps = 100
+
+    config.eval.every_steps = 750
+    config.eval.num_batches = 12  # eval.py reads the whole text
+    config.checkpoint.every_steps = 750
+    return config

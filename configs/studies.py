@@ -1,0 +1,174 @@
+"""The paper's studies as sweeps, at their true size and (`:mini`) at one that runs here.
+
+    python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=table3,seed run --parallel=2
+    python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=table3,seed collect
+
+Sweeps, each to be multiplied by `seed`: table3 table4 table5 table6 (the paper's), score,
+equal_flops, equal_parameters; `rate` is the search before them. Points that several of them
+have are trained once. After a run was stopped or killed, the same command goes on.
+
+True size: MemoryFormer-tiny, 8,000 steps of 2.1M tokens as in the paper's ablations; not run.
+
+The miniature: width 80, two layers, bytes of the standard library's sources, none read twice
+(at most 9 % of the training text). With three seeds 87 runs of 1,000 steps (18 of them 2,000),
+105,000 steps of 512 bytes. A step took 40 to 50 ms of one core on a busy machine, so all of
+them some 40 minutes on two cores, less on quiet ones. Its default learning rate is from one
+seed at 600 steps: 3.307, 3.232, 3.163, 3.038 bits per byte at 4e-3, 8e-3, 16e-3, 32e-3.
+
+    for sweep in table3 table4 table5 table6 score equal_flops equal_parameters; do
+      python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=$sweep,seed run --parallel=2
+    done
+    python -m memoryformer.report runs/sweeps/studies-mini
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from memoryformer import experiment, presets
+
+# size: steps, peak learning rate
+SIZES = {"": (8000, 3e-3), "mini": (1000, 32e-3)}
+# Parts of that rate that each score is tried at: by its own scale, `l1_softmax` moves the
+# outputs some seven times as far at the same rate.
+SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25)}
+DENSE = {
+    "model.projection": "dense",
+    "model.ffn_activation": "gelu",
+    "model.output_projection": True,
+}
+DENSE_RATES = {"": (1e-3, 2e-3, 5e-4), "mini": (5e-3, 1e-2, 2.5e-3)}  # Pythia's: 1e-3
+# size: width, layers, heads of the dense model with the FLOPs of the memory model ...
+EQUAL_FLOPS = {"": (384, 6, 6), "mini": (40, 2, 1)}
+# ... and with its parameters (of the memory model of tau = 4, for the miniature: at tau = 8
+# a dense model of as many parameters would cost sixty times as much).
+EQUAL_PARAMETERS = {"": (1280, 17, 20), "mini": (128, 2, 2)}
+CODE_BITS = {"": 8, "mini": 4}
+
+Points = Iterator[dict[str, Any]]
+
+
+def get_config(size: str = "") -> ml_collections.ConfigDict:
+    """MemoryFormer-tiny, or 'mini'."""
+    config = _mini() if size == "mini" else presets.memoryformer("tiny", size)
+    config.train.num_steps, config.optimizer.learning_rate = SIZES[size]
+    config.optimizer.warmup_steps = config.train.num_steps // 50
+    return config
+
+
+def _mini() -> ml_collections.ConfigDict:
+    config = experiment.default_config()
+
+    model = config.model
+    model.vocab_size = 264  # bytes, the end of text, padding
+    model.embed_dim = 80
+    model.num_layers = 2
+    model.num_heads = 2
+    model.seq_len = 128
+    model.norm = "layernorm"
+    model.norm_eps = 1e-5
+
+    config.data.source = "stdlib"
+    config.data.tokenizer = "bytes"
+
+    config.train.batch_size = 4
+    config.train.log_every = 50
+
+    config.eval.every_steps = 250
+    config.eval.num_batches = 32  # 65,536 bytes, the same ones for all
+    config.checkpoint.every_steps = 500
+    config.checkpoint.keep = 1
+    config.metrics.tensorboard = False
+    config.mesh = "single"
+    return config
+
+
+def metrics() -> tuple[str, ...]:
+    """The columns of `sweep collect`."""
+    return ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
+
+
+def sweep_seed() -> Points:
+    """Three seeds, of the parameters and of the order of the data."""
+    for seed in range(3):
+        yield {"train.seed": seed}
+
+
+def sweep_rate(size: str) -> Points:
+    """A coarse search of the peak learning rate, to choose the default one by."""
+    for part in (0.25, 0.5, 1, 2, 4):
+        yield {"optimizer.learning_rate": SIZES[size][1] * part}
+
+
+def sweep_table3(size: str) -> Points:
+    """Bits per code against tables: tau x K at a fixed width (510 for tau = 10)."""
+    yield {"label": "tau=8", "model.code_bits": 8}
+    yield {"label": "tau=4", "model.code_bits": 4}
+    wide = {} if size else {"model.embed_dim": 510, "model.num_heads": 5}
+    yield {"label": "tau=10", "model.code_bits": 10, **wide}
+
+
+def sweep_table4(size: str) -> Points:
+    """The peak learning rate: 1, 1/3, 2/3 and 4/3 of the default one."""
+    for part in (3, 1, 2, 4):
+        rate = SIZES[size][1] * part / 3
+        yield {"optimizer.learning_rate": float(f"{rate:.3g}")}
+
+
+def sweep_table5() -> Points:
+    """Extra bits of the second feed-forward layer's codes."""
+    for bits in (2, 0, 1, 3):
+        yield {"model.extra_bits": bits}
+
+
+def sweep_table6() -> Points:
+    """A GELU between the feed-forward layers, or nothing."""
+    for activation in ("none", "gelu"):
+        yield {"model.ffn_activation": activation}
+
+
+def sweep_score(size: str) -> Points:
+    """`softmax` and `l1_softmax` at two horizons, each at three learning rates."""
+    steps, peak = SIZES[size]
+    for times in (1, 2):
+        for score, parts in SCORES.items():
+            for part in parts:
+                rate = float(f"{peak * part:.3g}")
+                yield {
+                    "label": f"{score}, {times * steps} steps, lr={rate:g}",
+                    "model.score": score,
+                    "train.num_steps": times * steps,
+                    "optimizer.warmup_steps": times * steps // 50,
+                    "optimizer.learning_rate": rate,
+                }
+
+
+def sweep_equal_flops(size: str) -> Points:
+    """Memory x dense at equal FLOPs per token, each at three learning rates."""
+    yield from _against_dense(size, {}, EQUAL_FLOPS[size])
+
+
+def sweep_equal_parameters(size: str) -> Points:
+    """Memory x dense at equal parameters, each at three learning rates."""
+    memory = {"model.code_bits": CODE_BITS[size]}
+    yield from _against_dense(size, memory, EQUAL_PARAMETERS[size])
+
+
+def _against_dense(
+    size: str, memory: dict[str, Any], shape: tuple[int, int, int]
+) -> Points:
+    width, layers, heads = shape
+    dense = DENSE | {
+        "model.embed_dim": width,
+        "model.num_layers": layers,
+        "model.num_heads": heads,
+        "model.output_std": 0.02 / (2 * layers) ** 0.5,
+    }
+    memory_rates = [SIZES[size][1] * part / 3 for part in (3, 2, 4)]  # as in Table 4
+    sides = (("memory", memory, memory_rates), ("dense", dense, DENSE_RATES[size]))
+    for kind, fields, rates in sides:
+        for rate in rates:
+            rate = float(f"{rate:.3g}")
+            label = f"{kind}, lr={rate:g}"
+            yield {"label": label, "optimizer.learning_rate": rate, **fields}

@@ -1,0 +1,72 @@
+"""The last lines of `make quickstart`: what the run reached, beside what else there is.
+
+Reads `eval.json` of the run and of its dense twin (if that was trained), and computes the
+yardsticks on the same validation text. Start at `summary`.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from memoryformer import checkpoint, data, errors, experiment, metrics
+from memoryformer.data import yardsticks
+from memoryformer.errors import DataError
+
+DENSE_SUFFIX = "-dense"
+
+
+def summary(workdir: pathlib.Path) -> str:
+    """Return a table of bits per byte, and where everything is."""
+    saved = checkpoint.facts(workdir)["config"]
+    run = experiment.resolve(saved)
+    dataset = data.open(run.data)
+    memory = workdir.with_name(workdir.name.removesuffix(DENSE_SUFFIX))
+    dense = memory.with_name(memory.name + DENSE_SUFFIX)
+    rows = []
+    for kind, folder in (("MemoryFormer", memory), ("dense twin", dense)):
+        path = folder / "eval.json"
+        if path.exists():
+            rows.append((_bits(path), f"{kind} ({_training(path.parent)})"))
+    others = yardsticks.measure(dataset)
+    rows += [(v, name) for name, v in others.items() if not name.endswith("_bytes")]
+    lines = ["", "bits per byte on the validation text, less is better:"]
+    lines += [f"  {bits:6.3f}  {label}" for bits, label in sorted(rows)]
+    if not (dense / "eval.json").exists():
+        lines.append("  (`make quickstart-dense` adds the dense twin)")
+    lines += [
+        "",
+        f"the run        {workdir}",
+        f"its metrics    {workdir}/metrics.jsonl",
+    ]
+    lines += [f"its plots      {path}" for path in sorted(workdir.glob("plots/*.png"))]
+    lines += [f"its data       {dataset.directory}", ""]
+    lines.append(
+        f"go on with     python -m memoryformer.generation --workdir={workdir}"
+    )
+    return "\n".join(lines)
+
+
+def _bits(path: pathlib.Path) -> float:
+    return json.loads(path.read_text(encoding="utf-8"))["val/bits_per_byte"]
+
+
+def _training(workdir: pathlib.Path) -> str:
+    rows = [row for row in metrics.read(workdir) if "train/tokens" in row]
+    if not rows:
+        raise DataError(f"{workdir}/metrics.jsonl: no training rows; was it trained?")
+    tokens = metrics.short_number(rows[-1]["train/tokens"])
+    rates = sorted(row["train/tokens_per_second"] for row in rows)
+    rate = metrics.short_number(rates[len(rates) // 2])
+    return f"{tokens} tokens at {rate} tokens/s"
+
+
+def main(argv):
+    """Print the summary of --workdir."""
+    errors.check_arguments(argv, config=None, required=False)
+    print(summary(pathlib.Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
+    errors.run_main(main)

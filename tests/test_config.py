@@ -1,0 +1,213 @@
+"""From a ConfigDict at the door to frozen dataclasses, and the configs that ship."""
+
+import dataclasses
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+
+from memoryformer import config as config_lib
+from memoryformer import experiment, model, sharding, trainer
+from memoryformer.errors import ConfigError
+from memoryformer.tasks import listops
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+TASKS = {"listops": listops.ListOpsConfig}  # not for train.py
+ARGUMENTS = {  # every argument that a shipped config takes
+    "quickstart": ("", "dense"),
+    "studies": ("", "mini"),
+    "listops": ("", "softmax", "linformer", "conv_luna"),
+    "memoryformer_tiny": ("", "released"),
+    "memoryformer_small": ("", "released"),
+}
+SHIPPED = [
+    f"{path}:{argument}" if argument else str(path)
+    for path in sorted(CONFIGS.glob("*.py"))
+    for argument in ARGUMENTS.get(path.stem, ("",))
+]
+every_config = pytest.mark.parametrize(
+    "path", SHIPPED, ids=lambda p: pathlib.Path(p).name
+)
+
+
+@every_config
+def test_shipped_config(path):
+    """It resolves, its model builds (shapes only) and its batch divides over its mesh.
+
+    Mutations: a misspelt field; embed_dim 130 in configs/quickstart.py.
+    """
+    config = config_lib.load(path)
+    task = TASKS.get(pathlib.Path(path.partition(":")[0]).stem)
+    if task:
+        config_lib.build(task, config.task, "task")
+        train = {"num_steps": 1, "batch_size": 16}
+        config = {"model": config.model, "train": train}
+    run = experiment.resolve(config)
+    params = jax.eval_shape(lambda: model.init(run.model))
+    assert params["embed"]["embedding"].shape == (
+        run.model.vocab_size,
+        run.model.embed_dim,
+    )
+    trainer._check_fit(run, sharding.make("single"))
+    trainer._check_fit(run, sharding.make("data", jax.devices()[:4]))
+
+
+@every_config
+def test_every_field_can_be_overridden(path):
+    """No None and no list, which ml_collections cannot override; files run twice alike.
+
+    Mutation: `path: str | None = None` in DataConfig.
+    """
+    first, second = config_lib.load(path), config_lib.load(path)
+    assert first.to_dict() == second.to_dict()
+    for name, value in config_lib.flatten(first).items():
+        assert isinstance(value, bool | int | float | str | tuple), (name, value)
+
+
+def test_a_shipped_config_documents_itself():
+    """A docstring with its command, and `get_config` documented.
+
+    Mutation: no docstring in configs/pythia_70m.py.
+    """
+    for path in CONFIGS.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        docstring = text.split('"""')[1]
+        assert f"configs/{path.name}" in docstring or "make " in docstring, path
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    size: int
+    rate: float = 0.5
+    name: str = "a"
+    flag: bool = False
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def build(**values):
+    return config_lib.build(Section, values, "section")
+
+
+def test_build():
+    """Defaults, an int for a float, a list for a tuple, a placeholder not filled.
+
+    Mutation: `return float(value)` left out of `_checked`.
+    """
+    assert build(size=3) == Section(3)
+    made = build(size=3, rate=1, sizes=[4], name=None)
+    assert made == Section(3, rate=1.0, sizes=(4,)) and isinstance(made.rate, float)
+    defaults = config_lib.defaults(Section)
+    assert set(defaults) == {f.name for f in dataclasses.fields(Section)}
+    with pytest.raises(ConfigError, match=r"section\.size: missing"):
+        config_lib.build(Section, defaults, "section")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"size": 1, "rat": 1.0}, "section.rat: unknown field; did you mean 'rate'?"),
+        ({"size": 1, "zzz": 1}, "section.zzz: unknown field; known: flag, name"),
+        ({}, "section.size: missing"),
+        ({"size": 1.5}, "section.size=1.5: expected int, got float"),
+        ({"size": True}, "section.size=True: expected int, got bool"),
+        ({"size": 1, "flag": 1}, "section.flag=1: expected bool, got int"),
+        ({"size": 1, "name": 3}, "section.name=3: expected str, got int"),
+        ({"size": 1, "rate": "x"}, "section.rate='x': expected float, got str"),
+    ],
+)
+def test_mistakes_are_one_line(values, message):
+    """Mutation: no `wrong_bool` in `_checked`."""
+    with pytest.raises(ConfigError) as caught:
+        build(**values)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def whole(**fields):
+    config = experiment.default_config()
+    small = {"vocab_size": 8, "embed_dim": 16, "num_layers": 1, "num_heads": 2}
+    values = {f"model.{k}": v for k, v in small.items()}
+    values |= {"model.seq_len": 8, "train.num_steps": 4, "train.batch_size": 8}
+    config.update_from_flattened_dict(values | fields)
+    return config
+
+
+def test_resolve_fills_in_every_default():
+    """What is written beside a run says all; sections may be left out.
+
+    Mutation: a section missing from `Experiment`.
+    """
+    run = experiment.resolve(whole())
+    plain = experiment.as_dict(run)
+    assert plain["model"]["code_bits"] == 8 and plain["mesh"] == "data"
+    assert experiment.resolve(ml_collections.ConfigDict(plain)) == run
+    few = {name: plain[name] for name in ("model", "train")}
+    assert experiment.resolve(few) == run
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.model.embed_dim = 3
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"train.num_steps": 0}, "train.num_steps=0: must be >= 1"),
+        ({"train.num_microbatches": 0}, "train.num_microbatches=0: must be >= 1"),
+        ({"train.nonfinite": "stop"}, "train.nonfinite='stop': unknown choice"),
+        ({"eval.batch_size": 0}, "eval.batch_size=0 must be >= 1"),
+        ({"model.embed_dim": 20}, "model.embed_dim=20 is not a multiple"),
+        ({"data.source": "texts"}, "did you mean 'text'"),
+        ({"checkpoint.keep": 0}, "checkpoint.keep=0"),
+        ({"optimizer.b1": 1.0}, "optimizer.b1=1.0"),
+    ],
+)
+def test_mistakes_in_sections(fields, message):
+    """Mutation: no `__post_init__` in EvalConfig."""
+    with pytest.raises(ConfigError) as caught:
+        experiment.resolve(whole(**fields))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_section_and_mesh_of_another_type():
+    """Mutation: unknown sections ignored."""
+    config = whole()
+    with config.unlocked():
+        config.trian = {"x": 1}
+    with pytest.raises(
+        ConfigError, match="trian: unknown section; did you mean 'train'"
+    ):
+        experiment.resolve(config)
+    with pytest.raises(ConfigError, match="mesh=8: expected a preset's name"):
+        experiment.resolve({**dict(whole()), "mesh": 8})
+
+
+@pytest.mark.parametrize(
+    "fields, devices, message",
+    [
+        ({"train.batch_size": 6}, 4, "batch_size=6 does not divide over 4 devices"),
+        ({"train.num_microbatches": 3}, 4, "num_microbatches=3 does not divide the 2"),
+        ({"mesh": "tensor", "model.num_heads": 2}, 4, "model.num_heads=2"),
+        ({"optimizer.warmup_steps": 9}, 1, "optimizer.warmup_steps=9"),
+    ],
+)
+def test_what_does_not_fit_the_devices(fields, devices, message):
+    """Found before anything is read or written.
+
+    Mutation: `_check_fit` without its loop over batch sizes.
+    """
+    run = experiment.resolve(whole(**fields))
+    made = sharding.make(run.mesh, jax.devices()[:devices])
+    with pytest.raises(ConfigError) as caught:
+        trainer._check_fit(run, made)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_load():
+    """A file, an argument, overrides; a file that is not there.
+
+    Mutation: overrides applied before the argument.
+    """
+    path = str(CONFIGS / "quickstart.py")
+    config = config_lib.load(f"{path}:dense", **{"model.num_layers": 7})
+    assert (config.model.projection, config.model.num_layers) == ("dense", 7)
+    with pytest.raises(ConfigError, match=r"there is no file 'configs/none\.py'"):
+        config_lib.load("configs/none.py")
