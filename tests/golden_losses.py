@@ -1,0 +1,87 @@
+"""Fifty steps of the quickstart model, to the last bit, for each jax.
+
+    python -m tests.golden_losses            # print them
+    python -m tests.golden_losses --update   # store them as tests/golden/losses-jax-*.json
+
+Update after a change that is meant to change the numbers, and say in its commit why they
+may change. The text is made by `toy.corpus`: it depends on neither Python nor its library.
+Rounding depends on the processor, so the file names it: on the same one the losses must be
+equal, on another one close.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import jax
+import toy
+
+from memoryformer import config as config_lib
+from memoryformer import metrics, trainer
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILE = ROOT / f"tests/golden/losses-jax-{jax.__version__}.json"
+
+
+def processor() -> str:
+    """What rounding depends on: the processor and how many threads share a sum."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.partition(": ")[2] for x in lines if x.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} x{os.cpu_count()}"
+
+
+def compute() -> dict:
+    """Train and return {'processor', 'loss': 50 of them, 'grad_norm', 'validation'}."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        config = config_lib.load(
+            str(ROOT / "configs/quickstart.py"),
+            **{
+                "data.source": "text",
+                "data.path": str(toy.corpus(folder / "corpus", documents=400)),
+                "data.data_dir": str(folder / "cache"),
+                "data.tokenizer": "bytes",
+                "model.lookup": "xla",  # the native one depends on the compiler
+                "train.num_steps": 50,
+                "train.log_every": 1,
+                "optimizer.warmup_steps": 10,
+                "eval.every_steps": 0,
+                "eval.num_batches": 2,
+                "checkpoint.every_steps": 0,
+                "metrics.tensorboard": False,
+                "mesh": "single",
+            },
+        )
+        trainer.train(config, folder / "run")
+        rows = metrics.read(folder / "run")
+    steps = [row for row in rows if "train/loss" in row]
+    return {
+        "processor": processor(),
+        "loss": [row["train/loss"] for row in steps],
+        "grad_norm": [row["train/grad_norm"] for row in steps],
+        "validation": rows[-1]["val/loss"],
+    }
+
+
+def main() -> None:
+    """Print the losses, or store them."""
+    update = "--update" in sys.argv
+    sys.stdout, stdout = sys.stderr, sys.stdout
+    text = json.dumps(compute(), indent=1)
+    if update:
+        FILE.parent.mkdir(exist_ok=True)
+        FILE.write_text(text + "\n")
+        text = f"wrote {FILE.relative_to(ROOT)}"
+    print(text, file=stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""How the code could be wrong: MUTATIONS, one plausible mistake each.
+
+Each is a patch applied in a child process before the program starts; the check of its promise
+(`promises.MUTANTS`) must then fail.
+"""
+
+import math
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from patching import put, wrap
+
+from memoryformer import (
+    checkpoint,
+    data,
+    distributed,
+    drift,
+    errors,
+    evaluation,
+    generation,
+    integrity,
+    lifeline,
+    metrics,
+    preemption,
+    processes,
+    spikes,
+    trainer,
+    training_log,
+    watchdog,
+)
+from memoryformer.convert import export
+from memoryformer.data import manifest, source
+from memoryformer.ops import lookup_xla
+
+
+def _after_restore(change):
+    """Apply `change` to the state that a restart restores."""
+
+    def restore(original, self):
+        state, step = original(self)
+        return (change(state) if step else state), step
+
+    return lambda: wrap(trainer._Loop, "_restore", restore)
+
+
+def _zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _replay_a_batch():
+    def restore(original, self):
+        state, step = original(self)
+        if step:
+            batches = self.batches
+            shifted = batches.batch
+            batches.batch = lambda s, rows=slice(None): shifted(s - 1, rows)
+        return state, step
+
+    wrap(trainer._Loop, "_restore", restore)
+
+
+def _reshuffle():
+    def restore(original, self):
+        state, step = original(self)
+        run = self.config
+        if step:
+            seed = run.train.seed + step
+            self.batches = self.dataset.train.batches(
+                run.model.seq_len, run.train.batch_size, seed
+            )
+        return state, step
+
+    wrap(trainer._Loop, "_restore", restore)
+
+
+def _deaf():
+    preemption.StopRequest._on_signal = lambda self, number, frame: None
+
+
+def _no_second_signal():
+    def on_signal(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    preemption.StopRequest._on_signal = on_signal
+
+
+def _stop_without_saving():
+    def save(original, self, step, state, *, wait=False):
+        return False if wait else original(self, step, state)
+
+    wrap(checkpoint.Checkpointer, "save", save)
+
+
+def _deaf_evaluation():
+    def evaluate(original, *args, stop=None, **kwargs):
+        return original(*args, **kwargs)
+
+    wrap(evaluation, "evaluate", evaluate)
+
+
+def _swallow_save_errors():
+    checkpoint.Checkpointer._failed = lambda self, step, error: None
+
+
+def _mean_of_means():
+    def accumulate(original, function, batch, count):
+        def normalised(carry, part):
+            grads, (nats, weight) = function(carry, part)
+            scale = 1 / jnp.maximum(weight, 1)
+            return jax.tree.map(lambda x: x * scale, (grads, (nats, weight)))
+
+        return original(normalised if count > 1 else function, batch, count)
+
+    wrap(trainer, "_accumulate", accumulate)
+
+
+def _order_by_devices():
+    def init(original, self, split, seq_len, batch_size, seed):
+        original(self, split, seq_len, batch_size, seed + jax.device_count() - 1)
+
+    wrap(source.Batches, "__init__", init)
+
+
+def _seed_from_the_clock():
+    def init(original, config, seed=0):
+        return original(config, time.time_ns() % 2**31)
+
+    wrap(trainer.model_lib, "init", init)
+
+
+def _wrong_lookup():
+    def lookup(original, *args, **kwargs):
+        return original(*args, **kwargs) * 1.001
+
+    wrap(lookup_xla, "scan_tables", lookup)
+
+
+def _never_halt():
+    training_log.TrainingLog._check = lambda self, step, values: None
+
+
+def _ignore_spikes():
+    spikes.is_spike = lambda *_: False
+
+
+def _roll_call_is_skipped():
+    distributed._RollCall.peers = lambda *_: {}
+    distributed._answer = lambda *_: {}
+
+
+def _stop_alone():
+    processes.SharedFlag.__call__ = lambda self: bool(self._flag)
+
+
+def _restore_narrow(state):
+    """As if checkpoints were kept in bfloat16."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x, state
+    )
+
+
+def _padding_counts():
+    def batch(original, self, index, rows=slice(None)):
+        result = original(self, index, rows)
+        return result | {"weights": np.ones_like(result["weights"])}
+
+    wrap(source.EvalBatches, "batch", batch)
+
+
+def _mean_of_batches():
+    """The evaluation's loss as the mean of its batches' losses."""
+
+    def evaluate(original, step, params, batches, *args, **kwargs):
+        kwargs.pop("num_batches", None)
+        parts = [
+            original(step, params, [batches[i]], *args, **kwargs)
+            for i in range(len(batches))
+        ]
+        return parts[0] | {
+            name: math.fsum(part[name] for part in parts) / len(parts)
+            for name in parts[0]
+        }
+
+    wrap(evaluation, "evaluate", evaluate)
+
+
+def _cut_prompts():
+    """The cache never sees the last token of a prompt."""
+    wrap(generation, "_pieces", lambda original, length: original(length - 1))
+
+
+def _narrow_export():
+    def narrow(original, path, table, kind):
+        return {path: table.astype(ml_dtypes.bfloat16)}
+
+    wrap(export, "_narrow", narrow)
+
+
+def _same_rows_everywhere():
+    """Every process draws the first rows of the batch."""
+
+    def batch(original, self, step, rows=slice(None)):
+        count = len(range(self.batch_size)[rows])
+        return original(self, step, slice(0, count))
+
+    wrap(source.Batches, "batch", batch)
+
+
+MUTATIONS = {
+    "replay_a_batch": _replay_a_batch,
+    "reshuffle_on_restart": _reshuffle,
+    "drop_optimizer_state": _after_restore(
+        lambda s: s._replace(opt_state=_zeros(s.opt_state))
+    ),
+    "keep_rows_of_the_lost_future": put(metrics, "_drop_after", lambda *_: None),
+    "start_from_scratch": put(
+        checkpoint.Checkpointer, "restore_latest", lambda *_: None
+    ),
+    "ignore_signals": _deaf,
+    "no_handler": put(preemption.StopRequest, "__enter__", lambda self: self),
+    "ignore_the_second_signal": _no_second_signal,
+    "stop_without_saving": _stop_without_saving,
+    "evaluation_ignores_signals": _deaf_evaluation,
+    "preempted_exits_0": put(errors.Preempted, "exit_code", 0),
+    "errors_exit_0": put(errors, "report", lambda *_, **__: 0),
+    "swallow_save_errors": _swallow_save_errors,
+    "look_at_saves_late": put(checkpoint.Checkpointer, "check", lambda self: None),
+    "no_preflight": put(checkpoint.Checkpointer, "preflight", lambda *_: None),
+    "hashes_are_not_compared": put(
+        integrity, "_sha256", lambda path, flush=False: "0" * 64
+    ),
+    "verify_the_manifest_only": put(integrity, "verify", lambda d: integrity.facts(d)),
+    "config_is_not_compared": put(drift, "check", lambda *_: []),
+    "everything_is_free": put(drift, "FREE", ("*",)),
+    "order_depends_on_devices": _order_by_devices,
+    "seed_from_the_clock": _seed_from_the_clock,
+    "lookup_off_by_a_thousandth": _wrong_lookup,
+    "mean_of_means": _mean_of_means,
+    "take_every_update": put(trainer, "_take", lambda good, new, old: new),
+    "never_halt": _never_halt,
+    "ignore_spikes": _ignore_spikes,
+    "forget_the_spike_history": _after_restore(
+        lambda s: s._replace(spikes=_zeros(s.spikes))
+    ),
+    "ids_are_not_checked": put(manifest, "check_ids", lambda *_: None),
+    "vocabulary_is_not_compared": lambda: wrap(
+        data, "open", lambda f, config, expected_vocab_size=0: f(config)
+    ),
+    "restore_in_half_precision": _after_restore(_restore_narrow),
+    "padding_counts": _padding_counts,
+    "mean_of_batches": _mean_of_batches,
+    "prompts_are_cut_short": _cut_prompts,
+    "export_narrows_tables": _narrow_export,
+    "watchdog_sleeps": put(watchdog.Watchdog, "enter", lambda *_: None),
+    "no_roll_call": _roll_call_is_skipped,
+    "no_lifeline": put(lifeline.Lifeline, "__enter__", lambda self: self),
+    "stop_is_not_agreed": _stop_alone,
+    "data_are_not_compared": put(processes, "agree", lambda *_: None),
+    "same_rows_everywhere": _same_rows_everywhere,
+}
