@@ -1,0 +1,157 @@
+"""Decoding speed and state of every mixer against the length of the context.
+
+    python benchmarks/decode_length.py                      # 1k to 1M, a minute or more each
+    python benchmarks/decode_length.py --contexts=1024,4096 --mixers=softmax,linear
+
+A small model with dense projections decodes one sequence whose state says that `context`
+tokens have been seen: the cache of softmax is of that length, with zeros in it, and the
+other states do not depend on the length. So the prompt is not paid for. A figure is the
+median of --rounds of --tokens steps each, dispatched one by one; the rounds of all contexts of a
+mixer alternate. `--clock=cpu` counts the process's CPU time, for a machine that others use. Writes decode_length.json, and the plot if asked.
+
+Expected: flat for all but softmax, whose every token reads the whole cache.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from memoryformer import mixers, model, presets, recurrence, sharding
+from memoryformer.mixers import softmax
+
+CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
+NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
+CHUNK = 32  # tokens of a recurrence's chunk: every round opens and closes one
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measure; print and write one row for each mixer and context; return them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mixers", default=",".join(NAMES), help="comma-separated")
+    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--output", default="decode_length.json")
+    parser.add_argument("--plot", default="", help="a .png to draw")
+    args = parser.parse_args(argv)
+    contexts = [int(context) for context in args.contexts.split(",")]
+    rows, clock = [], CLOCKS[args.clock]
+    print(f"{'mixer':<16}{'context':>10}{'tokens/s':>12}{'state bytes':>16}")
+    for name in args.mixers.split(","):
+        cases = {context: _case(name, context, args.tokens) for context in contexts}
+        seconds = {context: [] for context in contexts}
+        for _ in range(args.rounds):
+            for context, (decode, _) in cases.items():
+                started = clock()
+                jax.block_until_ready(decode(args.tokens))
+                seconds[context].append(clock() - started)
+        for context, (_, num_bytes) in cases.items():
+            rates = [args.tokens / taken for taken in seconds[context]]
+            rate = statistics.median(rates)
+            rows.append(
+                {
+                    "mixer": name,
+                    "context": context,
+                    "tokens_per_second": rate,
+                    "range": [min(rates), max(rates)],
+                    "clock": args.clock,
+                    "state_bytes": num_bytes,
+                    "platform": jax.devices()[0].device_kind,
+                }
+            )
+            print(f"{name:<16}{context:>10}{rate:>12.0f}{num_bytes:>16,}", flush=True)
+    pathlib.Path(args.output).write_text(json.dumps(rows, indent=2) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+    return rows
+
+
+def _case(name, context, tokens):
+    """Return (function that decodes n tokens at the context, bytes of its state)."""
+    max_len = context + tokens
+    settings = presets.MIXER_SETTINGS[name]
+    if "recurrence" in settings:  # the row is cut into chunks of one size
+        max_len += -max_len % CHUNK
+        settings = settings | {"recurrence_chunk": CHUNK}
+    config = model.ModelConfig(
+        **SHAPE, seq_len=max_len, projection="dense", ffn_activation="gelu", **settings
+    )
+    params = model.init(config)
+    start = _seen(model.merge(config, params).init_state(1, max_len), context)
+
+    def step(params, state, token, position):
+        seq = mixers.SeqInfo(position, jnp.ones_like(position))
+        logits, state = model.merge(config, params)(token, seq, state)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), state, position + 1
+
+    # The state is updated in place, as in generation.
+    step = jax.jit(step, donate_argnums=1)
+
+    def decode(n):
+        nonlocal start
+        state, token = start, jnp.zeros((1, 1), jnp.int32)
+        position = jnp.full((1, 1), context, jnp.int32)
+        for _ in range(n):
+            token, state, position = step(params, state, token, position)
+        start = _seen(state, context)  # the next round writes over these tokens
+        return token
+
+    jax.block_until_ready(decode(2))  # compile
+    return decode, sharding.num_bytes(start)
+
+
+def _seen(state, context):
+    """A state after `context` tokens of one document."""
+    if isinstance(state, recurrence.RecurrentState):
+        return state
+
+    def block(state):
+        if not isinstance(state, softmax.KVCache):
+            return state
+        return state._replace(
+            segment_ids=jnp.ones_like(state.segment_ids),
+            length=jnp.full_like(state.length, context),
+        )
+
+    return tuple(block(b) for b in state)
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Draw speed and state against context, one line a mixer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key, label in zip(
+        axes,
+        ("tokens_per_second", "state_bytes"),
+        ("decoded tokens per second", "bytes of state"),
+        strict=True,
+    ):
+        for name in dict.fromkeys(row["mixer"] for row in rows):
+            mine = [row for row in rows if row["mixer"] == name]
+            axis.loglog(
+                [row["context"] for row in mine],
+                [row[key] for row in mine],
+                marker="o",
+                label=name,
+            )
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel(label)
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What looping over layers with `lax.scan`, and keeping less for the gradient, cost and save.
+
+    python benchmarks/depth.py [--layers=4,12]
+
+Compiles the loss and its gradient for this machine's first device without running them, and
+prints one row for each form: CPU seconds of tracing and of compiling, bytes of temporary
+memory and floating-point operations of the compiled program.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+
+from memoryformer import evaluation, model
+from memoryformer.ops import depth
+
+B, L = 4, 256
+FORMS = [*((remat, False) for remat in depth.REMAT), ("none", True), ("full", True)]
+
+
+def compiled(num_layers: int, remat: str, scan: bool) -> str:
+    """One row of the table."""
+    config = model.ModelConfig(
+        vocab_size=512,
+        embed_dim=256,
+        num_layers=num_layers,
+        num_heads=4,
+        seq_len=L,
+        lookup="xla",
+        remat=remat,
+        scan_layers=scan,
+    )
+
+    def loss(params, batch):
+        return jnp.sum(evaluation.batch_nats(config, params, batch))
+
+    params = jax.eval_shape(lambda: model.init(config))
+    ints = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
+    batch["weights"] = jax.ShapeDtypeStruct((B, L), jnp.float32)
+    times = [time.process_time()]
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params, batch)
+    times.append(time.process_time())
+    program = lowered.compile()
+    times.append(time.process_time())
+    temporary = program.memory_analysis().temp_size_in_bytes / 2**20
+    tracing, compiling = times[1] - times[0], times[2] - times[1]
+    loop = "scan" if scan else "Python"
+    return (
+        f"| {num_layers} | {loop} | {remat} | {tracing:.1f} | {compiling:.1f} "
+        f"| {temporary:.0f} | {program.cost_analysis().get('flops', 0) / 1e9:.1f} |"
+    )
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", default="4,12")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    print(
+        "| layers | loop | remat | tracing, s | compiling, s | temporary, MiB | GFLOP |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for num_layers in map(int, args.layers.split(",")):
+        for form in FORMS:
+            print(compiled(num_layers, *form), flush=True)
+
+
+if __name__ == "__main__":
+    main()

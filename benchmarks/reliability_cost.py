@@ -1,0 +1,177 @@
+"""What reliability costs per step: the training loop beside a bare one, in turns.
+
+    python -m benchmarks.reliability_cost [--rounds=7] [--steps=40]
+
+The bare loop draws batches, steps and reads the loss one step late; its step keeps every
+update. The real one is `trainer.train`'s: the guard against numbers that are not finite, the
+spike history, token-id checks, signals, the watchdog, the log and the look at the save in
+progress. A checkpoint is timed apart, blocking and in the background, and spread over the
+config's `checkpoint.every_steps`. Prints medians of the rounds as JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from memoryformer import (
+    checkpoint,
+    data,
+    experiment,
+    metrics,
+    preemption,
+    processes,
+    sharding,
+    trainer,
+    training_log,
+    watchdog,
+)
+from memoryformer import config as config_lib
+from memoryformer.data import manifest
+
+
+def main() -> None:
+    """Time both loops in turns, and a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: of all threads of this process, for a machine that is not quiet",
+    )
+    parser.add_argument("--config", default="configs/quickstart.py")
+    options = parser.parse_args()
+    Bench.clock = time.perf_counter if options.clock == "wall" else time.process_time
+    overrides = {"mesh": "single", "metrics.tensorboard": False}
+    run = experiment.resolve(config_lib.load(options.config, **overrides))
+    place = sharding.make("single")
+    specs = trainer._check_fit(run, place)
+    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(run, place, specs, dataset, pathlib.Path(folder))
+        loops = {"bare": bench.bare, "real": bench.real}
+        for loop in loops.values():
+            loop(3)  # compiles
+        seconds = {name: [] for name in loops}
+        for round_ in range(options.rounds):
+            order = list(loops) if round_ % 2 else list(loops)[::-1]
+            for name in order:
+                seconds[name].append(loops[name](options.steps))
+        saving = bench.saving()
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    pairs = zip(seconds["real"], seconds["bare"], strict=True)
+    overhead = statistics.median(real / bare - 1 for real, bare in pairs)
+    every = run.checkpoint.every_steps
+    report = {
+        "seconds_per_step": medians,
+        "overhead_percent": 100 * overhead,
+        "checkpoint_blocking_seconds": saving[0],
+        "checkpoint_background_seconds": saving[1],
+        "checkpoint_overhead_percent": 100 * saving[0] / every / medians["bare"],
+        "clock": options.clock,
+        "rounds": options.rounds,
+        "steps_per_round": options.steps,
+        "load_average": os.getloadavg()[0],
+        "jax": jax.__version__,
+    }
+    print(json.dumps(report, indent=1))
+
+
+class Bench:
+    """Both loops, each with its own state."""
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, run, place, specs, dataset, folder):
+        self.run, self.place, self.folder = run, place, folder
+        self.batches = dataset.train.batches(
+            run.model.seq_len, run.train.batch_size, run.train.seed
+        )
+        draw, _ = trainer.init_state(run, place, specs)
+        self.states = {"bare": draw(), "real": draw()}
+        self.real_step = trainer.make_train_step(run, place, specs)
+        take, trainer._take = trainer._take, lambda good, new, old: new
+        record, trainer.spikes.record = trainer.spikes.record, lambda s, *_: s
+        self.bare_step = trainer.make_train_step(run, place, specs)
+        self.bare(1)  # traces while the guards are off
+        trainer._take, trainer.spikes.record = take, record
+        self.fingerprint = dataset.fingerprint
+
+    def bare(self, steps: int) -> float:
+        """Seconds per step of the loop without anything."""
+        check, manifest.check_ids = manifest.check_ids, lambda *_: None
+        state, pending = self.states["bare"], None
+        began = self.clock()
+        for step in range(steps):
+            batch = self.place.put_batch(self.batches.batch(step))
+            state, values = self.bare_step(state, batch)
+            if pending is not None:
+                float(pending)
+            pending = values["nats"]
+        float(pending)
+        seconds = (self.clock() - began) / steps
+        manifest.check_ids = check
+        self.states["bare"] = state
+        return seconds
+
+    def open(self):
+        """The checkpointer of the real loop."""
+        return checkpoint.Checkpointer(
+            self.folder,
+            self.run.checkpoint,
+            run_config=experiment.as_dict(self.run),
+            data_fingerprint=self.fingerprint,
+        )
+
+    def real(self, steps: int) -> float:
+        """Seconds per step of what `trainer._Loop.run` does at a step without a save."""
+        run, state = self.run, self.states["real"]
+        with (
+            preemption.StopRequest() as signals,
+            watchdog.Watchdog(run.train.timeouts) as watch,
+            self.open() as checkpointer,
+            metrics.MetricsWriter(self.folder, run.metrics) as writer,
+        ):
+            stop = processes.SharedFlag(signals)
+            progress = metrics.ProgressPrinter(sys.stderr)
+            log = training_log.TrainingLog(run, writer, progress, 0, 1)
+            began = self.clock()
+            for step in range(steps):
+                if stop():
+                    break
+                watch.enter("step", step + 1)
+                batch = log.timed(lambda: self.batches.batch(step))  # noqa: B023
+                state, values = self.real_step(state, self.place.put_batch(batch))
+                log.push(step + 1, values)
+                checkpointer.check()
+                checkpointer.should_save(step + 1)
+            log.drain()
+            seconds = (self.clock() - began) / steps
+        self.states["real"] = state
+        return seconds
+
+    def saving(self) -> tuple[float, float]:
+        """Seconds that a save blocks for, and that it then takes in the background."""
+        blocking, background = [], []
+        with self.open() as checkpointer:
+            for step in range(1, 5):
+                began = self.clock()
+                checkpointer.save(step, self.states["real"])
+                blocking.append(self.clock() - began)
+                checkpointer.wait()
+                background.append(self.clock() - began)
+        return statistics.median(blocking), statistics.median(background)
+
+
+if __name__ == "__main__":
+    main()

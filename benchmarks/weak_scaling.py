@@ -1,0 +1,237 @@
+"""Weak scaling of MemoryFormer-base in simulation: 1, 8, 64 and 512 devices; nothing is run.
+
+    python -m benchmarks.weak_scaling [--json=FILE] [--png=docs/images/weak_scaling.png]
+
+Eight sequences of 2048 tokens a device, eight microbatches. The train step is traced on
+abstract meshes: state and messages per device are exact, activations an estimate. Seconds are
+those divided by the rates of `targets.CHIPS`, one term after the other:
+
+    lookups        K F sums of every memory layer, both ways, at the estimated rate of one
+    products       head and attention, forward and twice backward, and attention once more
+                   (model.remat='projections'), at the matrix rate
+    optimizer      28 bytes of every parameter held
+    accumulation   3 passes over the gradients for every microbatch but one
+    model, data    wire bytes over the rate of the axis' slowest links, 10 us a message
+
+so nothing overlaps: an upper bound as far as the rates are right.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from memoryformer import abstract, accounting, experiment, hlo, presets, targets, traced
+from memoryformer import sharding as sharding_lib
+
+# 2^tau = 256 rows of tables and 50304 = 128 x 393 of the embedding split over `data`: it
+# ends at 128 devices, and 512 need `model` too.
+LAYOUTS = {
+    1: ("single",),
+    8: ("fsdp", "fsdp_tensor:model=8"),
+    64: ("fsdp", "fsdp_tensor:model=8"),
+    512: ("fsdp_tensor:model=4", "fsdp_tensor:model=8"),
+}
+CHIPS = ("h200", "v6e")
+ROWS, MICROBATCHES = 8, 8  # a device's sequences; parts of a data replica's batch
+MESSAGE_SECONDS = 10e-6
+ADAM_BYTES = 28  # read and write parameter and both moments, read the gradient
+TERMS = ("lookups", "products", "optimizer", "accumulation", "model", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one device has to do in a step, whatever chip it is."""
+
+    devices: int
+    mesh: str
+    tokens: int
+    flops: float  # head and attention, both ways
+    lookup_sums: float
+    params: int
+    state_bytes: int
+    held_bytes: int  # joined parameters, and the gradients of two microbatches
+    activation_bytes: int
+    model_bytes: float
+    data_bytes: float
+    model_messages: int
+    data_messages: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of it."""
+        return self.state_bytes + self.held_bytes + self.activation_bytes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trace every layout, predict, print a table, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", default="")
+    parser.add_argument("--png", default="docs/images/weak_scaling.png")
+    options = parser.parse_args(argv)
+    shares = [share_of(n, mesh) for n, meshes in LAYOUTS.items() for mesh in meshes]
+    rows = []
+    for share in shares:
+        for chip in CHIPS:
+            seconds = predict(share, targets.CHIPS[chip])
+            rows.append(
+                {
+                    "chip": chip,
+                    **dataclasses.asdict(share),
+                    "memory_bytes": share.memory_bytes,
+                    "fits": share.memory_bytes <= targets.CHIPS[chip].memory_bytes,
+                    "seconds": seconds,
+                    "step_seconds": sum(seconds.values()),
+                    "bound": max(seconds, key=seconds.get),
+                }
+            )
+    print(table(rows))
+    if options.json:
+        path = pathlib.Path(options.json)
+        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.png:
+        draw(rows, options.png)
+
+
+def share_of(devices: int, mesh: str) -> Share:
+    """Count one device's share, from a trace on an abstract mesh."""
+    run = _run(devices, mesh)
+    sharding = abstract.device_sharding(run, range(devices))
+    state, messages = _traced(run, sharding)
+    counted = accounting.count(run.model)
+    tokens = run.train.batch_size * run.model.seq_len // devices
+    sums = run.model.num_layers * counted.block.projections_exact / run.model.seq_len
+    others = counted.multiply_adds_per_token - sums
+    mixing = run.model.num_layers * counted.block.mixing / run.model.seq_len
+    whole = sharding_lib.num_bytes(state.params) // sharding.axis_size("model")
+    return Share(
+        devices=devices,
+        mesh=mesh,
+        tokens=tokens,
+        flops=(6 * others + 2 * mixing) * tokens,
+        lookup_sums=sums * tokens,
+        params=abstract.device_bytes(state.params) // 4,
+        state_bytes=abstract.device_bytes(state),
+        held_bytes=whole * (3 if sharding.axis_size("data") > 1 else 2),
+        activation_bytes=abstract.activation_bytes(run, sharding),
+        model_bytes=hlo.wire_bytes(messages, "model"),
+        data_bytes=hlo.wire_bytes(messages, "data"),
+        model_messages=sum(c.count for c in messages if "model" in c.axes),
+        data_messages=sum(c.count for c in messages if "data" in c.axes),
+    )
+
+
+def _run(devices, mesh) -> experiment.Experiment:
+    config = presets.memoryformer("base")
+    config.mesh = mesh
+    config.train.batch_size = config.eval.batch_size = ROWS * devices
+    config.train.num_microbatches = MICROBATCHES
+    config.model.remat = "projections"
+    return experiment.resolve(config)
+
+
+def _traced(run, sharding):
+    """State of the whole model; messages of one block and of two, the rest in proportion."""
+    state, found = None, []
+    for layers in (1, 2):
+        model = dataclasses.replace(run.model, num_layers=layers)
+        small = dataclasses.replace(run, model=model)
+        _, step = abstract.trace(small, sharding)
+        mesh = abstract.mesh_shape(sharding)
+        found.append(traced.collectives(step.jaxpr, mesh))
+    state = abstract.state(run, sharding)
+    return state, hlo.extrapolated(*found, run.model.num_layers)
+
+
+def predict(share: Share, chip: targets.Chip) -> dict[str, float]:
+    """Seconds of each term of a step."""
+    tensor = int(share.mesh.partition("model=")[2] or 1)
+    # Members of one data group inside a domain use its links to the outside together.
+    members = max(min(chip.domain, share.devices) // tensor, 1)
+    across = chip.link_bandwidth
+    if share.devices > chip.domain:
+        across = min(across, members * chip.network_bandwidth)
+    gradients = share.held_bytes / (3 if share.devices > tensor else 2)
+    passes = 3 * (MICROBATCHES - 1) * gradients
+    return {
+        "lookups": share.lookup_sums * chip.lookup_seconds,
+        "products": share.flops / chip.matrix_flops,
+        "optimizer": ADAM_BYTES * share.params / chip.memory_bandwidth,
+        "accumulation": passes / chip.memory_bandwidth,
+        "model": share.model_bytes / chip.link_bandwidth
+        + share.model_messages * MESSAGE_SECONDS,
+        "data": share.data_bytes / across + share.data_messages * MESSAGE_SECONDS,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as a Markdown table."""
+    gb = 1e9
+    lines = [
+        "| chip | devices | mesh | GFLOP, dense | sums, 10^9 | memory, GB | model, GB | "
+        "data, GB | step, s | tokens/s a device | of 1 device | most |",
+        "|" + "---|" * 12,
+    ]
+    alone = {r["chip"]: r["step_seconds"] for r in rows if r["devices"] == 1}
+    for r in rows:
+        fits = "" if r["fits"] else " (too much)"
+        lines.append(
+            f"| {r['chip']} | {r['devices']} | `{r['mesh']}` | {r['flops'] / 1e9:,.0f} | "
+            f"{r['lookup_sums'] / 1e9:,.0f} | {r['memory_bytes'] / gb:.1f}{fits} | "
+            f"{r['model_bytes'] / gb:.2f} | {r['data_bytes'] / gb:.2f} | "
+            f"{r['step_seconds']:.2f} | {r['tokens'] / r['step_seconds']:,.0f} | "
+            f"{alone[r['chip']] / r['step_seconds']:.0%} | {r['bound']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """Stack the terms of each step; dots are the memory of a device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(11, 7), sharex="col", height_ratios=(2, 1), layout="constrained"
+    )
+    for column, chip in enumerate(CHIPS):
+        ours = [r for r in rows if r["chip"] == chip]
+        names = [f"{r['devices']}\n{_short(r['mesh'])}" for r in ours]
+        bottom = [0.0] * len(ours)
+        for term in TERMS:
+            heights = [r["seconds"][term] for r in ours]
+            axes[0, column].bar(names, heights, bottom=bottom, label=term)
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        sizes = [r["memory_bytes"] / 1e9 for r in ours]
+        colours = ["tab:blue" if r["fits"] else "tab:red" for r in ours]
+        axes[1, column].bar(names, sizes, color=colours)
+        capacity = targets.CHIPS[chip].memory_bytes / 1e9
+        axes[1, column].axhline(capacity, color="black", linestyle="--")
+        axes[1, column].text(
+            len(ours) - 0.5, capacity, f"{capacity:.0f} GB", ha="right", va="bottom"
+        )
+        axes[0, column].set_title(f"{chip}: predicted seconds of a step")
+        axes[1, column].set_ylabel("memory of a device, GB")
+        axes[1, column].tick_params(axis="x", labelsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(TERMS),
+    )
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def _short(mesh):
+    """'fsdp_tensor:model=8' -> two short lines."""
+    preset, _, size = mesh.partition(":")
+    return f"{preset.replace('_tensor', '')}\n{size}"
+
+
+if __name__ == "__main__":
+    main()

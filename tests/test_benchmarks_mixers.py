@@ -1,0 +1,56 @@
+"""The mixers' benchmarks run, resume and tabulate, at toy size."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import toy
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quality_table_resumes(tmp_path, monkeypatch):
+    """Red if a finished run is trained again, or softmax is not what speed is against."""
+    toy.corpus(tmp_path / "corpus")
+    benchmark = _load("mixers")
+    command = [
+        f"--config={toy.config_file(tmp_path)}",
+        f"--folder={tmp_path / 'runs'}",
+        "--mixers=softmax,linear",
+        "--projections=memory",
+        "--seeds=1",
+        "--steps=10",
+    ]
+    rows = benchmark.main(command)
+    lines = benchmark.table(rows).splitlines()
+    assert lines[2].startswith("| softmax | memory |") and "| 1.00 |" in lines[2]
+    assert len(lines) == 4 and rows[1]["bits_per_byte"][0] > 0
+    monkeypatch.setattr(benchmark.trainer, "train", lambda *_: pytest.fail("trained"))
+    assert benchmark.main(command) == rows
+
+
+def test_decode_length(tmp_path):
+    """Red if a linear mixer's state grows, or the cache of softmax does not."""
+    benchmark = _load("decode_length")
+    rows = benchmark.main(
+        [
+            "--mixers=softmax,performer,linformer",
+            "--contexts=8,32",
+            "--tokens=2",
+            "--rounds=1",
+            f"--output={tmp_path / 'rows.json'}",
+            f"--plot={tmp_path / 'plot.png'}",
+        ]
+    )
+    by_mixer = [[row["state_bytes"] for row in rows[i : i + 2]] for i in (0, 2, 4)]
+    assert by_mixer[0][1] > 2 * by_mixer[0][0]
+    assert by_mixer[1][0] == by_mixer[1][1] and by_mixer[2][0] == by_mixer[2][1]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
