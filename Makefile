@@ -1,0 +1,70 @@
+# Two commands from zero: `make quickstart` and `make test`. Both need only python3.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/quickstart
+PROJECTION ?= memory
+PROMPT := def read_lines(path):
+
+.PHONY: quickstart quickstart-dense test test-core test-slow mutants golden golden-configs lint clean
+
+# Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+# Train, evaluate, sample, draw, compare.
+quickstart: $(VENV)/.core
+	$(RUN) train.py --config=configs/quickstart.py:$(PROJECTION) --workdir=$(WORKDIR)
+	$(RUN) eval.py --workdir=$(WORKDIR) --output=$(WORKDIR)/eval.json
+	$(RUN) -m memoryformer.generation --workdir=$(WORKDIR) --prompt='$(PROMPT)'
+	$(RUN) -m memoryformer.report curves $(WORKDIR)
+ifeq ($(PROJECTION),memory)
+	$(RUN) -m memoryformer.report utilisation --workdir=$(WORKDIR)
+endif
+	$(RUN) -m memoryformer.quickstart --workdir=$(WORKDIR)
+
+quickstart-dense:
+	$(MAKE) quickstart PROJECTION=dense WORKDIR=$(WORKDIR)-dense
+
+test: $(VENV)/.dev lint
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+# What does not need the whole data pipeline: the suite for a second jax.
+test-core: $(VENV)/.dev
+	$(RUN) -m pytest tests/test_hashing.py tests/test_lookup.py tests/test_layers.py \
+	    tests/test_model.py tests/test_sharding.py tests/test_trainer.py \
+	    tests/test_optimizer.py tests/test_checkpoint.py
+
+test-slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
+
+# Every promise of reliability, and a mistake that its test must notice.
+mutants: $(VENV)/.dev
+	$(RUN) -m tests.mutants
+
+# The losses of the installed jax, after a change that is meant to change them.
+golden: $(VENV)/.dev
+	$(RUN) -m tests.golden_losses --update
+
+# Every shipped config as text, after a change that is meant to change one.
+golden-configs: $(VENV)/.dev
+	$(RUN) -m tests.golden_configs --update
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.core: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-dev.txt
+	touch $(VENV)/.core $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
