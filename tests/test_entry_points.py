@@ -1,0 +1,177 @@
+"""Commands with bad input: one clear line, the documented exit code, nothing written."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import toy
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG, DATA, STORAGE = 2, 46, 45
+
+
+@pytest.fixture(scope="module")
+def folder(toy_run):
+    """The toy run's folder, with its config as a file."""
+    toy.config_file(toy_run.parent)
+    return toy_run.parent
+
+
+def command(*arguments):
+    """Run python with these arguments on one device: (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ
+        | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "JAX_NUM_CPU_DEVICES": "1",
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+TRAIN = ("train.py", "--config={folder}/toy_config.py", "--workdir={folder}/new")
+SAME = ("train.py", "--config={folder}/toy_config.py", "--workdir={folder}/run")
+EVAL = ("eval.py", "--workdir={folder}/run")
+SAMPLE = ("-m", "memoryformer.generation", "--workdir={folder}/run")
+
+MISTAKES = {
+    "unknown_key": (
+        (*TRAIN, "--config.model.embed_dmi=32"),
+        CONFIG,
+        "--config.model.embed_dmi: the config has no such field; did you mean "
+        "'model.embed_dim'?",
+    ),
+    "wrong_type": (
+        (*TRAIN, "--config.train.num_steps=many"),
+        CONFIG,
+        "num_steps",
+    ),
+    "width_and_bits": (
+        (*TRAIN, "--config.model.embed_dim=18"),
+        CONFIG,
+        "model.embed_dim=18 is not a multiple of model.code_bits=4: chunks of 4 values "
+        "cannot cover it; try embed_dim=16 or 20.",
+    ),
+    "missing_data": (
+        (*TRAIN, "--config.data.path={folder}/nowhere"),
+        DATA,
+        "nowhere",
+    ),
+    "vocabulary": (
+        (*TRAIN, "--config.model.vocab_size=100"),
+        CONFIG,
+        "model.vocab_size=100: the tokenizer 'bytes' has 257 tokens",
+    ),
+    "bad_mesh": ((*TRAIN, "--config.mesh=fsd"), CONFIG, "did you mean 'fsdp'?"),
+    "another_config": (
+        (*SAME, "--config.model.score=l1"),
+        CONFIG,
+        "model.score: 'softmax' -> 'l1'",
+    ),
+    "no_workdir": (TRAIN[:2], CONFIG, "--workdir"),
+    "no_config": ((TRAIN[0], TRAIN[2]), CONFIG, "--config is missing"),
+    "missing_config": (
+        (TRAIN[0], "--config={folder}/none.py", TRAIN[2]),
+        CONFIG,
+        "none.py",
+    ),
+    "stray_word": ((*TRAIN, "quickly"), CONFIG, "'quickly': not a flag"),
+    "unknown_flag": ((*TRAIN, "--wrokdir=x"), CONFIG, "wrokdir"),
+    "eval_nothing": (
+        ("eval.py", "--workdir={folder}/new"),
+        STORAGE,
+        "there is no directory",
+    ),
+    "eval_no_step": ((*EVAL, "--step=7"), STORAGE, "no step 7; there are 15, 20"),
+    "eval_another_config": (
+        (*EVAL, "--config={folder}/toy_config.py:dense"),
+        CONFIG,
+        "the checkpoint is of another config: model.projection",
+    ),
+    "no_tokens": (
+        (*SAMPLE, "--prompt=x", "--max_tokens=0"),
+        CONFIG,
+        "max_tokens=0: must be >= 1",
+    ),
+}
+# The rest repeats a path through the code that one of these takes.
+QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
+QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in MISTAKES
+    ],
+)
+def test_mistake(folder, name):
+    """Mutations: `run_main` without its except; `_check_fit` after the checkpointer;
+    `data.open` before the model's config is checked.
+    """
+    arguments, code, message = MISTAKES[name]
+    before = files(folder)
+    arguments = [a.replace("{folder}", str(folder)) for a in arguments]
+    returned, out, err = command(*arguments)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert message in lines[0]
+    assert returned == code
+    assert "Traceback" not in out + err
+    assert not out
+    caches = [name for name in files(folder) if "__pycache__" not in name]
+    assert caches == [name for name in before if "__pycache__" not in name]
+
+
+def test_debug_shows_where(folder):
+    """`--debug` adds the traceback, and the exit code stays.
+
+    Mutation: `debug` not passed on to `report`.
+    """
+    returned, _, err = command(
+        "train.py",
+        f"--config={folder}/toy_config.py",
+        f"--workdir={folder}/new",
+        "--config.model.embed_dim=18",
+        "--debug",
+    )
+    assert returned == CONFIG and "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("error: model.embed_dim=18")
+
+
+def test_evaluate_and_sample(folder):
+    """eval.py prints JSON, and the same to --output; generation prints the prompt first.
+
+    Mutation: a progress line on standard output of eval.py.
+    """
+    output = folder / "out" / "eval.json"
+    returned, out, err = command(
+        "eval.py", f"--workdir={folder}/run", f"--output={output}"
+    )
+    assert returned == 0, err
+    result = json.loads(out)
+    assert result == json.loads(output.read_text(encoding="utf-8"))
+    assert result["step"] == 20 and result["val/bits_per_byte"] > 0
+    returned, out, err = command(
+        "-m",
+        "memoryformer.generation",
+        f"--workdir={folder}/run",
+        "--prompt=def ",
+        "--max_tokens=5",
+        "--temperature=0",
+    )
+    assert returned == 0, err
+    assert out.startswith("def ")
