@@ -124,10 +124,14 @@ def test_gradient_of_every_score(kind):
 
 
 def test_learned_score_starts_as_the_released_one():
-    """Mutation: the learned score without ||z||_1."""
+    """Given or not.
+
+    Mutations: the learned score without ||z||_1; a start at beta = 1.
+    """
     chunks = jnp.asarray(normal((20, 3, 8)))
     learned = hashing.scores(chunks, "learned", learned=(2.0, 1.0))
-    np.testing.assert_array_equal(learned, hashing.scores(chunks, "l1_softmax"))
+    for start in (learned, hashing.scores(chunks, "learned")):
+        np.testing.assert_array_equal(start, hashing.scores(chunks, "l1_softmax"))
 
 
 @pytest.mark.parametrize("kind", hashing.SCORES)
@@ -154,5 +158,3 @@ def test_mistakes_are_named():
         hashing.split_chunks(jnp.zeros((2, 12)), 5)
     with pytest.raises(ValueError, match="'softmx': unknown; known: softmax"):
         hashing.scores(jnp.zeros((2, 4)), "softmx")
-    with pytest.raises(ValueError, match="needs learned"):
-        hashing.scores(jnp.zeros((2, 4)), "learned")

@@ -207,6 +207,22 @@ def test_closed_form(kind, unexplained):
     assert abs(float(left(fresh, tables)) - unexplained) < 0.01
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "onehot", "auto"])
+def test_numpy_tables_and_no_rows(implementation):
+    """What `checkpoint.load` returns works inside `jit`, and so does an empty batch.
+
+    Mutations: `tables` not made a JAX array; `reshape(.., -1, tau)` in `split_chunks`.
+    """
+    tables = np.ones((2, 16, 3), np.float32)
+
+    @jax.jit
+    def layer(x):
+        return lookup.memory_layer(x, tables, None, "constant", 1.0, implementation)
+
+    np.testing.assert_array_equal(layer(jnp.ones((2, 8))), np.full((2, 3), 2.0))
+    assert layer(jnp.ones((0, 8))).shape == (0, 3)
+
+
 def test_mistakes_are_named():
     """Mutation: no check of shapes in `memory_layer`, where a reshape would go wrong."""
     tables = jnp.zeros((3, 16, 5))

@@ -44,7 +44,7 @@ def split_chunks(x: Float[Array, "*B D"], code_bits: int) -> Chunks:
             f"code_bits={code_bits} does not divide the width {x.shape[-1]}: choose a "
             "width that is a multiple of it."
         )
-    return x.reshape(*x.shape[:-1], -1, code_bits)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // code_bits, code_bits)
 
 
 def hash_codes(chunks: Chunks) -> Codes:
@@ -67,16 +67,15 @@ def scores(
 ) -> Scores:
     """Score each chunk: [.., K, tau] -> float32 [.., K]; see the module's table.
 
-    `learned` holds the scalars (beta, gamma) of kind 'learned'; they are differentiated.
+    `learned` holds the scalars (beta, gamma) of kind 'learned'; they are differentiated, and
+    left out they are (2/t, 1), where training begins: that is `l1_softmax`.
     """
     if kind not in SCORES:
         raise ValueError(f"score={kind!r}: unknown; known: {', '.join(SCORES)}.")
     power, gamma = SCORES[kind]
     beta = 2.0 / temperature
     if kind == "learned":
-        if learned is None:
-            raise ValueError("score='learned' needs learned=(beta, gamma).")
-        beta, gamma = learned
+        beta, gamma = (beta, 1) if learned is None else learned
     dtype = jnp.promote_types(chunks.dtype, jnp.float32)
     beta, gamma = jnp.asarray(beta, dtype), jnp.asarray(gamma, dtype)
     return _score(power, chunks.astype(dtype), beta, gamma)

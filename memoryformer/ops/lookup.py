@@ -88,6 +88,7 @@ def lookup(
             f"codes {codes.shape} and scores {scores.shape} must both be [.., K] for "
             f"tables [K, C, F] = {tables.shape}."
         )
+    tables, codes, scores = map(jnp.asarray, (tables, codes, scores))
     dtype = jnp.promote_types(tables.dtype, jnp.float32)
     leading, num_tables = codes.shape[:-1], codes.shape[-1]
     codes = codes.reshape(-1, num_tables)  # [N, K]
