@@ -48,16 +48,11 @@ def by_eights(opened):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_independent_of_the_batch_size(opened, by_eights, batch_size):
-    """Counts exactly, losses but for XLA's rounding of one row, the last batch padded.
+    """To the last bit, on one device; the last batch is padded.
 
-    Mutations: the mean of batches' means; padding counted.
+    Mutations: the mean of batches' means; padding counted; groups as large as the batch.
     """
-    result = evaluate(opened, batch_size)
-    for name in ("val/tokens", "val/bytes"):
-        assert result[name] == by_eights[name]
-    for name in ("val/loss", "val/bits_per_byte", "val/perplexity"):
-        assert abs(result[name] / by_eights[name] - 1) < 1e-7, name
-    assert without_time(evaluate(opened, batch_size)) == without_time(result)
+    assert without_time(evaluate(opened, batch_size)) == by_eights
 
 
 def test_equals_a_plain_loop(opened, by_eights):
