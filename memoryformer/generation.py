@@ -227,11 +227,13 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
     sys.stdout.write(prompt)
     (reply,) = complete(generator, tokenizer, [prompt], sampling, _STOP.value, show)
     print()
-    rate = (reply.num_tokens - 1) / max(times[-1] - times[0], 1e-9)
+    speed = ""
+    after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
+    if after > 0:
+        rate = after / (times[-1] - times[decoding.LOOP - 1])
+        speed = f", {metrics.short_number(rate)} tokens/s after the first {decoding.LOOP}"
     print(
-        f"[{reply.num_tokens} tokens, {metrics.short_number(rate)} tokens/s after the "
-        f"first, ended by {reply.finish}]",
-        file=sys.stderr,
+        f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}]", file=sys.stderr
     )
 
 

@@ -330,13 +330,15 @@ class _Loop:
                 checkpointer.check()
                 if self._evaluation_due(step + 1):
                     log.drain()
-                    validation = self._evaluate(state.params, writer, step + 1)
+                    with log.away():
+                        validation = self._evaluate(state.params, writer, step + 1)
                 if step + 1 == run.train.num_steps or checkpointer.should_save(
                     step + 1
                 ):
                     log.drain()
                     watch.enter("checkpoint", step + 1)
-                    checkpointer.save(step + 1, state)
+                    with log.away():
+                        checkpointer.save(step + 1, state)
                     log.saved = step + 1
             log.drain()
             done = int(state.step)

@@ -4,8 +4,9 @@ Reading a metric waits for the device. What is pushed at step n is read at step 
 the next step is under way, so the device never waits for the host. Start at `TrainingLog`.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,12 +46,22 @@ class TrainingLog:
         self._data_seconds += time.perf_counter() - started
         return result
 
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Leave what happens inside out of the time of a step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._away += time.perf_counter() - started
+
     def called(self, train_step: Callable[..., Any], *args: Any) -> Any:
         """Call the step; its first call returns when it is compiled, not when it is done."""
         started = time.perf_counter()
         result = train_step(*args)
         if self._compile_seconds is None:
             self._compile_seconds = time.perf_counter() - started
+            self._away += self._compile_seconds
             self._progress.note(f"step ready in {self._compile_seconds:.1f} s")
         return result
 
@@ -95,7 +106,8 @@ class TrainingLog:
 
     def _write(self, step, values):
         now = time.perf_counter()
-        seconds = (now - self._since) / self._steps
+        elapsed = max(now - self._since - self._away, 1e-9)
+        seconds = elapsed / self._steps
         rate = self._tokens_per_step / seconds
         loss = self._nats / self._weight if self._weight else float("nan")
         updates = int(values["updates"])  # fewer than steps, if some were not taken
@@ -111,7 +123,7 @@ class TrainingLog:
                 "train/tokens_per_second": rate,
                 "train/step_seconds": seconds,
                 "train/compile_seconds": self._compile_seconds or 0.0,
-                "train/data_fraction": self._data_seconds / (now - self._since),
+                "train/data_fraction": self._data_seconds / elapsed,
             },
         )
         num_steps = self._train.num_steps
@@ -125,7 +137,7 @@ class TrainingLog:
                 tokens_per_second=rate,
                 num_devices=self._num_devices,
                 step_seconds=seconds,
-                data_fraction=self._data_seconds / (now - self._since),
+                data_fraction=self._data_seconds / elapsed,
                 memory_bytes=_memory(),
                 eta_seconds=(num_steps - step) * seconds,
                 checkpoint_step=self.saved,
@@ -136,7 +148,7 @@ class TrainingLog:
     def _reset(self, now):
         self._since = now
         self._steps = 0
-        self._nats = self._weight = self._data_seconds = 0.0
+        self._nats = self._weight = self._data_seconds = self._away = 0.0
 
 
 def _memory() -> tuple[int, int] | None:
