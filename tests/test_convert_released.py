@@ -107,6 +107,23 @@ def test_golden_checkpoint_gives_the_released_logits(tmp_path, form):
     )
 
 
+def test_the_yml_may_lie_beside_the_steps(tmp_path):
+    """And give the length as `seq-length` only.
+
+    Red when just `global_stepN` is searched, or `max-position-embeddings` is demanded.
+    """
+    step = write_golden(tmp_path, "layers")
+    (written,) = (step / "configs").glob("*.yml")
+    text = written.read_text()
+    assert "max-position-embeddings" in text or "max_position_embeddings" in text
+    for name in ("max-position-embeddings", "max_position_embeddings"):
+        text = text.replace(name, "seq_length")
+    expected, _ = convert.load_released(tmp_path)
+    written.unlink()
+    (tmp_path / "run.yml").write_text(text)
+    assert convert.load_released(tmp_path)[0] == expected
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("layer_files", [True, False])
 def test_round_trip_is_bit_exact(tmp_path, dtype, layer_files):

@@ -1,7 +1,7 @@
 """Checkpoints of the authors' released code (GPT-NeoX with memory modules) <-> ours.
 
     DIR/latest                              the name of the newest global_stepN
-    DIR/global_stepN/configs/*.yml          the run's configuration
+    DIR/global_stepN/configs/*.yml          the run's configuration; or in a folder around
     DIR/global_stepN/mp_rank_00_model_states.pt      {'module': {'sequential.I.NAME': ..}}
     or, trained with pipeline stages, beside it
     DIR/global_stepN/layer_II-model_00-model_states.pt            {'NAME': ..}
@@ -130,7 +130,8 @@ def model_config(
         embed_dim=embed_dim,
         num_layers=len(blocks),
         num_heads=_need(fields, "num_attention_heads", source),
-        seq_len=_need(fields, "max_position_embeddings", source),
+        seq_len=fields.get("max_position_embeddings")
+        or _need(fields, "seq_length", source),
         code_bits=_need(memory, "code_length", source),
         extra_bits=EXTRA_BITS,
         score="l1_softmax",
@@ -314,7 +315,8 @@ def _states(directory: pathlib.Path) -> dict[str, Any]:
 def _read_config(directory: pathlib.Path, config_file: Any) -> dict[str, Any]:
     files = [pathlib.Path(config_file)] if config_file else []
     files = files or sorted(directory.glob("configs/*.yml"))
-    files = files or sorted(directory.glob("*.yml"))
+    for folder in (directory, directory.parent):
+        files = files or sorted(folder.glob("*.yml"))
     if not files:
         raise ConfigError(
             f"{directory}: carries no configs/*.yml; name the run's yml (heads and "
