@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow mutants golden golden-configs lint clean
+.PHONY: quickstart quickstart-dense test test-core test-slow mutants golden golden-add golden-configs lint clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -42,9 +42,13 @@ test-slow: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(RUN) -m tests.mutants
 
-# The losses of the installed jax, after a change that is meant to change them.
+# The losses of the installed jax, after a change that is meant to change them; `golden-add`
+# puts those of another processor beside them.
 golden: $(VENV)/.dev
 	$(RUN) -m tests.golden_losses --update
+
+golden-add: $(VENV)/.dev
+	$(RUN) -m tests.golden_losses --add
 
 # Every shipped config as text, after a change that is meant to change one.
 golden-configs: $(VENV)/.dev

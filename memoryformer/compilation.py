@@ -45,7 +45,7 @@ def use_cache(directory: str) -> str:
 def _folder(directory):
     folder = pathlib.Path(directory).expanduser()
     if jax.default_backend() == "cpu":
-        folder /= f"cpu-{_cpu_kind()}"
+        folder /= f"cpu-{cpu_kind()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,8 +61,8 @@ def _folder(directory):
     return str(folder)
 
 
-def _cpu_kind():
-    """A short name of the instructions that this machine's CPU knows."""
+def cpu_kind() -> str:
+    """Return a short name of the instructions that this machine's CPU knows."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     flags = [

@@ -17,15 +17,21 @@ GOLDEN = ROOT / f"tests/golden/losses-jax-{jax.__version__}.json"
     not GOLDEN.exists(), reason=f"none for this jax: make golden, commit {GOLDEN.name}"
 )
 def test_losses_are_those_on_file():
-    """Equal to the last bit on the processor that wrote them, close on another one.
+    """Equal to the last bit on a processor that is on file, close on another one: the
+    first steps before rounding has flipped a code, the rest as far as it may drift.
 
     Mutation: scale the residual by 1 + 1e-7; or another order of the batches.
     """
     command = [sys.executable, "-m", "tests.golden_losses"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    found, expected = json.loads(run.stdout), json.loads(GOLDEN.read_text())
-    same = found.pop("processor") == expected.pop("processor")
-    tolerance = 0 if same else 2e-3
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=tolerance, err_msg=name)
+    ((processor, found),) = json.loads(run.stdout).items()
+    on_file = json.loads(GOLDEN.read_text())
+    if processor in on_file:
+        for name, values in on_file[processor].items():
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+    for other in on_file.values():
+        loss = other["loss"]
+        np.testing.assert_allclose(found["loss"][:6], loss[:6], rtol=1e-5)
+        np.testing.assert_allclose(found["loss"], loss, rtol=0.05)
+        np.testing.assert_allclose(found["validation"], other["validation"], rtol=0.05)
