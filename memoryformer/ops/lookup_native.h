@@ -236,8 +236,9 @@ void ForwardPacked(const Kernels<T>& kernels, const Operands<T>& op, float* y,
   // More tiles than memory traffic asks for, if threads would have nothing to do.
   while (num_tiles * num_slices < threads && N / (2 * num_tiles) >= C) num_tiles *= 2;
   const int64_t tile = CeilDivide(N, num_tiles);
+  num_tiles = CeilDivide(N, tile);  // rounding up may have left the last ones empty
   ParallelFor(pool, threads, num_tiles * num_slices, [&](int64_t item) {
-    const int64_t n0 = std::min(N, item / num_slices * tile);
+    const int64_t n0 = item / num_slices * tile;
     const int64_t count = std::min(tile, N - n0);
     const int64_t f0 = item % num_slices * width;
     const int columns = static_cast<int>(std::min<int64_t>(width, F - f0));
