@@ -44,7 +44,7 @@ def main() -> None:
         source = FOLDER / "profile_native.cc"
         include = FOLDER.parent / "memoryformer" / "ops"
         flags = [f for f in lookup_native.FLAGS if f not in ("-shared", "-fPIC")]
-        command = [lookup_native.find_compiler(), *flags, f"-I{include}", str(source)]
+        command = [*lookup_native.find_compiler(), *flags, f"-I{include}", str(source)]
         subprocess.run([*command, "-o", str(program)], check=True)
         print(f"{'kernel':18}{'instructions':>14}{'per MAC':>9}{'per line':>10}"
               f"{'L1 misses a line':>18}{'LL':>8}")  # fmt: skip

@@ -138,6 +138,23 @@ def test_nothing_depends_on_the_number_of_threads():
             assert_identical(value_and_gradients(*args), expected)
 
 
+CROWDED = """
+import numpy as np, jax.numpy as jnp
+from memoryformer.ops import lookup_native
+lookup_native.configure(num_threads=64, packing_reuse=0)
+for N, K, C, F in ((49, 1340, 2, 16), (1025, 256, 16, 16)):
+    args = jnp.ones((K, C, F)), jnp.zeros((N, K), jnp.int32), jnp.ones((N, K))
+    assert (lookup_native.native(*args) == K).all()
+"""
+
+
+def test_more_threads_than_tiles_of_tokens():
+    """Rounded up, tiles of 49 tokens end after 13 of 16; in a process of its own, which a
+    division by no tokens would end. Red if `num_tiles` is not counted again from `tile`."""
+    result = run_python(CROWDED)
+    assert result.returncode == 0, (result.returncode, result.stderr)
+
+
 def test_a_token_does_not_depend_on_its_batch():
     """Decoding and prefill agree bit for bit. Red if either path adds tables in another
     order, such as two partial sums."""
@@ -301,6 +318,39 @@ def test_without_a_compiler(environment, reason, tmp_path):
     assert len(result.stdout.splitlines()) == 1 and reason in result.stdout
 
 
+def test_a_compiler_with_options(monkeypatch, tmp_path):
+    """$CXX is a command, as make reads it; what it builds is of this kind of machine.
+
+    Red if $CXX is looked up as the name of one file, its options are left out of the key, or
+    the key lacks the machine.
+    """
+    compiler = next(filter(shutil.which, lookup_native.COMPILERS))
+    commands, built = [], set()
+
+    def run(command, **unused):
+        commands.append(command)
+        if "-o" in command:
+            pathlib.Path(command[-1]).touch()
+        return subprocess.CompletedProcess(command, 0, "some version", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("MEMORYFORMER_CACHE", str(tmp_path))
+    for options, machine in (("", "x"), (" -pthread", "x"), ("", "y"), ("", "x")):
+        monkeypatch.setenv("CXX", f"{compiler}{options}")
+        monkeypatch.setattr(
+            lookup_native.platform, "machine", lambda name=machine: name
+        )
+        built.add(lookup_native._build())
+    assert len(built) == 3
+    path = shutil.which(compiler)
+    assert [c[:2] for c in commands if c[1] == "-pthread"] == [[path, "-pthread"]] * 2
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(
+        OSError, match=r"no C\+\+ compiler found .no-such-compiler -O1."
+    ):
+        lookup_native.find_compiler()
+
+
 MEMORY = """
 import resource
 import jax, jax.numpy as jnp
@@ -345,7 +395,7 @@ def test_two_processes_may_build_at_once(tmp_path):
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_under_sanitizers(sanitizer, tmp_path):
     """Red if SumColumns rounds its columns up, if PackSlice always copies kWidth columns,
-    or if Clamp returns its argument."""
+    if Clamp returns its argument, or if ForwardPacked runs tiles that have no tokens."""
     compiler = next(filter(shutil.which, lookup_native.COMPILERS))
     program = tmp_path / "driver"
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=fast", "-Wno-psabi"]

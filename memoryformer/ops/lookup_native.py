@@ -5,8 +5,8 @@
     ds[n, k]  = dy[n] . T_k[h[n, k]]
 
 The system compiler ($CXX, or the first of c++, g++, clang++) builds `lookup_native.cc` into
-$MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler and
-jax. Without a compiler `available` is False and callers use `lookup_xla`.
+$MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler, kind
+of machine and jax. Without a compiler `available` is False and callers use `lookup_xla`.
 
 $MEMORYFORMER_THREADS bounds the threads of one call (default: the cores this process may
 use); results do not depend on it, bit for bit. Start at `native`.
@@ -18,6 +18,8 @@ import hashlib
 import logging
 import os
 import pathlib
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -217,10 +219,11 @@ def _build() -> pathlib.Path:
     folder = pathlib.Path(__file__).parent
     compiler = find_compiler()
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+        [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     parts = [(folder / name).read_text() for name in SOURCES]
-    parts += [*FLAGS, compiler, version, jax.__version__, jax.lib.__version__]
+    parts += [*FLAGS, *compiler, version, jax.__version__, jax.lib.__version__]
+    parts.append(platform.machine())  # of machines that share a home, not all alike
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     target = _cache_folder() / f"lookup_native-{key}.so"
     if target.exists():
@@ -229,7 +232,7 @@ def _build() -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         output = pathlib.Path(temporary) / target.name
         include = jax.ffi.include_dir()
-        command = [compiler, *FLAGS, f"-I{include}", str(folder / SOURCES[0])]
+        command = [*compiler, *FLAGS, f"-I{include}", str(folder / SOURCES[0])]
         result = subprocess.run(
             [*command, "-o", str(output)],
             capture_output=True,
@@ -238,18 +241,18 @@ def _build() -> pathlib.Path:
         )
         if result.returncode:
             detail = result.stderr.strip()[:300] or "no message"
-            raise OSError(f"{compiler} failed on {SOURCES[0]}: {detail}")
+            raise OSError(f"{' '.join(compiler)} failed on {SOURCES[0]}: {detail}")
         os.replace(output, target)
     return target
 
 
-def find_compiler() -> str:
-    """Return $CXX, or the first compiler found; raises OSError."""
-    wanted = os.environ.get("CXX", "")
-    for name in (wanted,) if wanted else COMPILERS:
+def find_compiler() -> list[str]:
+    """Return the words of $CXX, or the first compiler found; raises OSError."""
+    wanted = shlex.split(os.environ.get("CXX", ""))  # such as 'ccache g++'
+    for name in wanted[:1] or COMPILERS:
         if path := shutil.which(name):
-            return path
-    tried = wanted or ", ".join(COMPILERS)
+            return [path, *wanted[1:]]
+    tried = " ".join(wanted) or ", ".join(COMPILERS)
     raise OSError(f"no C++ compiler found ({tried}): install g++ or set CXX.")
 
 
