@@ -183,7 +183,7 @@ int main() {
                           {513, 16, 8, 160}, {1, 130, 4, 300}, {300, 13, 32, 129},
                           {2, 3, 2048, 64}, {4097, 2, 8, 17}};
   // Few tokens for so many threads: tiles, parts and columns that would be left empty.
-  const Shape crowded[] = {{49, 1340, 2, 16}, {81, 210, 2, 64}, {3, 100, 2, 1000},
+  const Shape crowded[] = {{52, 1340, 2, 16}, {81, 210, 2, 64}, {3, 100, 2, 1000},
                            {1, 999, 2, 1100}, {17, 7, 4, 9000}};
   for (const int instructions : {0, 1, 2})
     for (const int64_t reuse : {int64_t{0}, int64_t{1} << 40}) {

@@ -142,14 +142,14 @@ CROWDED = """
 import numpy as np, jax.numpy as jnp
 from memoryformer.ops import lookup_native
 lookup_native.configure(num_threads=64, packing_reuse=0)
-for N, K, C, F in ((49, 1340, 2, 16), (1025, 256, 16, 16)):
+for N, K, C, F in ((52, 1340, 2, 16), (1025, 256, 16, 16)):
     args = jnp.ones((K, C, F)), jnp.zeros((N, K), jnp.int32), jnp.ones((N, K))
     assert (lookup_native.native(*args) == K).all()
 """
 
 
 def test_more_threads_than_tiles_of_tokens():
-    """Rounded up, tiles of 49 tokens end after 13 of 16; in a process of its own, which a
+    """Tiles of 4, rounded up, hold 52 tokens in 13 of 16; in a process of its own, which a
     division by no tokens would end. Red if `num_tiles` is not counted again from `tile`."""
     result = run_python(CROWDED)
     assert result.returncode == 0, (result.returncode, result.stderr)
