@@ -251,22 +251,75 @@ def test_tpu_vm_stops_at_what_would_come_again(machine, code):
 GKE = {"CLUSTER": "c", "TYPE": "v6e-16", "IMAGE": "i"}
 
 
-def test_gke_run(machine):
-    """One workload; its command turns a hang into what xpk starts again, and keeps others.
+# What xpk makes of a command, in a pod: signals go to the subshell, and to nothing in it.
+POD = """trap 'kill -TERM $pod' TERM
+({command}) & pod=$!
+while kill -0 $pod 2> /dev/null; do sleep 0.1; done
+wait $pod
+exit $?"""
+RUN = """#!{python}
+import signal, sys, time
+def stop(number, frame):
+    print("asked to stop", flush=True)
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit({code})
+signal.signal(signal.SIGTERM, stop)
+print("step 1", flush=True)
+time.sleep(60)
+"""
 
-    Mutation: `exit $?` in place of the two codes.
-    """
+
+def gke_command(machine):
+    """Return the command that xpk is given for a run."""
     machine.fake("xpk")
     ended, [call], _ = machine.run("gke_xpk.sh", "tiny", "--config=a b.py", **GKE)
     assert ended == 0
     assert call[1:3] == ["workload", "create"] and "--workload=tiny" in call
     assert "--tpu-type=v6e-16" in call and "--docker-image=i" in call
+    assert "--termination-grace-period-seconds=300" in call
     command = call[-1].removeprefix("--command=")
-    assert command.startswith("python train.py --config=a\\ b.py;")
-    rest = command.partition(";")[2]
-    for code, passed_on in ((0, 0), (42, 42), (43, 42), (44, 44)):
-        done = subprocess.run(["bash", "-c", f"(exit {code});{rest}"])
-        assert done.returncode == passed_on
+    assert "\n" not in command and "$(" not in command and "$$" not in command
+    return command
+
+
+def in_pod(machine, command):
+    """Start the command as a pod does; the fake python comes first."""
+    return subprocess.Popen(
+        ["bash", "-c", POD.format(command=command)],
+        env=os.environ | {"PATH": f"{machine.bin}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("code, passed_on", ((0, 0), (42, 42), (43, 42), (44, 44)))
+def test_gke_run(machine, code, passed_on):
+    """One workload; its command turns a hang into what xpk starts again, and keeps others.
+
+    Mutation: `exit $?` in place of the two codes.
+    """
+    command = gke_command(machine)
+    machine.fake("python", [code])
+    assert in_pod(machine, command).wait(timeout=60) == passed_on
+    called = machine.log.read_text().split("\1")[-2].split("\0")[:-1]
+    assert called == ["python", "train.py", "--config=a b.py"]
+
+
+@pytest.mark.parametrize("code, passed_on", ((42, 42), (43, 42), (0, 0)))
+def test_gke_passes_sigterm_on(machine, code, passed_on):
+    """A pod that is taken away waits until the run has saved, and ends with its code.
+
+    Mutations: the command without `trap`; `wait` once only, which the signal ends (143).
+    """
+    command = gke_command(machine)
+    run = machine.bin / "python"
+    run.write_text(RUN.format(python=sys.executable, code=code))
+    pod = in_pod(machine, command)
+    assert pod.stdout.readline() == "step 1\n"
+    pod.terminate()
+    assert pod.communicate(timeout=60)[0] == "asked to stop\nsaved\n"
+    assert pod.returncode == passed_on
 
 
 def test_gke_sweep(machine, folder):
@@ -284,4 +337,4 @@ def test_gke_sweep(machine, folder):
     for index, (call, point) in enumerate(zip(calls, sweep.points, strict=True)):
         assert f"--workload=rates-{index}" in call
         line = commands.command(sweep, point)
-        assert call[-1].startswith(f"--command={line};")
+        assert f" TERM; {line} & run=$!; " in call[-1]
