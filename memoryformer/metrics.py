@@ -7,6 +7,7 @@ in `WALL_CLOCK`; everything else is equal bit for bit between two runs of one co
 file stays valid JSON and `float(value)` reads all of them. Start at `MetricsWriter`.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -63,22 +64,18 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
     ):
         self._file = self._board = self._wandb = None
+        workdir = pathlib.Path(workdir)
+        path = self._path = workdir / "metrics.jsonl"
         if jax.process_index() != 0:
             return
-        workdir = pathlib.Path(workdir)
-        path = workdir / "metrics.jsonl"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
+            if config.tensorboard and importlib.util.find_spec("tensorboardX"):
+                self._board = _start_board(workdir, start_step)
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}.") from error
-        if config.tensorboard and importlib.util.find_spec("tensorboardX"):
-            board = importlib.import_module("tensorboardX")
-            purge = start_step + 1 if start_step else None
-            self._board = board.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=purge, flush_secs=10
-            )
         if config.wandb:
             self._wandb = _start_wandb(workdir, config.wandb, run_config)
 
@@ -92,7 +89,7 @@ class MetricsWriter:
             self._file.flush()
         except OSError as error:
             raise StorageError(
-                f"{self._file.name}: step {step}: cannot be written: {error}."
+                f"{self._path}: step {step}: cannot be written: {error}."
             ) from error
         if self._board is not None:
             for name, value in row.items():
@@ -102,20 +99,33 @@ class MetricsWriter:
             self._wandb.log(row)
 
     def close(self) -> None:
-        """Flush and close everything; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Flush and close everything; may be called twice. Raises `StorageError`."""
+        closing = [
+            getattr(target, name)
+            for target, name in (
+                (self._wandb, "finish"),
+                (self._board, "close"),
+                (self._file, "close"),
+            )
+            if target is not None
+        ]
         self._file = self._board = self._wandb = None
+        try:
+            with contextlib.ExitStack() as stack:  # each, whatever the others raise
+                for function in closing:
+                    stack.callback(function)
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot be written: {error}.") from error
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *unused_exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, exception: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()  # flushes once more what a full disk has not taken
+        except StorageError:
+            if exception is None:
+                raise  # else never hide what ended the run
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -301,6 +311,18 @@ def _plain(value: Any) -> int | float | str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def _start_board(workdir: pathlib.Path, start_step: int) -> Any:
+    board = importlib.import_module("tensorboardX")
+    return board.SummaryWriter(
+        str(workdir / "tensorboard"),
+        purge_step=start_step + 1 if start_step else None,
+        flush_secs=10,
+        # A full disk ends the thread that empties the queue, and who finds it full waits
+        # for ever. Long before that `metrics.jsonl` says that the disk is full.
+        max_queue=500,
+    )
 
 
 def _start_wandb(workdir: pathlib.Path, project: str, run_config: Any) -> Any:

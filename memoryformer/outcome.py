@@ -15,21 +15,33 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from memoryformer import processes
-from memoryformer.errors import ConfigError, HangError, MemoryFormerError, Preempted
+from memoryformer import processes, rundir
+from memoryformer.errors import (
+    ConfigError,
+    HangError,
+    MemoryFormerError,
+    Preempted,
+    StorageError,
+)
 
 FILE = "outcome.json"
 
 
 @contextlib.contextmanager
 def recorded(workdir: str | os.PathLike) -> Iterator[None]:
-    """Write down how the block ended; process 0 alone does."""
+    """Write down how the block ended; process 0 alone does.
+
+    Raises `StorageError` where what the last run wrote down cannot be taken away.
+    """
     path = pathlib.Path(workdir) / FILE
     if not processes.is_chief():
         yield
         return
     before = read(workdir)
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error}.") from error
     try:
         yield
     except (Preempted, HangError):
@@ -46,17 +58,16 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """Return what the last run in `workdir` wrote down, or None."""
+    """Return what the last run in `workdir` wrote down; None if nothing that makes sense."""
     try:
-        return json.loads((pathlib.Path(workdir) / FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        facts = json.loads((pathlib.Path(workdir) / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # neither UTF-8 nor JSON: ValueErrors
         return None
+    known = isinstance(facts, dict) and facts.keys() >= {"state"}
+    return facts if known else None
 
 
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
     # A full disk is no reason to hide what ended the run.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".json.tmp")
-        fresh.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+    with contextlib.suppress(StorageError):
+        rundir.write_json(path, facts)

@@ -5,7 +5,6 @@ step alone. Start at `train`; the step's mathematics is `make_train_step`.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -31,6 +30,7 @@ from memoryformer import (
     outcome,
     preemption,
     processes,
+    rundir,
     spikes,
     training_log,
     watchdog,
@@ -66,6 +66,7 @@ def train(
     *,
     allow: Collection[str] = (),
     compiled: dict[Any, "_Compiled"] | None = None,
+    patience: float = 0.0,
 ) -> dict[str, float]:
     """Train a model, or go on training it; return its last validation metrics.
 
@@ -76,6 +77,7 @@ def train(
       allow: further fields that may differ.
       compiled: what an earlier run of this process left in the same dict, if this one
         differs from it in traced inputs only (seed, learning rate, weight decay).
+      patience: seconds to wait for another process that still trains in `workdir`.
 
     Raises `Preempted` after SIGTERM or SIGINT, with the state saved; `NumericError`,
     `StorageError`, `DataError` and `ConfigError` as their names say. A phase that takes
@@ -84,6 +86,7 @@ def train(
     run = experiment.resolve(config)
     workdir = pathlib.Path(workdir)
     with (
+        rundir.only_one(workdir, patience),
         outcome.recorded(workdir),
         preemption.StopRequest() as stop,
         watchdog.Watchdog(run.train.timeouts) as watch,
@@ -368,11 +371,8 @@ class _Loop:
     def _write_config(self):
         if jax.process_index():
             return
-        path = self.workdir / "config.json"
-        fresh = path.with_suffix(".json.tmp")
-        text = json.dumps(experiment.as_dict(self.config), indent=2)
-        fresh.write_text(text + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        config = experiment.as_dict(self.config)
+        rundir.write_json(self.workdir / "config.json", config, indent=2)
 
     def _evaluation_due(self, step):
         every = self.config.eval.every_steps

@@ -9,6 +9,8 @@ import sys
 import pytest
 import toy
 
+from memoryformer import outcome, rundir
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG, DATA, STORAGE = 2, 46, 45
 
@@ -80,6 +82,11 @@ MISTAKES = {
         CONFIG,
         "model.score: 'softmax' -> 'l1'",
     ),
+    "file_as_workdir": (
+        (*TRAIN[:2], "--workdir={folder}/toy_config.py"),
+        STORAGE,
+        "toy_config.py: cannot be used: [Errno 17] File exists",
+    ),
     "no_workdir": (TRAIN[:2], CONFIG, "--workdir"),
     "no_config": ((TRAIN[0], TRAIN[2]), CONFIG, "--config is missing"),
     "missing_config": (
@@ -109,6 +116,7 @@ MISTAKES = {
 # The rest repeats a path through the code that one of these takes.
 QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
 QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
+QUICK += ("file_as_workdir",)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +140,10 @@ def test_mistake(folder, name):
     assert returned == code
     assert "Traceback" not in out + err
     assert not out or out.startswith("model: ")  # what the run would have been
-    caches = [name for name in files(folder) if "__pycache__" not in name]
-    assert caches == [name for name in before if "__pycache__" not in name]
+    # What a run was refused for is written down in its own directory, and nothing else.
+    own = {"new", f"new/{rundir.LOCK}", f"new/{outcome.FILE}"}
+    changed = set(files(folder)) ^ set(before)
+    assert all("__pycache__" in name for name in changed - own), changed
 
 
 def test_debug_shows_where(folder):

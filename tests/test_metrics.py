@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 import types
 
 import jax.numpy as jnp
@@ -106,6 +107,36 @@ def test_unwritable_workdir_is_a_storage_error(tmp_path):
         MetricsWriter(tmp_path / "file", QUIET)
     with pytest.raises(StorageError, match="cannot be read"):
         metrics.read(tmp_path)
+
+
+@pytest.fixture
+def small_files():
+    """Files end at 4096 bytes, as a full disk ends them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_with_its_step(tmp_path, small_files):
+    """Not covered up by the flush of `close`, which fails again; the rows before stay.
+
+    Mutation: `__exit__` without its except.
+    """
+    with pytest.raises(StorageError, match=r"step 3: cannot be written: .*too large"):
+        with MetricsWriter(tmp_path, QUIET) as writer:
+            for step in range(1, 9):
+                writer.write(step, {"note": "x" * 1800})
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+
+
+def test_what_cannot_be_flushed_at_the_end_is_told(tmp_path, small_files):
+    """Mutation: let the OSError of `close` through."""
+    writer = MetricsWriter(tmp_path, QUIET)
+    writer._file.write("x" * 5000)
+    with pytest.raises(StorageError, match=r"cannot be written: .*too large"):
+        writer.close()
+    writer.close()
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

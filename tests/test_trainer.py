@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,17 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import checkpoint, experiment, metrics, preemption, sharding, trainer
-from memoryformer.errors import ConfigError, NumericError, Preempted
+from memoryformer import (
+    checkpoint,
+    experiment,
+    metrics,
+    outcome,
+    preemption,
+    rundir,
+    sharding,
+    trainer,
+)
+from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, KEYS = 20, {"train/loss", "train/grad_norm", "train/learning_rate"}
@@ -134,6 +144,33 @@ def test_another_config_is_refused(folder, straight):
         assert "\n" not in str(caught.value)
     assert rows(straight) == before
     toy.trained(folder, "straight", **{"train.log_every": 7, "checkpoint.keep": 1})
+
+
+def test_one_run_in_a_directory(folder, straight):
+    """The second is refused before it touches anything of the first.
+
+    Mutations: no `rundir.only_one` in `train`; or inside `outcome.recorded`.
+    """
+    before = rows(straight)
+    with rundir.only_one(straight):
+        with pytest.raises(StorageError, match=f"process {os.getpid()} on .* trains"):
+            toy.trained(folder, "straight", **{"train.num_steps": 21})
+    assert rows(straight) == before and outcome.read(straight) == {"state": "done"}
+
+
+def test_no_space_for_the_config(folder):
+    """A storage error, in the record of the run too.
+
+    Mutation: `_write_config` lets the OSError through.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"config.json: cannot be written"):
+            toy.trained(folder, "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert outcome.read(folder / "full")["exit_code"] == StorageError.exit_code
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""The directory of a run: one process at a time trains in it, and its small files appear whole.
+
+    workdir/train.lock    the process that trains here, or was the last to: "4711 on node17"
+
+Start at `only_one`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from memoryformer import processes
+from memoryformer.errors import StorageError
+
+LOCK = "train.lock"
+# What file systems say that cannot lock: there, nobody is kept out.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def only_one(workdir: str | os.PathLike, patience: float = 0.0) -> Iterator[None]:
+    """Keep other runs out of `workdir`, made if need be; process 0 alone does.
+
+    The lock ends with the process, however that ends. Raises `StorageError` if another
+    process still holds it after `patience` seconds, or if nothing can be written there.
+    """
+    if not processes.is_chief():
+        yield
+        return
+    with _held(pathlib.Path(workdir), time.monotonic() + patience):
+        yield
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any], **style: Any) -> None:
+    """Write a JSON file, its directory too; killed halfway, the file before stays.
+
+    Raises `StorageError`.
+    """
+    fresh = path.with_suffix(".json.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(value, **style) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error}.") from error
+
+
+def _held(workdir: pathlib.Path, deadline: float) -> TextIO:
+    """Return the lock file, locked until it is closed."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"--workdir={workdir}: cannot be used: {error}.") from error
+    try:
+        _lock(file, workdir, deadline)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what could not be flushed
+            file.close()
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            reason = f"{workdir / LOCK}: cannot be written: {error}."
+            raise StorageError(reason) from error
+        raise
+    return file
+
+
+def _lock(file: TextIO, workdir: pathlib.Path, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise StorageError(
+                    f"--workdir={workdir}: process {file.read().strip()} trains there; "
+                    "wait until it has ended, stop it, or name another directory."
+                ) from error
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+        time.sleep(0.2)

@@ -1,0 +1,110 @@
+"""The directory of a run: one process at a time, and small files that appear whole."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from memoryformer import outcome, rundir
+from memoryformer.errors import StorageError
+
+HOLD = (
+    "import sys, time\n"
+    "from memoryformer import rundir\n"
+    "with rundir.only_one(sys.argv[1]):\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(600)\n"
+)
+
+
+def test_the_second_is_told_who_the_first_is(tmp_path):
+    """Another process is named; once it was killed, the directory is free at once.
+
+    Mutations: no `flock`; a lock file whose existence is the lock.
+    """
+    workdir = tmp_path / "deep" / "run"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, workdir], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "held\n"
+        wanted = rf"--workdir={workdir}: process {first.pid} on .* trains there"
+        with pytest.raises(StorageError, match=wanted) as caught:
+            with rundir.only_one(workdir):
+                pytest.fail("two at once")
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 45
+    finally:
+        first.kill()
+        first.communicate()
+    with rundir.only_one(workdir):
+        assert (workdir / rundir.LOCK).read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_patience(tmp_path):
+    """Who has patience waits that long.
+
+    Mutation: ask once, whatever the deadline.
+    """
+    with rundir.only_one(tmp_path):
+        began = time.monotonic()
+        with pytest.raises(StorageError):
+            with rundir.only_one(tmp_path, patience=0.5):
+                pytest.fail("two at once")
+        assert time.monotonic() - began >= 0.5
+    with rundir.only_one(tmp_path, patience=0.5):
+        pass
+
+
+def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
+    """Mutation: let the OSError of such a file system through."""
+
+    def flock(*unused):
+        raise OSError(rundir.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", flock)
+    with rundir.only_one(tmp_path), rundir.only_one(tmp_path):
+        pass
+
+
+def test_a_file_in_the_way(tmp_path):
+    """Mutations: let any of the OSErrors through."""
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StorageError, match=f"--workdir={file}: cannot be used"):
+        with rundir.only_one(file):
+            pass
+    with pytest.raises(StorageError, match="cannot be written"):
+        rundir.write_json(file / "config.json", {})
+    with pytest.raises(StorageError, match="cannot be removed"):
+        with outcome.recorded(file):
+            pass
+    assert file.read_text() == ""
+
+
+def test_json_files_appear_whole(tmp_path, monkeypatch):
+    """What cannot be moved into place leaves the file before.
+
+    Mutation: write in place.
+    """
+    path = tmp_path / "sub" / "config.json"
+    rundir.write_json(path, {"a": 1}, indent=2)
+
+    def replace(*unused):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rundir.os, "replace", replace)
+    with pytest.raises(
+        StorageError, match=r"config.json: cannot be written: .*No space"
+    ):
+        rundir.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[3]", b'"done"', b"{}"])
+def test_an_outcome_that_makes_no_sense_is_none(tmp_path, content):
+    """Mutations: catch JSONDecodeError only; return whatever JSON holds."""
+    (tmp_path / outcome.FILE).write_bytes(content)
+    assert outcome.read(tmp_path) is None
