@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -118,37 +119,45 @@ class Sharding:
             return jax.tree.map(jax.numpy.asarray, tree)
         return jax.tree.map(jax.device_put, tree, self.named(specs))
 
-    def local_rows(self, batch_size: int) -> slice:
-        """The rows of a batch [B, L] that this process's devices hold."""
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch [B, L] that this process's devices hold, in order.
+
+        Where the mesh follows a torus of TPUs, they need not be neighbours.
+        """
         if self.mesh is None:
-            return slice(0, batch_size)
-        sharding = NamedSharding(self.mesh, P(self.specs.batch_bl[0]))
-        held = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-        parts = [rows.indices(batch_size) for rows, _ in held]
-        return slice(min(p[0] for p in parts), max(p[1] for p in parts))
+            return np.arange(batch_size)
+        share = batch_size // self.axis_size("data")
+        return (self._local_parts()[:, None] * share + np.arange(share)).reshape(-1)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-        """Place this process's rows of a batch: [B / processes, L] -> [B, L].
+        """Place this process's rows of a batch, those of `local_rows`: -> [B, L].
 
         With `striped`, L is in the order in which devices hold it.
         """
         if self.mesh is None:
             return jax.device_put(batch)
         sharding = NamedSharding(self.mesh, self.specs.batch_bl)
-        return {
-            name: jax.make_array_from_process_local_data(
-                sharding, self._dealt(rows), self._global_shape(rows)
-            )
-            for name, rows in batch.items()
-        }
+        parts = self._local_parts()
 
-    def _global_shape(self, rows):
-        """The whole batch's: every process has all tokens of its share of the rows."""
+        def put(rows):
+            rows, share = self._dealt(rows), len(rows) // len(parts)
+            shape = (share * self.axis_size("data"), *rows.shape[1:])
+
+            def of_device(index):
+                part = index[0].indices(shape[0])[0] // share
+                first = int(np.searchsorted(parts, part)) * share
+                return rows[first : first + share, index[1]]
+
+            return jax.make_array_from_callback(shape, sharding, of_device)
+
+        return {name: put(rows) for name, rows in batch.items()}
+
+    def _local_parts(self) -> np.ndarray:
+        """Which of the parts of `data` this process's devices hold, ascending."""
         by_row = NamedSharding(self.mesh, P(self.specs.batch_bl[0]))
         size = self.axis_size("data")
-        parts = by_row.addressable_devices_indices_map((size,)).values()
-        here = len({part[0].indices(size) for part in parts})
-        return (len(rows) * size // here, *rows.shape[1:])
+        held = by_row.addressable_devices_indices_map((size,)).values()
+        return np.unique([part[0].indices(size)[0] for part in held])
 
     def _dealt(self, rows):
         size = self.axis_size("sequence")
@@ -206,16 +215,46 @@ def make(
     shape = {axis: size for axis, size in sizes.items() if size > 1}
     if not shape:
         return Sharding(None, ShardingSpecs())
-    made = _mesh(shape, devices)
+    made = _mesh(mesh, shape, devices)
     return Sharding(made, _specs(set(shape), fully="fsdp" in preset), striped)
 
 
-def _mesh(shape, devices):
+def _mesh(mesh, shape, devices):
     names, sizes = tuple(shape), tuple(shape.values())
+    types = (jax.sharding.AxisType.Explicit,) * len(names)
     if isinstance(devices[0], int):
-        types = (jax.sharding.AxisType.Explicit,) * len(names)
         return AbstractMesh(sizes, names, axis_types=types)
-    return jax.make_mesh(sizes, names, devices=devices)
+    try:
+        return Mesh(_arranged(sizes, devices), names, axis_types=types)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        wanted = " x ".join(f"{axis}={size}" for axis, size in shape.items())
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"mesh={mesh!r}: {wanted} cannot be laid out on these {len(devices)} devices "
+            f"({reason}): choose other sizes."
+        ) from error
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Lay devices out so that neighbours in the mesh are near: `sizes` -> [*sizes].
+
+    `jax.make_mesh` does it too, but neither splits an axis of a TPU torus that is no v5e nor
+    takes several slices. A slice is what a fast network joins (on GPUs, NVLink); the first
+    axes, which send the least, are those that lie across slices.
+    """
+    left = num_slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // n for size, n in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 def _parse(mesh: str) -> tuple[str, dict[str, int]]:
@@ -249,28 +288,38 @@ def _specs(axes: set[str], *, fully: bool) -> ShardingSpecs:
 def validate(
     sharding: Sharding, specs: Any, shapes: Any, batch_size: int, num_heads: int
 ) -> None:
-    """Check that every array divides over the mesh; raises `ConfigError`."""
-    data, model = sharding.axis_size("data"), sharding.axis_size("model")
-    if batch_size % data:
-        raise ConfigError(
-            f"batch_size={batch_size} does not divide over {data} devices along 'data': "
-            f"use a multiple of {data}."
-        )
-    if num_heads % model:
-        raise ConfigError(
-            f"model.num_heads={num_heads} does not divide over {model} devices along "
-            "'model': use fewer devices there or more heads."
-        )
+    """Check that every count divides over the mesh; raises `ConfigError`.
+
+    Beside the arrays' own axes: the rows of a batch, heads, the chunks that a memory layer
+    hashes (a device hashes whole ones), and the logits of a head that is the embedding.
+    """
+
+    def check(size, axis, what, fix):
+        count = sharding.axis_size(axis) if axis else 1
+        if size % count:
+            raise ConfigError(
+                f"{what} does not divide over {count} devices along {axis!r}: "
+                f"{fix.format(count)}."
+            )
+
+    rows = f"batch_size={batch_size}"
+    check(batch_size, "data", rows, "use a multiple of {}")
+    heads = f"model.num_heads={num_heads}"
+    check(num_heads, "model", heads, "use fewer devices there or more heads")
     leaves = jax.tree.leaves_with_path(specs, is_leaf=_is_spec)
     for (path, spec), shaped in zip(leaves, jax.tree.leaves(shapes), strict=True):
-        for size, axis in zip(shaped.shape, spec, strict=False):
-            if axis and size % sharding.axis_size(axis):
-                name = ".".join(str(entry.key) for entry in path)
-                raise ConfigError(
-                    f"mesh: {name} {shaped.shape} does not divide over "
-                    f"{sharding.axis_size(axis)} devices along {axis!r} ({size} there): "
-                    "change that size or the mesh."
-                )
+        keys, shape = [str(entry.key) for entry in path], tuple(shaped.shape)
+        name = f"mesh: {'.'.join(keys)} {shape}"
+        if keys[-1] == "tables":
+            what = f"{name}: the number of tables, {shape[0]},"
+            fix = "make model.embed_dim / model.code_bits a multiple of {}"
+            check(shape[0], "model", what, fix)
+        if keys[-1] == "embedding" and "head" not in shapes:
+            what = f"{name}: with model.tie_embeddings, model.vocab_size={shape[0]}"
+            check(shape[0], "model", what, "use a multiple of {}")
+        for size, axis in zip(shape, spec, strict=False):
+            what = f"{name}: {size}"
+            check(size, axis, what, "change that size or the mesh")
 
 
 # --------------------------------------------------------------------------------------

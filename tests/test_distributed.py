@@ -4,7 +4,11 @@ Processes that come, stop and are killed are in test_promises.
 """
 
 import contextlib
+import os
+import pathlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -12,10 +16,12 @@ import types
 import jax
 import numpy as np
 import pytest
+from world import free_port
 
 from memoryformer import distributed, drift, lifeline, processes
 from memoryformer.errors import ConfigError, HangError
 
+ROOT = pathlib.Path(__file__).parent.parent
 SLURM = {"SLURM_JOB_ID": "4100", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
 POD = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}
 
@@ -200,6 +206,56 @@ def test_another_program_answers():
         where = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match="another program answers there"):
             distributed.start(where, 2, 1, 60)
+
+
+PERMUTED = """
+import sys
+import jax, numpy as np
+from memoryformer import sharding
+port, process = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+batch = {"x": np.arange(64).reshape(8, 8)}
+for order in ((0, 2, 1, 3), (0, 2, 3, 1)):
+    devices = [jax.devices()[i] for i in order]
+    for mesh in ("data", "fsdp:sequence=2", "tensor:model=2"):
+        made = sharding.make(mesh, devices)
+        rows = made.local_rows(8)
+        if mesh == "data":
+            own = [i for i, d in enumerate(devices) if d.process_index == int(process)]
+            assert list(rows) == [r for i in own for r in (2 * i, 2 * i + 1)], rows
+        placed = made.put_batch({"x": batch["x"][rows]})["x"]
+        with made.activate():
+            whole = jax.jit(lambda x: x, out_shardings=jax.P())(placed)
+        np.testing.assert_array_equal(np.asarray(whole), batch["x"])
+print("same")
+"""
+
+
+def test_processes_whose_rows_are_no_neighbours():
+    """Two processes of two devices in other orders, as on a torus of TPUs: the batch that
+    the devices hold together is the global one, each row once.
+
+    Mutation: `local_rows` from the first row to the last.
+    """
+    port = str(free_port())
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PERMUTED, port, process],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in "01"
+    ]
+    for one in started:
+        out, err = one.communicate(timeout=120)
+        assert out.endswith("same\n"), err[-2000:]
 
 
 def tcp_pair():

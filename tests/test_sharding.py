@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -252,17 +253,118 @@ def test_bad_mesh_strings_are_one_line(mesh, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_does_not_divide_is_named():
-    """The parameter, its shape, the axis.
+def slice_of_tpus(rows, columns, kind="TPU v6 lite", slice_index=0):
+    """Devices of one slice as jax describes them, hosts of 2 x 2."""
+    return [
+        types.SimpleNamespace(
+            platform="tpu",
+            device_kind=kind,
+            core_on_chip=0,
+            coords=(x, y, 0),
+            slice_index=slice_index,
+            process_index=(y // 2 * ((columns + 1) // 2) + x // 2, slice_index),
+            id=x + columns * y + 1000 * slice_index,
+        )
+        for y, x in np.ndindex(rows, columns)
+    ]
 
-    Mutation: only the batch checked.
+
+@pytest.mark.parametrize(
+    "devices, sizes",
+    [
+        (slice_of_tpus(8, 8), (16, 4)),
+        (slice_of_tpus(4, 4), (8, 2)),
+        (slice_of_tpus(4, 4, "TPU v5 lite"), (8, 2)),
+        (slice_of_tpus(4, 4), (2, 2, 4)),
+    ],
+)
+def test_meshes_that_split_an_axis_of_the_torus(devices, sizes):
+    """Every device once; those of a `model` group are neighbours.
+
+    Mutation: `jax.make_mesh`, which refuses all but v5e.
     """
-    made = sharding.make("tensor:model=4")
-    config = toy.model_config(num_heads=4, vocab_size=13)
+    made = sharding._arranged(sizes, devices)
+    assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
+    for group in made.reshape(-1, sizes[-1]):
+        spread = np.ptp([d.coords for d in group], axis=0) + 1
+        assert np.prod(spread) == len(group)
+
+
+@pytest.mark.parametrize(
+    "sizes, across",
+    [((8, 4), (2, 1)), ((32,), (2,)), ((16, 2), (2, 1)), ((1, 32), (1, 2))],
+)
+def test_meshes_of_several_slices(sizes, across):
+    """The first axis that can lies across slices, the others inside one.
+
+    Mutation: `create_device_mesh` for all devices; or `sizes` from the last.
+    """
+    devices = slice_of_tpus(4, 4) + slice_of_tpus(4, 4, slice_index=1)
+    made = sharding._arranged(sizes, devices)
+    assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
+    slices = np.vectorize(lambda d: d.slice_index)(made)
+    for axis, size in enumerate(across):
+        for line in np.moveaxis(slices, axis, -1).reshape(-1, sizes[axis]):
+            assert len(set(line)) == size
+            assert list(line) == sorted(line)  # consecutive parts in one slice
+
+
+@pytest.mark.parametrize(
+    "devices, reason",
+    [
+        ([*slice_of_tpus(4, 3)[:-1], *slice_of_tpus(6, 6)[-1:]], "jax_devices="),
+        (slice_of_tpus(2, 4) + slice_of_tpus(2, 2, slice_index=1), "must equal"),
+    ],
+)
+def test_devices_that_cannot_be_laid_out(devices, reason):
+    """A hole, slices of two sizes: one line. Mutation: jax's errors let through."""
+    with pytest.raises(ConfigError, match="data=6 x model=2 cannot be laid") as caught:
+        sharding.make("tensor:model=2", devices)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields, mesh, message",
+    [
+        ({"vocab_size": 13}, "tensor:model=4", "head.kernel (16, 13): 13 does not div"),
+        (
+            {"num_heads": 2},
+            "tensor:model=4",
+            "model.num_heads=2 does not divide over 4",
+        ),
+        (
+            {"batch_size": 6},
+            "tensor:model=2",
+            "batch_size=6 does not divide over 4 dev",
+        ),
+        (
+            {"embed_dim": 48, "code_bits": 8},
+            "tensor:model=4",
+            "tables (6, 1024, 48): the number of tables, 6, does not divide over 4",
+        ),
+        (
+            {"vocab_size": 14, "tie_embeddings": True},
+            "tensor:model=4",
+            "with model.tie_embeddings, model.vocab_size=14 does not divide over 4",
+        ),
+        ({"code_bits": 2, "extra_bits": 0}, "fsdp", "(8, 4, 16): 4 does not divide"),
+    ],
+)
+def test_what_does_not_divide_is_named(fields, mesh, message):
+    """The field or the parameter, its size, the axis; before anything is traced.
+
+    Mutations: only the batch checked; `tables` or `embedding` not looked at, with which jax
+    raises ValueError while it traces.
+    """
+    made = sharding.make(mesh)
+    fields = {"num_heads": 4, "vocab_size": 16, "extra_bits": 2} | fields
+    batch_size = fields.pop("batch_size", 8)
+    config = toy.model_config(**fields)
     specs = model.partition_specs(config, made)
     shapes = jax.eval_shape(lambda: model.init(config))
-    with pytest.raises(ConfigError, match=r"head.kernel \(16, 13\) does not divide"):
-        sharding.validate(made, specs, shapes, 8, 4)
+    with pytest.raises(ConfigError) as caught:
+        sharding.validate(made, specs, shapes, batch_size, config.num_heads)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
