@@ -3,9 +3,10 @@
     workdir/checkpoints/<step>/state/...   Orbax (v0), any number of devices and processes
     workdir/checkpoints/<step>/MANIFEST    SHA-256 of every file above, shape and dtype of
                                            every leaf, config, data fingerprint, versions
+    workdir/checkpoints/LEDGER             the steps that had a manifest and were not deleted
 
 A step counts once its manifest is there, and is restored only if every file still agrees
-with it. Orbax alone restores most flipped bits without a word, reports a save that failed
+with it; one that the ledger lists and that has none is damaged. Orbax alone restores most flipped bits without a word, reports a save that failed
 on a full disk as done, and forgets a save that was not waited for.
 
 Start at `Checkpointer` (training) or `load` (everything else).
@@ -155,6 +156,8 @@ class Checkpointer:
         facts = self._facts | {"step": step, "leaves": leaves.describe(state)}
         try:
             if self._chief and target.exists():
+                listed = _listed(self.directory) - {step}
+                integrity.write_ledger(self.directory, listed)
                 integrity.remove(target)
             self._damaged.discard(step)
             processes.barrier(f"replace {step}")
@@ -218,8 +221,9 @@ class Checkpointer:
         Raises `StorageError` if there are finished steps and all are damaged.
         """
         damaged, finished = [], self.steps()
-        for step in reversed(_numbered(self.directory)):
-            if step not in finished:
+        listed = _listed(self.directory)
+        for step in sorted({*_numbered(self.directory), *listed}, reverse=True):
+            if step not in finished and step not in listed:
                 processes.say(
                     f"checkpoint {step}: skipped, its save was never finished."
                 )
@@ -286,6 +290,8 @@ class Checkpointer:
         kept = set(whole[-self._config.keep :])
         if self._config.keep_every:
             kept |= {s for s in whole if s % self._config.keep_every == 0}
+        # First: what a kill leaves half deleted is not damaged.
+        integrity.write_ledger(self.directory, kept)
         for step in _numbered(self.directory):
             if step in kept:
                 continue
@@ -302,10 +308,12 @@ class Checkpointer:
                 f"checkpoint {path.name.split('.')[0]}: unfinished save removed."
             )
             shutil.rmtree(path)
-        finished = self.steps()
-        for step in set(_numbered(self.directory)) - set(finished):
+        finished, listed = self.steps(), _listed(self.directory)
+        for step in set(_numbered(self.directory)) - {*finished, *listed}:
             if finished and step < finished[-1]:
                 integrity.remove(self.directory / str(step))
+        if not listed.issuperset(finished):  # killed between manifest and ledger
+            integrity.write_ledger(self.directory, listed.union(finished))
 
     def _failed(self, step: int, error: BaseException) -> StorageError:
         """Tidy up after a failed save, which would keep a full disk full."""
@@ -362,10 +370,13 @@ def facts(workdir: str | os.PathLike, step: int | None = None) -> dict[str, Any]
 
 
 def _existing(directory: pathlib.Path, step: int | None) -> pathlib.Path:
-    """Return the directory of a finished step (None: the newest) or say what there is."""
+    """Return the directory of a step that was finished once (None: the newest of them).
+
+    Raises `StorageError` that says what there is.
+    """
     if not directory.is_dir():
         raise StorageError(f"--workdir: there is no directory {directory}.")
-    steps = _finished(directory)
+    steps = sorted({*_finished(directory), *_listed(directory)})
     if not steps:
         raise StorageError(f"{directory}: holds no finished checkpoint.")
     if step is not None and step not in steps:
@@ -379,6 +390,14 @@ def _numbered(directory: pathlib.Path) -> list[int]:
 
 def _finished(directory: pathlib.Path) -> list[int]:
     return [s for s in _numbered(directory) if integrity.exists(directory / str(s))]
+
+
+def _listed(directory: pathlib.Path) -> set[int]:
+    """Return the steps that were finished: whole, or damaged since."""
+    try:
+        return integrity.read_ledger(directory)
+    except integrity.DamagedError:  # then whatever is there may have been
+        return set(_numbered(directory))
 
 
 def _tuples(value: Any) -> Any:

@@ -4,6 +4,9 @@ A manifest lists every file of a directory with its size and SHA-256, beside any
 worth keeping. It is written last and moved into place in one step, so a directory with a
 manifest was complete; a directory without one is not whole. Its first line is the SHA-256
 of the rest: a flipped bit in the manifest is found like one in the data.
+
+A ledger lists the directories that are whole, so that one which loses its manifest later is
+known to be damaged, not taken for one that was never finished. It is of the same form.
 """
 
 import concurrent.futures
@@ -12,11 +15,13 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Collection
 from typing import Any
 
 from memoryformer.errors import StorageError
 
 MANIFEST = "MANIFEST"
+LEDGER = "LEDGER"
 
 
 class DamagedError(StorageError):
@@ -33,13 +38,7 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
         name: [(directory / name).stat().st_size, _sha256(directory / name, flush=True)]
         for name in _files(directory)
     }
-    body = json.dumps({"facts": facts, "files": files}, sort_keys=True).encode()
-    fresh = directory / f"{MANIFEST}.tmp"
-    with fresh.open("wb") as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, directory / MANIFEST)
+    _seal(directory / MANIFEST, {"facts": facts, "files": files})
 
 
 def exists(directory: pathlib.Path) -> bool:
@@ -82,6 +81,20 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     return manifest["facts"]
 
 
+def write_ledger(parent: pathlib.Path, steps: Collection[int]) -> None:
+    """Write down which steps under `parent` are whole: after a manifest, before a deletion."""
+    _seal(parent / LEDGER, sorted(steps))
+
+
+def read_ledger(parent: pathlib.Path) -> set[int]:
+    """Return the steps of the ledger; none where there is none, of before there were any.
+
+    Raises `DamagedError`.
+    """
+    path = parent / LEDGER
+    return set(_unsealed(path)) if path.exists() else set()
+
+
 def remove(directory: pathlib.Path) -> None:
     """Delete a directory; killed in the middle, what is left is no longer whole."""
     (directory / MANIFEST).unlink(missing_ok=True)
@@ -94,7 +107,21 @@ def size(directory: pathlib.Path) -> int:
 
 
 def _read(directory: pathlib.Path) -> dict[str, Any]:
-    path = directory / MANIFEST
+    return _unsealed(directory / MANIFEST)
+
+
+def _seal(path: pathlib.Path, value: Any) -> None:
+    """Write JSON behind a line with its SHA-256, flushed to the disk and in one step."""
+    body = json.dumps(value, sort_keys=True).encode()
+    fresh = path.with_name(f"{path.name}.tmp")
+    with fresh.open("wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _unsealed(path: pathlib.Path) -> Any:
     try:
         digest, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:

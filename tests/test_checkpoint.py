@@ -75,7 +75,8 @@ def assert_equal(a, b):
 
 
 def steps_on_disk(workdir):
-    return sorted(int(p.name) for p in (workdir / checkpoint.FOLDER).iterdir())
+    names = {p.name for p in (workdir / checkpoint.FOLDER).iterdir()}
+    return sorted(int(name) for name in names - {integrity.LEDGER})
 
 
 # Exactness.
@@ -219,6 +220,11 @@ def test_a_damaged_step_is_saved_anew(tmp_path):
     assert_equal(restored, make_state(2))
 
 
+def lose_manifests(workdir, *steps):
+    for step in steps:
+        (workdir / checkpoint.FOLDER / str(step) / integrity.MANIFEST).unlink()
+
+
 def test_leftovers_of_killed_saves(tmp_path, capfd):
     """An unfinished save, one without manifest and a half-deleted step do no harm.
 
@@ -230,7 +236,8 @@ def test_leftovers_of_killed_saves(tmp_path, capfd):
     shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp")
     shutil.copytree(folder / "3", folder / "1")  # half deleted: manifest first
     (folder / "1" / integrity.MANIFEST).unlink()
-    (folder / "3" / integrity.MANIFEST).unlink()  # killed before the manifest
+    lose_manifests(tmp_path, 3)  # killed before the manifest
+    integrity.write_ledger(folder, [2])
     with open_run(tmp_path) as run:
         assert steps_on_disk(tmp_path) == [2, 3]
         assert run.restore_latest(make_state(0))[0] == 2

@@ -16,6 +16,7 @@ import toy
 from memoryformer import (
     checkpoint,
     experiment,
+    integrity,
     metrics,
     outcome,
     preemption,
@@ -92,8 +93,8 @@ def test_what_a_run_writes(straight):
     assert train[-1]["train/tokens"] == 20 * 8 * 16
     assert train[-1]["train/loss"] < train[0]["train/loss"] < 1.2 * np.log(toy.VOCAB)
     assert any("utilisation" in key or "bucket" in key for key in validation[0])
-    steps = sorted(p.name for p in (straight / checkpoint.FOLDER).iterdir())
-    assert steps == ["15", "20"]
+    names = sorted(p.name for p in (straight / checkpoint.FOLDER).iterdir())
+    assert names == ["15", "20", integrity.LEDGER]
 
 
 def test_straight_equals_restarted(folder, straight, monkeypatch):
@@ -277,7 +278,7 @@ def test_sigterm_from_outside(folder, straight):
     assert process.wait(timeout=120) == 42
     lines = process.stderr.read().strip().splitlines()
     assert lines[-1].startswith("error: SIGTERM: stopped after step")
-    assert 0 < max(int(p.name) for p in (workdir / checkpoint.FOLDER).iterdir()) < STEPS
+    assert 0 < checkpoint.facts(workdir)["step"] < STEPS
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -1,0 +1,116 @@
+"""The ledger of checkpoints: what was whole once and is not any more is damaged."""
+
+import shutil
+
+import pytest
+from test_checkpoint import (
+    assert_equal,
+    lose_manifests,
+    make_state,
+    open_run,
+    save_steps,
+    steps_on_disk,
+)
+
+from memoryformer import checkpoint, integrity
+from memoryformer.errors import StorageError
+
+
+def test_a_lost_manifest_is_damage(tmp_path, capfd):
+    """Named, with an older step in its place; without one the run stops, nothing deleted.
+
+    Mutations: `read_ledger` returns nothing; `_remove_debris` deletes what is listed.
+    """
+    save_steps(tmp_path, [1, 2, 3], checkpoint.CheckpointConfig(keep=3))
+    lose_manifests(tmp_path, 3)
+    with open_run(tmp_path) as run:
+        step, restored = run.restore_latest(make_state(0))
+    assert step == 2
+    assert_equal(restored, make_state(2))
+    assert "checkpoint 3: skipped, damaged: " in capfd.readouterr().err
+    with pytest.raises(integrity.DamagedError, match="3/MANIFEST: missing"):
+        checkpoint.load(tmp_path)
+    lose_manifests(tmp_path, 1, 2)
+    with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2, 3"):
+        with open_run(tmp_path) as run:
+            run.restore_latest(make_state(0))
+    assert steps_on_disk(tmp_path) == [1, 2, 3]
+
+
+def test_a_lost_step_is_damage(tmp_path, capfd):
+    """The whole directory of the only step is gone: not a start from scratch.
+
+    Mutation: `restore_latest` looks at the numbered directories only.
+    """
+    save_steps(tmp_path, [1], checkpoint.CheckpointConfig(keep=1))
+    shutil.rmtree(tmp_path / checkpoint.FOLDER / "1")
+    with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1"):
+        with open_run(tmp_path) as run:
+            run.restore_latest(make_state(0))
+
+
+def test_without_a_ledger_it_is_as_it_was(tmp_path, capfd):
+    """Of before there were any: a step without manifest was never finished, one with it
+    is whole and is listed from now on. A damaged ledger lists whatever is there.
+
+    Mutations: `_existing` or `restore_latest` look at the ledger alone; no ledger is made
+    where there is none.
+    """
+    save_steps(tmp_path, [1, 2])
+    folder = tmp_path / checkpoint.FOLDER
+    (folder / integrity.LEDGER).unlink()
+    lose_manifests(tmp_path, 2)
+    assert checkpoint.facts(tmp_path)["step"] == 1
+    with open_run(tmp_path) as run:
+        assert run.restore_latest(make_state(0))[0] == 1
+    assert "2: skipped, its save was never finished" in capfd.readouterr().err
+    assert integrity.read_ledger(folder) == {1}
+    lose_manifests(tmp_path, 1)
+    (folder / integrity.LEDGER).write_bytes(b"0\n[]")
+    with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2"):
+        with open_run(tmp_path) as run:
+            run.restore_latest(make_state(0))
+
+
+def test_the_ledger_forgets_what_is_deleted(tmp_path, monkeypatch, capfd):
+    """Retention, and a kill in the middle of it: what was deleted is not damaged.
+
+    Mutations: `_retain` deletes first; the ledger is only added to; `save` deletes what it
+    replaces before the ledger forgets it.
+    """
+    config = checkpoint.CheckpointConfig(keep=2)
+    folder = tmp_path / checkpoint.FOLDER
+    save_steps(tmp_path, [1, 2, 3], config)
+    assert integrity.read_ledger(folder) == {2, 3}
+
+    def killed(directory):
+        (directory / integrity.MANIFEST).unlink()
+        raise OSError(5, "killed")
+
+    # The first is killed as it deletes 2 at the end, the second as it replaces 4.
+    for newest, listed in ((4, {3, 4}), (3, {3})):
+        with monkeypatch.context() as patch:
+            patch.setattr(integrity, "remove", killed)
+            with pytest.raises(StorageError, match="killed"):
+                with open_run(tmp_path, config) as run:
+                    run.restore(3, make_state(0))
+                    run.save(4, make_state(4), wait=True)
+        assert integrity.read_ledger(folder) == listed
+        with open_run(tmp_path, config) as run:
+            assert run.restore_latest(make_state(0))[0] == newest
+        assert "damaged" not in capfd.readouterr().err
+
+
+def test_killed_before_the_ledger(tmp_path, monkeypatch):
+    """A step that has a manifest is whole, listed or not.
+
+    Mutation: take the steps from the ledger alone.
+    """
+    save_steps(tmp_path, [1])
+    before = integrity.read_ledger(tmp_path / checkpoint.FOLDER)
+    save_steps(tmp_path, [2])
+    integrity.write_ledger(tmp_path / checkpoint.FOLDER, before)
+    assert checkpoint.facts(tmp_path)["step"] == 2
+    with open_run(tmp_path) as run:
+        assert run.restore_latest(make_state(0))[0] == 2
+    assert integrity.read_ledger(tmp_path / checkpoint.FOLDER) == {1, 2}
