@@ -25,6 +25,8 @@ from memoryformer import (
     checkpoint,
     compilation,
     data,
+    degradation,
+    diagnostics,
     drift,
     experiment,
     inference,
@@ -41,6 +43,7 @@ Batch = Mapping[str, Array]
 
 # Tokens of a group of rows: XLA rounds by the shape of a product, so all have one shape.
 GROUP_TOKENS = 2048
+MEMORY_BATCHES = 4  # of validation text, to look at tables and slots with
 
 
 def batch_nats(
@@ -135,6 +138,26 @@ def evaluate(
     }
 
 
+def memories(
+    model_config: model_lib.ModelConfig,
+    params: Params,
+    batches: data.EvalBatches,
+    sharding: sharding_lib.Sharding,
+) -> dict[str, float]:
+    """Return how evenly tables are read and how alike a mixer's slots are.
+
+    Metrics of `diagnostics.summary` and `degradation`, over the first few batches.
+    """
+    few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
+    values = {}
+    if model_config.projection == "memory":
+        counts = diagnostics.collect(model_config, params, few, sharding)
+        values |= diagnostics.summary(counts)
+    if degradation.measures(model_config):
+        values |= degradation.collect(model_config, params, few, sharding)
+    return values
+
+
 def _total(rows: Array) -> float:
     return math.fsum(np.asarray(rows, np.float64).tolist())
 
@@ -175,14 +198,14 @@ def evaluate_checkpoint(
     sharding_lib.validate(
         sharding, specs, params, run.eval.batch_size, run.model.num_heads
     )
+    batches = dataset.validation.eval_batches(run.model.seq_len, run.eval.batch_size)
     with sharding.activate():
+        placed = sharding.put(params, specs)
+        step_fn = make_eval_step(run.model, sharding)
         result = evaluate(
-            make_eval_step(run.model, sharding),
-            sharding.put(params, specs),
-            dataset.validation.eval_batches(run.model.seq_len, run.eval.batch_size),
-            dataset.tokenizer.token_bytes,
-            sharding,
+            step_fn, placed, batches, dataset.tokenizer.token_bytes, sharding
         )
+        result |= memories(run.model, placed, batches, sharding)
     return {
         "step": facts["step"],
         **changed,

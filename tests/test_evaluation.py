@@ -115,6 +115,7 @@ def test_checkpoint_on_one_and_eight_devices(toy_run, by_eights, mesh):
     )
     result = evaluation.evaluate_checkpoint(toy_run, None, config)
     assert result["step"] == 20 and result.keys() >= KEYS
+    assert 0 < result["utilisation/blocks.0.mixer.qkv/used_fraction"] <= 1
     assert len(result["model_fingerprint"]) == len(result["data_fingerprint"]) == 64
     for name in KEYS:
         assert abs(result[name] / by_eights[name] - 1) < 1e-6, name
