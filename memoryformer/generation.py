@@ -231,7 +231,9 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
     after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
     if after > 0:
         rate = after / (times[-1] - times[decoding.LOOP - 1])
-        speed = f", {metrics.short_number(rate)} tokens/s after the first {decoding.LOOP}"
+        speed = (
+            f", {metrics.short_number(rate)} tokens/s after the first {decoding.LOOP}"
+        )
     print(
         f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}]", file=sys.stderr
     )

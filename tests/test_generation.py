@@ -135,12 +135,13 @@ def test_each_row_ends_by_itself():
 def test_prompt_files_and_the_command_line(tmp_path):
     """JSONL in any batch size; the same through the command; a REPL that ends.
 
-    Red when a prompt's seed depends on its batch, or a flag is lost.
+    Red when a prompt's seed depends on its batch, a flag is lost, or the time between
+    tokens that come together counts as a rate.
     """
     config, params = make(vocab_size=257)
     tokenizer = tokenizer_lib.byte_level()
     generator = generation.Generator(config, params)
-    sampling = generation.SamplingConfig(max_tokens=5, temperature=1.0, seed=3)
+    sampling = generation.SamplingConfig(max_tokens=20, temperature=1.0, seed=3)
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\nlonger than that\nx\n")
     rows = list(generation.complete_file(generator, tokenizer, str(lines), sampling))
@@ -163,7 +164,7 @@ def test_prompt_files_and_the_command_line(tmp_path):
 
     convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
     command = [sys.executable, "-m", "memoryformer.generation"]
-    command += [f"--export={tmp_path / 'export'}", "--max_tokens=5", "--seed=3"]
+    command += [f"--export={tmp_path / 'export'}", "--max_tokens=20", "--seed=3"]
     command += ["--temperature=1", "--top_p=0.95"]
 
     def run(*flags, **kwargs):
@@ -182,4 +183,8 @@ def test_prompt_files_and_the_command_line(tmp_path):
     assert [json.loads(line) for line in written] == rows
     typed = run("--repl", input="one\n\n")
     assert typed.stdout.startswith("one" + rows[0]["text"])
-    assert "tokens/s" in typed.stderr
+    assert (
+        "[20 tokens, " in typed.stderr and "tokens/s after the first 16" in typed.stderr
+    )
+    few = run("--prompt=one", "--max_tokens=5")  # all at once: no rate to speak of
+    assert "[5 tokens, ended by" in few.stderr
