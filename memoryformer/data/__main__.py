@@ -6,7 +6,13 @@
 
 `inspect` prints the manifest, counts, the most frequent tokens and the first training
 batch decoded segment by segment: what the model will really see. Without --config the
-default corpus is meant.
+default corpus is meant. Where documents come from is --config.data.source:
+
+    stdlib    the Python standard library's own sources
+    text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB
+    c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
+    tfds      a TFDS data set: --config.data.name=NAME
+    prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
 """
 
 import json
