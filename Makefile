@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow mutants golden golden-add golden-configs lint clean
+.PHONY: quickstart quickstart-dense test test-core test-slow test-peers mutants golden golden-add golden-configs lint clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -37,6 +37,11 @@ test-core: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
+
+# What compares with PyTorch, transformers and the lm-evaluation-harness.
+test-peers: $(VENV)/.peers
+	$(RUN) -m pytest tests/test_convert_gpt_neox.py tests/test_convert_released.py \
+	    tests/test_convert_export.py tests/test_tasks_harness.py
 
 # Every promise of reliability, and a mistake that its test must notice.
 mutants: $(VENV)/.dev
@@ -69,6 +74,10 @@ $(VENV)/.dev: requirements-dev.txt requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements-dev.txt
 	touch $(VENV)/.core $@
+
+$(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
+	$(PIP) -r requirements-peers.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
