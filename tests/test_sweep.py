@@ -1,10 +1,12 @@
 """Sweeps: what their points are, that they share what is compiled, how they end."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -228,6 +230,132 @@ def test_twelve_points_compile_once(folder, tmp_path):
     assert max(row.get("train/learning_rate", 0) for row in rows) <= 3e-3
 
 
+def start_run(folder, sweep, *arguments):
+    """Start `sweep run` as a process of its own."""
+    command = [sys.executable, "-m", "memoryformer.sweep", f"--config={sweep.config}"]
+    command += [
+        f"--sweep={','.join(sweep.names)}",
+        f"--root={sweep.directory.parents[1]}",
+    ]
+    command += [f"--config.{key}={value}" for key, value in sweep.base.items()]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command += [*arguments, "run"]
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_free(path):
+    """Whether no process holds the lock."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_killed_run_leaves_no_process_behind(folder, tmp_path):
+    """After SIGKILL of the sweep its process saves and ends by itself, without a word on the
+    terminal; the same command then goes on from there, and nothing has failed.
+
+    Mutations: `end_with` not started; `BrokenPipeError` not caught (a traceback).
+    """
+    endless = {"train.num_steps": 20_000, "eval.every_steps": 0}
+    endless |= {"checkpoint.every_steps": 0, "train.log_every": 50}
+    sweep = expand(folder, "same_rates", root=tmp_path, **endless)
+    [point] = sweep.points
+    first = start_run(folder, sweep)
+    wait_for(lambda: files.state(point).step or first.poll() is not None)
+    first.kill()
+    out = first.communicate(timeout=60)[0]  # until the worker, too, has closed its end
+    assert re.search("started as process [0-9]+\n$", out), out
+    assert is_free(point.workdir / "lock")
+    saved = max(int(p.name) for p in (point.workdir / "checkpoints").glob("[0-9]*"))
+    assert files.state(point).name == "partial" and saved >= files.state(point).step
+    second = start_run(folder, sweep)
+    wait_for(lambda: files.state(point).step > saved or second.poll() is not None)
+    second.send_signal(signal.SIGTERM)
+    out = second.communicate(timeout=60)[0]
+    assert second.returncode == 42 and "failed" not in out, out
+    steps = [row["step"] for row in metrics.read(point.workdir)]
+    assert steps == sorted(set(steps))
+
+
+# Answers the first request for point 1 as a worker does that finds the point locked.
+BUSY_WORKER = """
+import json, pathlib, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    folder = pathlib.Path(request["workdir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tries = folder / "tries"
+    tried = tries.exists()
+    with tries.open("a") as file:
+        file.write("x")
+    locked = not tried and request["index"] == 1
+    code, error = (-1, "another process trains it") if locked else (0, "")
+    reply = {"index": request["index"], "code": code, "error": error}
+    print(json.dumps(reply | {"compilations": 0, "seconds": 0.0}), flush=True)
+"""
+
+
+def test_locked_points_are_tried_again(folder, tmp_path, monkeypatch):
+    """A point that another process has comes last, and is not failed; if that one has
+    trained it to the end meanwhile, it is left alone.
+
+    Mutations: no `elif code == LOCKED`; locked points not put last; `_leave_out_done` away.
+    """
+    monkeypatch.setattr(worker, "LOCK_SECONDS", 0.3)
+    [point, *_] = expand(folder, "rate", root=tmp_path / "a").points
+    point.workdir.mkdir(parents=True)
+    with (point.workdir / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert train(point) == (worker.LOCKED, "another process trains it")
+    assert worker.LOCKED == -1 and outcome.read(point.workdir) is None
+
+    command = [sys.executable, "-c", BUSY_WORKER]
+    monkeypatch.setattr(runner, "WORKER", command)
+    sweep = expand(folder, "rate", root=tmp_path / "b")
+    stream = io.StringIO()
+    assert runner.run(sweep, stream=stream) == 0
+    out = stream.getvalue()
+    assert out.count("done (") == 4 and "failed" not in out
+    assert (
+        out.index("[2/4]") < out.index("it is tried again later") < out.index("[3/4]")
+    )
+    assert out.splitlines()[-1].startswith("[2/4]")
+    assert (sweep.points[1].workdir / "tries").read_text() == "xx"
+
+    sweep = expand(folder, "rate", root=tmp_path / "c")
+    sweep.points[1].workdir.mkdir(parents=True)
+
+    class Other(io.StringIO):
+        """Ends point 1, as another process would, when it was found locked."""
+
+        def write(self, text):
+            if "tried again" in text:
+                path = sweep.points[1].workdir / outcome.FILE
+                path.write_text('{"state": "done"}')
+            return super().write(text)
+
+    stream = Other()
+    assert runner.run(sweep, stream=stream) == 0
+    assert "done by another process" in stream.getvalue()
+    assert (sweep.points[1].workdir / "tries").read_text() == "x"
+
+
 def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
     """A sweep that is stopped half-way says 42 and goes on where it was; a third run has
     nothing to do; results are those of points trained alone.
@@ -235,23 +363,8 @@ def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
     Mutations: `files.state` says 'new' for all; code 42 listed as a failure.
     """
     slow = {"train.num_steps": 60, "eval.every_steps": 0}
-    arguments = [f"--config={folder / 'toy_config.py'}", "--sweep=seed"]
-    arguments += [f"--root={tmp_path}", "--parallel=2"]
-    arguments += [f"--config.{key}={value}" for key, value in slow.items()]
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def start(word):
-        command = [sys.executable, "-m", "memoryformer.sweep", *arguments, word]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, text=True, **pipes)
-
     sweep = expand(folder, "seed", root=tmp_path, **slow)
-    first = start("run")
+    first = start_run(folder, sweep, "--parallel=2")
     while first.poll() is None and not any(
         files.state(point).step for point in sweep.points
     ):
@@ -261,7 +374,7 @@ def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
     assert first.returncode == 42, out
     assert "run the same command to go on" in out
     assert any(files.state(point).name == "partial" for point in sweep.points)
-    second = start("run")
+    second = start_run(folder, sweep, "--parallel=2")
     assert "done (" in second.communicate(timeout=240)[0]
     assert second.returncode == 0
     assert [files.state(point).name for point in sweep.points] == ["done"] * 3

@@ -16,9 +16,11 @@ from memoryformer import drift, experiment, metrics, trainer
 from memoryformer.errors import ConfigError, Preempted
 from memoryformer.sweep import files
 from memoryformer.sweep.points import Point, Sweep
+from memoryformer.sweep.worker import LOCKED
 
 WORKER = (sys.executable, "-m", "memoryformer.sweep.worker")
 RESTARTED = (43,)  # exit codes after which a point is started again, once
+STOPPED = (42, -signal.SIGTERM, -signal.SIGKILL)  # what follows if we ask for it
 
 
 def run(
@@ -33,7 +35,8 @@ def run(
     Points that are done are skipped, partial ones resumed, failed ones listed (with
     `retry_failed`, resumed too). `parallel` processes share the cores of the machine, and
     GPUs, if CUDA_VISIBLE_DEVICES names them; points that differ in traced inputs only are
-    trained by one process as far as possible. Raises `Preempted` after SIGTERM or SIGINT,
+    trained by one process as far as possible. A point that another process trains is tried
+    again until it is free. Raises `Preempted` after SIGTERM or SIGINT,
     when all processes have saved.
     """
     if parallel < 1:
@@ -60,7 +63,7 @@ class _Worker:
         self.point: Point | None = None
         self.program: Any = None  # of the last point
         self.process = subprocess.Popen(
-            [*WORKER, *arguments],
+            [*WORKER, f"--parent={os.getpid()}", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -88,6 +91,7 @@ class _Runner:
         self.environments = _shares(sweep.directory.parent / "jax_cache", parallel)
         self.workers: dict[int, _Worker] = {}  # by slot
         self.retried: set[int] = set()
+        self.locked: set[int] = set()  # points that another process has or had
         self.stopping = ""
 
     def run(self) -> int:
@@ -124,6 +128,7 @@ class _Runner:
 
     def _fill(self, selector):
         """Give every free slot a point, or let its process end."""
+        self._leave_out_done()
         for slot in range(self.parallel):
             worker = self.workers.get(slot)
             if worker and worker.point:
@@ -137,19 +142,29 @@ class _Runner:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, slot)
             point = self._choose(worker)
             self.pending.remove(point)
-            self.table.event(point, f"started as process {worker.process.pid}")
+            if point.index not in self.locked:
+                self.table.event(point, f"started as process {worker.process.pid}")
             worker.give(point)
+
+    def _leave_out_done(self):
+        """Drop what another process had, and has trained to the end."""
+        for point in [p for p in self.pending if p.index in self.locked]:
+            if files.state(point).name == "done":
+                self.pending.remove(point)
+                self.table.event(point, "done by another process")
 
     def _choose(self, worker):
         """A point of the program that the worker has compiled, else of no one else's."""
-        programs = [trainer.program(point.run) for point in self.pending]
+        pending = [p for p in self.pending if p.index not in self.locked]
+        pending = pending or self.pending
+        programs = [trainer.program(point.run) for point in pending]
         others = [w.program for w in self.workers.values() if w.point]
         for wanted in (
             lambda p: p == worker.program,
             lambda p: p not in others,
             lambda p: True,
         ):
-            for point, program in zip(self.pending, programs, strict=True):
+            for point, program in zip(pending, programs, strict=True):
                 if wanted(program):
                     return point
         raise AssertionError("there is a pending point")
@@ -173,9 +188,15 @@ class _Runner:
     def _ended(self, point, code, error, facts):
         if code == 0:
             self.table.event(point, f"done ({facts})")
-        elif code == 42:
+        elif code == 42 or (self.stopping and code in STOPPED):
             self.pending.append(point)
-            self.table.event(point, "stopped, state saved")
+            saved = ", state saved" if code == 42 else ""
+            self.table.event(point, f"stopped{saved}")
+        elif code == LOCKED:
+            self.pending.append(point)
+            if point.index not in self.locked:
+                self.table.event(point, f"{error}; it is tried again later")
+            self.locked.add(point.index)
         elif code in RESTARTED and point.index not in self.retried:
             self.retried.add(point.index)
             self.pending.append(point)

@@ -2,7 +2,8 @@
 
 Reads a JSON line {"index", "config", "workdir"} for each from standard input, and answers
 each with one {"index", "code", "error", "compilations", "seconds"} on standard output.
-What a point prints goes to log.txt in its workdir. Start at `serve`.
+What a point prints goes to log.txt in its workdir. When the process that asks is gone, killed
+perhaps, this one saves and ends too. Start at `serve`.
 """
 
 import argparse
@@ -11,13 +12,17 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
-LOCK_SECONDS = 60.0  # what a worker that was told to stop may take to save
+LOCK_SECONDS = 10.0  # to wait for a worker that was told to stop and saves
+LOCKED = -1  # in the place of an exit code: another process trains the point
+PARENT_SECONDS = 1.0  # between looks at whether the parent is there
 
 
 def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -> None:
@@ -56,13 +61,15 @@ def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -
 def train(
     config: dict[str, Any], workdir: str, compiled: dict[Any, Any]
 ) -> tuple[int, str]:
-    """Train one point; return its exit code and, unless that is 0, what went wrong."""
+    """Train one point; return its exit code, or `LOCKED`, and what went wrong, if not 0."""
     from memoryformer import errors, trainer
 
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _log(folder / "log.txt"), _only_one(folder / "lock"):
+        with _log(folder / "log.txt"), _only_one(folder / "lock") as ours:
+            if not ours:
+                return LOCKED, "another process trains it"
             try:
                 trainer.train(config, folder, compiled=compiled)
             except errors.MemoryFormerError as error:
@@ -95,31 +102,47 @@ def _log(path: pathlib.Path):
 
 @contextlib.contextmanager
 def _only_one(path: pathlib.Path):
-    """Wait until no other process trains in this directory: one that is being stopped."""
+    """Yield whether no other process trains in this directory; wait for one that stops."""
     deadline = time.monotonic() + LOCK_SECONDS
     with path.open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                yield False
+            else:
+                yield True
+            return
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM, save and leave, as soon as `parent` is not its parent."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
     """Take a share of the processor's cores, then serve."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cores", default="")
-    cores = parser.parse_args().cores
-    if cores:
+    parser.add_argument("--parent", type=int, required=True)  # may be gone by now
+    arguments = parser.parse_args()
+    if arguments.cores:
         # Before jax starts its threads: one for each core that it may use.
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+        cores = {int(core) for core in arguments.cores.split(",")}
+        os.sched_setaffinity(0, cores)
+    threading.Thread(target=end_with, args=(arguments.parent,), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing but replies may go there
-    serve(sys.stdin, replies)
+    try:
+        serve(sys.stdin, replies)
+    except BrokenPipeError:
+        # Nobody is there to be told; the point is saved. Python's own exit would try again.
+        os._exit(42)
 
 
 if __name__ == "__main__":
