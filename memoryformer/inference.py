@@ -44,8 +44,10 @@ def prepare(
 ) -> Params:
     """Store tables, head and dense kernels as `kinds` says; the rest stays as it is.
 
-    Leaves are converted one after the other; what is packed already is kept.
+    Leaves are converted one after the other; what is packed already is kept. Raises
+    `ConfigError` for a head that is the embedding.
     """
+    _check_head(model_config, kinds)
 
     def store(role, leaf):
         return jax.tree.map(packed.in_huge_pages, _pack(role, leaf, kinds))
@@ -57,6 +59,7 @@ def round_weights(
     model_config: model.ModelConfig, params: Params, kinds: WeightKinds
 ) -> Params:
     """Return float32 parameters with the values that `prepare` would store."""
+    _check_head(model_config, kinds)
 
     def rounded(role, leaf):
         weights = _pack(role, leaf, kinds)
@@ -109,6 +112,14 @@ def altered(
         params = round_weights(model_config, params, kinds)
         changed = changed | {"weights": dataclasses.asdict(kinds)}
     return params, changed
+
+
+def _check_head(model_config, kinds):
+    if model_config.tie_embeddings and kinds.head != "float32":
+        raise ConfigError(
+            f"--head={kinds.head}: with model.tie_embeddings=True the head is the embedding, "
+            "which stays as it is; leave --head=float32."
+        )
 
 
 def _pack(role, leaf, kinds):

@@ -80,6 +80,16 @@ def test_what_cannot_be_stored_is_refused():
         inference.prune(toy.model_config("dense"), {}, 0.0)
 
 
+@pytest.mark.parametrize("function", [inference.prepare, inference.round_weights])
+def test_a_head_that_is_the_embedding_is_not_said_to_be_narrow(function):
+    """Red if --head does nothing where embeddings are tied."""
+    config = toy.model_config(tie_embeddings=True)
+    params = model.init(config)
+    with pytest.raises(errors.ConfigError, match="--head=int8: with model.tie_embed"):
+        function(config, params, inference.WeightKinds(head="int8"))
+    function(config, params, inference.WeightKinds(tables="int8"))
+
+
 def test_int8_tables_cost_next_to_nothing(tmp_path):
     """A trained toy: the loss moves by less than 0.002 nats, and says what it is of. Red if
     one scale serves all rows of a layer, or the weights are not rounded at all."""
