@@ -20,7 +20,7 @@ from memoryformer.sweep.worker import LOCKED
 
 WORKER = (sys.executable, "-m", "memoryformer.sweep.worker")
 RESTARTED = (43,)  # exit codes after which a point is started again, once
-STOPPED = (42, -signal.SIGTERM, -signal.SIGKILL)  # what follows if we ask for it
+STOPPED = (-signal.SIGTERM, -signal.SIGKILL)  # of a process that had nothing to save
 
 
 def run(
