@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import drift, experiment
+from memoryformer import drift, experiment, outcome
 from memoryformer.errors import DataError
 from memoryformer.report import page, studies, svg
-from memoryformer.sweep import files, points
+from memoryformer.sweep import files, points, tables
 
 SWEEPS = """
 
@@ -163,6 +163,55 @@ def test_runs_without_a_sweep_are_grouped_by_config(tmp_path):
         studies.load([tmp_path / "empty"])
     with pytest.raises(DataError, match="there is no such directory"):
         studies.load([tmp_path / "nowhere"])
+
+
+ENDS = {
+    "done": {"state": "done"},
+    "failed": {"state": "failed", "exit_code": 44, "error": "nan"},
+}
+
+
+def test_only_done_runs_count(tmp_path):
+    """Two seeds are done, at 1.9 and 2.1; a third is at step 10, at 3.0; a fourth has failed
+    before its first validation. Table, headline and curve are of the two, as in `collect`;
+    the others are named. While nothing has ended, all stand in.
+
+    Mutations: `counted` returns all; `headline` looks at all runs.
+    """
+    path = toy.config_file(tmp_path)
+    path.write_text(path.read_text() + SWEEPS)
+    made = points.expand(str(path), ["seed"], tmp_path / "runs")
+    ends = ["done", "done", "", "failed"]
+    for point, offset in zip(made.points, [0.9, 1.1, 1.0, 5.0], strict=False):
+        write_run(point.workdir, point.run, offset)
+    files.write_manifest(made)
+    for point, last in zip(made.points[2:], (10, 5), strict=False):
+        kept = [r for r in files.read_rows(point.workdir) if r["step"] <= last]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        (point.workdir / "metrics.jsonl").write_text(text)
+    [study] = studies.load([made.directory])
+    assert study.headline == studies.LOSS and study.provisional
+    assert "No run has ended" in page.render([study])
+
+    for point, end in zip(made.points, ends, strict=False):
+        if end:
+            (point.workdir / outcome.FILE).write_text(json.dumps(ENDS[end]))
+    [study] = studies.load([made.directory])
+    assert study.headline == studies.BITS
+    [summary] = study.summaries(studies.BITS)
+    assert (summary.count, summary.mean) == (2, pytest.approx(2.0))
+    assert summary.deviation == pytest.approx(0.2 / 2**0.5)
+    assert "| base | 2 | 2.0000 ± 0.14 | baseline | |" in tables.collect(made)
+    text = page.render([study])
+    assert cells(text)[1][1:3] == ["2", "2.0000 ± 0.14"]
+    label = next(iter(study.variants))
+    listed = (
+        f"{label}, seed 2 (partial, step 10 of 20); {label}, seed 3 (failed, step 5"
+    )
+    assert f"Not done, and in no mean: {listed} of 20)." in text
+    [runs] = study.drawn.values()
+    one = page.band("a", runs, studies.BITS, "steps", marks=True)
+    np.testing.assert_allclose([one.x[-1], one.mean[-1]], [20, 2.0])
 
 
 def test_charts_draw_what_they_are_given():

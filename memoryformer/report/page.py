@@ -86,7 +86,8 @@ def _results(study: Study, metric: str) -> str:
     pooled = tables.pooled_deviation(summaries)
     rows = []
     for summary in summaries:
-        run = study.variants[summary.variant][0]
+        runs = study.counted(study.variants[summary.variant])
+        run = next(run for run in runs if run.last(metric) is not None)
         apart = tables.difference(summary, summaries[0], pooled)
         against, verdict = "", "baseline"
         if summary is not summaries[0]:
@@ -113,12 +114,32 @@ def _results(study: Study, metric: str) -> str:
             f'<p class="note">Noise floor: {pooled:.2g}, the standard deviation over seeds '
             f"pooled over variants ({degrees} degrees of freedom).</p>"
         )
-    return _table(header, rows) + floor
+    return (_table(header, rows) if rows else "") + floor + _not_done(study)
+
+
+def _not_done(study: Study) -> str:
+    """Which runs are in no mean; or that none has ended."""
+    if study.provisional:
+        return '<p class="note">No run has ended: all values are provisional.</p>'
+    names = [
+        f"{label}, seed {run.seed} ({run.state}, step {_step(run)})"
+        for label, runs in study.variants.items()
+        for run in runs
+        if run.state != "done"
+    ]
+    if not names:
+        return ""
+    listed = _text("; ".join(names))
+    return f'<p class="note">Not done, and in no mean: {listed}.</p>'
+
+
+def _step(run: Run) -> str:
+    return f"{run.rows[-1]['step']} of {run.config.get('train.num_steps', '?')}"
 
 
 def _curves(study: Study, metric: str, against: str) -> str:
     found, ends = [], []
-    for label, runs in study.variants.items():
+    for label, runs in study.drawn.items():
         one = band(label, runs, metric, against, marks=metric != LOSS)
         found.append(one)
         ends += [one.x[-1]] if len(one.x) else []
@@ -136,7 +157,7 @@ def band(
 ) -> svg.Series:
     """Return mean and range over the seeds, where all of them have a value.
 
-    A run that is behind ends its seeds' line: a mean of fewer would jump.
+    A run that is behind (none is done) ends its seeds' line: a mean of fewer would jump.
     """
     series = [run.series(metric, against) for run in runs]
     series = [(x, y) for x, y in series if len(x)]
@@ -163,7 +184,7 @@ def _smooth(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _throughput(study: Study) -> str:
     names, values = [], []
-    for label, runs in study.variants.items():
+    for label, runs in study.drawn.items():
         speeds = [speed for speed in (run.last(SPEED) for run in runs) if speed]
         if speeds:
             names.append(label)
@@ -176,7 +197,7 @@ def _throughput(study: Study) -> str:
 
 def _utilisation(study: Study) -> str:
     rows = []
-    for label, runs in study.variants.items():
+    for label, runs in study.drawn.items():
         layers = sorted(
             {
                 name.split("/")[1]
@@ -227,11 +248,11 @@ def _runs(study: Study) -> str:
     for label, runs in study.variants.items():
         for run in runs:
             values = (run.last(study.headline), run.last(LOSS), run.last(SPEED))
-            step = f"{run.rows[-1]['step']} of {run.config.get('train.num_steps', '?')}"
             shown = ["" if v is None else tables.number(v) for v in values]
-            rows.append((label, run.seed, step, *shown, str(run.workdir)))
+            facts = (label, run.seed, run.state, _step(run))
+            rows.append((*facts, *shown, str(run.workdir)))
     names = (NAMES[study.headline], NAMES[LOSS], NAMES[SPEED])
-    header = ("variant", "seed", "step", *names, "directory")
+    header = ("variant", "seed", "state", "step", *names, "directory")
     body = _table(header, rows)
     return f"<details><summary>All {len(rows)} runs</summary>{body}</details>"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from memoryformer import accounting, drift
+from memoryformer import accounting, drift, outcome
 from memoryformer import config as config_lib
 from memoryformer.errors import DataError
 from memoryformer.sweep import files, points, tables
@@ -30,6 +30,7 @@ class Run:
     config: Mapping[str, Any]  # flat, as JSON has it
     rows: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
     label: str = ""  # what a sweep calls it
+    state: str = "partial"  # 'done', 'failed' or 'partial'; see `outcome`
 
     @property
     def seed(self) -> int:
@@ -103,10 +104,25 @@ class Study:
             named[label] = runs
         return named
 
+    @property
+    def provisional(self) -> bool:
+        """Whether no run has ended, so that all there are stand in for results."""
+        return all(run.state == "partial" for run in self.runs)
+
+    def counted(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs that results are of: those that are done."""
+        return [run for run in runs if self.provisional or run.state == "done"]
+
+    @property
+    def drawn(self) -> dict[str, list[Run]]:
+        """The variants as counted; those of which nothing is done as far as they are."""
+        return {k: self.counted(runs) or runs for k, runs in self.variants.items()}
+
     def summaries(self, metric: str) -> list[tables.Summary]:
         """Mean and spread of a metric's last values, of the variants that have it."""
         found = []
-        for label, runs in self.variants.items():
+        for label, variant in self.variants.items():
+            runs = self.counted(variant)
             values = [v for v in (run.last(metric) for run in runs) if v is not None]
             if values:
                 found.append(tables.summarise(label, values))
@@ -114,9 +130,10 @@ class Study:
 
     @property
     def headline(self) -> str:
-        """The metric to compare: bits per byte where all have it, else a loss."""
+        """The metric to compare: bits per byte where all that count have it, else a loss."""
+        runs = self.counted(self.runs) or self.runs
         for metric in (BITS, VALIDATION, LOSS):
-            if all(run.last(metric) is not None for run in self.runs):
+            if all(run.last(metric) is not None for run in runs):
                 return metric
         return BITS
 
@@ -174,4 +191,6 @@ def _run(workdir: pathlib.Path, label: str = "") -> Run | None:
     if not path.exists() or not rows:
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
-    return Run(workdir, config_lib.flatten(drift.plain(config)), rows, label)
+    ended = outcome.read(workdir) or {"state": "partial"}
+    flat = config_lib.flatten(drift.plain(config))
+    return Run(workdir, flat, rows, label, ended["state"])
