@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from memoryformer import convert, errors, generation, model
+from memoryformer import convert, decoding, errors, generation, model
 from memoryformer.data import tokenizer as tokenizer_lib
 
 PROMPTS = [[5, 1, 7], [2], [3, 4, 8, 1, 0]]
@@ -68,6 +68,44 @@ def test_rows_together_are_rows_alone(mixer):
         *generator.stream_batch([PROMPTS[0]] * 2, sampling), strict=True
     )
     assert first != second
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.95, 1.0])
+def test_nucleus_is_that_of_a_full_sort(top_p):
+    """Flat, peaked, tied and impossible logits: the tokens that come before the mass is held.
+
+    Mutation: `bits >= middle` counts a token's own mass, and drops the last of the nucleus.
+    """
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 3001)).astype(np.float32)
+    logits *= np.array([[0.01], [1], [3], [20], [1], [0]], np.float32)
+    logits[4] = np.round(logits[4])  # ties stay together
+    logits[2, ::7] = -np.inf
+    got = np.asarray(jax.jit(decoding.in_nucleus)(logits, top_p))
+    exact = np.exp(logits.astype(np.float64))
+    exact /= exact.sum(axis=-1, keepdims=True)
+    for row, mass, inside in zip(logits, exact, got, strict=True):
+        ordered = np.sort(row)[::-1]
+        before = np.cumsum(np.sort(mass)[::-1]) - np.sort(mass)[::-1]
+        # Sums in float32 may place the border between two tokens of nearly this mass.
+        for share, least in ((top_p - 1e-5, True), (top_p + 1e-5, False)):
+            want = row >= ordered[max((before < share).sum() - 1, 0)]
+            assert not np.any(want & ~inside if least else inside & ~want)
+
+
+def test_samples_have_the_nucleus_distribution():
+    """20,000 draws at temperature 0.5 and top_p 0.9 against softmax over the nucleus.
+
+    Mutation: logits that are not divided by the temperature.
+    """
+    logits = np.array([2.0, -1.0, 1.0, 0.5, 1.5, -2.0], np.float32)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draw = jax.jit(jax.vmap(decoding.choose, (None, 0, None, None)))
+    counts = np.bincount(
+        np.asarray(draw(logits[None], keys, 0.5, 0.9))[:, 0], minlength=6
+    )
+    mass = np.exp(logits / 0.5) * [1, 0, 1, 0, 1, 0]  # 0.64, 0.24, 0.09: the first 0.9
+    np.testing.assert_allclose(counts / 20_000, mass / mass.sum(), atol=0.015)
 
 
 def test_impossible_prompts_are_refused():
