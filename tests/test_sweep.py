@@ -19,7 +19,7 @@ import toy
 
 from memoryformer import drift, experiment, metrics, outcome
 from memoryformer.errors import ConfigError, NumericError, Preempted
-from memoryformer.sweep import commands, files, points, runner, tables, worker
+from memoryformer.sweep import best, commands, files, points, runner, tables, worker
 
 ROOT = pathlib.Path(__file__).parents[1]
 SWEEPS = '''
@@ -39,6 +39,13 @@ def sweep_same_rates():
 def sweep_width(projection):
     for width in (16, 32):
         yield {"label": f"{projection}{width}", "model.embed_dim": width}
+
+def sweep_sides():
+    for score in ("softmax", "l1_softmax"):
+        for rate in (1e-3, 2e-3, 4e-3):
+            label = f"{score}, lr={rate:g}"
+            fields = {"model.score": score, "optimizer.learning_rate": rate}
+            yield {"label": label, **fields}
 
 def sweep_twins():
     yield {"model.code_bits": 4}
@@ -460,6 +467,46 @@ def test_collect(folder, tmp_path):
     assert "| +0.6 ±" in turned and "| higher |" in turned
     with pytest.raises(ConfigError, match="known: memory16, memory32"):
         tables.collect(sweep, "memory64")
+
+
+def test_each_side_at_its_own_best(folder, tmp_path, capsys):
+    """By hand: softmax is best between the rates, at 2.1 ± 0.1; l1_softmax at the lowest, at
+    2.0 ± 0.2, since the rate with a seed that diverged does not count, good as the others
+    are. Floor sqrt((0.1^2 + 0.2^2) / 2) = 0.158, error 0.158 sqrt(2/3) = 0.129.
+
+    Mutations: a rate counts when one seed is done; the floor pooled over all rates; failed
+    rates left out of those tried.
+    """
+    sweep = expand(folder, "sides", "seed", root=tmp_path)
+    softmax = [2.5, 2.6, 2.7, 2.0, 2.1, 2.2, 3.0, 4.0, 5.0]
+    fake_results(sweep, [*softmax, 1.8, 2.0, 2.2, 2.3, 2.4, 2.5, 1.0, 1.0, 9.0])
+    diverged = sweep.points[17].workdir / "outcome.json"
+    diverged.write_text('{"state": "failed", "exit_code": 44, "error": "nan"}')
+    commands.collect(sweep, commands.Options())
+    *_, header, _, first, second, _, floor, left = capsys.readouterr().out.splitlines()
+    assert header.startswith("| val/bits_per_byte at the best learning_rate | learning")
+    assert first == "| softmax | 0.002 | 3 | 2.1000 ± 0.1 | baseline | |"
+    edge = "| l1_softmax | 0.001 (lowest tried) | 3 | 2.0000 ± 0.2 "
+    assert second == edge + "| -0.1 ± 0.13 | within noise |"
+    assert floor.endswith("over these rows): 0.16")
+    assert left == "left out, as not all seeds are done: l1_softmax at 0.004"
+    turned = best.table(sweep, "optimizer.learning_rate", "l1_softmax, lr=0.002")
+    assert turned[2].endswith("| +0.1 ± 0.13 | within noise |")
+    highest = sweep.points[8].workdir / "outcome.json"  # of softmax
+    highest.write_text('{"state": "failed", "exit_code": 44, "error": "nan"}')
+    assert "| 0.002 |" in best.table(sweep)[2]
+    highest.unlink()
+    assert "| 0.002 (highest tried) |" in best.table(sweep)[2]
+    diverged.write_text('{"state": "done"}')
+    assert "| l1_softmax | 0.001 (lowest tried)" in best.table(sweep)[3]
+    assert not best.table(expand(folder, "seed", root=tmp_path))
+    for field in ("model.code_bits", "optimizer.lerning_rate"):
+        with pytest.raises(
+            ConfigError, match="no side has several of it; the sweep sets"
+        ):
+            best.table(sweep, field)
+    with pytest.raises(ConfigError, match="its values are no numbers"):
+        best.table(sweep, "model.score")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ names a point, and is no override. `metrics()` may name the columns to tabulate.
     ... print      one shell command per point (--index=N: of that point)
     ... run        train all here, --parallel=N at a time; go on where it was left
     ... status     what is done, under way, failed or missing; reads files only
-    ... collect    a table with mean and s.d. over seeds, and points.csv; reads files only
+    ... collect    a table with mean and s.d. over seeds, one of each side at its own best
+                   learning rate (--best_over=FIELD), and points.csv; reads files only
 
 A point lives in ROOT/CONFIG/SWEEP/SLUG-HASH, HASH being that of its resolved config.
 Modules: `points` (what there is), `commands` (the words above), `runner` and `worker`
-(processes), `tables` (files to text).
+(processes), `tables` and `best` (files to text).
 """

@@ -35,4 +35,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("parallel", 1, "run: processes at a time.", lower_bound=1)
     flags.DEFINE_bool("retry_failed", False, "run: points that failed, too.")
     flags.DEFINE_string("baseline", "", "collect: variant to compare with.")
+    flags.DEFINE_string(
+        "best_over",
+        "",
+        "collect: field that each side has its own best of; '' = the learning rate.",
+    )
     errors.run_main(main)

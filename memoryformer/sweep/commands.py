@@ -10,7 +10,7 @@ import jax
 from memoryformer import abstract, accounting, metrics, trainer
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.sweep import files, points, runner, tables
+from memoryformer.sweep import best, files, points, runner, tables
 from memoryformer.sweep.points import Point, Sweep
 
 
@@ -23,6 +23,7 @@ class Options:
     parallel: int = 1  # run: processes
     retry_failed: bool = False  # run: failed points too
     baseline: str = ""  # collect: a variant; '' = the first
+    best_over: str = ""  # collect: a field; '' = the learning rate, where it varies
 
 
 def show(sweep: Sweep, unused_options: Options) -> int:
@@ -125,8 +126,10 @@ def status(sweep: Sweep, unused_options: Options) -> int:
 
 
 def collect(sweep: Sweep, options: Options) -> int:
-    """Write points.csv and print the tables by variant."""
+    """Write points.csv and print the tables by variant, and by side at its best."""
     print(tables.collect(sweep, options.baseline))
+    if lines := best.table(sweep, options.best_over, options.baseline):
+        print("", *lines, sep="\n")
     return 0
 
 

@@ -131,16 +131,19 @@ def variant_table(
         "|---|---|---|---|---|",
     ]
     for summary in summaries:
-        apart = difference(summary, base, pooled)
-        against = "baseline | |"
-        if summary is not base:
-            against = f"{apart.value:+.4g} ± {apart.error:.2g} | {apart.verdict} |"
-        lines.append(
-            f"| {summary.variant} | {summary.count} | "
-            f"{number(summary.mean)} ± {summary.deviation:.2g} | {against}"
-        )
+        lines.append(f"| {summary.variant} | {cells(summary, base, pooled)}")
     lines.append(f"\nnoise floor (s.d. over seeds, pooled): {pooled:.2g}")
     return lines
+
+
+def cells(summary: Summary, base: Summary, pooled: float) -> str:
+    """Return 'seeds | mean ± s.d. | difference ± s.e. | verdict |'."""
+    apart = difference(summary, base, pooled)
+    against = "baseline | |"
+    if summary is not base:
+        against = f"{apart.value:+.4g} ± {apart.error:.2g} | {apart.verdict} |"
+    mean = f"{number(summary.mean)} ± {summary.deviation:.2g}"
+    return f"{summary.count} | {mean} | {against}"
 
 
 def write_csv(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
