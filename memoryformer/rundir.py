@@ -24,12 +24,17 @@ LOCK = "train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+class OccupiedError(StorageError):
+    """Another process trains in the directory."""
+
+
 @contextlib.contextmanager
 def only_one(workdir: str | os.PathLike, patience: float = 0.0) -> Iterator[None]:
     """Keep other runs out of `workdir`, made if need be; process 0 alone does.
 
-    The lock ends with the process, however that ends. Raises `StorageError` if another
-    process still holds it after `patience` seconds, or if nothing can be written there.
+    The lock ends with the process, however that ends. Raises `OccupiedError` if another
+    process still holds it after `patience` seconds, `StorageError` if nothing can be
+    written there.
     """
     if not processes.is_chief():
         yield
@@ -81,7 +86,7 @@ def _lock(file: TextIO, workdir: pathlib.Path, deadline: float) -> None:
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
                 file.seek(0)
-                raise StorageError(
+                raise OccupiedError(
                     f"--workdir={workdir}: process {file.read().strip()} trains there; "
                     "wait until it has ended, stop it, or name another directory."
                 ) from error

@@ -19,8 +19,6 @@ from memoryformer import checkpoint as checkpoint_lib
 from memoryformer import (
     compilation,
     data,
-    degradation,
-    diagnostics,
     drift,
     evaluation,
     experiment,
@@ -40,8 +38,6 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError, Preempted
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-
-UTILISATION_BATCHES = 4  # of validation text, at every evaluation
 
 
 class TrainState(NamedTuple):
@@ -95,7 +91,7 @@ def train(
         striped = mixers.takes_any_order(run.model)
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = _check_fit(run, sharding)
-        dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+        dataset = data.open(run.data, run.model.vocab_size, stop=lambda: bool(stop))
         processes.agree("the config", drift.shared(experiment.as_dict(run)))
         processes.agree("the data", dataset.fingerprint)
         with (
@@ -395,12 +391,13 @@ class _Loop:
             self.watch.enter("evaluation", step)
             return self.stop()
 
+        batches = self.dataset.validation.eval_batches(
+            run.model.seq_len, run.eval.batch_size
+        )
         values = evaluation.evaluate(
             self.eval_step,
             params,
-            self.dataset.validation.eval_batches(
-                run.model.seq_len, run.eval.batch_size
-            ),
+            batches,
             self.dataset.tokenizer.token_bytes,
             self.sharding,
             num_batches=run.eval.num_batches,
@@ -408,33 +405,10 @@ class _Loop:
         )
         if values is None:  # asked to stop: the next run makes up for it
             return {}
-        values |= self._utilisation(params) | self._degradation(params)
+        values |= evaluation.memories(run.model, params, batches, self.sharding)
         writer.write(step, values)
         self.progress.note(
             f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "
             f"{values['val/bits_per_byte']:.4f} bits per byte"
         )
         return values
-
-    def _utilisation(self, params):
-        """How evenly the tables are read, over a few batches of validation text."""
-        model = self.config.model
-        if model.projection != "memory":
-            return {}
-        few = self._few_batches()
-        counts = diagnostics.collect(model, params, few, self.sharding)
-        return diagnostics.summary(counts)
-
-    def _degradation(self, params):
-        """How alike the slots of a mixer's memory are, over the same batches."""
-        model = self.config.model
-        if not degradation.measures(model):
-            return {}
-        return degradation.collect(model, params, self._few_batches(), self.sharding)
-
-    def _few_batches(self):
-        run = self.config
-        batches = self.dataset.validation.eval_batches(
-            run.model.seq_len, run.eval.batch_size
-        )
-        return (batches[i] for i in range(min(len(batches), UTILISATION_BATCHES)))

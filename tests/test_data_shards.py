@@ -16,7 +16,7 @@ import pytest
 
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import shards
+from memoryformer.data import progress, shards
 from tests import data_helpers
 
 PREPARE = (
@@ -186,6 +186,31 @@ def test_a_killed_preparation_leaves_no_data_set(tmp_path, moment):
     manifest_lib.read(directory, verify=True)
 
 
+@pytest.mark.parametrize("moment", ["records", "tokenizer.json"])
+def test_a_preparation_that_is_asked_to_stop_keeps_nothing(tmp_path, moment):
+    """As it reads and as it tokenises; asked again, it prepares.
+
+    Mutations: `Progress.check` never asks; `_prepare_into` without its finally.
+    """
+    config = data_helpers.config(tmp_path, data_helpers.texts(40), tokenizer="bpe:300")
+    root = tmp_path / "cache"
+    with pytest.raises(errors.Preempted, match="while preparing text: nothing of it"):
+        data.open(config, stop=lambda: bool(list(root.glob(f".tmp-*/{moment}"))))
+    assert [p.name[:6] for p in root.iterdir()] == [".lock-"]
+    manifest_lib.read(data.prepare(config), verify=True)
+
+
+def test_who_waits_for_a_preparation_can_be_asked_to_stop(tmp_path):
+    """Mutation: wait in `flock`."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(40))
+    (tmp_path / "cache").mkdir()
+    questions = iter([False, False, True])
+    with shards._lock(data.resolve_dir(config), progress.Progress("")):
+        with pytest.raises(errors.Preempted):
+            data.prepare(config, stop=lambda: next(questions))
+    assert next(questions, None) is None
+
+
 def test_processes_at_once_agree(tmp_path):
     """Red without the lock and the rename: they would write into one directory."""
     config = data_helpers.config(tmp_path, data_helpers.texts(300), tokenizer="bpe:400")
@@ -202,7 +227,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path):
     """Red if a failed rename is an error although the data set is there."""
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
     directory = data.prepare(config)
-    shards._prepare_into(directory, config, progress=False)
+    shards._prepare_into(directory, config, progress.Progress("", enabled=False))
     manifest_lib.read(directory, verify=True)
     assert not list(directory.parent.glob(".tmp-*"))
 

@@ -14,6 +14,7 @@ Grain (`source`). TensorFlow is never imported. From a shell:
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
@@ -55,13 +56,18 @@ class Dataset:
         return self.manifest["fingerprint"]
 
 
-def open(data_config: DataConfig, expected_vocab_size: int = 0) -> Dataset:
+def open(
+    data_config: DataConfig,
+    expected_vocab_size: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Dataset:
     """Open what `prepare` made, preparing it first if need be.
 
     expected_vocab_size: the model's V; raises `ConfigError` if the tokenizer has more
-    tokens (0: not checked). Raises `DataError` for a damaged directory.
+    tokens (0: not checked). Raises `DataError` for a damaged directory, and `Preempted`
+    when `stop` says so during a preparation.
     """
-    directory = prepare(data_config)
+    directory = prepare(data_config, stop=stop)
     return open_directory(
         directory, expected_vocab_size, align=data_config.align_documents
     )

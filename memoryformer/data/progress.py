@@ -1,19 +1,32 @@
-"""One progress line on standard error: done, rate, time left."""
+"""One progress line on standard error: done, rate, time left; and where to stop on request."""
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from memoryformer.errors import Preempted
+
+T = TypeVar("T")
 
 
 class Progress:
     """`preparing stdlib, tokenising: 61% 7.0/11.5 MB 2.3 MB/s eta 2s`.
 
     On a terminal the line is rewritten in place; elsewhere a new one is printed every
-    few seconds, so a log stays readable.
+    few seconds, so a log stays readable. `stop` is asked at every `update`, shown or not.
     """
 
-    def __init__(self, title: str, *, enabled: bool = True):
+    def __init__(
+        self,
+        title: str,
+        *,
+        enabled: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ):
         self.title = title
         self.enabled = enabled
+        self._stop = stop
         self._stage = ""
         self._terminal = sys.stderr.isatty()
         self._every = 0.2 if self._terminal else 5.0
@@ -24,7 +37,8 @@ class Progress:
         self._began = self._shown = time.monotonic()
 
     def update(self, done: float) -> None:
-        """Show the line if it is due."""
+        """Show the line if it is due. Raises `Preempted` when asked to stop."""
+        self.check()
         now = time.monotonic()
         if self.enabled and now - self._shown >= self._every:
             self._shown = now
@@ -35,6 +49,20 @@ class Progress:
         seconds = time.monotonic() - self._began
         if self.enabled and (self._terminal or seconds >= 1.0):
             self._print(self._line(done, seconds), end="\n")
+
+    def check(self) -> None:
+        """Raise `Preempted` when asked to stop; for work that has no line."""
+        if self._stop():
+            raise Preempted(
+                f"asked to stop while {self.title}: nothing of it is kept; run the same "
+                "command to begin again."
+            )
+
+    def watched(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, with a `check` before each."""
+        for item in items:
+            self.check()
+            yield item
 
     def note(self, text: str) -> None:
         """Show one more fact on a line of its own."""

@@ -23,8 +23,9 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,12 +45,17 @@ _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
 
-def prepare(data_config: options.DataConfig, progress: bool = True) -> pathlib.Path:
+def prepare(
+    data_config: options.DataConfig,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> pathlib.Path:
     """Tokenise the corpus unless that is done, and return its directory.
 
     Safe to call from many processes at once: one works, the others wait for it or find
     its result. Raises `DataError` or `ConfigError` and leaves nothing behind if the
-    corpus cannot be read, `StorageError` if the cache cannot be written.
+    corpus cannot be read, `StorageError` if the cache cannot be written, `Preempted` when
+    `stop`, asked every few documents and while waiting, says so.
     """
     directory = resolve_dir(data_config)
     if (directory / "manifest.json").is_file() or data_config.source == "prepared":
@@ -61,11 +67,14 @@ def prepare(data_config: options.DataConfig, progress: bool = True) -> pathlib.P
         )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory) as locked:
+        line = progress_lib.Progress(
+            f"preparing {data_config.source}", enabled=progress, stop=stop
+        )
+        with _lock(directory, line) as locked:
             if not directory.exists():
                 if locked:
                     _remove_stale(directory)
-                _prepare_into(directory, data_config, progress)
+                _prepare_into(directory, data_config, line)
     except errors.MemoryFormerError:
         raise
     except OSError as error:
@@ -133,13 +142,15 @@ def _catalogue_identity(data_config: options.DataConfig) -> str:
 
 
 def _prepare_into(
-    directory: pathlib.Path, data_config: options.DataConfig, progress: bool
+    directory: pathlib.Path,
+    data_config: options.DataConfig,
+    line: progress_lib.Progress,
 ) -> None:
     """Write everything to a temporary sibling, then rename it to `directory`."""
     temporary = directory.with_name(f".tmp-{directory.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir()
-        _write(temporary, data_config, progress)
+        _write(temporary, data_config, line)
         _sync(temporary)
         try:
             temporary.rename(directory)
@@ -153,14 +164,15 @@ def _prepare_into(
 
 
 def _write(
-    directory: pathlib.Path, data_config: options.DataConfig, progress: bool
+    directory: pathlib.Path,
+    data_config: options.DataConfig,
+    line: progress_lib.Progress,
 ) -> None:
     from memoryformer.data import documents as documents_lib  # TFDS: slow to import
 
-    line = progress_lib.Progress(f"preparing {data_config.source}", enabled=progress)
     corpus = documents_lib.read(data_config, directory / "records", line)
-    held_out = {_digest(text) for text in corpus["validation"]}
-    tokenizer = _tokenizer(data_config, corpus["train"], held_out)
+    held_out = {_digest(text) for text in line.watched(corpus["validation"])}
+    tokenizer = _tokenizer(data_config, corpus["train"], held_out, line)
     tokenizer.save(directory / "tokenizer.json")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     manifest = {
@@ -236,7 +248,7 @@ def _write_split(
     with path.open("wb") as stream:
         writer = _Writer(stream, tokenizer, dtype)
         batch, size = [], 0
-        for text in texts:
+        for text in line.watched(texts):
             seen += 1
             if not text:
                 empty += 1
@@ -273,7 +285,10 @@ def _write_split(
 
 
 def _tokenizer(
-    data_config: options.DataConfig, texts: "documents.Texts", held_out: set[bytes]
+    data_config: options.DataConfig,
+    texts: "documents.Texts",
+    held_out: set[bytes],
+    line: progress_lib.Progress,
 ) -> tokenizer_lib.Tokenizer:
     size = tokenizer_lib.bpe_size(data_config.tokenizer)
     if not size:
@@ -283,7 +298,8 @@ def _tokenizer(
 
     def some() -> Iterator[str]:
         left = BPE_TRAINING_BYTES
-        for text in texts.sample(stride, lambda text: _digest(text) not in held_out):
+        sample = texts.sample(stride, lambda text: _digest(text) not in held_out)
+        for text in line.watched(sample):
             data = text.encode("utf-8")[:left]
             left -= len(data)
             yield data.decode("utf-8", errors="ignore")
@@ -314,21 +330,28 @@ def _remove_stale(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[bool]:
+def _lock(directory: pathlib.Path, line: progress_lib.Progress) -> Iterator[bool]:
     """Hold the data set's lock; yields False where the file system has none."""
     import fcntl
 
     with open(directory.parent / f".lock-{directory.name}", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(
-                f"waiting for another process that prepares {directory}",
-                file=sys.stderr,
-                flush=True,
-            )
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    told = True
+                    print(
+                        f"waiting for another process that prepares {directory}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                line.check()
+                time.sleep(0.1)
+            except OSError:
+                yield False
+                return
+            else:
+                yield True
+                return
