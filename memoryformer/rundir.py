@@ -1,6 +1,6 @@
 """The directory of a run: one process at a time trains in it, and its small files appear whole.
 
-    workdir/train.lock    the process that trains here, or was the last to: "4711 on node17"
+    workdir/lock    the process that trains here, or was the last to: "4711 on node17"
 
 Start at `only_one`.
 """
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from memoryformer import processes
 from memoryformer.errors import StorageError
 
-LOCK = "train.lock"
+LOCK = "lock"
 # What file systems say that cannot lock: there, nobody is kept out.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -86,9 +86,10 @@ def _lock(file: TextIO, workdir: pathlib.Path, deadline: float) -> None:
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
                 file.seek(0)
+                who = file.read().strip() or "unknown"
                 raise OccupiedError(
-                    f"--workdir={workdir}: process {file.read().strip()} trains there; "
-                    "wait until it has ended, stop it, or name another directory."
+                    f"--workdir={workdir}: process {who} trains there; wait until it has "
+                    "ended, stop it, or name another directory."
                 ) from error
         except OSError as error:
             if error.errno in _NO_LOCKS:

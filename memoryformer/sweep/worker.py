@@ -8,7 +8,6 @@ perhaps, this one saves and ends too. Start at `serve`.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -62,16 +61,16 @@ def train(
     config: dict[str, Any], workdir: str, compiled: dict[Any, Any]
 ) -> tuple[int, str]:
     """Train one point; return its exit code, or `LOCKED`, and what went wrong, if not 0."""
-    from memoryformer import errors, trainer
+    from memoryformer import errors, rundir, trainer
 
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _log(folder / "log.txt"), _only_one(folder / "lock") as ours:
-            if not ours:
-                return LOCKED, "another process trains it"
+        with _log(folder / "log.txt"):
             try:
-                trainer.train(config, folder, compiled=compiled)
+                trainer.train(config, folder, compiled=compiled, patience=LOCK_SECONDS)
+            except rundir.OccupiedError:
+                return LOCKED, "another process trains it"
             except errors.MemoryFormerError as error:
                 return errors.report(error, debug=False), str(error)
             except Exception as error:
@@ -98,24 +97,6 @@ def _log(path: pathlib.Path):
             os.dup2(old, number)
             os.close(old)
         os.close(file)
-
-
-@contextlib.contextmanager
-def _only_one(path: pathlib.Path):
-    """Yield whether no other process trains in this directory; wait for one that stops."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.2)
-                    continue
-                yield False
-            else:
-                yield True
-            return
 
 
 def end_with(parent: int) -> None:
