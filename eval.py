@@ -48,11 +48,11 @@ def main(argv):
             _WORKDIR.value, step, _CONFIG.value, kinds, _DENSITY.value
         )
     text = json.dumps(result, indent=2)
+    print(text, flush=True)  # first: not lost where the file cannot be written
     if _OUTPUT.value:
         path = pathlib.Path(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
-    print(text)
 
 
 def _evaluate_tasks(step):

@@ -9,15 +9,14 @@
 Start at `text`; `dump` is the form in which shipped configs are reviewed.
 """
 
-import json
 import pathlib
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from memoryformer import config as config_lib
-from memoryformer import drift, experiment
-from memoryformer.errors import ConfigError
+from memoryformer import drift, experiment, rundir
+from memoryformer.errors import ConfigError, StorageError
 
 WIDTH = 100
 
@@ -60,7 +59,6 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], whence: str) -> lis
 def _last(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The config that the last run in `workdir` left, if there is one and it is whole."""
     try:
-        stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        return experiment.complete(stored)
-    except (OSError, json.JSONDecodeError, ConfigError):
+        return experiment.complete(rundir.read_json(workdir / "config.json"))
+    except (StorageError, ConfigError):
         return None

@@ -47,7 +47,7 @@ class NumericError(MemoryFormerError, FloatingPointError):
 
 
 class StorageError(MemoryFormerError, OSError):
-    """A checkpoint could not be written or read."""
+    """A checkpoint or another file could not be written or read."""
 
     exit_code = 45
 
@@ -84,6 +84,11 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
             return main(argv)
         except MemoryFormerError as error:
             return report(error, debug=flags.FLAGS.debug)
+        except OSError as error:  # a full disk, a folder that may not be written, ...
+            named = f"{error.filename}: " if error.filename else ""
+            failure = StorageError(f"{named}{error.strerror or error}.")
+            failure.__cause__ = error
+            return report(failure, debug=flags.FLAGS.debug)
 
     app.run(guarded, flags_parser=_parse_flags)
 

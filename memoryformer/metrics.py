@@ -129,12 +129,13 @@ class MetricsWriter:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of `workdir/metrics.jsonl`, a half-written last line left out."""
+    """Return the rows of `workdir/metrics.jsonl`, half-written and broken lines left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
+    lines = text.splitlines(keepends=True)
     return [row for row in map(_parse, lines) if row is not None]
 
 

@@ -9,7 +9,6 @@ Start at `recorded` (writes) and `read`.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -60,11 +59,10 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
 def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Return what the last run in `workdir` wrote down; None if nothing that makes sense."""
     try:
-        facts = json.loads((pathlib.Path(workdir) / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # neither UTF-8 nor JSON: ValueErrors
+        facts = rundir.read_json(pathlib.Path(workdir) / FILE)
+    except StorageError:
         return None
-    known = isinstance(facts, dict) and facts.keys() >= {"state"}
-    return facts if known else None
+    return facts if "state" in facts else None
 
 
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:

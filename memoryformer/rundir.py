@@ -57,6 +57,17 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any], **style: Any) -> No
         raise StorageError(f"{path}: cannot be written: {error}.") from error
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises `StorageError` if it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # neither UTF-8 nor JSON: ValueErrors
+        raise StorageError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path}: cannot be read: it holds no JSON object.")
+    return value
+
+
 def _held(workdir: pathlib.Path, deadline: float) -> TextIO:
     """Return the lock file, locked until it is closed."""
     try:

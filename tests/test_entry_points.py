@@ -48,6 +48,11 @@ SAME = ("train.py", "--config={folder}/toy_config.py", "--workdir={folder}/run")
 EVAL = ("eval.py", "--workdir={folder}/run")
 SAMPLE = ("-m", "memoryformer.generation", "--workdir={folder}/run")
 
+WRITE = (
+    "from memoryformer import errors\n"
+    "errors.run_main(lambda argv: open('{folder}/none/x', 'w'))\n"
+)
+
 MISTAKES = {
     "unknown_key": (
         (*TRAIN, "--config.model.embed_dmi=32"),
@@ -87,6 +92,7 @@ MISTAKES = {
         STORAGE,
         "toy_config.py: cannot be used: [Errno 17] File exists",
     ),
+    "unwritable_output": (("-c", WRITE), STORAGE, "none/x: No such file or directory."),
     "no_workdir": (TRAIN[:2], CONFIG, "--workdir"),
     "no_config": ((TRAIN[0], TRAIN[2]), CONFIG, "--config is missing"),
     "missing_config": (
@@ -116,7 +122,7 @@ MISTAKES = {
 # The rest repeats a path through the code that one of these takes.
 QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
 QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
-QUICK += ("file_as_workdir",)
+QUICK += ("file_as_workdir", "unwritable_output")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,7 @@ QUICK += ("file_as_workdir",)
     ],
 )
 def test_mistake(folder, name):
-    """Mutations: `run_main` without its except; `_check_fit` after the checkpointer;
+    """Mutations: `run_main` without either except; `_check_fit` after the checkpointer;
     `data.open` before the model's config is checked.
     """
     arguments, code, message = MISTAKES[name]

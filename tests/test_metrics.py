@@ -85,6 +85,14 @@ def test_from_scratch_starts_an_empty_file(tmp_path):
     assert [row["step"] for row in metrics.read(tmp_path)] == [0, 1]
 
 
+def test_broken_bytes_cost_their_line_only(tmp_path):
+    """Mutation: read strict UTF-8."""
+    write_rows(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe"step"\n{"step": 3}\n')
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+
+
 def test_rows_are_on_disk_at_once(tmp_path):
     """A killed process loses no row. Mutation: drop the flush."""
     writer = MetricsWriter(tmp_path, QUIET)

@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from memoryformer import drift, experiment, outcome
-from memoryformer.errors import DataError
+from memoryformer.errors import DataError, StorageError
 from memoryformer.report import page, studies, svg
 from memoryformer.sweep import files, points, tables
 
@@ -169,6 +169,16 @@ ENDS = {
     "done": {"state": "done"},
     "failed": {"state": "failed", "exit_code": 44, "error": "nan"},
 }
+
+
+@pytest.mark.parametrize("content", [b'{"model": ', b"\xff\xfe", b"[]"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    """Mutation: `json.loads` without an except."""
+    workdir = tmp_path / "run"
+    write_run(workdir, experiment.resolve(toy.run_config(tmp_path)), 0.0)
+    (workdir / "config.json").write_bytes(content)
+    with pytest.raises(StorageError, match=r"run/config\.json: cannot be read"):
+        studies.load([tmp_path])
 
 
 def test_only_done_runs_count(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from memoryformer import accounting, drift, outcome
+from memoryformer import accounting, drift, outcome, rundir
 from memoryformer import config as config_lib
 from memoryformer.errors import DataError
 from memoryformer.sweep import files, points, tables
@@ -178,7 +177,7 @@ def _below(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def _of_sweep(directory: pathlib.Path) -> list[Run | None]:
-    facts = json.loads((directory / files.MANIFEST).read_text(encoding="utf-8"))
+    facts = rundir.read_json(directory / files.MANIFEST)
     return [
         _run(directory / name, point["label"])
         for name, point in facts["points"].items()
@@ -190,7 +189,7 @@ def _run(workdir: pathlib.Path, label: str = "") -> Run | None:
     rows = files.read_rows(workdir)
     if not path.exists() or not rows:
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = rundir.read_json(path)
     ended = outcome.read(workdir) or {"state": "partial"}
     flat = config_lib.flatten(drift.plain(config))
     return Run(workdir, flat, rows, label, ended["state"])
