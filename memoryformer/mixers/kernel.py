@@ -160,7 +160,9 @@ class TrainedKernel(KernelAttention):
         # Heads last: the axis that a device has its part of.
         self.w = nnx.Param(
             jnp.moveaxis(
-                jax.random.orthogonal(rngs.params(), width, (self.depth, heads)), 1, 3
+                random_features.orthogonal(rngs.params(), width, (self.depth, heads)),
+                1,
+                3,
             ),
             spec="bias_f",
         )  # [depth, E, E, H]
@@ -199,7 +201,7 @@ class Performer(KernelAttention):
     The features w are not parameters and are not stored: they follow from the model's seed,
     the layer and the number of the draw, which is step // redraw_every while training and 0
     otherwise. So a checkpoint, a resumed run and a decoder need nothing more, but features
-    that are redrawn cost QR factorisations [E, E] in every step; draw 0 is a constant.
+    that are redrawn cost an orthogonalisation [E, E] in every step; draw 0 is a constant.
     """
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):

@@ -15,13 +15,38 @@ def draw(key: Array, num_features: int, head_dim: int) -> Float[Array, "M E"]:
     """Draw the rows w: orthogonal in blocks of E, with the lengths of normal vectors."""
     directions, lengths = jax.random.split(key)
     blocks = -(-num_features // head_dim)
-    normal = jax.random.normal(directions, (blocks, head_dim, head_dim))
-    q, r = jnp.linalg.qr(normal)
-    # The signs make q uniform over the rotations, whatever the QR algorithm's convention.
-    q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
-    rows = q.reshape(-1, head_dim)[:num_features]
+    rows = orthogonal(directions, head_dim, (blocks,))
+    rows = rows.reshape(-1, head_dim)[:num_features]
     normal = jax.random.normal(lengths, (num_features, head_dim))
     return rows * jnp.linalg.norm(normal, axis=-1, keepdims=True)
+
+
+def orthogonal(key: Array, size: int, shape: tuple[int, ...] = ()) -> Array:
+    """Draw orthogonal matrices [*shape, E, E], uniform over all of them.
+
+    The numbers of `jax.random.orthogonal`, up to rounding, without its LAPACK call.
+    """
+    return orthonormalise(jax.random.normal(key, (*shape, size, size)))
+
+
+def orthonormalise(x: Float[Array, "*B E R"]) -> Float[Array, "*B E R"]:
+    """Gram-Schmidt on the columns: the Q of x = Q R whose R has a positive diagonal.
+
+    No `jnp.linalg.qr`: on CPU two such calls of one program (one a layer) can take all of
+    XLA's threads and then wait for one of them for ever.
+    """
+    columns = jnp.arange(x.shape[-1])
+
+    def column(j, q):
+        done = jnp.where(columns < j, q, 0)
+        v = jnp.take(q, j, axis=-1)  # [*B, E]
+        for _ in range(2):  # once leaves errors that grow with the condition of x
+            along = jnp.einsum("...er,...e->...r", done, v, precision="highest")
+            v = v - jnp.einsum("...er,...r->...e", done, along, precision="highest")
+        v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+        return jnp.where(columns == j, v[..., None], q)
+
+    return jax.lax.fori_loop(0, x.shape[-1], column, x)
 
 
 def log_features(
