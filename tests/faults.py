@@ -26,7 +26,7 @@ from memoryformer import (
     trainer,
     watchdog,
 )
-from memoryformer.data import source
+from memoryformer.data import progress, source
 
 
 def _kill(number=signal.SIGKILL):
@@ -139,6 +139,15 @@ def _kill_before_manifest(at):
     wrap(integrity, "write", write)
 
 
+def _kill_before_ledger(at):
+    def write_ledger(original, parent, steps):
+        if at in steps:
+            _kill()
+        original(parent, steps)
+
+    wrap(integrity, "write_ledger", write_ledger)
+
+
 def _kill_in_async_save(at):
     def save(original, self, step, *args, **kwargs):
         original(self, step, *args, **kwargs)
@@ -165,6 +174,19 @@ def _signal_in_trace(number=signal.SIGTERM):
         return original(*args)
 
     wrap(evaluation, "batch_nats", batch_nats)
+
+
+def _term_in_preparation(at):
+    """At question number `at` of a preparation (0: the first)."""
+    asked = []
+
+    def check(original, self):
+        asked.append(1)
+        if len(asked) == at + 1:
+            _kill(signal.SIGTERM)
+        original(self)
+
+    wrap(progress.Progress, "check", check)
 
 
 def _term_in_evaluation(at):
@@ -232,8 +254,10 @@ FAULTS = {
     "int": _at_batch(lambda _: _kill(signal.SIGINT)),
     "term_twice": _at_batch(lambda _: [_kill(signal.SIGTERM) for _ in range(2)] and {}),
     "term_in_compile": _signal_in_trace,
+    "term_in_preparation": _term_in_preparation,
     "term_in_evaluation": _term_in_evaluation,
     "kill_before_manifest": _kill_before_manifest,
+    "kill_before_ledger": _kill_before_ledger,
     "kill_in_async_save": _kill_in_async_save,
     "kill_in_deletion": _kill_in_deletion,
     "nan": _at_batch(_nan),

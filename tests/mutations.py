@@ -4,6 +4,7 @@ Each is a patch applied in a child process before the program starts; the check 
 (`promises.MUTANTS`) must then fail.
 """
 
+import contextlib
 import math
 import signal
 import time
@@ -27,13 +28,14 @@ from memoryformer import (
     metrics,
     preemption,
     processes,
+    rundir,
     spikes,
     trainer,
     training_log,
     watchdog,
 )
 from memoryformer.convert import export
-from memoryformer.data import manifest, source
+from memoryformer.data import manifest, progress, source
 from memoryformer.ops import lookup_xla
 
 
@@ -225,6 +227,10 @@ MUTATIONS = {
     "ignore_the_second_signal": _no_second_signal,
     "stop_without_saving": _stop_without_saving,
     "evaluation_ignores_signals": _deaf_evaluation,
+    "preparation_ignores_signals": put(progress.Progress, "check", lambda self: None),
+    "two_runs_in_a_directory": put(
+        rundir, "only_one", lambda *_: contextlib.nullcontext()
+    ),
     "preempted_exits_0": put(errors.Preempted, "exit_code", 0),
     "errors_exit_0": put(errors, "report", lambda *_, **__: 0),
     "swallow_save_errors": _swallow_save_errors,
@@ -234,6 +240,7 @@ MUTATIONS = {
         integrity, "_sha256", lambda path, flush=False: "0" * 64
     ),
     "verify_the_manifest_only": put(integrity, "verify", lambda d: integrity.facts(d)),
+    "no_ledger": put(integrity, "read_ledger", lambda parent: set()),
     "config_is_not_compared": put(drift, "check", lambda *_: []),
     "everything_is_free": put(drift, "FREE", ("*",)),
     "order_depends_on_devices": _order_by_devices,
@@ -248,7 +255,7 @@ MUTATIONS = {
     ),
     "ids_are_not_checked": put(manifest, "check_ids", lambda *_: None),
     "vocabulary_is_not_compared": lambda: wrap(
-        data, "open", lambda f, config, expected_vocab_size=0: f(config)
+        data, "open", lambda f, config, expected_vocab_size=0, **_: f(config)
     ),
     "restore_in_half_precision": _after_restore(_restore_narrow),
     "padding_counts": _padding_counts,

@@ -1,12 +1,14 @@
 """R1, R3-R6, R12, R14: what is left of a run that is stopped, killed or starved."""
 
+import os
+
 from world import digest, expect, rows, steps
 
-from memoryformer import checkpoint
+from memoryformer import checkpoint, integrity, rundir
 
 
 def exact_resume(world):
-    """R1: killed six times, at every kind of moment, a run ends as if it never was."""
+    """R1: killed seven times, at every kind of moment, a run ends as if it never was."""
     workdir = world.workdir()
     for fault, keep in (
         ("kill:2", 2),  # before any checkpoint
@@ -15,6 +17,7 @@ def exact_resume(world):
         ("kill:6", 2),  # between two checkpoints
         ("kill_in_deletion", 1),  # of step 4, when step 8 is whole
         ("kill:11", 2),  # the last step
+        ("kill_before_ledger:12", 2),  # which is whole, though it is not listed
     ):
         world.run(workdir, -9, fault=fault, **{"checkpoint.keep": keep})
     world.run(workdir)
@@ -42,6 +45,19 @@ def preemption(world):
         world.assert_straight(workdir)
 
 
+def preparation(world):
+    """R3: a signal ends the preparation of data, of which nothing is left."""
+    workdir, cache = world.workdir(), world.workdir()
+    fields = {"data.data_dir": str(cache)}
+    for question in (0, 14):  # as it reads; as it tokenises
+        fault = f"term_in_preparation:{question}"
+        result = world.run(workdir, 42, fault=fault, **fields)
+        assert "while preparing text" in result.err
+        assert [p.name[:6] for p in cache.iterdir()] == [".lock-"]
+    world.run(workdir, **fields)
+    world.assert_straight(workdir)
+
+
 def second_signal(world):
     """R3: a second signal stops at once."""
     workdir = world.workdir()
@@ -65,6 +81,9 @@ def exit_codes(world):
     world.run(workdir)
     world.run(workdir)  # once more: nothing to do
     world.assert_straight(workdir)
+    with rundir.only_one(workdir):
+        result = world.run(workdir, 45)
+    assert f"process {os.getpid()} on" in result.err
 
 
 def preempted_code(world):
@@ -85,8 +104,17 @@ def damage(world):
     (workdir / checkpoint.FOLDER / "13").mkdir()
     result = world.run(workdir)
     assert "checkpoint 12: skipped, damaged" in result.err
-    assert "checkpoint 13: skipped" in result.err
+    assert "checkpoint 13: skipped, its save was never finished" in result.err
     world.assert_straight(workdir)
+
+
+def lost_manifests(world):
+    """R5: without any manifest the run stops: it was further than nothing."""
+    workdir = world.copy()
+    for manifest in workdir.glob(f"{checkpoint.FOLDER}/*/{integrity.MANIFEST}"):
+        manifest.unlink()
+    result = world.run(workdir, 45)
+    assert "every checkpoint is damaged (steps 8, 12)" in result.err
 
 
 def drift(world):
@@ -134,10 +162,12 @@ def hang(world):
 CHECKS = {
     "R1 exact resume": exact_resume,
     "R3 preemption": preemption,
+    "R3 preparation": preparation,
     "R3 second signal": second_signal,
     "R4 exit codes": exit_codes,
     "R4 preempted is not done": preempted_code,
     "R5 damage": damage,
+    "R5 lost manifests": lost_manifests,
     "R6 drift": drift,
     "R12 disk": disk,
     "R14 hang": hang,
@@ -155,14 +185,20 @@ MUTANTS = {
         "stop_without_saving",
         "evaluation_ignores_signals",
     ),
+    "R3 preparation": ("preparation_ignores_signals",),
     "R3 second signal": ("ignore_the_second_signal",),
-    "R4 exit codes": ("errors_exit_0", "swallow_save_errors"),
+    "R4 exit codes": (
+        "errors_exit_0",
+        "swallow_save_errors",
+        "two_runs_in_a_directory",
+    ),
     "R4 preempted is not done": ("preempted_exits_0",),
     "R5 damage": (
         "hashes_are_not_compared",
         "verify_the_manifest_only",
         "start_from_scratch",
     ),
+    "R5 lost manifests": ("no_ledger",),
     "R6 drift": ("config_is_not_compared", "everything_is_free"),
     "R12 disk": ("no_preflight", "look_at_saves_late"),
     "R14 hang": ("watchdog_sleeps",),
