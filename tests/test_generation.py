@@ -1,12 +1,15 @@
 """Sampling: cache = full forward, rows alone = rows together, stop strings, files."""
 
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,6 +51,32 @@ def test_greedy_equals_the_argmax_of_the_full_forward_pass():
             tokens[0, i] = np.asarray(forward(tokens))[0, i - 1].argmax()
         expected = tokens[0, len(prompt) : len(prompt) + 24].tolist()
         assert list(generator.stream(prompt, sampling)) == expected
+
+
+def test_a_cache_is_written_in_place():
+    """The compiled loop never copies or turns a whole cache, and hands it on without one.
+
+    Mutation: keys kept as [B, M, H, E], which a product by head has to transpose.
+    """
+    generator = generation.Generator(*make())
+    state = generator._init_state(1, 600)  # 640 slots: no other array has this shape
+    args = (jnp.zeros((1, 31)), jnp.zeros((1,), jnp.int32))
+    keys = jax.random.split(jax.random.key(0), 1)
+    knobs = (16, jnp.float32(0.8), jnp.float32(0.9))
+    decode = generator._decode.lower(generator._params, state, *args, keys, *knobs)
+    program = decode.compile().as_text()
+    made = re.findall(r"%(\S+) = \w+\[([\d,]*)\]\S* (\w[\w-]*)\(", program)
+    caches = [
+        (name, operation)
+        for name, shape, operation in made
+        if math.prod(map(int, filter(None, shape.split(",")))) == 640 * 16
+    ]
+    passed_on = ("parameter", "get-tuple-element", "bitcast", "dynamic-update-slice")
+    assert any(operation == "parameter" for _, operation in caches)
+    for name, operation in caches:
+        written = operation == "fusion" and "dynamic-update-slice" in name
+        assert operation in passed_on or written, (name, operation)
+    assert program.splitlines()[0].count("may-alias") >= len(jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "cosformer"])

@@ -1,5 +1,6 @@
 """Attention that never stores its logits, and where it cannot run."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +25,35 @@ def test_splash_is_the_plain_form():
     got = attention.fused(q, k, v, SEGMENTS, "splash", interpret=True)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert not np.any(np.asarray(got)[SEGMENTS == 0])
+
+
+@pytest.mark.parametrize("filled", [1, 31, 32, 33, 100, 128])
+def test_a_cache_is_read_as_far_as_it_is_filled(filled):
+    """Equal to the plain form; what lies in blocks beyond is NaN and not seen.
+
+    Mutation: a loop over all blocks; `largest` not carried from block to block.
+    """
+    (q, k, v), queries = _qkv(), min(filled, 5)
+    here = np.arange(128) < filled
+    segments = np.where(here, np.maximum(SEGMENTS, 1), 0)
+    index = filled - queries + np.arange(queries, dtype=np.int32)[None]
+    own = segments[:, filled - queries : filled].copy()
+    own[:, 1:2] = 0  # padding reads nothing
+    q = 10 * q[:, :queries]
+    places = np.arange(128, dtype=np.int32)[None]
+    mask = attention.causal_mask(index, own, places, segments)
+    want = attention.softmax(q, k, v, mask)
+    unread = (
+        np.arange(128) >= -(-filled // attention.CACHE_BLOCK) * attention.CACHE_BLOCK
+    )
+    k, v = (
+        jnp.swapaxes(jnp.where(unread[None, :, None, None], jnp.nan, x), 1, 2)
+        for x in (k, v)
+    )
+    read = jax.jit(attention.over_cache)
+    got = read(q, k, v, index, own, segments, jnp.int32(filled))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert not np.any(np.asarray(got)[own == 0])
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])

@@ -17,10 +17,13 @@ LOGIT_TRANSFORMS = ("none", "dape_v2")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen; H is a device's share of the heads."""
+    """Keys and values of the tokens seen; H is a device's share of the heads.
 
-    keys: Array  # [B, M, H, E]
-    values: Array  # [B, M, H, E]
+    By head, so that a product reads them as they lie; M is whole blocks of `over_cache`.
+    """
+
+    keys: Array  # [B, H, M, E]
+    values: Array  # [B, H, M, E]
     segment_ids: Array  # [B, M] int32; 0 where nothing is stored yet
     length: Array  # [] int32, tokens stored
 
@@ -80,12 +83,19 @@ class Softmax(base.MultiHead):
         if state is None and self.implementation != "xla":
             y = attention.fused(q, k, v, seq.segment_ids, self.implementation)
             return self.join(y, x.dtype), None
+        if state is not None and self.transform is None:
+            y, state = self._continue(q, k, v, seq, state)
+            return self.join(y, x.dtype), state
         if state is None:
             keys, values, key_segments, start = k, v, seq.segment_ids, 0
         else:
             start = state.length
             state = _append(state, k, v, seq.segment_ids)
-            keys, values, key_segments = state.keys, state.values, state.segment_ids
+            keys, values = (
+                jnp.swapaxes(a, 1, 2).astype(q.dtype)
+                for a in (state.keys, state.values)
+            )
+            key_segments = state.segment_ids
         query_index = _indices(seq_len, batch_size) + start
         key_index = _indices(keys.shape[1], batch_size)
         place = query_index  # where a query's own key stands
@@ -99,7 +109,6 @@ class Softmax(base.MultiHead):
                 base.take_rows(x, order)
                 for x in (keys, values, key_segments, key_index)
             )
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         key_place = _indices(keys.shape[1], batch_size)
 
         def attend(q, index, segments, place):
@@ -116,6 +125,18 @@ class Softmax(base.MultiHead):
         queries = (q, query_index, seq.segment_ids, place)
         y = base.by_chunks(attend, queries, self.sequence_chunk)
         return self.join(y, x.dtype), state
+
+    def _continue(self, q, k, v, seq, state):
+        """Append [B, L, H, E] to the cache, and read what it then holds."""
+        query_index = _indices(q.shape[1], q.shape[0]) + state.length
+        state = _append(state, k, v, seq.segment_ids)
+
+        def attend(q, index, segments):
+            return attention.over_cache(q, state.keys, state.values, index, segments,
+                                        state.segment_ids, state.length)  # fmt: skip
+
+        queries = (q, query_index, seq.segment_ids)
+        return base.by_chunks(attend, queries, self.sequence_chunk), state
 
     def _around(self, q, k, v, seq, state):
         """Read the parts of the row that lie on other devices."""
@@ -135,7 +156,8 @@ class Softmax(base.MultiHead):
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
     ) -> KVCache:
         """Return an empty cache for `max_len` tokens."""
-        shape = (batch_size, max_len, self.local_heads, self.head_dim)
+        max_len += -max_len % attention.CACHE_BLOCK
+        shape = (batch_size, self.local_heads, max_len, self.head_dim)
         return KVCache(
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),
@@ -145,14 +167,14 @@ class Softmax(base.MultiHead):
 
 
 def _append(cache: KVCache, k: Array, v: Array, segment_ids: Array) -> KVCache:
-    def write(stored, new):
-        start = (0, cache.length) + (0,) * (stored.ndim - 2)
-        return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), start)
+    def write(stored, new, axis):
+        new = new.astype(stored.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(stored, new, cache.length, axis)
 
     return KVCache(
-        write(cache.keys, k),
-        write(cache.values, v),
-        write(cache.segment_ids, segment_ids),
+        write(cache.keys, jnp.swapaxes(k, 1, 2), 2),
+        write(cache.values, jnp.swapaxes(v, 1, 2), 2),
+        write(cache.segment_ids, segment_ids, 1),
         cache.length + k.shape[1],
     )
 

@@ -1,7 +1,7 @@
 """Softmax attention: o_i = sum_j softmax_j(q_i . k_j / sqrt(E)) v_j over the allowed j.
 
-`softmax` is the plain form, for every platform and for a cache: logits and softmax in float32.
-`fused` computes the same for whole rows without storing the logits:
+`softmax` is the plain form, for every platform: logits and softmax in float32. `over_cache`
+reads the filled part of a cache. `fused` computes the same for whole rows without storing the logits:
 
     cudnn     GPU, bf16: `jax.nn.dot_product_attention`
     splash    TPU, length a multiple of 128: Pallas splash attention
@@ -9,6 +9,7 @@
 Start at `softmax`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from memoryformer.notation import Array, Float, Int
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_BLOCK = 128
+CACHE_BLOCK = 32  # keys that `over_cache` reads at a time; caches hold whole blocks
 
 Transform = Callable[[Float[Array, "B H L M"], Array], Float[Array, "B H L M"]]
 
@@ -63,6 +65,71 @@ def softmax(
     weights = jax.nn.softmax(logits, axis=-1)
     weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0)
     return jnp.einsum("bhlm,bmhe->blhe", weights.astype(v.dtype), v)
+
+
+def over_cache(
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B H M E"],
+    v: Float[Array, "B H M E"],
+    query_index: Int[Array, "B L"],
+    query_segments: Int[Array, "B L"],
+    key_segments: Int[Array, "B M"],
+    filled: Int[Array, ""],
+) -> Float[Array, "B L H E"]:
+    """Attend, by `causal_mask`, to the first `filled` keys; M is whole blocks.
+
+    On CPU the blocks beyond them are not read, and there is no gradient.
+    """
+
+    def all_at_once(q, k, v, query_index, query_segments, key_segments, filled):
+        del (
+            filled
+        )  # an accelerator loses more by a loop of unknown length than by reads
+        k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (k, v))
+        index = jnp.broadcast_to(jnp.arange(k.shape[1])[None], key_segments.shape)
+        mask = causal_mask(query_index, query_segments, index, key_segments)
+        return softmax(q, k, v, mask)
+
+    operands = (q, k, v, query_index, query_segments, key_segments, filled)
+    return jax.lax.platform_dependent(*operands, cpu=_by_blocks, default=all_at_once)
+
+
+def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
+    """o = sum_j e^(l_j - max) v_j / sum_j e^(l_j - max), rescaled when the maximum grows."""
+    batch_size, length, heads, width = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def step(i, carry):
+        largest, total, y = carry
+        start = i * CACHE_BLOCK
+        block = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=CACHE_BLOCK
+        )
+        keys, values = (block(x, axis=2).astype(q.dtype) for x in (k, v))
+        segments = block(key_segments, axis=1)
+        index = jnp.broadcast_to(start + jnp.arange(CACHE_BLOCK)[None], segments.shape)
+        mask = causal_mask(query_index, query_segments, index, segments)[:, None]
+        logits = jnp.einsum("blhe,bhme->bhlm", q, keys, preferred_element_type=dtype)
+        logits = jnp.where(mask, logits * width**-0.5, jnp.finfo(dtype).min)
+        new = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.where(mask, jnp.exp(logits - new), 0)
+        before = jnp.exp(largest - new)
+        total = total * before + jnp.sum(weights, axis=-1, keepdims=True)
+        read = jnp.einsum(
+            "bhlm,bhme->bhle",
+            weights.astype(q.dtype),
+            values,
+            preferred_element_type=dtype,
+        )
+        return new, total, y * before + read
+
+    rows = (batch_size, heads, length)
+    largest = jnp.full((*rows, 1), jnp.finfo(dtype).min, dtype)
+    carry = (largest, jnp.zeros((*rows, 1), dtype), jnp.zeros((*rows, width), dtype))
+    blocks = (filled + CACHE_BLOCK - 1) // CACHE_BLOCK
+    _, total, y = jax.lax.fori_loop(0, blocks, step, carry)
+    y = jnp.where(total > 0, y / jnp.where(total > 0, total, 1), 0)
+    return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 
 def why_not(implementation: str, q: Float[Array, "B L H E"]) -> str:
