@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,35 +100,103 @@ def place(state, abstract):
     )
 
 
+class Results(NamedTuple):
+    """What a mesh makes of a model, and of the states that one device went through.
+
+    Rounding differs from mesh to mesh and flips a code in one step of some hundreds; and
+    Adam makes a whole step of any gradient, so that the mesh's own run strays. From one
+    device's states only a step with such a flip may differ.
+    """
+
+    own: list[float]  # losses of its own run of 20 steps
+    state: trainer.TrainState  # after them, where it lies
+    states: list[trainer.TrainState]  # on the way, of one device
+    losses: list[float]  # of one step from each of one device's states
+    norms: list[float]  # of those steps' gradients
+    last: list[
+        tuple[float, Any, np.ndarray]
+    ]  # at one device's parameters after 20 steps,
+    # for two batches: the loss, (1 - b1) times the clipped gradient, the nats of every row
+
+
 @functools.cache
 def results(name, mesh, microbatches=1):
-    """(losses, gradient norms, first momentum, state, validation nats) of 20 steps."""
+    """Run a model on a mesh: its `Results`."""
     run = run_of(name, microbatches)
     made = sharding.make(mesh, striped=mixers.takes_any_order(run.model))
     specs = trainer._check_fit(run, made)
-    losses, norms = [], []
+    one_device = (mesh, microbatches) == ("single", 1)
+    own, losses, norms, states = [], [], [], []
     with made.activate():
         _, abstract = trainer.init_state(run, made, specs)
         state = place(trainer.new_state(run, initial_params(name)), abstract)
         batches = [
-            made.put_batch(toy.batch(run.model, seed, B, L)) for seed in range(STEPS)
+            made.put_batch(toy.batch(run.model, seed, B, L))
+            for seed in range(STEPS + 2)
         ]
         step = trainer.make_train_step(run, made, specs).lower(state, batches[0])
         options = {"xla_llvm_disable_expensive_passes": True}
         step = step.compile(compiler_options=options)
-        for i, batch in enumerate(batches):
+        for batch in batches[:STEPS]:
+            states += [jax.device_get(state)] if one_device else []
             state, values = step(state, batch)
+            own.append(float(values["nats"] / values["weight"]))
+        states += [jax.device_get(state)] if one_device else []
+        states = states or results(name, "single").states
+        for before, batch in zip(states[:STEPS], batches[:STEPS], strict=True):
+            _, values = step(place(before, abstract), batch)
             losses.append(float(values["nats"] / values["weight"]))
             norms.append(float(values["grad_norm"]))
-            if not i:  # (1 - b1) times the clipped gradient
-                momentum = jax.device_get(state.opt_state.mu)
-        nats = evaluation.make_eval_step(run.model, made)(state.params, batches[0])
-        return losses, norms, momentum, state, np.asarray(nats)
+        # A fresh optimizer's momentum is (1 - b1) times the clipped gradient.
+        fresh = place(trainer.new_state(run, states[-1].params), abstract)
+        eval_step, last = evaluation.make_eval_step(run.model, made), []
+        for batch in batches[STEPS:]:
+            after, values = step(fresh, batch)
+            nats = np.asarray(eval_step(fresh.params, batch))
+            loss = float(values["nats"] / values["weight"])
+            last.append((loss, jax.device_get(after.opt_state.mu), nats))
+        return Results(own, state, states, losses, norms, last)
+
+
+def assert_close(ours, theirs):
+    """Within 1e-5, but for two numbers in which a code may have flipped."""
+    error = np.sort(np.abs(np.asarray(ours) / np.asarray(theirs) - 1))
+    assert error[-3] <= 1e-5 and error[-1] < 0.05, error
+
+
+def assert_same_steps(ours, theirs):
+    """Losses and norms of 20 steps, and of one more every gradient, where its loss says that
+    no code has flipped: within 1e-5 of the largest of its array (a scalar: of its layer).
+    """
+    assert_close(ours.losses, theirs.losses)
+    assert_close(ours.norms, theirs.norms)
+    pairs = zip(ours.last, theirs.last, strict=True)
+    same = [(a[1], b[1]) for a, b in pairs if abs(a[0] / b[0] - 1) <= 1e-5]
+    assert same
+    for pair in same:
+        assert_same_gradients(*pair)
+
+
+def assert_same_gradients(ours, theirs):
+    for path, leaf in jax.tree.leaves_with_path(theirs):
+        *layer, name = (key.key for key in path)
+        there = functools.reduce(dict.__getitem__, layer, theirs)
+        # A scalar, such as gamma, sums terms of both signs over all tokens and chunks.
+        beside = [leaf] if leaf.ndim else jax.tree.leaves(there)
+        bound = 1e-5 * max(np.abs(x).max() for x in beside)
+        assert bound > 0, path
+        same = functools.reduce(dict.__getitem__, layer, ours)[name]
+        np.testing.assert_allclose(
+            same, leaf, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("name, mesh, microbatches", CASES)
 def test_one_device_equals_eight(name, mesh, microbatches):
-    """20 losses, gradients and gradient norms, within 1e-5 of one device's.
+    """From each of one device's states the same loss and norm of the gradient, and after 20
+    steps the same gradients, entry by entry, and nats of the rows: within 1e-5.
+
+    Its own 20 steps stay near; those of the dense model, which has no codes, within 1e-5.
 
     Rows have unequal weights, and two meshes also add up microbatches. Mutations: psum
     of gradients left out over `data`, `sequence` or `model`; `nats` not divided by the size of
@@ -137,20 +205,14 @@ def test_one_device_equals_eight(name, mesh, microbatches):
     that returns the right tail; evaluation's psum over it left out.
     """
     assert jax.device_count() == 8
-    losses, norms, momentum, state, nats = results(name, mesh, microbatches)
-    expected = results(name, "single")
-    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, expected[1], rtol=1e-4)
-    np.testing.assert_allclose(norms[0], expected[1][0], rtol=1e-5)
-    for path, theirs in jax.tree.leaves_with_path(expected[2]):
-        ours = functools.reduce(lambda tree, key: tree[key.key], path, momentum)
-        # One number summed over all tokens and chunks, such as gamma, rounds more.
-        bound = (1e-5 if theirs.ndim else 1e-4) * np.abs(theirs).max()
-        np.testing.assert_allclose(
-            ours, theirs, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path)
-        )
-    np.testing.assert_allclose(nats, expected[4], rtol=1e-4)
-    assert losses[-1] != losses[0] and int(state.step) == STEPS
+    found, expected = results(name, mesh, microbatches), results(name, "single")
+    assert len(found.losses) == STEPS and found.losses[-1] != found.losses[0]
+    assert_same_steps(found, expected)
+    for ours, theirs in zip(found.last, expected.last, strict=True):
+        assert_close(ours[2], theirs[2])
+    near = 1e-5 if name == "dense" else 0.05
+    np.testing.assert_allclose(found.own, expected.own, rtol=near)
+    assert int(found.state.step) == STEPS
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])
@@ -159,10 +221,8 @@ def test_gradient_accumulation_equals_one_batch(count):
 
     Mutation: `_accumulate` without its first part.
     """
-    losses, norms, *_ = results("memory", "single", count)
-    expected = results("memory", "single")
-    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
-    np.testing.assert_allclose(norms[0], expected[1][0], rtol=1e-5)
+    found, expected = results("memory", "single", count), results("memory", "single")
+    assert_same_steps(found, expected)
 
 
 def test_state_keeps_its_place():
@@ -170,7 +230,7 @@ def test_state_keeps_its_place():
 
     Mutation: `out_specs` of the gradients P() under fsdp_tensor.
     """
-    state = results("memory", "fsdp_tensor:model=2", 2)[3]
+    state = results("memory", "fsdp_tensor:model=2", 2).state
     trees = (state.params, state.opt_state.mu, state.opt_state.nu)
     for tree in trees:
         block = tree["blocks"]["0"]
@@ -199,128 +259,6 @@ def test_first_state_does_not_depend_on_the_mesh():
         drawn.append(jax.device_get(state))
     near = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(near, *drawn)
-
-
-def test_bare_specs_run_anywhere():
-    """One device, and any mesh's preset on one device, has no mesh at all.
-
-    Mutation: a mesh of size 1 in `make`.
-    """
-    for mesh in sharding.PRESETS:
-        made = sharding.make(mesh, jax.devices()[:1])
-        assert made.mesh is None and made.num_devices == 1
-        assert made.specs == sharding.ShardingSpecs()
-
-
-@pytest.mark.parametrize(
-    "mesh, shape",
-    [
-        ("data", {"data": 8}),
-        ("fsdp", {"data": 8}),
-        ("tensor", {"model": 8}),
-        ("tensor:model=2", {"data": 4, "model": 2}),
-        ("fsdp_tensor:data=2,model=4", {"data": 2, "model": 4}),
-        ("sequence", {"sequence": 8}),
-        ("sequence:sequence=4", {"data": 2, "sequence": 4}),
-        ("data:sequence=4,data=2", {"data": 2, "sequence": 4}),
-        ("tensor:sequence=2", {"sequence": 2, "model": 4}),
-        ("fsdp_tensor:model=2,sequence=2", {"data": 2, "sequence": 2, "model": 2}),
-    ],
-)
-def test_mesh_strings(mesh, shape):
-    """Sizes not given are filled in. Mutation: `model` 1 where 'tensor' names no size."""
-    assert dict(sharding.make(mesh).mesh.shape) == shape
-
-
-@pytest.mark.parametrize(
-    "mesh, message",
-    [
-        ("fsd", "mesh='fsd': unknown choice; did you mean 'fsdp'?"),
-        ("tensor:modle=2", "did you mean 'model'?"),
-        ("tensor:model=3", "model=3 does not fit 8 devices"),
-        ("tensor:model=16", "model=16 does not fit 8 devices"),
-        ("tensor:model=two", "model='two' is not a size >= 1"),
-        ("tensor:model=0", "model='0' is not a size >= 1"),
-        ("data:data=4", "data=4 does not fit 8 devices"),
-        ("data:sequence=3", "sequence=3 does not fit 8 devices"),
-        ("tensor:sequence=16", "sequence=16 x model=1 does not fit 8 devices"),
-    ],
-)
-def test_bad_mesh_strings_are_one_line(mesh, message):
-    """Mutation: `rest` not looked at in `make`."""
-    with pytest.raises(ConfigError) as caught:
-        sharding.make(mesh)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def slice_of_tpus(rows, columns, kind="TPU v6 lite", slice_index=0):
-    """Devices of one slice as jax describes them, hosts of 2 x 2."""
-    return [
-        types.SimpleNamespace(
-            platform="tpu",
-            device_kind=kind,
-            core_on_chip=0,
-            coords=(x, y, 0),
-            slice_index=slice_index,
-            process_index=(y // 2 * ((columns + 1) // 2) + x // 2, slice_index),
-            id=x + columns * y + 1000 * slice_index,
-        )
-        for y, x in np.ndindex(rows, columns)
-    ]
-
-
-@pytest.mark.parametrize(
-    "devices, sizes",
-    [
-        (slice_of_tpus(8, 8), (16, 4)),
-        (slice_of_tpus(4, 4), (8, 2)),
-        (slice_of_tpus(4, 4, "TPU v5 lite"), (8, 2)),
-        (slice_of_tpus(4, 4), (2, 2, 4)),
-    ],
-)
-def test_meshes_that_split_an_axis_of_the_torus(devices, sizes):
-    """Every device once; those of a `model` group are neighbours.
-
-    Mutation: `jax.make_mesh`, which refuses all but v5e.
-    """
-    made = sharding._arranged(sizes, devices)
-    assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
-    for group in made.reshape(-1, sizes[-1]):
-        spread = np.ptp([d.coords for d in group], axis=0) + 1
-        assert np.prod(spread) == len(group)
-
-
-@pytest.mark.parametrize(
-    "sizes, across",
-    [((8, 4), (2, 1)), ((32,), (2,)), ((16, 2), (2, 1)), ((1, 32), (1, 2))],
-)
-def test_meshes_of_several_slices(sizes, across):
-    """The first axis that can lies across slices, the others inside one.
-
-    Mutation: `create_device_mesh` for all devices; or `sizes` from the last.
-    """
-    devices = slice_of_tpus(4, 4) + slice_of_tpus(4, 4, slice_index=1)
-    made = sharding._arranged(sizes, devices)
-    assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
-    slices = np.vectorize(lambda d: d.slice_index)(made)
-    for axis, size in enumerate(across):
-        for line in np.moveaxis(slices, axis, -1).reshape(-1, sizes[axis]):
-            assert len(set(line)) == size
-            assert list(line) == sorted(line)  # consecutive parts in one slice
-
-
-@pytest.mark.parametrize(
-    "devices, reason",
-    [
-        ([*slice_of_tpus(4, 3)[:-1], *slice_of_tpus(6, 6)[-1:]], "jax_devices="),
-        (slice_of_tpus(2, 4) + slice_of_tpus(2, 2, slice_index=1), "must equal"),
-    ],
-)
-def test_devices_that_cannot_be_laid_out(devices, reason):
-    """A hole, slices of two sizes: one line. Mutation: jax's errors let through."""
-    with pytest.raises(ConfigError, match="data=6 x model=2 cannot be laid") as caught:
-        sharding.make("tensor:model=2", devices)
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
