@@ -22,6 +22,9 @@ def test_a_lost_manifest_is_damage(tmp_path, capfd):
     Mutations: `read_ledger` returns nothing; `_remove_debris` deletes what is listed.
     """
     save_steps(tmp_path, [1, 2, 3], checkpoint.CheckpointConfig(keep=3))
+    lose_manifests(tmp_path, 1)
+    with open_run(tmp_path):
+        assert steps_on_disk(tmp_path) == [1, 2, 3]  # debris it is not
     lose_manifests(tmp_path, 3)
     with open_run(tmp_path) as run:
         step, restored = run.restore_latest(make_state(0))
@@ -30,7 +33,7 @@ def test_a_lost_manifest_is_damage(tmp_path, capfd):
     assert "checkpoint 3: skipped, damaged: " in capfd.readouterr().err
     with pytest.raises(integrity.DamagedError, match="3/MANIFEST: missing"):
         checkpoint.load(tmp_path)
-    lose_manifests(tmp_path, 1, 2)
+    lose_manifests(tmp_path, 2)
     with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2, 3"):
         with open_run(tmp_path) as run:
             run.restore_latest(make_state(0))
