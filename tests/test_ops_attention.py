@@ -52,7 +52,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled):
     )
     read = jax.jit(attention.over_cache)
     got = read(q, k, v, index, own, segments, jnp.int32(filled))
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(got, want, atol=1e-5)  # logits of up to 60
     assert not np.any(np.asarray(got)[own == 0])
 
 
