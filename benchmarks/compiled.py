@@ -4,8 +4,8 @@ Compiles the lookup's forward and backward on a machine with only a CPU, and pri
 memory, and for GPU kernels registers and spills, for TPU programs the largest fusions:
 
     export PYTHONPATH=.                            # at the root of the repository
-    python benchmarks/compiled.py gpu              # pip install "jax[cuda12]" (or cuda13)
-    python benchmarks/compiled.py tpu --topology=v5p:2x2x1      # pip install "jax[tpu]"
+    python -m benchmarks.compiled gpu              # pip install "jax[cuda12]" (or cuda13)
+    python -m benchmarks.compiled tpu --topology=v5p:2x2x1      # pip install "jax[tpu]"
 
 A TPU program can take minutes to compile. `--tokens`, `--tables`, `--buckets`, `--features`
 set the sizes (N=16384, K=128, C=256, F=1024), `--dtype` the tables' type.

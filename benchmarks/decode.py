@@ -1,10 +1,10 @@
 """Whole-model decoding on CPU: MemoryFormer beside transformers and our own dense twin.
 
-    python benchmarks/decode.py --size=base                    # every peer, one stream
-    python benchmarks/decode.py --size=small --batch_size=16
-    python benchmarks/decode.py --cores=1 --clock=cpu          # on a busy machine
-    python benchmarks/decode.py --size=base --peers=memoryformer-bfloat16,transformers-float32
-    python benchmarks/decode.py --plot=docs/images/decode.png a.json b.json   # from files
+    python -m benchmarks.decode --size=base                    # every peer, one stream
+    python -m benchmarks.decode --size=small --batch_size=16
+    python -m benchmarks.decode --cores=1 --clock=cpu          # on a busy machine
+    python -m benchmarks.decode --size=base --peers=memoryformer-bfloat16,transformers-float32
+    python -m benchmarks.decode --plot=docs/images/decode.png a.json b.json   # from files
 
 `small` and `base` are MemoryFormer's shapes beside Pythia-160M's and -410M's, with random
 weights; torch, transformers and our dense twin hold the same ones. A figure is --tokens

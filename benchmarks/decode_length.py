@@ -1,7 +1,7 @@
 """Decoding speed and state of every mixer against the length of the context.
 
-    python benchmarks/decode_length.py                      # 1k to 1M, a minute or more each
-    python benchmarks/decode_length.py --contexts=1024,4096 --mixers=softmax,linear
+    python -m benchmarks.decode_length                      # 1k to 1M, a minute or more each
+    python -m benchmarks.decode_length --contexts=1024,4096 --mixers=softmax,linear
 
 A small model with dense projections decodes one sequence whose state says that `context`
 tokens have been seen: the cache of softmax is of that length, with zeros in it, and the

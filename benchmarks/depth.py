@@ -1,6 +1,6 @@
 """What looping over layers with `lax.scan`, and keeping less for the gradient, cost and save.
 
-    python benchmarks/depth.py [--layers=4,12]
+    python -m benchmarks.depth [--layers=4,12]
 
 Compiles the loss and its gradient for this machine's first device without running them, and
 prints one row for each form: CPU seconds of tracing and of compiling, bytes of temporary

@@ -1,8 +1,8 @@
 """The lookup on an NVIDIA GPU: everything checked and timed in one go.
 
     export PYTHONPATH=.                             # at the root of the repository
-    python benchmarks/gpu.py --output=gpu.json      # on an H200 (not yet run on one)
-    python benchmarks/gpu.py --check                # any machine, toy sizes, interpreted
+    python -m benchmarks.gpu --output=gpu.json      # on an H200 (not yet run on one)
+    python -m benchmarks.gpu --check                # any machine, toy sizes, interpreted
 
 Every result is compared with float64 sums, and the kernels' with themselves, before anything
 is timed. In a round every peer runs on the same fresh inputs, in random order and several

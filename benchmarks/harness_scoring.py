@@ -1,6 +1,6 @@
 """Score short continuations as a harness does: ours beside transformers, in one run.
 
-    python benchmarks/harness_scoring.py [--requests=2000] [--rounds=3]
+    python -m benchmarks.harness_scoring [--requests=2000] [--rounds=3]
 
 The shape is Pythia-70M's, the weights are random and the same on both sides, the requests are
 synthetic: contexts of 8 to 48 tokens, continuations of 1 to 12. Theirs is what the harness's own

@@ -1,9 +1,9 @@
 """The native CPU lookup beside what people would use instead: one command, one process.
 
-    python benchmarks/lookup_cpu.py                       # all cores
-    python benchmarks/lookup_cpu.py --cores=1             # one core, for every peer
-    python benchmarks/lookup_cpu.py --cores=1 --clock=cpu --keep_memory  # a busy machine
-    python benchmarks/lookup_cpu.py --cases=decode --rounds=50
+    python -m benchmarks.lookup_cpu                       # all cores
+    python -m benchmarks.lookup_cpu --cores=1             # one core, for every peer
+    python -m benchmarks.lookup_cpu --cores=1 --clock=cpu --keep_memory  # a busy machine
+    python -m benchmarks.lookup_cpu --cases=decode --rounds=50
 
 Peers: the XLA lookup, XLA's dense layer, and, if PyTorch is installed, `embedding_bag`
 and the dense layer (MKL). Results are checked against each other before anything is

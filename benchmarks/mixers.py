@@ -1,8 +1,8 @@
 """Every mixer, with memory layers and dense, on the quickstart's corpus and budget.
 
-    python benchmarks/mixers.py                                  # all; hours on two cores
-    python benchmarks/mixers.py --mixers=softmax,performer --seeds=3
-    python benchmarks/mixers.py --steps=100 --folder=runs/mixers-short
+    python -m benchmarks.mixers                                  # all; hours on two cores
+    python -m benchmarks.mixers --mixers=softmax,performer --seeds=3
+    python -m benchmarks.mixers --steps=100 --folder=runs/mixers-short
 
 One command, and it can be stopped: run NAME-PROJECTION-SEED is a workdir of its own in
 --folder, which goes on from its last checkpoint, and a finished one is only read. Writes
@@ -49,18 +49,21 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def _measure(args, folder, name, projection, seeds):
-    bits, rates = [], []
+    bits, rates, compiled = [], [], {}
     for seed in range(seeds):
         config = presets.with_mixer(
             config_lib.load(f"{args.config}:{projection}"), name
         )
         config.train.seed = seed
+        # All of the text: a few batches would not be the same for documents that begin
+        # where chunks do (rmt, memformer).
+        config.eval.num_batches = 0
         if args.steps:
             config.train.num_steps = args.steps
         workdir = folder / f"{name}-{projection}-{seed}"
         if not _finished(workdir, config.train.num_steps):
             print(f"--- {workdir}", flush=True)
-            trainer.train(config, workdir)
+            trainer.train(config, workdir, compiled=compiled)
         bits.append(_last(workdir, "val/bits_per_byte"))
         trained = [r for r in metrics.read(workdir) if "train/tokens_per_second" in r]
         rates.append(statistics.median(r["train/tokens_per_second"] for r in trained))

@@ -1,6 +1,6 @@
 """What bounds the native kernels: instructions and cache misses, counted by callgrind.
 
-    python benchmarks/profile_native.py
+    python -m benchmarks.profile_native
 
 Counts do not depend on what else the machine does. Each is the difference between three
 runs of a kernel and one, so that setting up drops out. A line is 64 bytes of tables, weights

@@ -1,7 +1,7 @@
 """The quickstart training step with the native and with the XLA lookup, in turns.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --cores=1 --clock=cpu     # on a busy machine
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --cores=1 --clock=cpu     # on a busy machine
 
 Both arms start from the same parameters and read the same random batches; their losses are
 held against each other after every step. The share of the lookups is what a step loses when

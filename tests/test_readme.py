@@ -30,6 +30,17 @@ TOY_MODEL = {
 }
 
 
+def test_benchmarks_are_run_as_modules():
+    """Mutation: `python benchmarks/X.py`, which does not find the package."""
+    texts = [README, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    wrong = [
+        p.name
+        for p in texts
+        if re.search(r"python\S* benchmarks/", p.read_text("utf-8"))
+    ]
+    assert not wrong
+
+
 def blocks(*languages):
     """The fenced blocks of README.md in these languages."""
     text = README.read_text(encoding="utf-8")
