@@ -32,13 +32,13 @@ from memoryformer import experiment, presets
 SIZES = {"": (8000, 3e-3), "mini": (1000, 32e-3)}
 # Parts of that rate that each score is tried at: by its own scale, `l1_softmax` moves the
 # outputs some seven times as far at the same rate.
-SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25)}
+SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25, 0.125, 0.0625)}
 DENSE = {
     "model.projection": "dense",
     "model.ffn_activation": "gelu",
     "model.output_projection": True,
 }
-DENSE_RATES = {"": (1e-3, 2e-3, 5e-4), "mini": (5e-3, 1e-2, 2.5e-3)}  # Pythia's: 1e-3
+DENSE_RATES = {"": (1e-3, 2e-3, 5e-4), "mini": (5e-3, 1e-2, 2.5e-3, 1.25e-3, 6.25e-4)}  # Pythia's: 1e-3
 # size: width, layers, heads of the dense model with the FLOPs of the memory model ...
 EQUAL_FLOPS = {"": (384, 6, 6), "mini": (40, 2, 1)}
 # ... and with its parameters (of the memory model of tau = 4, for the miniature: at tau = 8
