@@ -3,8 +3,9 @@
     python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
     ... --config=configs/listops.py:conv_luna --config.model.luna_slots=1
 
-The argument is `softmax`, `linformer`, `luna` or `conv_luna`. Short sequences by default; for
-LRA's, `--config.model.seq_len=2000 --config.task.min_len=500`. Cost: minutes on two CPU cores.
+The argument is `softmax`, `linformer`, `luna` or `conv_luna`; every trunk gets learned positions,
+for luna has none of its own. Short sequences by default; for LRA's,
+`--config.model.seq_len=2000 --config.task.min_len=500`. Cost: minutes on two CPU cores.
 """
 
 import ml_collections

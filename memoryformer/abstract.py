@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
-from memoryformer import evaluation, experiment, mixers, optimizer, trainer
+from memoryformer import evaluation, experiment, mixers, trainer
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 
@@ -44,7 +44,7 @@ def trace(
     """
     # Outside the mesh: on devices that are not there, nothing can be computed.
     programs = trainer.programs(run, sharding)
-    hyper = jax.eval_shape(lambda: optimizer.hyperparams(run.optimizer))
+    hyper = jax.eval_shape(lambda: trainer.hyperparams(run))
     with sharding.activate():
         traced = programs.train_step.trace(
             programs.abstract, batch(run, sharding), hyper
@@ -132,12 +132,11 @@ def _kept_bytes(run, num_layers, rows):
     model = dataclasses.replace(run.model, num_layers=num_layers)
     params = jax.eval_shape(lambda: model_lib.init(model))
 
-    def pull(params, rows, step):
-        nats = lambda p: evaluation.batch_nats(model, p, rows, step)  # noqa: E731
+    def pull(params, rows):
+        nats = lambda p: evaluation.batch_nats(model, p, rows)  # noqa: E731
         return jax.vjp(nats, params)[1]
 
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    kept = jax.eval_shape(pull, params, rows, step)
+    kept = jax.eval_shape(pull, params, rows)
     sizes = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
     own = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in sizes]
     return sharding_lib.num_bytes(own)

@@ -203,9 +203,12 @@ class Generator:
                 )
 
     def _init_state(self, batch_size: int, length: int) -> mixers.State:
+        seq_len = self.model_config.seq_len
         max_len = -(-length // CACHE_STEP) * CACHE_STEP
-        if length <= self.model_config.seq_len:  # some mixers have no position beyond
-            max_len = min(max_len, self.model_config.seq_len)
+        # Some mixers have no position beyond a length: do not round up over it.
+        limit = seq_len if length <= seq_len else mixers.max_length(self.model_config)
+        if limit:
+            max_len = max(length, min(max_len, limit))
         model = model_lib.merge(self.model_config, self._params)
         dtype = jnp.dtype(self.model_config.dtype)
         return model.init_state(batch_size, max_len, dtype)

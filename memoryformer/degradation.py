@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from memoryformer import errors, mixers
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.notation import Array, Float, Params
+from memoryformer.notation import Activations, Array, Float, Params
 from memoryformer.ops import collectives
 
 MEASURED = ("luna", "conv_luna")
@@ -51,54 +51,72 @@ def measures(model_config: model_lib.ModelConfig) -> bool:
     """Whether a model has memories that `collect` can read."""
     if model_config.recurrence != "none":
         return True
-    return model_config.mixer in MEASURED and model_config.causal
+    return model_config.mixer in MEASURED
 
 
 def make_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
-) -> Callable[[Params, Mapping[str, Array]], dict[str, Array]]:
-    """Compile `(params, batch) -> sums over rows` of both figures, and the rows' number.
+) -> Callable[..., dict[str, Array]]:
+    """Compile `(params, batch, features) -> sums over rows` of both figures, and the rows' number.
 
-    A row's memory is the one after its last token. Raises `ConfigError` for other mixers.
+    Raises `ConfigError` for other mixers.
     """
     if not measures(model_config):
         raise errors.ConfigError(
-            f"model.mixer={model_config.mixer!r}, model.causal={model_config.causal}: has "
-            f"no memory to measure; causal {' and '.join(MEASURED)} and recurrences have."
+            f"model.mixer={model_config.mixer!r}: has no memory to measure; "
+            f"{' and '.join(MEASURED)} and recurrences have."
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch):
+    def per_device(params, batch, features):
         model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
-        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-        real, memories = _memories(model, batch["inputs"], seq)
-        real &= _holds_the_end()
-        sums = {"rows": jnp.sum(real)}
-        for name, rows in memories.items():
-            rows = collectives.all_gather(rows, "model", -1)  # [B, m, D]
-            for figure in (cosine, effective_rank):
-                values = jnp.where(real, figure(rows), 0)
-                sums[f"{name}/{figure.__name__}"] = jnp.sum(values)
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+        sums = figures(model, model.embed(batch["inputs"]), seq)
         tokens = sharding_lib.TOKEN_AXES
         return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
-    in_specs = (specs, sharding.specs.batch_bl)
+    in_specs = (specs, sharding.specs.batch_bl, P())
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 
-def _memories(model, tokens, seq):
+def figures(
+    model: model_lib.Transformer, x: Activations, seq: mixers.SeqInfo
+) -> dict[str, Array]:
+    """Sums of both figures over this device's rows x [B, L, D], and the rows' number.
+
+    A row's memory is the one after its last token; two-sided, what its last document packed.
+    """
+    real, memories = _memories(model, x, seq)
+    real &= _holds_the_end()
+    sums = {"rows": jnp.sum(real)}
+    for name, rows in memories.items():
+        rows = collectives.all_gather(rows, "model", -1)  # [B, m, D]
+        for figure in (cosine, effective_rank):
+            values = jnp.where(real, figure(rows), 0)
+            sums[f"{name}/{figure.__name__}"] = jnp.sum(values)
+    return sums
+
+
+def _memories(model, x, seq):
     """Which rows hold a memory [B], and each memory by name, [B, m, D / n]."""
     if model.recurrence is not None:
-        rows = model.recurrence.memory_after(model, model.embed(tokens), seq)
-        real = jnp.ones(tokens.shape[:1], bool)
+        rows = model.recurrence.memory_after(model, x, seq)
+        real = jnp.ones(x.shape[:1], bool)
         return real, {"recurrence": rows.astype(jnp.float32)}
-    state = model.init_state(*tokens.shape)
-    _, state = model.features(tokens, seq, state)
-    memories = {}
-    for i, block in enumerate(state):
-        rows = jnp.moveaxis(block.memory.sums.mT, 1, 2)  # [B, m, H, E]
-        memories[f"blocks.{i}.mixer"] = rows.reshape(*rows.shape[:2], -1)
-    return state[0].memory.segment_ids != 0, memories
+    if model.blocks[0].mixer.causal:
+        _, state = model.run_blocks(x, seq, model.init_state(*x.shape[:2]))
+        slots = [jnp.moveaxis(block.memory.sums.mT, 1, 2) for block in state]
+        real = state[0].memory.segment_ids != 0
+    else:
+        slots, real = [], jnp.any(seq.segment_ids != 0, axis=1)
+        for block in model.blocks:
+            slots.append(block.mixer.packed(block.norm1(x), seq))
+            x, _ = block(x, seq)
+    memories = {
+        f"blocks.{i}.mixer": rows.reshape(*rows.shape[:2], -1)  # of [B, m, H, E]
+        for i, rows in enumerate(slots)
+    }
+    return real, memories
 
 
 def _holds_the_end():
@@ -112,6 +130,7 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
+    features: Array | None = None,
 ) -> dict[str, float]:
     """Metrics of every memory: 'degradation/blocks.0.mixer/cosine' and '.../effective_rank';
     a memory carried over chunks is 'degradation/recurrence/..'.
@@ -124,7 +143,7 @@ def collect(
         ours = sharding.local_rows(len(batch["inputs"]))
         keys = ("inputs", "positions", "segment_ids")
         needed = {key: batch[key][ours] for key in keys}
-        for name, value in step(params, sharding.put_batch(needed)).items():
+        for name, value in step(params, sharding.put_batch(needed), features).items():
             totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
     rows = totals.pop("rows", 0)
     if not rows:

@@ -121,6 +121,7 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
+    features: Array | None = None,
 ) -> dict[str, Int[np.ndarray, "K C"]]:
     """Bucket counts of every memory layer, summed over `batches`, padding left out.
 
@@ -135,7 +136,7 @@ def collect(
         ours = sharding.local_rows(len(batch["inputs"]))
         keys = ("inputs", "positions", "segment_ids")
         needed = {key: batch[key][ours] for key in keys}
-        for name, counts in count(params, sharding.put_batch(needed)).items():
+        for name, counts in count(params, sharding.put_batch(needed), features).items():
             totals[name] = totals.get(name, 0) + np.asarray(counts, np.int64)
     if not totals:
         raise errors.DataError("utilisation: no batch of data to count codes on.")
@@ -145,8 +146,8 @@ def collect(
 @functools.lru_cache(maxsize=4)
 def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
-) -> Callable[[Params, Mapping[str, Array]], dict[str, Int[Array, "K C"]]]:
-    """Compile `(params, batch) -> counts of each layer`, the same on every device."""
+) -> Callable[..., dict[str, Int[Array, "K C"]]]:
+    """Compile `(params, batch, features) -> counts of each layer`, the same on every device."""
     if model_config.projection != "memory":
         raise errors.ConfigError(
             f"model.projection={model_config.projection!r}: has no tables to look at; "
@@ -154,17 +155,19 @@ def make_count_step(
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch):
+    def per_device(params, batch, features):
         params = sharding_lib.gather_params(params, specs)
         keep = batch["segment_ids"] > 0
         counts = {}
-        for name, codes in model_lib.codes(model_config, params, batch).items():
+        for name, codes in model_lib.codes(
+            model_config, params, batch, features
+        ).items():
             ours = bucket_counts(codes, _num_buckets(params, name), keep)
             ours = collectives.psum(ours, sharding_lib.TOKEN_AXES)
             counts[name] = collectives.all_gather(ours, "model", 0)  # [K, C]
         return counts
 
-    in_specs = (specs, sharding.specs.batch_bl)
+    in_specs = (specs, sharding.specs.batch_bl, P())
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 

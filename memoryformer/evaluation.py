@@ -9,6 +9,7 @@ device the result is the same to the bit whatever the batch size. Start at `eval
 a checkpoint at `evaluate_checkpoint`.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -22,7 +23,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import (
-    checkpoint,
     compilation,
     data,
     degradation,
@@ -50,11 +50,11 @@ def batch_nats(
     model_config: model_lib.ModelConfig,
     params: Params,
     batch: Batch,
-    step: Array | None = None,
+    features: Array | None = None,
 ) -> Array:
-    """Return the weighted nats of every target: [B, L] float32; `step` while training."""
+    """Return the weighted nats of every target: [B, L] float32; `mixers.draw` in a run."""
     model = model_lib.merge(model_config, params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], step)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
     logits, _ = model(batch["inputs"], seq)
     nats = losses.token_nats(logits, batch["targets"])
     # Not a product: padding must not turn 0 * inf into nan.
@@ -63,22 +63,28 @@ def batch_nats(
 
 def make_eval_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
-) -> Callable[[Params, Batch], Array]:
-    """Compile `(params, batch) -> nats of each row, [B]`."""
+) -> Callable[..., Array]:
+    """Compile `(params, batch, features=None) -> nats of each row, [B]`."""
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch):
+    def per_device(params, batch, features):
         params = sharding_lib.gather_params(params, specs)
 
         def row_nats(group):
-            return jnp.sum(batch_nats(model_config, params, group), axis=-1)
+            nats = batch_nats(model_config, params, group, features)
+            return jnp.sum(nats, axis=-1)
 
         rows = _by_groups(row_nats, batch)
         rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
         return collectives.all_gather(rows, "data", 0)  # every process reads them all
 
-    in_specs = (specs, sharding.specs.batch_bl)
-    return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))
+    in_specs = (specs, sharding.specs.batch_bl, P())
+    mapped = sharding.shard_map(per_device, in_specs, P(None))
+
+    def eval_step(params, batch, features=None):
+        return mapped(params, batch, features)
+
+    return jax.jit(eval_step)
 
 
 def _by_groups(function, batch):
@@ -95,17 +101,19 @@ def _by_groups(function, batch):
 
 
 def evaluate(
-    eval_step: Callable[[Params, Batch], Array],
+    eval_step: Callable[..., Array],
     params: Params,
     batches: data.EvalBatches,
     token_bytes: np.ndarray,
     sharding: sharding_lib.Sharding,
     *,
+    features: Array | None = None,
     num_batches: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
 
+    `features` are `mixers.draw`'s of a step; None: those of the model's config.
     Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
     'val/seconds'}, or None if `stop()` said so between two batches.
     """
@@ -121,7 +129,7 @@ def evaluate(
         num_bytes += float((token_bytes[batch["targets"]] * batch["weights"]).sum())
         ours = sharding.local_rows(len(batch["inputs"]))
         local = {name: rows[ours] for name, rows in batch.items()}
-        rows = eval_step(params, sharding.put_batch(local))
+        rows = eval_step(params, sharding.put_batch(local), features)
         nats += 0.0 if pending is None else _total(pending)
         pending = rows
     nats += 0.0 if pending is None else _total(pending)
@@ -143,6 +151,7 @@ def memories(
     params: Params,
     batches: data.EvalBatches,
     sharding: sharding_lib.Sharding,
+    features: Array | None = None,
 ) -> dict[str, float]:
     """Return how evenly tables are read and how alike a mixer's slots are.
 
@@ -151,10 +160,10 @@ def memories(
     few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
     values = {}
     if model_config.projection == "memory":
-        counts = diagnostics.collect(model_config, params, few, sharding)
+        counts = diagnostics.collect(model_config, params, few, sharding, features)
         values |= diagnostics.summary(counts)
     if degradation.measures(model_config):
-        values |= degradation.collect(model_config, params, few, sharding)
+        values |= degradation.collect(model_config, params, few, sharding, features)
     return values
 
 
@@ -176,13 +185,16 @@ def evaluate_checkpoint(
     With `config`, the architecture, data and tokenizer must be the checkpoint's; its `eval`
     and `mesh` sections are used instead of those stored. Works on any number of devices.
     """
-    saved, params = checkpoint.load(workdir, step)
-    if config is None:
-        run = experiment.resolve(saved)
-    else:
-        run = experiment.resolve(config)
-        check_same_model(saved, run)
-    facts = checkpoint.facts(workdir, step)
+    run, params, facts = experiment.load(workdir, step)
+    if config is not None:
+        given = experiment.resolve(config)
+        check_same_model(facts["config"], given)
+        given_model = dataclasses.replace(
+            given.model,
+            performer_seed=run.model.performer_seed,
+            performer_draw=run.model.performer_draw,
+        )
+        run = dataclasses.replace(given, model=given_model)
     dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
     if dataset.fingerprint != facts["data_fingerprint"]:
         raise DataError(

@@ -4,15 +4,25 @@ Nothing behind `resolve` sees a ConfigDict. Start there.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from memoryformer import checkpoint, compilation, data, metrics, optimizer, recurrence
+from memoryformer import (
+    checkpoint,
+    compilation,
+    data,
+    metrics,
+    mixers,
+    optimizer,
+    recurrence,
+)
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import ModelConfig
+from memoryformer.notation import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +137,11 @@ def resolve(config: Mapping[str, Any]) -> Experiment:
         for name, cls in _SECTIONS.items()
     }
     run = Experiment(mesh=mesh, **sections)
+    if not run.model.causal:
+        raise ConfigError(
+            "model.causal=False: a language model would see its targets; leave it True "
+            "(two-sided models train in memoryformer.tasks.listops)."
+        )
     _check_documents(run)
     return run
 
@@ -148,6 +163,21 @@ def _check_documents(run: Experiment) -> None:
             f"of model.recurrence={model.recurrence!r} and share its memory; set "
             f"--config.data.align_documents={chunk}."
         )
+
+
+def load(
+    workdir: str | os.PathLike, step: int | None = None
+) -> tuple[Experiment, Params, dict[str, Any]]:
+    """Load a run, the parameters and the manifest of a step (None: the newest).
+
+    The run's model is the one after that step (`mixers.with_draw`), to be used, not trained:
+    that starts from the manifest's 'config'. Raises as `checkpoint.load`.
+    """
+    config, params = checkpoint.load(workdir, step)
+    facts = checkpoint.facts(workdir, step)
+    run = resolve(config)
+    model = mixers.with_draw(run.model, run.train.seed, facts["step"])
+    return dataclasses.replace(run, model=model), params, facts
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:

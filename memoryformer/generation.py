@@ -20,7 +20,6 @@ from typing import Any
 from absl import flags
 
 from memoryformer import (
-    checkpoint,
     data,
     decoding,
     errors,
@@ -162,8 +161,7 @@ def open_run(
     kinds: inference.WeightKinds | None = None,
 ) -> tuple[Generator, data.Tokenizer, experiment.Experiment]:
     """Load a checkpoint and its tokenizer for sampling, weights stored as `kinds` says."""
-    config, params = checkpoint.load(workdir, step)
-    run = experiment.resolve(config)
+    run, params, _ = experiment.load(workdir, step)
     dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
     return Generator(run.model, params, kinds), dataset.tokenizer, run
 

@@ -55,8 +55,7 @@ class ModelConfig:
     rotary_fraction: float = 0.25
     rotary_base: float = 10_000.0
     tie_embeddings: bool = False
-    # Positions for which feed-forward layers and softmax attention work at a time, and
-    # which are recomputed for the gradient: less memory, same result. 0: whole rows.
+    # Positions worked on at a time, recomputed for the gradient: same result. 0: whole rows.
     sequence_chunk: int = 0
     remat: str = "none"  # what layers keep for the gradient: see ops/depth.py
     scan_layers: bool = False  # compile one layer and loop, instead of every layer
@@ -77,7 +76,8 @@ class ModelConfig:
     trained_kernel_layers: int = 3
     performer_features: int = 256
     performer_redraw_every: int = 0  # training steps; 0: never
-    performer_seed: int = 0
+    performer_seed: int = 0  # + the run's own seed
+    performer_draw: int = 0  # + the run's redraws
     linformer_slots: int = 64
     linformer_max_len: int = 0  # positions; 0: seq_len
     luna_slots: int = 64  # also of conv_luna
@@ -391,13 +391,13 @@ def forward(
 
 
 def codes(
-    model_config: ModelConfig, params: Params, batch: dict[str, Array]
+    model_config: ModelConfig, params: Params, batch: dict[str, Array], features=None
 ) -> dict[str, Codes]:
     """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
     # A code cannot be recorded from inside a loop over chunks or layers.
     plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
     model = merge(dataclasses.replace(model_config, **plain), params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
     with layers.record_codes() as recorded:
         model.features(batch["inputs"], seq)
     return {

@@ -151,8 +151,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
 
-    `hyper`, `optimizer.hyperparams(run.optimizer)`, is traced; left out, the run's numbers
-    are compiled in.
+    `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.
 
     loss = sum of nats / sum of weights over the whole batch, whatever its division into
     devices and microbatches. Gradients cross the devices once a step. An update that is not
@@ -160,11 +159,11 @@ def make_train_step(
     """
     tx = optimizer.make(run.optimizer, run.train.num_steps)
 
-    def gradient_sums(params, batch, step):  # on one device, of its rows
+    def gradient_sums(params, batch, features):  # on one device, of its rows
         params = sharding_lib.gather_params(params, specs)
 
         def objective(params, batch):
-            nats = evaluation.batch_nats(run.model, params, batch, step)
+            nats = evaluation.batch_nats(run.model, params, batch, features)
             nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
             return nats / collectives.axis_size("model"), (nats, weight)
@@ -185,7 +184,8 @@ def make_train_step(
     )
 
     def train_step(state, batch, hyper=None):
-        grads, (nats, weight) = gradient_sums(state.params, batch, state.step)
+        features = _features(run, hyper, state.step)
+        grads, (nats, weight) = gradient_sums(state.params, batch, features)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = nats / weight, optax.tree.norm(grads)
         updates, opt_state = tx.update(
@@ -213,6 +213,17 @@ def make_train_step(
     # On CPU a donated state makes XLA copy arrays before it updates them in place.
     donated = () if sharding.platform == "cpu" else (0,)
     return jax.jit(train_step, donate_argnums=donated)
+
+
+def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
+    """Return the traced inputs of the train step: the optimizer's, and the seed."""
+    return optimizer.hyperparams(run.optimizer) | {"seed": jnp.int32(run.train.seed)}
+
+
+def _features(run, hyper, step):
+    """Draw the random features that batch `step` trains with."""
+    seed = run.train.seed if hyper is None else hyper["seed"]
+    return mixers.draw(run.model, seed, step + 1)
 
 
 def _take(good, new, old):
@@ -295,7 +306,7 @@ class _Loop:
         self.progress = metrics.ProgressPrinter()
         self.progress.note(compilation.use_cache(run.train.compilation_cache))
         self.draw, self.abstract, self.train_step, self.eval_step = programs
-        self.hyper = optimizer.hyperparams(run.optimizer)
+        self.hyper = hyperparams(run)
         self.batches = dataset.train.batches(
             run.model.seq_len, run.train.batch_size, run.train.seed
         )
@@ -394,18 +405,22 @@ class _Loop:
         batches = self.dataset.validation.eval_batches(
             run.model.seq_len, run.eval.batch_size
         )
+        features = mixers.draw(run.model, run.train.seed, step)
         values = evaluation.evaluate(
             self.eval_step,
             params,
             batches,
             self.dataset.tokenizer.token_bytes,
             self.sharding,
+            features=features,
             num_batches=run.eval.num_batches,
             stop=stop,
         )
         if values is None:  # asked to stop: the next run makes up for it
             return {}
-        values |= evaluation.memories(run.model, params, batches, self.sharding)
+        values |= evaluation.memories(
+            run.model, params, batches, self.sharding, features
+        )
         writer.write(step, values)
         self.progress.note(
             f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "

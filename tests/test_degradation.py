@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from memoryformer import degradation, errors, metrics, model, sharding
+from memoryformer import degradation, errors, metrics, mixers, model, sharding
 
 
 def test_known_memories():
@@ -55,6 +56,27 @@ def test_a_mesh_measures_the_same():
         for i in range(2)
         for name in ("cosine", "effective_rank")
     }
+
+
+@pytest.mark.parametrize("mixer", ["luna", "conv_luna"])
+def test_two_sided_memory_is_what_tokens_read(mixer):
+    """o = softmax(q . Y_P) Y_P. Mutation: pack over the whole row, padding or all documents."""
+    config = toy.model_config("dense", mixer=mixer, luna_slots=3, causal=False)
+    network = model.merge(config, model.init(config))
+    mixer = network.blocks[0].mixer
+    batch = toy.batch(config)
+    seq = mixers.SeqInfo(batch["positions"], jnp.asarray(batch["segment_ids"]))
+    x = network.blocks[0].norm1(network.embed(batch["inputs"]))
+    memory = mixer.packed(x, seq)
+    q = mixer._inputs(x, seq, None)[0]
+    p = jax.nn.softmax(jnp.einsum("blhe,bmhe->blhm", q, memory), axis=-1)
+    want = mixer.join(jnp.einsum("blhm,bmhe->blhe", p, memory), x.dtype)
+    last = batch["segment_ids"] == batch["segment_ids"].max(axis=1, keepdims=True)
+    assert 0 < last.mean() < 0.9
+    np.testing.assert_allclose(want[last], mixer(x, seq)[0][last], atol=1e-5)
+    figures = degradation.collect(config, model.init(config), [batch])
+    cosine = degradation.cosine(memory.reshape(8, 3, 16))
+    assert figures["degradation/blocks.0.mixer/cosine"] == pytest.approx(cosine.mean())
 
 
 def test_it_is_logged_while_training(tmp_path):

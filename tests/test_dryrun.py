@@ -15,7 +15,6 @@ from memoryformer import (
     abstract,
     dryrun,
     experiment,
-    optimizer,
     remedies,
     targets,
     trainer,
@@ -93,7 +92,7 @@ def test_the_trainers_own_step_is_lowered(mesh):
             programs.abstract,
         )
         batch = place.put_batch(toy.batch(run.model, 0, B, L))
-        hyper = optimizer.hyperparams(run.optimizer)
+        hyper = trainer.hyperparams(run)
         theirs = programs.train_step.trace(state, batch, hyper)
         held = {s.device: 0 for s in jax.tree.leaves(state)[0].addressable_shards}
         for array in jax.tree.leaves(state):

@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import errors, experiment, mixers, model, sharding, trainer
-from memoryformer.mixers import kernel
+from memoryformer import (
+    checkpoint,
+    decoding,
+    errors,
+    evaluation,
+    experiment,
+    generation,
+    metrics,
+    mixers,
+    model,
+    sharding,
+    trainer,
+)
+from memoryformer.convert import export, runs
+from memoryformer.ops import attention
 
 PERFORMER = {
     "model.mixer": "performer",
@@ -60,9 +73,144 @@ def test_redrawn_features_are_those_of_one_device(tmp_path):
 
 def test_draw_0_is_the_constant_one():
     """Red if evaluation and the first steps of training see other features."""
-    drawn = kernel._rows(5, 2, jnp.int32(0), 7, 4)
-    np.testing.assert_array_equal(drawn, kernel._fixed_rows(5, 2, 7, 4))
-    assert np.abs(drawn - kernel._fixed_rows(5, 3, 7, 4)).max() > 0.1
+    config = model.ModelConfig(
+        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=2
+    )
+    drawn = mixers.draw(config, jnp.int32(0), jnp.int32(2))
+    np.testing.assert_array_equal(drawn, mixers.draw(config, 0, 2))
+    network = model.merge(config, model.init(config))
+    nothing = mixers.SeqInfo(None, None)
+    for i, block in enumerate(network.blocks):
+        np.testing.assert_array_equal(drawn[i], block.mixer.rows(nothing))
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.1
+
+
+def test_a_run_adds_its_seed_and_its_schedule():
+    """Mutation: `step // redraw_every`, which changes the features after the last step."""
+    config = model.ModelConfig(
+        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=3
+    )
+    draws = [mixers.with_draw(config, 5, step).performer_draw for step in range(8)]
+    assert draws == [0, 0, 0, 0, 1, 1, 1, 2]
+    later = mixers.with_draw(config, 5, 4)
+    assert later.performer_seed == 5
+    # What goes on from there, as step 0 of another run, has them still.
+    np.testing.assert_array_equal(
+        mixers.draw(later, 0, 0), mixers.draw(config, 5, jnp.int32(4))
+    )
+    same = model.ModelConfig(8, 16, 3, 2, 32, code_bits=4)
+    assert mixers.with_draw(same, 5, 4) is same and mixers.draw(same, 5, 4) is None
+
+
+@pytest.fixture(scope="module")
+def performer_run(tmp_path_factory):
+    """Six steps with seed 3, features redrawn after three."""
+    folder = tmp_path_factory.mktemp("performer")
+    fields = {"train.num_steps": 6, "train.seed": 3, "eval.num_batches": 0}
+    return toy.trained(folder, **PERFORMER, **fields)
+
+
+def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
+    """Mutation: `experiment.load` without `with_draw`, or `_evaluate` without features."""
+    logged = [r["val/loss"] for r in metrics.read(performer_run) if "val/loss" in r][-1]
+    later = evaluation.evaluate_checkpoint(performer_run)
+    config = toy.run_config(performer_run.parent, **PERFORMER)
+    config.train.seed, config.train.num_steps, config.eval.batch_size = 7, 6, 4
+    given = evaluation.evaluate_checkpoint(performer_run, config=config)
+    np.testing.assert_allclose(
+        [later["val/loss"], given["val/loss"]], logged, rtol=1e-6
+    )
+    run, params, facts = experiment.load(performer_run)
+    assert (run.model.performer_seed, run.model.performer_draw) == (3, 1)
+    stored = experiment.resolve(facts["config"]).model
+    batch = toy.batch(stored, seq_len=16)
+    nats = [
+        evaluation.batch_nats(m, params, batch, features)
+        for m, features in [
+            (run.model, None),
+            (stored, mixers.draw(stored, 3, 6)),  # what the last step was computed with
+            (stored, None),
+        ]
+    ]
+    np.testing.assert_array_equal(nats[0], nats[1])
+    assert np.abs(nats[0] - nats[2]).max() > 1e-3
+
+
+def test_generation_and_exports_have_the_features(performer_run, tmp_path):
+    """Mutation: `open_run` or `export_run` with the stored config; `import_run` as well."""
+    generator, _, run = generation.open_run(performer_run)
+    _, params = checkpoint.load(performer_run)
+    prompt = np.arange(40, 50)[None]
+    sampling = decoding.SamplingConfig(max_tokens=1, temperature=0)
+    logits = model.forward(run.model, params, prompt)[0, -1]
+    assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
+    assert generator.model_config.performer_draw == 1
+    runs.export_run(performer_run, tmp_path / "export")
+    assert export.load_export(tmp_path / "export")[0] == run.model
+    runs.import_run(tmp_path / "export", tmp_path / "back")
+    again = experiment.load(tmp_path / "back")[0]
+    assert again.model == run.model
+
+
+def test_seeds_share_a_program_and_no_features(tmp_path):
+    """Mutation: `run.train.seed` in the train step, whatever `hyper` says."""
+    made = []
+    for seed in (3, 4):
+        run = experiment.resolve(
+            toy.run_config(tmp_path, **PERFORMER, **{"train.seed": seed})
+        )
+        single = sharding.make(run.mesh)
+        made.append((run, trainer.hyperparams(run)))
+    run = made[0][0]
+    assert trainer.program(run) == trainer.program(made[1][0])
+    programs = trainer.programs(run, single)
+    state, batch = programs.draw(0), toy.batch(run.model, seq_len=16)
+    norms = [
+        float(programs.train_step(state, batch, h)[1]["grad_norm"]) for _, h in made
+    ]
+    assert norms[0] != norms[1] and programs.train_step._cache_size() == 1
+
+
+def test_two_sided_training_of_a_language_model_is_refused(tmp_path):
+    """Mutation: no such check; the loss then falls to the loss of copying."""
+    config = toy.run_config(tmp_path, **{"model.causal": False})
+    with pytest.raises(errors.ConfigError, match="would see its targets"):
+        experiment.resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mixer": "linear", "logit_transform": "dape_v2"},
+            "'linear' has no use for it",
+        ),
+        ({"mixer": "linear", "attention": "cudnn"}, "'linear' has no use for it"),
+        ({"mixer": "luna", "logit_transform": "nonsense"}, "model.logit_transform="),
+        ({"mixer": "softmax", "conv_luna_filter": "none"}, "model.conv_luna_filter="),
+    ],
+)
+def test_fields_that_would_be_ignored_are_refused(fields, message):
+    """Mutation: only the chosen mixer checks fields."""
+    with pytest.raises(errors.ConfigError, match=message):
+        toy.model_config(**fields)
+
+
+def test_a_cache_is_not_rounded_up_over_the_last_position():
+    """Mutation: rounded up to 384, which the mixer refuses, though 283 fit in 300."""
+    config = toy.model_config(mixer="cosformer", cosformer_max_len=300, seq_len=256)
+    generator = decoding.Generator(config, model.init(config))
+    generator._init_state(1, 283)
+    with pytest.raises(errors.ConfigError, match="but 301 tokens"):
+        generator._init_state(1, 301)
+
+
+def test_odd_rows_take_the_plain_attention(monkeypatch):
+    """Mutation: left to cuDNN, whose gradient under a mask raises."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rows = [jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (8, 9)]
+    reasons = [attention.why_not("cudnn", q) for q in rows]
+    assert reasons == ["", "the length 9 is odd"]
 
 
 @pytest.mark.parametrize("mixer", ["cosformer", "linformer"])

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from memoryformer import config, errors
+from memoryformer import config, errors, model
 from memoryformer.tasks import listops
 
 TASK = listops.ListOpsConfig(num_steps=1, batch_size=4, learning_rate=1e-3)
@@ -69,8 +69,26 @@ def test_a_two_sided_trunk_learns(tmp_path):
         experiment.task.update({"max_args": 2, "learning_rate": 1e-2})
         experiment.task.update({"warmup_steps": 10, "batch_size": 64})
     rows = listops.train(experiment, tmp_path)
+    assert "degradation/blocks.0.mixer/effective_rank" in rows[-1]
     assert rows[-1]["val/accuracy"] > 0.3  # 0.1 is chance
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(rows)
+
+
+@pytest.mark.parametrize("mixer", ["luna", "softmax"])
+def test_the_order_of_tokens_matters(mixer):
+    """Mutation: a trunk without positions; luna then reads a bag of tokens."""
+    section = config.load(f"configs/listops.py:{mixer}").model
+    model_config = model.ModelConfig.from_config(section)
+    params = listops.init(model_config)
+    params["classes"]["kernel"] += np.random.default_rng(0).normal(size=(128, 10))
+    data = listops.batch(TASK, model_config.seq_len, 0)
+    turned = {k: v.copy() for k, v in data.items()}
+    turned["inputs"][:, 1:4] = data["inputs"][:, [2, 3, 1]]  # first tokens of a list
+    assert (turned["inputs"] != data["inputs"]).any(axis=1).all()
+    change = listops.logits(model_config, params, data) - listops.logits(
+        model_config, params, turned
+    )
+    assert np.abs(change).max() > 1e-3
 
 
 def test_a_mixer_without_a_two_sided_form_is_refused():

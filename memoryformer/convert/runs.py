@@ -3,6 +3,7 @@
 Start at `export_run` and `import_run`.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memoryformer import checkpoint, data, experiment, trainer
+from memoryformer import checkpoint, data, experiment, mixers, trainer
 from memoryformer.convert import export, gpt_neox, released
 from memoryformer.errors import ConfigError, DataError
 
@@ -31,9 +32,7 @@ def export_run(
 
     Raises `ConfigError` for a model that the format cannot hold.
     """
-    config, params = checkpoint.load(workdir, step)
-    facts = checkpoint.facts(workdir, step)
-    run = experiment.resolve(config)
+    run, params, facts = experiment.load(workdir, step)
     if form == "gpt_neox":
         gpt_neox.save_gpt_neox(directory, run.model, params)
         return
@@ -70,11 +69,15 @@ def import_run(
             f"{directory}: does not say how to train or evaluate it; give --config=FILE."
         )
     run = experiment.resolve(source["config"] if config is None else config)
-    if run.model != model_config:
+    if config is None:  # what is random at its step 0 is what the export has
+        draw = {"performer_draw": model_config.performer_draw}
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, **draw))
+    begun = mixers.with_draw(run.model, run.train.seed, 0)
+    if begun != model_config:
         fields = vars(model_config)
-        name = next(n for n in fields if fields[n] != getattr(run.model, n))
+        name = next(n for n in fields if fields[n] != getattr(begun, n))
         raise ConfigError(
-            f"--config: model.{name}={getattr(run.model, name)!r}, but {directory} has "
+            f"--config: model.{name}={getattr(begun, name)!r}, but {directory} has "
             f"{fields[name]!r}."
         )
     if config is None:

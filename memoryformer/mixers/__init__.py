@@ -1,10 +1,16 @@
 """Sequence mixers, one file per family; `MIXERS` names them."""
 
+import dataclasses
+
+from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
+from memoryformer.mixers import kernel
 from memoryformer.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
 from memoryformer.mixers.bounded import ConvLuna, Linformer, Luna
 from memoryformer.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
 from memoryformer.mixers.softmax import Softmax
+from memoryformer.notation import Array
+from memoryformer.ops import attention
 
 MIXERS = {
     "softmax": Softmax,
@@ -16,11 +22,25 @@ MIXERS = {
     "luna": Luna,
     "conv_luna": ConvLuna,
 }
+CHOICES = {  # the first is the default
+    "attention": attention.IMPLEMENTATIONS,
+    "logit_transform": ("none", "dape_v2"),
+    "conv_luna_filter": ("conv", "pool"),
+}
 BIDIRECTIONAL = ("softmax", "linformer", "luna", "conv_luna")  # take causal=False
 
 
 def validate(config) -> None:
-    """Check what the mixer of a model's config asks of it; raises `ConfigError`."""
+    """Check the fields of mixers, and what the chosen one asks; raises `ConfigError`."""
+    for name, choices in CHOICES.items():
+        config_lib.choose(getattr(config, name), choices, f"model.{name}")
+    for name in ("attention", "logit_transform"):
+        value, plain = getattr(config, name), CHOICES[name][0]
+        if config.mixer != "softmax" and value != plain:
+            raise ConfigError(
+                f"model.{name}={value!r}: mixer={config.mixer!r} has no use for it; use "
+                f"mixer='softmax', or leave {name}={plain!r}."
+            )
     if not config.causal and config.mixer not in BIDIRECTIONAL:
         raise ConfigError(
             f"model.causal=False: mixer={config.mixer!r} has only a causal form; "
@@ -64,6 +84,22 @@ def takes_any_order(config) -> bool:
     return config.mixer == "softmax"
 
 
+def draw(config, seed: Array | int, step: Array | int) -> Array | None:
+    """Draw the random features in use after `step` steps of a run with `seed`.
+
+    They go into `SeqInfo.features`; None for a mixer without. Both may be traced.
+    """
+    return kernel.draw(config, seed, step) if config.mixer == "performer" else None
+
+
+def with_draw(config, seed: int, step: int):
+    """Return a model's config with the features in use after `step` steps as its own."""
+    if config.mixer != "performer":
+        return config
+    seed, number = kernel.in_use(config, seed, step)
+    return dataclasses.replace(config, performer_seed=seed, performer_draw=number)
+
+
 def max_length(config) -> int:
     """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
     if config.mixer not in ("cosformer", "linformer"):
@@ -77,8 +113,10 @@ __all__ = [
     "SequenceMixer",
     "State",
     "by_chunks",
+    "draw",
     "max_length",
     "takes_any_order",
     "validate",
     "validate_sequence",
+    "with_draw",
 ]

@@ -31,12 +31,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import config as config_lib
 from memoryformer.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, prefix
-
-FILTERS = ("conv", "pool")
 
 
 class LinformerState(NamedTuple):
@@ -148,28 +145,42 @@ class Luna(base.MultiHead):
         self, x: Activations, seq: base.SeqInfo, state: LunaState | None = None
     ) -> tuple[Activations, LunaState | None]:
         """[B, L, D] -> [B, L, D] and the state after it."""
-        q, c, pack = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
-        c, pack, tail = self.filter(c, pack, seq, state)
-        unpack_scale, pack_scale = self.scales()
-        p = self.memory[...].reshape(self.num_slots, -1, self.head_dim)
-        omega = jnp.einsum("blhe,mhe->blhm", pack * pack_scale, p.astype(pack.dtype))
+        q, c, logits, tail = self._inputs(x, seq, state)
         if not self.causal:
             base.refuse_state(state)
-            y = self._both_directions(q * unpack_scale, c, omega, seq.segment_ids)
+            y = self._both_directions(q, c, logits, seq.segment_ids)
             return self.join(y, x.dtype), None
-        omega = jax.nn.elu(omega) + 1
+        omega = jax.nn.elu(logits) + 1
         average = 1 / (seq.positions + 1).astype(c.dtype)[..., None, None]
         written = None if state is None else state.memory
         rest = {"chunk_size": self.chunk_size}
-        logits, memory = prefix.prefix(
-            q * unpack_scale, c, omega, seq.segment_ids, written, **rest
-        )
+        logits, memory = prefix.prefix(q, c, omega, seq.segment_ids, written, **rest)
         weights = jax.nn.softmax(logits * average, axis=-1)
         if written is not None:  # the same sums, read from the other side
             written = written._replace(sums=written.sums.mT)
         y, _ = prefix.prefix(weights, omega, c, seq.segment_ids, written, **rest)
         state = None if state is None else LunaState(memory, *tail)
         return self.join(y * average, x.dtype), state
+
+    def _inputs(self, x, seq, state):
+        """q / tau, c and the logits of writing pack . P / tau_pack [B, L, H, m]; the tail."""
+        q, c, pack = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        c, pack, tail = self.filter(c, pack, seq, state)
+        unpack_scale, pack_scale = self.scales()
+        p = self.memory[...].reshape(self.num_slots, -1, self.head_dim)
+        logits = jnp.einsum("blhe,mhe->blhm", pack * pack_scale, p.astype(pack.dtype))
+        return q * unpack_scale, c, logits, tail
+
+    def packed(self, x: Activations, seq: base.SeqInfo) -> Float[Array, "B m H E"]:
+        """Y_P of the two-sided form: what the tokens of a row's last document read."""
+        _, c, logits, _ = self._inputs(x, seq, None)
+        real = seq.segment_ids != 0
+        last = x.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1, keepdims=True)
+        own = seq.segment_ids == jnp.take_along_axis(seq.segment_ids, last, axis=1)
+        inside = (own & real)[..., None, None]
+        logits = jnp.where(inside, logits, jnp.finfo(logits.dtype).min)
+        weights = jnp.where(inside, jax.nn.softmax(logits, axis=1), 0)
+        return jnp.einsum("blhm,blhe->bmhe", weights, c)
 
     def _both_directions(self, q, c, logits, segment_ids):
         """Pack with a softmax over the document, and read what was packed."""
@@ -241,9 +252,8 @@ class ConvLuna(Luna):
 
     @staticmethod
     def validate(config) -> None:
-        """Refuse an unknown filter."""
+        """Refuse a memory without slots, or a filter without width."""
         base.check_positive(config, "luna_slots", "conv_luna_width")
-        config_lib.choose(config.conv_luna_filter, FILTERS, "model.conv_luna_filter")
 
     def scales(self):
         """exp(-log tau) of each."""

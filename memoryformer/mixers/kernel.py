@@ -22,7 +22,7 @@ from flax import nnx
 
 from memoryformer.errors import ConfigError
 from memoryformer.mixers import base
-from memoryformer.notation import Activations, Array
+from memoryformer.notation import Activations, Array, Float
 from memoryformer.ops import prefix, random_features
 
 
@@ -198,18 +198,18 @@ class Performer(KernelAttention):
     published code (a maximum over all positions, a seed from the sum of all queries, a
     denominator raised to 1e-6).
 
-    The features w are not parameters and are not stored: they follow from the model's seed,
-    the layer and the number of the draw, which is step // redraw_every while training and 0
-    otherwise. So a checkpoint, a resumed run and a decoder need nothing more, but features
-    that are redrawn cost an orthogonalisation [E, E] in every step; draw 0 is a constant.
+    The features w are no parameters and are not stored: they follow from a seed, the number
+    of the draw and the layer. A model outside a run uses those of its config,
+    `performer_seed` and `performer_draw`; a run adds its own seed and its schedule (`in_use`),
+    and whatever reads a checkpoint takes the config after its last step (`with_draw`): a
+    model scores well only with the features that it was trained on.
     """
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
         self.num_features = config.performer_features
-        self.redraw_every = config.performer_redraw_every
-        self.seed = config.performer_seed
+        self.own = (*in_use(config), config.num_layers)
         self.layer = layer
 
     @staticmethod
@@ -221,11 +221,11 @@ class Performer(KernelAttention):
                 "model.scan_layers=True: the performer's random features differ by layer "
                 "and are no parameters; use scan_layers=False."
             )
-        if config.performer_redraw_every < 0:
-            raise ConfigError(
-                f"model.performer_redraw_every={config.performer_redraw_every}: must be "
-                "a number of steps, or 0 for never."
-            )
+        for name in ("performer_redraw_every", "performer_seed", "performer_draw"):
+            if not 0 <= getattr(config, name) < 2**31:
+                raise ConfigError(
+                    f"model.{name}={getattr(config, name)}: must be in [0, 2^31)."
+                )
 
     def features(self, q, k, seq, state):
         """exp(log features - shift)."""
@@ -242,10 +242,10 @@ class Performer(KernelAttention):
 
     def rows(self, seq: base.SeqInfo) -> Array:
         """The w in use: [M, E], the same for all heads of a layer."""
-        shape = (self.num_features, self.head_dim)
-        if seq.step is None or not self.redraw_every:
-            return _fixed_rows(self.seed, self.layer, *shape)
-        return _rows(self.seed, self.layer, seq.step // self.redraw_every, *shape)
+        features = seq.features
+        if features is None:
+            features = _fixed_rows(*self.own, self.num_features, self.head_dim)
+        return features[self.layer]
 
     @property
     def width(self):
@@ -253,16 +253,44 @@ class Performer(KernelAttention):
         return self.num_features
 
 
-@functools.partial(jax.jit, static_argnames=("num_features", "head_dim"))
-def _rows(seed, layer, number, num_features, head_dim):
-    key = jax.random.fold_in(jax.random.key(seed), layer)
-    key = jax.random.fold_in(key, number)
-    return random_features.draw(key, num_features, head_dim)
+def in_use(config, seed=0, step=0):
+    """Return (seed, number) of the draw in use after `step` steps of a run with `seed`.
+
+    seed = performer_seed + the run's, number = performer_draw + (step - 1) // redraw_every:
+    after a step its features stay in use until the next one. All may be traced.
+    """
+    seed = (config.performer_seed + seed) & 0x7FFFFFFF
+    number = config.performer_draw
+    if config.performer_redraw_every:
+        done = step - 1 + (step == 0)  # the last step's index
+        number = number + done // config.performer_redraw_every
+    return seed, number
 
 
-@functools.lru_cache(maxsize=128)
-def _fixed_rows(seed, layer, num_features, head_dim):
+def draw(config, seed: Array | int, step: Array | int) -> Float[Array, "N M E"]:
+    """Draw the rows w of every layer that are in use after `step` steps (`in_use`).
+
+    Of plain numbers a constant, a numpy array of no mesh.
+    """
+    sizes = config.num_layers, config.performer_features, config.head_dim
+    constant = isinstance(seed, int) and isinstance(step, int)
+    return (_fixed_rows if constant else _rows)(*in_use(config, seed, step), *sizes)
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers", "num_features", "head_dim"))
+def _rows(seed, number, num_layers, num_features, head_dim):
+    def of_layer(layer):
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        key = jax.random.fold_in(key, number)
+        return random_features.draw(key, num_features, head_dim)
+
+    return jax.vmap(of_layer)(jnp.arange(num_layers))
+
+
+@functools.lru_cache(maxsize=16)
+def _fixed_rows(seed, number, num_layers, num_features, head_dim):
     # Also while a program of a mesh is traced: these numbers are of no mesh.
     no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
     with no_mesh, jax.ensure_compile_time_eval():
-        return np.asarray(_rows(seed, layer, 0, num_features, head_dim))
+        rows = _rows(seed, number, num_layers, num_features, head_dim)
+        return np.asarray(rows)

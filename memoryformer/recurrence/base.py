@@ -57,10 +57,12 @@ class Recurrence(nnx.Module):
 
     A subclass has `initial() -> [m, D]`, `before` (memory tokens in front of a chunk), and
 
-        whole(trunk, memory, x, real, step) -> y, memory     a whole chunk [B, S, D] at once
-        open(trunk, state) -> state                          before a chunk's first token
-        extend(trunk, state, x, real, step) -> y, state      some of its tokens
-        close(trunk, state) -> memory                        after its last
+        whole(trunk, memory, x, real, features) -> y, memory    a whole chunk [B, S, D]
+        open(trunk, state, dtype, features) -> state            before a chunk's first token
+        extend(trunk, state, x, real, features) -> y, state     some of its tokens
+        close(trunk, state, dtype, features) -> memory          after its last
+
+    `features` as in `SeqInfo`.
     """
 
     before = 0
@@ -82,14 +84,14 @@ class Recurrence(nnx.Module):
         if state is None:
             return self._scan(trunk, x, seq)[0], None
         whole = x.shape[1] // self.chunk_size * self.chunk_size
-        ys, step = [], functools.partial(self._piece, trunk, seq.step)
+        ys, piece = [], functools.partial(self._piece, trunk, seq.features)
         arrays = (x, seq.positions, seq.segment_ids)
         if whole:
             chunks = [_chunks(a[:, :whole], self.chunk_size) for a in arrays]
-            state, y = jax.lax.scan(step, state, tuple(chunks))
+            state, y = jax.lax.scan(piece, state, tuple(chunks))
             ys.append(_joined(y))
         if whole < x.shape[1]:
-            state, y = step(state, tuple(a[:, whole:] for a in arrays))
+            state, y = piece(state, tuple(a[:, whole:] for a in arrays))
             ys.append(y)
         return jnp.concatenate(ys, axis=1), state
 
@@ -123,9 +125,9 @@ class Recurrence(nnx.Module):
             real, recorded = segment_ids != 0, {}
             if layers.recording():
                 with layers.record_codes() as recorded:
-                    y, written = self.whole(trunk, memory, x, real, seq.step)
+                    y, written = self.whole(trunk, memory, x, real, seq.features)
             else:
-                y, written = self.whole(trunk, memory, x, real, seq.step)
+                y, written = self.whole(trunk, memory, x, real, seq.features)
             end = self.before + self.chunk_size
             codes = {i: codes[:, self.before : end] for i, codes in recorded.items()}
             return _where_any(real, written, memory), (y, codes)
@@ -142,9 +144,9 @@ class Recurrence(nnx.Module):
         layers.record({i: _joined(c)[:, :length] for i, c in codes.items()})
         return _joined(y)[:, :length], memory
 
-    def _piece(self, trunk, step, state, arrays):
+    def _piece(self, trunk, features, state, arrays):
         """Continue with [B, P, ..], P <= S, which may reach into the next chunk."""
-        append = functools.partial(self._append, trunk, step)
+        append = functools.partial(self._append, trunk, features)
         length = arrays[0].shape[1]
         if length == 1:
             return append(state, arrays)
@@ -156,7 +158,7 @@ class Recurrence(nnx.Module):
         fits = state.slots + length <= self.chunk_size
         return jax.lax.cond(fits, append, one_by_one, state, arrays)
 
-    def _append(self, trunk, step, state, arrays):
+    def _append(self, trunk, features, state, arrays):
         """Continue with tokens of one chunk."""
         x, positions, segment_ids = arrays
         real = segment_ids != 0
@@ -167,16 +169,18 @@ class Recurrence(nnx.Module):
             blocks = trunk.init_blocks(x.shape[0], self.capacity, dtype)
             tokens = jnp.zeros_like(state.tokens)
             state = state._replace(memory=memory, blocks=blocks, tokens=tokens)
-            return self.open(trunk, state, x.dtype)
+            return self.open(trunk, state, x.dtype, features)
 
         def closed(state):
-            written = self.close(trunk, state, x.dtype).astype(state.memory.dtype)
+            written = self.close(trunk, state, x.dtype, features).astype(
+                state.memory.dtype
+            )
             seen = (state.tokens > 0)[:, None]
             memory = _where_any(seen, written, state.memory)
             return state._replace(memory=memory, slots=jnp.zeros_like(state.slots))
 
         state = jax.lax.cond(state.slots == 0, opened, lambda state: state, state)
-        y, state = self.extend(trunk, state, x, real, step)
+        y, state = self.extend(trunk, state, x, real, features)
         state = state._replace(
             slots=state.slots + x.shape[1],
             tokens=state.tokens + jnp.sum(real, axis=1, dtype=jnp.int32),
@@ -194,11 +198,13 @@ class Recurrence(nnx.Module):
         fresh = self._initial(memory.shape[0]).astype(memory.dtype)
         return _where_any(begins, fresh, memory)
 
-    def sequence(self, real: Bool[Array, "B P"], tokens=0, step=None) -> mixers.SeqInfo:
+    def sequence(
+        self, real: Bool[Array, "B P"], tokens=0, features=None
+    ) -> mixers.SeqInfo:
         """Describe tokens of a chunk after `tokens` real ones: one document, no padding."""
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32) + _column(tokens)
         positions = jnp.maximum(count - 1, 0)
-        return mixers.SeqInfo(positions, real.astype(jnp.int32), step)
+        return mixers.SeqInfo(positions, real.astype(jnp.int32), features)
 
 
 def _chunks(x, size):

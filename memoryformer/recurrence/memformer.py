@@ -50,11 +50,11 @@ class Memformer(base.Recurrence):
         """b / |b|."""
         return self._normalised(jnp.zeros_like(self.bias[...]))
 
-    def whole(self, trunk, memory, x, real, step):
+    def whole(self, trunk, memory, x, real, features):
         """The chunk with its memory read: y [B, S, D] and the new memory."""
         reads = self._reads(memory)
         y, _ = trunk.run_blocks(
-            x, self.sequence(real, step=step), None, self._reader(reads)
+            x, self.sequence(real, features=features), None, self._reader(reads)
         )
         return y, self._write(memory, y, real)
 
@@ -66,16 +66,19 @@ class Memformer(base.Recurrence):
         real = jnp.zeros((batch_size, self.chunk_size), bool)
         return _OpenChunk(self._stored_reads(state.memory, dtype), outputs, real)
 
-    def open(self, trunk, state, dtype):
+    def open(self, trunk, state, dtype, features):
         """Project the memory once for all tokens of the chunk."""
         reads = self._stored_reads(state.memory, dtype)
         real = jnp.zeros_like(state.chunk.real)
         return state._replace(chunk=state.chunk._replace(reads=reads, real=real))
 
-    def extend(self, trunk, state, x, real, step):
+    def extend(self, trunk, state, x, real, features):
         """Some tokens of a chunk, after those in the state."""
         chunk = state.chunk
-        seq, read = self.sequence(real, state.tokens, step), self._reader(chunk.reads)
+        seq, read = (
+            self.sequence(real, state.tokens, features),
+            self._reader(chunk.reads),
+        )
         y, blocks = trunk.run_blocks(x, seq, state.blocks, read)
         outputs = jax.lax.dynamic_update_slice_in_dim(
             chunk.outputs, y.astype(chunk.outputs.dtype), state.slots, axis=1
@@ -86,7 +89,7 @@ class Memformer(base.Recurrence):
         chunk = chunk._replace(outputs=outputs, real=real)
         return y, state._replace(blocks=blocks, chunk=chunk)
 
-    def close(self, trunk, state, dtype):
+    def close(self, trunk, state, dtype, features):
         """Write the chunk's outputs."""
         memory, chunk = state.memory.astype(dtype), state.chunk
         return self._write(memory, chunk.outputs.astype(dtype), chunk.real)

@@ -25,30 +25,32 @@ class RMT(base.Recurrence):
         """[m, D], trained."""
         return self.memory[...]
 
-    def whole(self, trunk, memory, x, real, step):
+    def whole(self, trunk, memory, x, real, features):
         """[M; x; M] through the trunk: y [B, S, D] and the new memory."""
         m, size = self.num_slots, x.shape[1]
         ones = jnp.ones((x.shape[0], m), bool)
-        seq = self.sequence(jnp.concatenate([ones, real, ones], axis=1), step=step)
+        seq = self.sequence(
+            jnp.concatenate([ones, real, ones], axis=1), features=features
+        )
         y, _ = trunk.run_blocks(jnp.concatenate([memory, x, memory], axis=1), seq)
         return y[:, m : m + size], y[:, m + size :]
 
-    def open(self, trunk, state, dtype):
+    def open(self, trunk, state, dtype, features):
         """Read the memory."""
         ones = jnp.ones(state.memory.shape[:2], bool)
-        seq = self.sequence(ones)
+        seq = self.sequence(ones, features=features)
         _, blocks = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
         return state._replace(blocks=blocks)
 
-    def extend(self, trunk, state, x, real, step):
+    def extend(self, trunk, state, x, real, features):
         """Some tokens of a chunk, after those in the state."""
-        seq = self.sequence(real, self.num_slots + state.tokens, step)
+        seq = self.sequence(real, self.num_slots + state.tokens, features)
         y, blocks = trunk.run_blocks(x, seq, state.blocks)
         return y, state._replace(blocks=blocks)
 
-    def close(self, trunk, state, dtype):
+    def close(self, trunk, state, dtype, features):
         """What the memory tokens behind the chunk become."""
         ones = jnp.ones(state.memory.shape[:2], bool)
-        seq = self.sequence(ones, self.num_slots + state.tokens)
+        seq = self.sequence(ones, self.num_slots + state.tokens, features)
         y, _ = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
         return y

@@ -11,13 +11,12 @@ import numpy as np
 
 from memoryformer import (
     accounting,
-    checkpoint,
     config,
     data,
     diagnostics,
     errors,
+    experiment,
     metrics,
-    model,
 )
 
 matplotlib.use("Agg")  # no display needed; before pyplot is imported
@@ -275,10 +274,9 @@ def _block_flops(width: int, length: int, projection: str) -> int:
 
 def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     """Count the codes of the newest checkpoint on the start of its validation text."""
-    run_config, params = checkpoint.load(workdir)
-    model_config = model.ModelConfig.from_config(run_config.model)
-    data_config = config.build(data.DataConfig, run_config.data, "data")
-    dataset = data.open(data_config, model_config.vocab_size)
+    run, params, _ = experiment.load(workdir)
+    model_config = run.model
+    dataset = data.open(run.data, model_config.vocab_size)
     batch_size = max(1, 8192 // model_config.seq_len)
     batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
     number = -(-max_tokens // (batch_size * model_config.seq_len)) or None

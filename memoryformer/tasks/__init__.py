@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from memoryformer import checkpoint, data, evaluation, experiment, generation
 from memoryformer import config as config_lib
+from memoryformer import data, evaluation, experiment, generation
 from memoryformer import model as model_lib
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError
@@ -34,9 +34,7 @@ def evaluate_checkpoint(
     workdir: str | os.PathLike, step: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Evaluate one step of a run (None: the newest); `options` are those of `evaluate`."""
-    config, params = checkpoint.load(workdir, step)
-    facts = checkpoint.facts(workdir, step)
-    run = experiment.resolve(config)
+    run, params, facts = experiment.load(workdir, step)
     dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
     result = evaluate(run.model, params, dataset.tokenizer, **options)
     origin = {

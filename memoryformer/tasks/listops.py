@@ -9,7 +9,8 @@ and a function of (seed, step), so there is no training set to fit by heart.
     python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
 
 Start at `batch` for the data, at `train` for the classifier: the trunk of a `Transformer`
-(two-sided with `model.causal=False`), the mean over its tokens, and a linear head.
+(two-sided with `model.causal=False`) on tokens and learned positions, the mean over its
+tokens, and a linear head.
 """
 
 import dataclasses
@@ -110,21 +111,38 @@ def batch(config: ListOpsConfig, max_len: int, step: int, split: str = "train") 
 
 
 def init(model_config: model_lib.ModelConfig, seed: int = 0) -> Params:
-    """Draw a trunk's parameters and a head of zeros [D, 10]."""
+    """Draw a trunk's parameters, positions [L, D] and a head of zeros [D, 10].
+
+    Positions are learned and added to the embedding whatever the mixer: two-sided Luna has
+    none of its own and would read a bag of tokens.
+    """
     params = model_lib.init(model_config, seed)
+    shape = (model_config.seq_len, model_config.embed_dim)
+    positions = jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1), shape)
+    params["positions"] = {"embedding": model_config.embed_std * positions}
     params["classes"] = {"kernel": jnp.zeros((model_config.embed_dim, NUM_CLASSES))}
     return params
+
+
+def _embedded(model_config, params, data):
+    """Return the trunk, its input [B, L, D] and where the tokens stand."""
+    trunk = {k: v for k, v in params.items() if k not in ("classes", "positions")}
+    model = model_lib.merge(model_config, trunk)
+    seq = mixers.SeqInfo.of_tokens(data["inputs"])
+    seq = seq._replace(segment_ids=jnp.asarray(data["segment_ids"]))
+    x = model.embed(data["inputs"])
+    return model, x + params["positions"]["embedding"][None].astype(x.dtype), seq
 
 
 def logits(
     model_config: model_lib.ModelConfig, params: Params, data: Mapping[str, Array]
 ) -> Array:
     """Class logits [B, 10] from the mean over a row's tokens."""
-    trunk = {name: value for name, value in params.items() if name != "classes"}
-    seq = mixers.SeqInfo.of_tokens(data["inputs"])
-    seq = seq._replace(segment_ids=data["segment_ids"])
-    model = model_lib.merge(model_config, trunk)
-    x, _ = model.features(data["inputs"], seq)
+    model, x, seq = _embedded(model_config, params, data)
+    if model.recurrence is None:
+        x, _ = model.run_blocks(x, seq)
+    else:
+        x, _ = model.recurrence(model, x, seq)
     real = (data["segment_ids"] != 0)[..., None]
     mean = jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.sum(real, axis=1)
     return mean.astype(jnp.float32) @ params["classes"]["kernel"]
@@ -192,11 +210,10 @@ def _degradation(model_config, task, params):
     """How alike the slots of each layer's memory are; nothing without such memories."""
     if not degradation.measures(model_config):
         return {}
-    trunk = {name: value for name, value in params.items() if name != "classes"}
     data = batch(task, model_config.seq_len, 0, "validation")
-    seq = mixers.SeqInfo.of_tokens(data["inputs"])
-    data |= {"positions": np.asarray(seq.positions)}
-    return degradation.collect(model_config, trunk, [data])
+    sums = degradation.figures(*_embedded(model_config, params, data))
+    rows = float(sums.pop("rows"))
+    return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
 
 
 def main(argv):
