@@ -38,7 +38,10 @@ DENSE = {
     "model.ffn_activation": "gelu",
     "model.output_projection": True,
 }
-DENSE_RATES = {"": (1e-3, 2e-3, 5e-4), "mini": (5e-3, 1e-2, 2.5e-3, 1.25e-3, 6.25e-4)}  # Pythia's: 1e-3
+DENSE_RATES = {
+    "": (1e-3, 2e-3, 5e-4),
+    "mini": (5e-3, 1e-2, 2.5e-3, 1.25e-3, 6.25e-4),
+}  # Pythia's: 1e-3
 # size: width, layers, heads of the dense model with the FLOPs of the memory model ...
 EQUAL_FLOPS = {"": (384, 6, 6), "mini": (40, 2, 1)}
 # ... and with its parameters (of the memory model of tau = 4, for the miniature: at tau = 8

@@ -42,7 +42,7 @@ def test_decode_length(tmp_path):
     rows = benchmark.main(
         [
             "--mixers=softmax,performer,linformer",
-            "--contexts=8,32",
+            "--contexts=8,256",
             "--tokens=2",
             "--rounds=1",
             f"--output={tmp_path / 'rows.json'}",

@@ -122,7 +122,7 @@ def _take(rows, codes, dtype):
 
 def _grouped(array, group):
     """[K, ...] -> [K / group, group, ...]."""
-    return array.reshape(-1, group, *array.shape[1:])
+    return array.reshape(array.shape[0] // group, group, *array.shape[1:])
 
 
 def _largest_divisor(number: int, limit: int) -> int:
