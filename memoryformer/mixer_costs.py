@@ -15,6 +15,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from memoryformer.ops.attention import CACHE_BLOCK
+
 Shape = Any  # an `accounting.Shape`
 
 
@@ -30,6 +32,7 @@ class Mixer:
 
 def _softmax(shape: Shape) -> Mixer:
     length, width = shape.seq_len, shape.embed_dim
+    cached = length + -length % CACHE_BLOCK
     pair, parameters = 0, 0
     if shape.logit_transform == "dape_v2":  # two convolutions for each query and key
         heads, hidden = shape.num_heads, shape.dape_width
@@ -37,7 +40,7 @@ def _softmax(shape: Shape) -> Mixer:
         parameters = pair + hidden
     return Mixer(
         multiply_adds=length * length * (2 * width + pair),
-        state_values=2 * length * width,  # the keys and values of every position
+        state_values=2 * cached * width,  # keys and values, in whole blocks
         parameters=parameters,
     )
 
