@@ -10,10 +10,10 @@ have are trained once. After a run was stopped or killed, the same command goes 
 True size: MemoryFormer-tiny, 8,000 steps of 2.1M tokens as in the paper's ablations; not run.
 
 The miniature: width 80, two layers, bytes of the standard library's sources, none read twice
-(at most 9 % of the training text). With three seeds 87 runs of 1,000 steps (18 of them 2,000),
-105,000 steps of 512 bytes. A step took 40 to 50 ms of one core on a busy machine, so all of
-them some 40 minutes on two cores, less on quiet ones. Its default learning rate is from one
-seed at 600 steps: 3.307, 3.232, 3.163, 3.038 bits per byte at 4e-3, 8e-3, 16e-3, 32e-3.
+(at most 9 % of the training text). With three seeds some 110 runs of 1,000 steps (30 of them
+2,000), 38 seconds of one core each. Its default learning rate is the best of `rate`: 3.076,
+2.823, 2.681, 2.742, 2.923 bits per byte at 8e-3 to 128e-3, one seed. docs/results.md has what
+all of them gave.
 
     for sweep in table3 table4 table5 table6 score equal_flops equal_parameters; do
       python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=$sweep,seed run --parallel=2
