@@ -42,8 +42,12 @@ def test_shipped_config(path):
     if task:
         config_lib.build(task, config.task, "task")
         train = {"num_steps": 1, "batch_size": 16}
-        config = {"model": config.model, "train": train}
+        config = {"model": dict(config.model), "train": train}
+        two_sided = model.ModelConfig.from_config(config["model"])
+        config["model"]["causal"] = True  # what `train.py` insists on
     run = experiment.resolve(config)
+    if task:
+        run = dataclasses.replace(run, model=two_sided)
     params = jax.eval_shape(lambda: model.init(run.model))
     assert params["embed"]["embedding"].shape == (
         run.model.vocab_size,

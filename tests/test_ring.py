@@ -210,9 +210,11 @@ def test_constants_of_a_layer_are_of_no_mesh():
     kernel._fixed_rows.cache_clear()
     mesh = sharding.make("sequence")
     read = mesh.shard_map(
-        lambda x: x + jnp.sum(kernel._fixed_rows(1, 2, 5, 4)), P(), P()
+        lambda x: x + jnp.sum(kernel._fixed_rows(1, 2, 1, 5, 4)), P(), P()
     )
     with mesh.activate():
         inside = jax.jit(read)(np.zeros((), np.float32))
     kernel._fixed_rows.cache_clear()
-    np.testing.assert_allclose(inside, kernel._fixed_rows(1, 2, 5, 4).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        inside, kernel._fixed_rows(1, 2, 1, 5, 4).sum(), rtol=1e-5
+    )
