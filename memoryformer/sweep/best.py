@@ -34,13 +34,9 @@ class Side:
     """What was tried of one side, and the best of it."""
 
     variants: Sequence[str]
-    tried: Sequence[
-        float
-    ]  # values of which all seeds have ended, done or failed, sorted
+    tried: Sequence[float]  # whose seeds have all ended, done or failed; sorted
     unfit: Sequence[float]  # values of which a seed has failed or not ended
-    best: (
-        float  # of those that are fit, the one of the lowest mean; nan if there is none
-    )
+    best: float  # of those that are fit, that of the lowest mean; nan if there is none
     summary: tables.Summary  # of the side at its best, under the side's name
 
     @property
