@@ -368,7 +368,7 @@ def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
 
 def merge(model_config: ModelConfig, params: Params) -> Transformer:
     """Put parameters into a `Transformer`."""
-    return nnx.merge(_abstract(model_config)[0], params)
+    return nnx.merge(_abstract(model_config)[0], _list_indices(params))
 
 
 def forward(
@@ -438,3 +438,13 @@ def _string_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {str(key): _string_keys(value) for key, value in tree.items()}
+
+
+def _list_indices(tree: Any) -> Any:
+    """Undo `_string_keys`: nnx merges in the order of keys, and "10" sorts before "2"."""
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        int(key) if key.isdecimal() else key: _list_indices(value)
+        for key, value in tree.items()
+    }

@@ -19,7 +19,8 @@ BASE = dict(
 )
 # name -> (config fields, how it is saved)
 CASES = {
-    "pythia": (dict(rotary_pct=0.25), "safetensors"),
+    # Eleven layers: as text, "10" sorts before "2".
+    "pythia": (dict(rotary_pct=0.25, num_hidden_layers=11), "safetensors"),
     "sequential": (dict(use_parallel_residual=False, rotary_pct=0.5), "bin"),
     "full_rotary_wide": (
         dict(rotary_pct=1.0, num_attention_heads=2, intermediate_size=128),

@@ -327,6 +327,18 @@ def test_parameters(projection):
     assert jax.tree.structure(specs) == jax.tree.structure(params)
 
 
+def test_blocks_keep_their_places():
+    """Block i computes with blocks/i, also from ten blocks on.
+
+    Mutation: parameters merged in the order of their names, where "10" is before "2".
+    """
+    config = toy.model_config(num_layers=12)
+    params = model.init(config)
+    for i, block in enumerate(model.merge(config, params).blocks):
+        tables = params["blocks"][str(i)]["mixer"]["qkv"]["tables"]
+        assert np.array_equal(block.mixer.qkv.tables[...], tables), i
+
+
 def test_standard_deviations_at_the_start():
     """Each `*_std` reaches the parameters that it names.
 
