@@ -5,24 +5,30 @@
     python -m benchmarks.mixers --steps=100 --folder=runs/mixers-short
 
 One command, and it can be stopped: run NAME-PROJECTION-SEED is a workdir of its own in
---folder, which goes on from its last checkpoint, and a finished one is only read. Writes
-mixers.json and prints the table of docs/results.md: bits per byte on the validation text
-(mean over seeds, and their range), training tokens per second against softmax with the same
-projection, and bytes of decode state at the training length.
-
-Tokens per second are comparable only between runs that had the machine to themselves.
+--folder, which goes on from its last checkpoint, and a finished one is only read. Then the
+train steps of all take turns in this process, --rounds times. Writes mixers.json and prints
+the table of docs/results.md: bits per byte on the validation text (mean over seeds, and their
+range), training tokens per second (padding is not counted) against softmax with the same
+projection, medians over rounds and [quartiles], and bytes of decode state at the training
+length.
 """
 
 import argparse
 import json
 import pathlib
 import statistics
+import time
+from collections.abc import Callable, Collection
 
-from memoryformer import accounting, metrics, presets, trainer
+import jax
+
+from memoryformer import accounting, data, experiment, metrics, presets, trainer
 from memoryformer import config as config_lib
+from memoryformer import sharding as sharding_lib
 
 PROJECTIONS = ("memory", "dense")
 NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAPER = ("softmax", "linformer", "cosformer", "performer")  # three seeds by default
 
 
@@ -33,50 +39,95 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--projections", default=",".join(PROJECTIONS))
     parser.add_argument("--seeds", type=int, default=0, help="0: 3 of the paper's, 1")
     parser.add_argument("--steps", type=int, default=0, help="0: the config's")
+    parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0: none")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--folder", default="runs/mixers")
     args = parser.parse_args(argv)
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in args.mixers.split(","):
-        for projection in args.projections.split(","):
-            seeds = args.seeds or (3 if name in PAPER else 1)
-            rows.append(_measure(args, folder, name, projection, seeds))
-            (folder / "mixers.json").write_text(json.dumps(rows, indent=2) + "\n")
+    cases = [
+        (name, projection)
+        for name in args.mixers.split(",")
+        for projection in args.projections.split(",")
+    ]
+    rows = [_measure(args, folder, *case) for case in cases]
+    if args.rounds:
+        steps = {case: _train_step(_config(args, *case)) for case in cases}
+        rates = in_turns(steps, args.rounds, CLOCKS[args.clock])
+        for row, case in zip(rows, cases, strict=True):
+            row["tokens_per_second"] = rates[case]
+    (folder / "mixers.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(table(rows))
     return rows
 
 
-def _measure(args, folder, name, projection, seeds):
-    bits, rates, compiled = [], [], {}
-    for seed in range(seeds):
-        config = presets.with_mixer(
-            config_lib.load(f"{args.config}:{projection}"), name
-        )
+def _config(args, name, projection):
+    config = presets.with_mixer(config_lib.load(f"{args.config}:{projection}"), name)
+    # All of the text: a few batches would not be the same for documents that begin
+    # where chunks do (rmt, memformer).
+    config.eval.num_batches = 0
+    config.train.num_steps = args.steps or config.train.num_steps
+    return config
+
+
+def _measure(args, folder, name, projection):
+    config, bits, compiled = _config(args, name, projection), [], {}
+    for seed in range(args.seeds or (3 if name in PAPER else 1)):
         config.train.seed = seed
-        # All of the text: a few batches would not be the same for documents that begin
-        # where chunks do (rmt, memformer).
-        config.eval.num_batches = 0
-        if args.steps:
-            config.train.num_steps = args.steps
         workdir = folder / f"{name}-{projection}-{seed}"
         if not _finished(workdir, config.train.num_steps):
             print(f"--- {workdir}", flush=True)
             trainer.train(config, workdir, compiled=compiled)
         bits.append(_last(workdir, "val/bits_per_byte"))
-        trained = [r for r in metrics.read(workdir) if "train/tokens_per_second" in r]
-        rates.append(statistics.median(r["train/tokens_per_second"] for r in trained))
     counted = accounting.count(config.model, value_bytes=4)
     return {
         "mixer": name,
         "projection": projection,
         "steps": config.train.num_steps,
         "bits_per_byte": bits,
-        "tokens_per_second": statistics.median(rates),
         "decode_state_bytes": counted.decode_state_bytes,
         "parameters": counted.parameters.total,
     }
+
+
+def _train_step(config):
+    """Return a function of a step's index: one update, the number of its tokens."""
+    run = experiment.resolve(config)
+    sharding = sharding_lib.make(run.mesh)
+    made = trainer.programs(run, sharding)
+    dataset = data.open(run.data, run.model.vocab_size)
+    batches = dataset.train.batches(
+        run.model.seq_len, run.train.batch_size, run.train.seed
+    )
+    hyper = trainer.hyperparams(run)
+    state = made.draw(run.train.seed)
+
+    def step(index):
+        nonlocal state
+        batch = batches.batch(index)
+        state, values = made.train_step(state, sharding.put_batch(batch), hyper)
+        jax.block_until_ready(state)
+        return float(values["weight"])
+
+    return step
+
+
+def in_turns(
+    steps: dict[tuple[str, str], Callable[[int], float]],
+    rounds: int,
+    clock: Callable[[], float],
+) -> dict[tuple[str, str], list[float]]:
+    """Return each case's tokens per second in each round; a step before is not counted."""
+    rates = {case: [] for case in steps}
+    cases = list(steps)
+    for index in range(rounds + 1):
+        for case in cases[index % len(cases) :] + cases[: index % len(cases)]:
+            start = clock()
+            tokens = steps[case](index)
+            if index:
+                rates[case].append(tokens / (clock() - start))
+    return rates
 
 
 def _finished(workdir, num_steps):
@@ -91,7 +142,7 @@ def _last(workdir, name):
 def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
     base = {
-        row["projection"]: row["tokens_per_second"]
+        row["projection"]: row.get("tokens_per_second")
         for row in rows
         if row["mixer"] == "softmax"
     }
@@ -101,15 +152,25 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        bits, rate = row["bits_per_byte"], base.get(row["projection"])
+        bits = row["bits_per_byte"]
         spread = f" ({min(bits):.3f}-{max(bits):.3f})" if len(bits) > 1 else ""
-        speed = f"{row['tokens_per_second'] / rate:.2f}" if rate else "-"
+        speed = _speed(row.get("tokens_per_second"), base.get(row["projection"]))
         kib = row["decode_state_bytes"] / 1024
         lines.append(
             f"| {row['mixer']} | {row['projection']} | "
             f"{statistics.mean(bits):.3f}{spread} | {speed} | {kib:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _speed(rates: Collection[float] | None, base: Collection[float] | None) -> str:
+    if not rates or not base:
+        return "-"
+    ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -27,13 +27,17 @@ def test_quality_table_resumes(tmp_path, monkeypatch):
         "--projections=memory",
         "--seeds=1",
         "--steps=10",
+        "--rounds=2",
     ]
     rows = benchmark.main(command)
     lines = benchmark.table(rows).splitlines()
-    assert lines[2].startswith("| softmax | memory |") and "| 1.00 |" in lines[2]
+    assert lines[2].startswith("| softmax | memory |")
+    assert "| 1.00 [1.00, 1.00] |" in lines[2]
     assert len(lines) == 4 and rows[1]["bits_per_byte"][0] > 0
     monkeypatch.setattr(benchmark.trainer, "train", lambda *_: pytest.fail("trained"))
-    assert benchmark.main(command) == rows
+    again = benchmark.main([*command, "--rounds=0"])
+    assert [row["bits_per_byte"] for row in again] == [r["bits_per_byte"] for r in rows]
+    assert "| - |" in benchmark.table(again).splitlines()[2]
 
 
 def test_decode_length(tmp_path):
