@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default="lookup_cpu.json")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--keep_memory", action="store_true")
+    parser.add_argument("--plot", type=pathlib.Path)
     flags = parser.parse_args()
     if flags.keep_memory:
         keep_memory()
@@ -97,6 +98,8 @@ def main() -> None:
         results["cases"][name] = summarise(times)
         print_case(name, results["cases"][name])
     flags.output.write_text(json.dumps(results, indent=2) + "\n")
+    if flags.plot:
+        plot(results["cases"], flags.plot)
 
 
 def keep_memory() -> None:
@@ -153,6 +156,30 @@ def print_case(name: str, summary: dict) -> None:
         spread = f"{low:.3f}..{high:.3f}"
         ratio = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*s["ratio"])
         print(f"  {peer:22} {median:10.3f} {spread:>18}   {ratio}", flush=True)
+
+
+def plot(cases: dict[str, dict], path: pathlib.Path) -> None:
+    """Bars of how many times the native lookup's time each peer takes, a panel a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(3.6 * len(cases), 2.8), layout="constrained"
+    )
+    for axis, (name, summary) in zip(np.atleast_1d(axes), cases.items(), strict=True):
+        low, median, high = np.transpose([s["ratio"] for s in summary.values()])
+        colours = ["C0" if peer.startswith("native") else "C7" for peer in summary]
+        axis.barh(
+            list(summary), median, color=colours, xerr=[median - low, high - median]
+        )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("times as long")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # --- Inputs. -------------------------------------------------------------------------
