@@ -40,7 +40,7 @@ inline float ToFloat(BFloat16 x) {
 
 template <class T>
 struct Kernels {
-  int width;  // columns of a slice
+  int width, gradient_width;  // columns of a slice: forward, backward
   void (*sum_columns)(const T* const*, const float*, int, int64_t, int64_t, bool, bool,
                       float*);
   void (*pack_slice)(const T*, int64_t, int64_t, int, T*);
@@ -321,7 +321,7 @@ void Backward(const Operands<T>& op, const float* dy, T* dtables, float* dscores
   }
   AdviseHugePages(dtables, K * C * F * sizeof(T));
   const Kernels<T> kernels = ChooseKernels<T>();
-  const int width = kernels.width, threads = ChooseThreads(op.shape);
+  const int width = kernels.gradient_width, threads = ChooseThreads(op.shape);
   const Scratch codes_memory(K * N * sizeof(int32_t));
   const Scratch scores_memory(K * N * sizeof(float));
   const Scratch starts_memory(K * (C + 1) * sizeof(int32_t));

@@ -11,6 +11,9 @@ namespace SIMD_NAMESPACE {
 constexpr int kLanes = SIMD_LANES;
 constexpr int kVectors = 4;
 constexpr int kWidth = kLanes * kVectors;
+// The slice of dy of 4096 tokens takes 512 KiB: half of what a second cache often has.
+constexpr int kGradientVectors = kLanes == 16 ? 2 : 4;
+constexpr int kGradientWidth = kLanes * kGradientVectors;
 
 typedef float Vec __attribute__((vector_size(4 * SIMD_LANES)));
 typedef uint32_t WordVec __attribute__((vector_size(4 * SIMD_LANES)));
@@ -115,18 +118,18 @@ SIMD_TARGET void SumColumns(const T* const* rows, const float* weights, int coun
 
 // --- Forward, many tokens: a slice of a few tables stays in the cache. ---------------
 
-// block[r, 0:kWidth] = rows[r, 0:width] of a [rows, stride] array, padded with zeros.
-template <class T>
+// block[r, 0:kColumns] = rows[r, 0:width] of a [rows, stride] array, padded with zeros.
+template <class T, int kColumns>
 SIMD_TARGET void PackSlice(const T* source, int64_t num_rows, int64_t stride, int width,
                            T* block) {
-  if (width == kWidth) {
+  if (width == kColumns) {
     for (int64_t r = 0; r < num_rows; ++r)
-      std::memcpy(block + r * kWidth, source + r * stride, kWidth * sizeof(T));
+      std::memcpy(block + r * kColumns, source + r * stride, kColumns * sizeof(T));
     return;
   }
   for (int64_t r = 0; r < num_rows; ++r) {
-    std::memcpy(block + r * kWidth, source + r * stride, width * sizeof(T));
-    std::memset(block + r * kWidth + width, 0, (kWidth - width) * sizeof(T));
+    std::memcpy(block + r * kColumns, source + r * stride, width * sizeof(T));
+    std::memset(block + r * kColumns + width, 0, (kColumns - width) * sizeof(T));
   }
 }
 
@@ -189,35 +192,42 @@ SIMD_TARGET inline void AddLaneSums(const float* partial, int64_t count, float* 
 
 // One slice of one table. For each bucket c, over its tokens n = order[begin..end):
 //   drows[c] = sum scores[n] * dy[n];   dscores[n] += dy[n] . rows[c].
-// `dy` is a packed slice [N, kWidth]; `order`, `scores`, `dscores` are sorted by bucket,
-// and kAhead more values of `order` can be read: the rows of dy come from a far cache, and
-// a bucket is too short for the processor to see past its end.
+// `dy` is a packed slice [N, kGradientWidth]; `order`, `scores`, `dscores` are sorted by
+// bucket, and kAhead more values of `order` can be read: the rows of dy come from a far
+// cache, and a bucket is too short for the processor to see past its end.
 template <class T>
 SIMD_TARGET void TableGradients(const T* rows, int64_t num_buckets, int64_t stride,
                                 int width, const float* dy, const int32_t* starts,
                                 const int32_t* order, const float* scores,
                                 float* dscores, T* drows) {
   constexpr int kBatch = 32;
+  constexpr int kRowsAhead = 4;  // a stride is a page: the processor fetches none itself
   alignas(64) float partial[kBatch * kLanes];
-  alignas(64) T padded[kWidth];
+  alignas(64) T padded[kGradientWidth];
   int filled = 0;
   int64_t flushed = 0;
   for (int64_t c = 0; c < num_buckets; ++c) {
     const T* row = rows + c * stride;
-    if (width < kWidth) {
+    if (c + kRowsAhead < num_buckets)
+      for (int f = 0; f < kGradientWidth; f += 64 / sizeof(T)) {
+        __builtin_prefetch(row + kRowsAhead * stride + f);
+        __builtin_prefetch(drows + (c + kRowsAhead) * stride + f, 1);
+      }
+    if (width < kGradientWidth) {
       std::memset(padded, 0, sizeof(padded));
       std::memcpy(padded, row, width * sizeof(T));
       row = padded;
     }
-    Vec value[kVectors], sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) value[v] = Load(row + v * kLanes), sum[v] = Vec{};
+    Vec value[kGradientVectors], sum[kGradientVectors];
+    for (int v = 0; v < kGradientVectors; ++v)
+      value[v] = Load(row + v * kLanes), sum[v] = Vec{};
     for (int32_t i = starts[c]; i < starts[c + 1]; ++i) {
-      const float* gradient = dy + int64_t{order[i]} * kWidth;
-      const float* soon = dy + int64_t{order[i + kAhead]} * kWidth;
-      for (int f = 0; f < kWidth; f += 16) __builtin_prefetch(soon + f);
+      const float* gradient = dy + int64_t{order[i]} * kGradientWidth;
+      const float* soon = dy + int64_t{order[i + kAhead]} * kGradientWidth;
+      for (int f = 0; f < kGradientWidth; f += 16) __builtin_prefetch(soon + f);
       const float score = scores[i];
       Vec dot{};
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kGradientVectors; ++v) {
         const Vec g = Load(gradient + v * kLanes);
         sum[v] += score * g;
         dot += value[v] * g;
@@ -229,9 +239,9 @@ SIMD_TARGET void TableGradients(const T* rows, int64_t num_buckets, int64_t stri
         filled = 0;
       }
     }
-    T* drow = width < kWidth ? padded : drows + c * stride;
-    for (int v = 0; v < kVectors; ++v) Store(drow + v * kLanes, sum[v]);
-    if (width < kWidth) std::memcpy(drows + c * stride, padded, width * sizeof(T));
+    T* drow = width < kGradientWidth ? padded : drows + c * stride;
+    for (int v = 0; v < kGradientVectors; ++v) Store(drow + v * kLanes, sum[v]);
+    if (width < kGradientWidth) std::memcpy(drows + c * stride, padded, width * sizeof(T));
   }
   AddLaneSums(partial, filled, dscores + flushed);
 }
@@ -240,9 +250,10 @@ template <class T>
 Kernels<T> MakeKernels() {
   Kernels<T> kernels;
   kernels.width = kWidth;
+  kernels.gradient_width = kGradientWidth;
   kernels.sum_columns = SumColumns<T>;
-  kernels.pack_slice = PackSlice<T>;
-  kernels.pack_gradient = PackSlice<float>;
+  kernels.pack_slice = PackSlice<T, kWidth>;
+  kernels.pack_gradient = PackSlice<float, kGradientWidth>;
   kernels.add_group[0] = AddGroup<T, 1>;
   kernels.add_group[1] = AddGroup<T, 2>;
   kernels.add_group[2] = AddGroup<T, 4>;
