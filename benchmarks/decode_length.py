@@ -2,12 +2,14 @@
 
     python -m benchmarks.decode_length                      # 1k to 1M, a minute or more each
     python -m benchmarks.decode_length --contexts=1024,4096 --mixers=softmax,linear
+    python -m benchmarks.decode_length --plot=decode.png a.json b.json   # from files
 
 A small model with dense projections decodes one sequence whose state says that `context`
 tokens have been seen: the cache of softmax is of that length, with zeros in it, and the
 other states do not depend on the length. So the prompt is not paid for. A figure is the
-median of --rounds of --tokens steps each, dispatched one by one; the rounds of all contexts of a
-mixer alternate. `--clock=cpu` counts the process's CPU time, for a machine that others use. Writes decode_length.json, and the plot if asked.
+median of --rounds of --tokens steps each, dispatched one by one; the rounds of all contexts
+of a mixer alternate. `--clock=cpu` counts the process's CPU time, for a machine that others
+use. Writes decode_length.json, and the plot if asked.
 
 Expected: flat for all but softmax, whose every token reads the whole cache.
 """
@@ -34,6 +36,7 @@ SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure; print and write one row for each mixer and context; return them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=pathlib.Path)
     parser.add_argument("--mixers", default=",".join(NAMES), help="comma-separated")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--tokens", type=int, default=32)
@@ -42,6 +45,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--output", default="decode_length.json")
     parser.add_argument("--plot", default="", help="a .png to draw")
     args = parser.parse_args(argv)
+    if args.files:
+        rows = [row for path in args.files for row in json.loads(path.read_text())]
+        plot(rows, args.plot)
+        return rows
     contexts = [int(context) for context in args.contexts.split(",")]
     rows, clock = [], CLOCKS[args.clock]
     print(f"{'mixer':<16}{'context':>10}{'tokens/s':>12}{'state bytes':>16}")

@@ -189,7 +189,7 @@ def plot(cases: dict[str, dict], path: pathlib.Path) -> None:
 class Inputs:
     """What one round looks up, in every layer; `torch` holds the same for its peers."""
 
-    codes: list[jax.Array]  # [N, K] of each layer
+    codes: jax.Array  # [layers, N, K]
     scores: jax.Array  # [N, K]
     dy: jax.Array  # [N, F]
     x: jax.Array  # [N, D], for dense layers
@@ -204,7 +204,7 @@ def drawer(N: int, K: int, C: int, F: int, layers: int = 1) -> Callable:
         shapes = (N, K), (N, F), (N, K * (C.bit_length() - 1))
         scores, dy, x = (generator.standard_normal(s, np.float32) for s in shapes)
         codes = generator.integers(0, C, (layers, N, K), np.int32)
-        arrays = [jnp.asarray(c) for c in codes], *map(jnp.asarray, (scores, dy, x))
+        arrays = [jnp.asarray(a) for a in (codes, scores, dy, x)]
         jax.block_until_ready(arrays)
         return Inputs(*arrays, torch=torch_inputs(codes, C, scores, dy, x))
 
@@ -242,6 +242,26 @@ def make_kernel(K: int, C: int, F: int, seed: int = 0) -> jax.Array:
 # --- Cases: each returns (draw inputs of a round, peers, check of their results). ----
 
 
+def narrow_tables(tables: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Int8 tables and the scale of their rows."""
+    scale = 1 / 25
+    rows = (tables / scale).round().clip(-127, 127).astype(jnp.int8)
+    return packed.in_huge_pages(rows), jnp.full(tables.shape[:2], scale, jnp.float32)
+
+
+def native_int8(tables, codes, scores):
+    """The native lookup of `narrow_tables`."""
+    return lookup_native.native_int8(*tables, codes, scores)
+
+
+def agree_narrow(results: dict[str, object]) -> None:
+    """`agree`, but that tables of fewer bits differ by their rounding."""
+    for name, tolerance in (("native bf16", 0.01), ("native int8", 0.05)):
+        if name in results:
+            agree({"": results["native"], name: results.pop(name)}, tolerance)
+    agree(results)
+
+
 def forward_case(N: int, K: int, C: int, F: int, dense: bool = True):
     """y of all peers from the same codes and scores; the dense layer has D = K tau."""
     tables = make_tables(K, C, F)
@@ -251,8 +271,12 @@ def forward_case(N: int, K: int, C: int, F: int, dense: bool = True):
         for name, function in LOOKUPS.items()
     }
     if dense:
+        narrow = narrow_tables(tables)
+        peers["native int8"] = compiled(
+            native_int8, lambda i: (narrow, i.codes[0], i.scores)
+        )
         peers["xla dense"] = compiled(jnp.matmul, lambda i: (i.x, kernel))
-    return drawer(N, K, C, F), peers | torch_peers([tables], [kernel]), agree
+    return drawer(N, K, C, F), peers | torch_peers([tables], [kernel]), agree_narrow
 
 
 def train_case(N: int, K: int, C: int, F: int, dense: bool = True):
@@ -292,38 +316,28 @@ def decode_case(N: int = 1, K: int = 128, C: int = 256, F: int = 1024):
     huge = packed.in_huge_pages
     tables = [huge(make_tables(K, C, F, seed)) for seed in range(DECODE_LAYERS)]
     kernels = [huge(make_kernel(K, C, F, seed)) for seed in range(DECODE_LAYERS)]
-    scale = 1 / 25  # of int8 rows
-    narrow = {
-        "native bf16": [huge(t.astype(jnp.bfloat16)) for t in tables],
-        "native int8": [
-            huge((t / scale).round().clip(-127, 127).astype(jnp.int8)) for t in tables
-        ],
-    }
-    scales = jnp.full((K, C), scale, jnp.float32)
-
-    def one_int8(table, codes, scores):
-        return lookup_native.native_int8(table, scales, codes, scores)
+    bf16 = [huge(t.astype(jnp.bfloat16)) for t in tables]
+    int8 = [narrow_tables(t) for t in tables]
 
     def every_layer(function, parameters):
         def run(parameters, codes, scores):
             each = zip(parameters, codes, strict=True)
-            return [function(p, c, scores) for p, c in each]
+            return jnp.stack([function(p, c, scores) for p, c in each])
 
         return compiled(run, lambda i: (parameters, i.codes, i.scores))
 
     def every_dense(kernels, x):
-        return [x @ kernel for kernel in kernels]
+        return jnp.stack([x @ kernel for kernel in kernels])
 
     peers = {name: every_layer(f, tables) for name, f in LOOKUPS.items()}
-    peers["native bf16"] = every_layer(lookup_native.native, narrow["native bf16"])
-    peers["native int8"] = every_layer(one_int8, narrow["native int8"])
+    peers["native bf16"] = every_layer(lookup_native.native, bf16)
+    peers["native int8"] = every_layer(native_int8, int8)
     peers["xla dense"] = compiled(every_dense, lambda i: (kernels, i.x))
     peers |= torch_peers(tables, kernels)
 
     def check(results):
-        for name, tolerance in (("native bf16", 0.01), ("native int8", 0.05)):
-            agree({"": results["native"], name: results.pop(name)}, tolerance)
-        agree(results)
+        results = {name: np.stack([*y]) for name, y in results.items()}
+        agree_narrow(results)
 
     return drawer(N, K, C, F, DECODE_LAYERS), peers, check
 
