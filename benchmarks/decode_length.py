@@ -145,12 +145,12 @@ def plot(rows: list[dict], path: str) -> None:
         ("decoded tokens per second", "bytes of state"),
         strict=True,
     ):
-        for name in dict.fromkeys(row["mixer"] for row in rows):
+        for i, name in enumerate(dict.fromkeys(row["mixer"] for row in rows)):
             mine = [row for row in rows if row["mixer"] == name]
             axis.loglog(
                 [row["context"] for row in mine],
                 [row[key] for row in mine],
-                marker="o",
+                marker="o" if i < 10 else "s",  # there are ten colours
                 label=name,
             )
         axis.set_xlabel("context, tokens")
