@@ -70,7 +70,8 @@ def compute() -> dict:
 def main() -> None:
     """Print the losses, or store them."""
     sys.stdout, stdout = sys.stderr, sys.stdout
-    stored = json.loads(FILE.read_text()) if "--add" in sys.argv else {}
+    kept = "--add" in sys.argv and FILE.exists()
+    stored = json.loads(FILE.read_text()) if kept else {}
     text = json.dumps(stored | {processor(): compute()}, indent=1)
     if {"--update", "--add"} & set(sys.argv):
         FILE.parent.mkdir(exist_ok=True)
