@@ -26,6 +26,10 @@ SEGMENTS = np.array(
 POSITIONS = toy.positions(SEGMENTS)
 TOKENS = np.random.default_rng(0).integers(0, 13, (B, L), np.int32)
 PAIRS = [(k, p) for k in ("rmt", "memformer") for p in ("memory", "dense")]
+INSIDE = [
+    ("rmt of luna", "memory"),
+    ("memformer of linear", "dense"),
+]  # softmax elsewhere
 QUICK = [("rmt", "dense"), ("memformer", "memory")]  # compiling takes the time here
 
 
@@ -36,10 +40,15 @@ def _marked(cases, quick):
 
 
 every_kind = pytest.mark.parametrize(("kind", "projection"), _marked(PAIRS, QUICK))
+every_mix = pytest.mark.parametrize(
+    ("kind", "projection"), _marked(PAIRS + INSIDE, QUICK)
+)
 
 
 def _config(kind, projection, **fields):
+    kind, _, mixer = kind.partition(" of ")
     sizes = {
+        "mixer": mixer or "softmax",
         "vocab_size": 14,  # divides over two devices
         "num_layers": 1 if kind == "rmt" else 2,
         "seq_len": L,
@@ -100,7 +109,7 @@ def test_oracle(kind, projection):
     assert np.abs(fresh - want)[1, S:].max() > 1e-2  # and read
 
 
-@every_kind
+@every_mix
 def test_no_future(kind, projection):
     """Exactly zero. Red if a chunk is handed the memory that it wrote itself."""
     case = _case(kind, projection)
@@ -117,7 +126,9 @@ def test_no_future(kind, projection):
 
 SIZES = {"tokens": (1,) * L, "chunks": (4, 8, 4), "any": (6, 6, 4)}
 QUICK_SIZES = [(*QUICK[0], "tokens"), (*QUICK[1], "any")]
-SPLITS = _marked([(*pair, sizes) for pair in PAIRS for sizes in SIZES], QUICK_SIZES)
+SPLITS = _marked(
+    [(*pair, sizes) for pair in PAIRS + INSIDE for sizes in SIZES], QUICK_SIZES
+)
 
 
 @pytest.mark.parametrize(("kind", "projection", "sizes"), SPLITS)
@@ -138,7 +149,7 @@ def test_pieces_of_a_sequence_continue_each_other(kind, projection, sizes):
     np.testing.assert_allclose(np.concatenate(parts, 1)[real], whole[real], atol=1e-4)
 
 
-@every_kind
+@every_mix
 def test_packed_documents_are_separate(kind, projection):
     """Red if a memory outlives its document."""
     case = _case(kind, projection)
