@@ -124,12 +124,12 @@ inline OnePlusExpKernel ChooseOnePlusExp() {
   return portable::OnePlusExp;
 }
 
-constexpr int64_t kProductsPerThread = 1 << 16;  // less is not worth a wake-up
+constexpr int64_t kProductsPerThread = 1 << 17;  // less is not worth a wake-up
 
 inline int ChooseThreads(const Shape& s) {
   const int64_t products = s.tokens * s.tables * s.features;
-  const int64_t useful = std::max<int64_t>(1, products / kProductsPerThread);
-  return static_cast<int>(std::min<int64_t>(useful, AvailableThreads()));
+  const int64_t useful = products / kProductsPerThread;
+  return useful < 2 ? 1 : static_cast<int>(std::min<int64_t>(useful, AvailableThreads()));
 }
 
 inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
