@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import errors
+from memoryformer import errors, layers, mixers
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.notation import Array, Float, Int, Params
+from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
 
 
@@ -41,6 +42,26 @@ class BitRates:
 
     set_rate: Float[np.ndarray, "K tau"]
     flip_rate: Float[np.ndarray, "K tau"]
+
+
+def codes(
+    config: model_lib.ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    features: Any = None,
+) -> dict[str, Codes]:
+    """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
+    # A code cannot be recorded from inside a loop over chunks or layers.
+    plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
+    model = model_lib.merge(dataclasses.replace(config, **plain), params)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+    with layers.record_codes() as recorded:
+        model.features(batch["inputs"], seq)
+    return {
+        ".".join(map(str, path)): recorded[id(module)]
+        for path, module in nnx.iter_modules(model)
+        if id(module) in recorded
+    }
 
 
 def bucket_counts(
@@ -159,10 +180,8 @@ def make_count_step(
         params = sharding_lib.gather_params(params, specs)
         keep = batch["segment_ids"] > 0
         counts = {}
-        for name, codes in model_lib.codes(
-            model_config, params, batch, features
-        ).items():
-            ours = bucket_counts(codes, _num_buckets(params, name), keep)
+        for name, read in codes(model_config, params, batch, features).items():
+            ours = bucket_counts(read, _num_buckets(params, name), keep)
             ours = collectives.psum(ours, sharding_lib.TOKEN_AXES)
             counts[name] = collectives.all_gather(ours, "model", 0)  # [K, C]
         return counts

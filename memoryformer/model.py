@@ -20,7 +20,7 @@ from flax import nnx
 from memoryformer import config as config_lib
 from memoryformer import layers, mixers, recurrence
 from memoryformer.errors import ConfigError
-from memoryformer.notation import Activations, Array, Codes, Float, Params, Tokens
+from memoryformer.notation import Activations, Array, Float, Params, Tokens
 from memoryformer.ops import hashing, lookup
 
 # What the repository of the released code turns off or on beside the paper is a field here;
@@ -388,23 +388,6 @@ def forward(
     if positions is not None:
         seq = seq._replace(positions=positions)
     return merge(model_config, params)(tokens, seq)[0]
-
-
-def codes(
-    model_config: ModelConfig, params: Params, batch: dict[str, Array], features=None
-) -> dict[str, Codes]:
-    """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
-    # A code cannot be recorded from inside a loop over chunks or layers.
-    plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
-    model = merge(dataclasses.replace(model_config, **plain), params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
-    with layers.record_codes() as recorded:
-        model.features(batch["inputs"], seq)
-    return {
-        ".".join(map(str, path)): recorded[id(module)]
-        for path, module in nnx.iter_modules(model)
-        if id(module) in recorded
-    }
 
 
 def param_specs(model_config: ModelConfig) -> dict[str, Any]:

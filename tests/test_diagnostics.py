@@ -102,7 +102,7 @@ def test_summary_keys_and_reductions():
 
 
 def test_collect_sums_batches_and_leaves_padding_out():
-    """Every layer of the model, codes as `model.codes` gives them. Red: the last batch
+    """Every layer of the model, codes as `diagnostics.codes` gives them. Red: the last batch
     only, padding counted, or the FFN's second layer with 2^tau rows."""
     params = model.init(CONFIG)
     batches = [batch(0), batch(1, padding=6)]
@@ -111,7 +111,7 @@ def test_collect_sums_batches_and_leaves_padding_out():
     expected = collections.defaultdict(lambda: 0)
     for one in batches:
         keep = one["segment_ids"] > 0
-        for name, codes in model.codes(CONFIG, params, one).items():
+        for name, codes in diagnostics.codes(CONFIG, params, one).items():
             rows = 64 if name.endswith("ffn.down") else 16
             kept = np.asarray(codes)[keep]
             expected[name] += np.stack(

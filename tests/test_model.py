@@ -11,7 +11,7 @@ import oracle
 import pytest
 import toy
 
-from memoryformer import mixers, model
+from memoryformer import diagnostics, mixers, model
 from memoryformer.errors import ConfigError
 from memoryformer.model import ModelConfig
 
@@ -400,7 +400,7 @@ def test_codes_of_every_memory_layer():
     """
     config = toy.model_config()
     params, batch = random_params(config), toy.batch(config, batch_size=3)
-    got = toy.quick_jit(functools.partial(model.codes, config))(params, batch)
+    got = toy.quick_jit(functools.partial(diagnostics.codes, config))(params, batch)
     assert {name.split(".", 2)[2] for name in got} == {
         "mixer.qkv",
         "ffn.up",

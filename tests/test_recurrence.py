@@ -10,7 +10,7 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import errors, generation, mixers, model, sharding
+from memoryformer import diagnostics, errors, generation, mixers, model, sharding
 from memoryformer.convert import gpt_neox, reference_reader, released
 
 B, L, S = 4, 16, 4
@@ -240,7 +240,7 @@ def test_codes_are_those_of_tokens(kind, projection):
     """Red if the codes of memory tokens are counted, or lost in the loop."""
     case = _case(kind, projection)
     batch = {"inputs": TOKENS, "positions": POSITIONS, "segment_ids": SEGMENTS}
-    codes = model.codes(case.config, case.params, batch)
+    codes = diagnostics.codes(case.config, case.params, batch)
     assert bool(codes) == (projection == "memory")
     assert {c.shape[:2] for c in codes.values()} <= {(B, L)}
     assert ("blocks.0.mixer.qkv" in codes) == (projection == "memory")
