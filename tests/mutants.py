@@ -20,6 +20,7 @@ def main(wanted: str = "") -> int:
         tempfile.TemporaryDirectory() as folder,
         world.World(pathlib.Path(folder)) as tried,
     ):
+        tried.runner.patience = 240.0  # some mistakes are to wait for ever
         for promise, mutation in promises.MUTANTS:
             if wanted not in f"{promise} {mutation}":
                 continue

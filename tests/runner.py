@@ -39,6 +39,8 @@ class Runner:
     `folder` gets outputs and a compilation cache, which makes restarts cheap.
     """
 
+    patience = 900.0  # seconds, after which a run is killed
+
     def __init__(self, folder: pathlib.Path, config: pathlib.Path):
         self._folder = folder
         self._config = config
@@ -105,10 +107,10 @@ class Runner:
             self._server.stdin.flush()
             return int(self._server.stdout.readline()), output
 
-    def wait(self, started, timeout=900.0) -> Result:
-        """Wait for a run; kill it after `timeout` seconds."""
+    def wait(self, started, timeout=None) -> Result:
+        """Wait for a run; kill it after `timeout` seconds, or `patience`."""
         pid, output = started
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (timeout or self.patience)
         code = output.with_suffix(".code")
         while not code.exists():
             if time.monotonic() > deadline:
