@@ -127,8 +127,9 @@ def expect(result, code):
     """Assert the exit code, showing what the run printed, and return the result."""
     assert result.code == code, f"exit {result.code}, not {code}:\n{result.err[-2000:]}"
     if code not in (0, 1, -9, 143):  # a user's error is one line, never a traceback
-        # Behind it, Python may warn of what a failed save left unfinished in Orbax.
-        told = [x for x in result.err.splitlines() if x.startswith("error: ")]
+        # Beside it, threads may tell what a failed save left unfinished in Orbax, and a
+        # line of theirs be cut in two by ours.
+        told = [x for x in result.err.splitlines() if x.strip().startswith("error: ")]
         assert len(told) == 1, result.err
         # Stacks after a hang; and TensorStore prints some when many writes fail at once.
         assert code in (43, 45) or "Traceback" not in result.err, result.err
