@@ -25,11 +25,9 @@ N tokens, d = F = 1024, tau = 8: a token reads K F = 131,072 values, 1/8 of dens
     N=1, int8          128 KiB of random 1 KiB rows: 8 us       8 us
 
 Prediction: 1.4x the dense forward, 1.8x forward and backward, 3.5 to 4x at N=1 and 8x
-with int8, less what threads and misses of the TLB cost. Measured on one core, in CPU
-time, with freed memory kept, on a machine busy with other work: forward 30 ms, 3.1x
-MKL's dense layer (which reached less than half of peak), 1.8x XLA's and 3.0x
-embedding_bag; with gradients 72 ms, 3.8x, 2.2x and 8.1x; N=1 3.9x MKL in float32 and
-6.0x with int8 rows, but no faster than embedding_bag in float32.
+with int8, less what threads and misses of the TLB cost. Measured, on two cores with
+AVX-512: 2.2x MKL's dense layer, 2.4x with gradients, 5.2x at
+N=1 and 6.4x with int8 rows; docs/results.md has the rest.
 """
 
 import argparse
