@@ -25,15 +25,14 @@ import json
 import os
 import pathlib
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from memoryformer import convert, generation, inference, model, presets
 from memoryformer.ops import packed
 
@@ -50,9 +49,6 @@ PEERS = (
 )
 DEFAULT_PEERS = ",".join(p for p in PEERS if p != "memoryformer-bfloat16")
 
-# The process's own time leaves out what others take of a shared core, waiting included.
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
 Peer = Callable[[int], np.ndarray]  # number of tokens -> int [tokens, batch]
 
 
@@ -66,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", type=pathlib.Path, default="decode.json")
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args(argv)
@@ -77,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     os.sched_setaffinity(0, cores)  # before any thread pool starts
     names = args.peers.split(",")
     peers = make_peers(args.size, names, args.batch_size)
-    seconds = measure(peers, args.tokens, args.rounds, CLOCKS[args.clock])
+    seconds = measure(peers, args.tokens, args.rounds, timing.CLOCKS[args.clock])
     rates = {
         name: sorted(args.batch_size * (args.tokens + 1) / s for s in series)
         for name, series in seconds.items()
@@ -90,9 +86,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         "cores": len(cores),
         "clock": args.clock,
         "load": os.getloadavg()[0],
-        "tokens_per_second": {n: quartiles(r) for n, r in rates.items()},
+        "tokens_per_second": {n: timing.quartiles(r) for n, r in rates.items()},
         "times_slower_than_" + first: {
-            name: quartiles(
+            name: timing.quartiles(
                 [t / f for t, f in zip(series, seconds[first], strict=True)]
             )
             for name, series in seconds.items()
@@ -118,11 +114,6 @@ def measure(
             if i:
                 seconds[name].append(clock() - start)
     return seconds
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return [round(q, 3) for q in statistics.quantiles(values, n=4)]
 
 
 def print_table(result: dict, first: str) -> None:

@@ -18,18 +18,17 @@ import argparse
 import json
 import pathlib
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from memoryformer import mixers, model, presets, recurrence, sharding
 from memoryformer.mixers import softmax
 
 CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
 NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
 CHUNK = 32  # tokens of a recurrence's chunk: every round opens and closes one
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
 
 
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", default="decode_length.json")
     parser.add_argument("--plot", default="", help="a .png to draw")
     args = parser.parse_args(argv)
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         plot(rows, args.plot)
         return rows
     contexts = [int(context) for context in args.contexts.split(",")]
-    rows, clock = [], CLOCKS[args.clock]
+    rows, clock = [], timing.CLOCKS[args.clock]
     print(f"{'mixer':<16}{'context':>10}{'tokens/s':>12}{'state bytes':>16}")
     for name in args.mixers.split(","):
         cases = {context: _case(name, context, args.tokens) for context in contexts}

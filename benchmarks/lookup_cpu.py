@@ -26,8 +26,8 @@ N tokens, d = F = 1024, tau = 8: a token reads K F = 131,072 values, 1/8 of dens
 
 Prediction: 1.4x the dense forward, 1.8x forward and backward, 3.5 to 4x at N=1 and 8x
 with int8, less what threads and misses of the TLB cost. Measured, on two cores with
-AVX-512: 2.2x MKL's dense layer, 2.4x with gradients, 5.2x at
-N=1 and 6.4x with int8 rows; docs/results.md has the rest.
+AVX-512: 2.2x MKL's dense layer, 2.4x with gradients, 5.2x at N=1 and 6.4x with int8
+rows; docs/results.md has the rest.
 """
 
 import argparse
@@ -38,8 +38,6 @@ import json
 import os
 import pathlib
 import random
-import statistics
-import time
 import types
 from collections.abc import Callable
 
@@ -47,6 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from memoryformer.ops import lookup_native, lookup_xla, packed
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
@@ -54,9 +53,6 @@ DECODE_LAYERS = 16  # their rows and weights do not fit the caches
 TOLERANCE = 1e-4  # relative to the largest value, between float32 sums of any order
 
 LOOKUPS = {"native": lookup_native.native, "xla lookup": lookup_xla.scan_tables}
-
-# The process's own time leaves out what others take of a shared core, waiting included.
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Peers = dict[str, Callable]  # name -> function of the round's inputs
 
@@ -68,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--cores", type=int, default=0, help="0: all")
     parser.add_argument("--output", type=pathlib.Path, default="lookup_cpu.json")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--keep_memory", action="store_true")
     parser.add_argument("--plot", type=pathlib.Path)
     flags = parser.parse_args()
@@ -92,7 +88,7 @@ def main() -> None:
         draw, peers, check = CASES[name]()
         inputs = draw(0)
         check({peer: run(inputs) for peer, run in peers.items()})
-        times = measure(draw, peers, flags.rounds, CLOCKS[flags.clock])
+        times = measure(draw, peers, flags.rounds, timing.CLOCKS[flags.clock])
         results["cases"][name] = summarise(times)
         print_case(name, results["cases"][name])
     flags.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -134,16 +130,13 @@ def summarise(times: dict[str, list[float]]) -> dict[str, dict[str, list[float]]
     first = times[next(iter(times))]
     return {
         name: {
-            "ms": quartiles([1e3 * t for t in series]),
-            "ratio": quartiles([t / f for t, f in zip(series, first, strict=True)]),
+            "ms": timing.quartiles([1e3 * t for t in series]),
+            "ratio": timing.quartiles(
+                [t / f for t, f in zip(series, first, strict=True)]
+            ),
         }
         for name, series in times.items()
     }
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return [round(q, 4) for q in statistics.quantiles(values, n=4)]
 
 
 def print_case(name: str, summary: dict) -> None:

@@ -17,18 +17,17 @@ import argparse
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Collection
 
 import jax
 
+from benchmarks import timing
 from memoryformer import accounting, data, experiment, metrics, presets, trainer
 from memoryformer import config as config_lib
 from memoryformer import sharding as sharding_lib
 
 PROJECTIONS = ("memory", "dense")
 NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAPER = ("softmax", "linformer", "cosformer", "performer")  # three seeds by default
 
 
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--seeds", type=int, default=0, help="0: 3 of the paper's, 1")
     parser.add_argument("--steps", type=int, default=0, help="0: the config's")
     parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0: none")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--folder", default="runs/mixers")
     args = parser.parse_args(argv)
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [_measure(args, folder, *case) for case in cases]
     if args.rounds:
         steps = {case: _train_step(_config(args, *case)) for case in cases}
-        rates = in_turns(steps, args.rounds, CLOCKS[args.clock])
+        rates = in_turns(steps, args.rounds, timing.CLOCKS[args.clock])
         for row, case in zip(rows, cases, strict=True):
             row["tokens_per_second"] = rates[case]
     (folder / "mixers.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -169,7 +168,7 @@ def _speed(rates: Collection[float] | None, base: Collection[float] | None) -> s
     ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
     if len(ratios) == 1:
         return f"{ratios[0]:.2f}"
-    low, median, high = statistics.quantiles(ratios, n=4)
+    low, median, high = timing.quartiles(ratios)
     return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 

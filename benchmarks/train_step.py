@@ -16,16 +16,15 @@ import json
 import os
 import pathlib
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from memoryformer import evaluation, experiment, model, optimizer
 from memoryformer.ops import lookup, lookup_native
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ARMS = ("native", "xla", "none")
 # Nats. The first step differs by rounding; later a sign that rounding flips reads another
 # row, and the curves drift apart as they do between two orders of summation.
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", type=pathlib.Path, default="train_step.json")
     args = parser.parse_args(argv)
     cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
     arms = {name: make_step(run, name) for name in ARMS}
     seconds = {name: [] for name in ARMS}
     losses = {name: [] for name in ARMS}
-    clock = CLOCKS[args.clock]
+    clock = timing.CLOCKS[args.clock]
     for i in range(args.steps + 1):
         batch = make_batch(run, i)
         for name in ARMS[i % 3 :] + ARMS[: i % 3]:
