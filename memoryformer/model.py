@@ -11,6 +11,7 @@ Start at `Transformer`; from outside, at `init` and `forward`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -363,12 +364,12 @@ ACTIVATIONS = {
 def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
     """Draw the parameters: a nested dict of float32 arrays with string keys."""
     model = Transformer(model_config, rngs=nnx.Rngs(jax.random.key(seed)))
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return _rekey(nnx.to_pure_dict(nnx.state(model, nnx.Param)), str)
 
 
 def merge(model_config: ModelConfig, params: Params) -> Transformer:
     """Put parameters into a `Transformer`."""
-    return nnx.merge(_abstract(model_config)[0], _list_indices(params))
+    return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
 
 
 def forward(
@@ -414,20 +415,15 @@ def _abstract(model_config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
         state,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
-    return graphdef, _string_keys(nnx.to_pure_dict(specs))
+    return graphdef, _rekey(nnx.to_pure_dict(specs), str)
 
 
-def _string_keys(tree: Any) -> Any:
+def _rekey(tree: Any, key: Callable[[Any], Any]) -> Any:
     if not isinstance(tree, dict):
         return tree
-    return {str(key): _string_keys(value) for key, value in tree.items()}
+    return {key(name): _rekey(value, key) for name, value in tree.items()}
 
 
-def _list_indices(tree: Any) -> Any:
-    """Undo `_string_keys`: nnx merges in the order of keys, and "10" sorts before "2"."""
-    if not isinstance(tree, dict):
-        return tree
-    return {
-        int(key) if key.isdecimal() else key: _list_indices(value)
-        for key, value in tree.items()
-    }
+def _index(name: str) -> str | int:
+    """Undo `str`: nnx merges in the order of keys, and "10" sorts before "2"."""
+    return int(name) if name.isdecimal() else name
