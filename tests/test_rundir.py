@@ -59,14 +59,16 @@ def test_patience(tmp_path):
 
 
 def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
-    """Mutation: let the OSError of such a file system through."""
+    """Both try to lock, and go on. Mutation: let the OSError of such a system through."""
+    tried = []
 
     def flock(*unused):
+        tried.append(unused)
         raise OSError(rundir.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(rundir.fcntl, "flock", flock)
     with rundir.only_one(tmp_path), rundir.only_one(tmp_path):
-        pass
+        assert len(tried) == 2
 
 
 def test_a_file_in_the_way(tmp_path):
