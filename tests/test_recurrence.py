@@ -26,10 +26,8 @@ SEGMENTS = np.array(
 POSITIONS = toy.positions(SEGMENTS)
 TOKENS = np.random.default_rng(0).integers(0, 13, (B, L), np.int32)
 PAIRS = [(k, p) for k in ("rmt", "memformer") for p in ("memory", "dense")]
-INSIDE = [
-    ("rmt of luna", "memory"),
-    ("memformer of linear", "dense"),
-]  # softmax elsewhere
+# Another mixer inside than softmax.
+INSIDE = [("rmt of luna", "memory"), ("memformer of linear", "dense")]
 QUICK = [("rmt", "dense"), ("memformer", "memory")]  # compiling takes the time here
 
 
