@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from memoryformer import convert, decoding, errors, generation, model
 from memoryformer.data import tokenizer as tokenizer_lib
@@ -51,6 +52,23 @@ def test_greedy_equals_the_argmax_of_the_full_forward_pass():
             tokens[0, i] = np.asarray(forward(tokens))[0, i - 1].argmax()
         expected = tokens[0, len(prompt) : len(prompt) + 24].tolist()
         assert list(generator.stream(prompt, sampling)) == expected
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("projection", ["memory", "dense"])
+def test_a_model_in_bfloat16_decodes(projection, streams):
+    """XLA CPU compiles some products of bfloat16 operands and cannot run them."""
+    fields = {"lookup": "auto"} if projection == "memory" else {}
+    config = toy.model_config(projection, dtype="bfloat16", **fields)
+    generator = decoding.Generator(config, model.init(config, 0))
+    sampling = decoding.SamplingConfig(max_tokens=4, temperature=0.0)
+    prompts = [[1, 2, 3], [4, 5, 6]][:streams]
+    tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
+    inputs = np.concatenate([np.array(prompts), tokens], axis=1)
+    logits = np.asarray(model.forward(config, generator._params, jnp.asarray(inputs)))
+    logits = logits[:, 2:-1]
+    chosen = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    assert (logits.max(axis=-1) - chosen).max() < 0.05 * np.abs(logits).max()
 
 
 def test_a_cache_is_written_in_place():

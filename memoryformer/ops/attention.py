@@ -98,6 +98,7 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
     """o = sum_j e^(l_j - max) v_j / sum_j e^(l_j - max), rescaled when the maximum grows."""
     batch_size, length, heads, width = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    narrow, q = q.dtype, q.astype(dtype)  # XLA CPU has no batched bfloat16 product
 
     def step(i, carry):
         largest, total, y = carry
@@ -119,7 +120,7 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
         total = total * before + jnp.sum(weights, axis=-1, keepdims=True)
         read = jnp.einsum(
             "bhlm,bhme->bhle",
-            weights.astype(q.dtype),
+            weights.astype(narrow).astype(dtype),
             values,
             preferred_element_type=dtype,
         )
@@ -131,7 +132,7 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
     blocks = (filled + CACHE_BLOCK - 1) // CACHE_BLOCK
     _, total, y = jax.lax.fori_loop(0, blocks, step, carry)
     y = jnp.where(total > 0, y / jnp.where(total > 0, total, 1), 0)
-    return jnp.swapaxes(y, 1, 2).astype(q.dtype)
+    return jnp.swapaxes(y, 1, 2).astype(narrow)
 
 
 def why_not(implementation: str, q: Float[Array, "B L H E"]) -> str:
