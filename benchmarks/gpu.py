@@ -1,7 +1,6 @@
 """The lookup on an NVIDIA GPU: everything checked and timed in one go.
 
-    export PYTHONPATH=.                             # at the root of the repository
-    python -m benchmarks.gpu --output=gpu.json      # on an H200 (not yet run on one)
+    python -m benchmarks.gpu --output=gpu.json      # on an H100 or H200
     python -m benchmarks.gpu --check                # any machine, toy sizes, interpreted
 
 Every result is compared with float64 sums, and the kernels' with themselves, before anything
@@ -26,10 +25,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 
 import jax
 import jax.numpy as jnp
-import lookup_cpu
 import numpy as np
 from jax._src.lib import xla_client
 
+from benchmarks import lookup_cpu
 from memoryformer.ops import lookup_gpu, lookup_xla
 
 # Milliseconds on an H200 at N=16384, K=128, tau=8, F=1024, bfloat16 tables; (best, worst).

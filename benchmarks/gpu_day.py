@@ -1,0 +1,507 @@
+"""Everything a GPU is asked, a part at a time; `gpu_day.sh` runs the parts in order of worth.
+
+    python -m benchmarks.gpu_day checks --output=DIR         # on a GPU
+    python -m benchmarks.gpu_day checks --output=DIR --check # any machine, toy sizes
+
+    checks       every GPU path against float64: lookups, attention, a model, decoding
+    quickstart   300 steps of the quickstart on this device and on the CPU: the losses
+    step         a training step of each model beside its dense twin: tokens/s, MFU, memory
+    decode       tokens per second at 1, 8 and 64 streams
+
+A part writes DIR/PART.json after each of its rows, so that a cut loses only what was not
+done, and stops before a row that would start after --seconds.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import timing
+from memoryformer import (
+    accounting,
+    config,
+    decoding,
+    experiment,
+    model,
+    sharding,
+    trainer,
+)
+from memoryformer.ops import attention, lookup_gpu, lookup_xla
+
+ROOT = pathlib.Path(__file__).parent.parent
+PEAK_FLOPS = 989e12  # bf16 products of an H100 or H200 SXM, NVIDIA's figure
+PEERS = {"tiny": "pythia_70m", "small": "pythia_160m"}
+Row = dict[str, object]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one part; a row that fails is written with its error, and the exit code is 1."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--check", action="store_true", help="toy sizes, any machine")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument(
+        "--rows", default="", help="only rows whose name has this in it"
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_day"))
+    flags = parser.parse_args(argv)
+    if jax.default_backend() != "gpu" and not flags.check:
+        raise SystemExit(f"the platform is {jax.default_backend()}, not gpu: --check")
+    flags.output.mkdir(parents=True, exist_ok=True)
+    path = flags.output / f"{flags.part}.json"
+    started = time.perf_counter()
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": {},
+        "skipped": [],
+    }
+    failed = False
+    for name, run in PARTS[flags.part](flags.check):
+        if flags.rows not in name:
+            continue
+        if time.perf_counter() - started > flags.seconds:
+            report["skipped"].append(name)
+            continue
+        try:
+            row = run()
+        except Exception as error:
+            row, failed = {"error": f"{type(error).__name__}: {error}"[:600]}, True
+        report["rows"][name] = row
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        print(
+            f"{time.perf_counter() - started:6.1f} s  {name}: {json.dumps(row)}",
+            flush=True,
+        )
+        gc.collect()
+    if failed:
+        raise SystemExit(1)
+
+
+# --- Checks: the largest difference over the largest entry, from float64. --------------
+
+
+def checks(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
+    """Every implementation and type of the lookup, attention, a model, its decoding."""
+    rows = [
+        (f"lookup {name} {dtype}", lambda n=name, d=dtype: check_lookup(n, d, toy))
+        for name in ("gpu", "xla", "onehot")
+        for dtype in ("float32", "bfloat16")
+    ]
+    rows.append(("attention cudnn", lambda: check_attention(toy)))
+    rows.append(("model gpu", lambda: check_model("gpu", toy)))
+    rows.append(("model xla", lambda: check_model("xla", toy)))
+    return [*rows, ("decoding", lambda: check_decoding(toy))]
+
+
+def check_lookup(name: str, dtype: str, toy: bool) -> Row:
+    """y, dT and ds of ragged shapes and skewed codes, and the same bits twice."""
+    N, K, C, F = (3, 2, 4, 130) if toy else (1000, 24, 256, 400)
+    random = np.random.default_rng(len(name + dtype))
+    tables = jnp.asarray(random.standard_normal((K, C, F)), dtype)
+    codes = (C * random.random((N, K)) ** 3).astype(np.int32)
+    scores, dy = (
+        random.standard_normal(s).astype(np.float32) for s in ((N, K), (N, F))
+    )
+    function = {
+        "gpu": lambda t, c, s: lookup_gpu.gpu(t, c, s, jax.default_backend() != "gpu"),
+        "xla": lookup_xla.scan_tables,
+        "onehot": lookup_xla.onehot_products,
+    }[name]
+
+    @jax.jit
+    def run(tables, codes, scores, dy):
+        y, pullback = jax.vjp(lambda t, s: function(t, codes, s), tables, scores)
+        return y, *pullback(dy)
+
+    results = run(tables, codes, scores, dy)
+    exact_rows = np.asarray(tables, np.float64)
+    read = exact_rows[np.arange(K), codes]  # [N, K, F]
+    dtables = np.zeros((K, C, F))
+    for k in range(K):
+        np.add.at(dtables[k], codes[:, k], scores[:, k, None].astype(np.float64) * dy)
+    expected = {
+        "y": np.einsum("nk,nkf->nf", scores, read),
+        "dT": dtables,
+        "ds": np.einsum("nf,nkf->nk", dy, read),
+    }
+    row = {
+        what: difference(result, expected[what])
+        for what, result in zip(expected, results, strict=True)
+    }
+    tolerance = {"dT": 4e-3 if dtype == "bfloat16" else 1e-5}  # dT is rounded to it
+    require(row, {"y": 1e-5, "dT": 1e-5, "ds": 1e-5} | tolerance)
+    same = jax.tree.map(np.array_equal, results, run(tables, codes, scores, dy))
+    if not all(same):
+        raise AssertionError("two runs differ")
+    return row
+
+
+def check_attention(toy: bool) -> Row:
+    """Fused attention in bfloat16 with documents and padding, and its gradients."""
+    if jax.default_backend() != "gpu":
+        return {"left out": "cuDNN needs a GPU"}
+    shape = (2, 64, 2, 16) if toy else (2, 512, 4, 64)
+    B, L = shape[:2]
+    q, k, v, dy = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(0), 4)
+    )
+    segments = np.where(np.arange(L) < L // 3, 1, 2) * (np.arange(L) < L - 20)
+    segments = jnp.asarray(np.broadcast_to(segments, (B, L)), jnp.int32)
+
+    def fused(q, k, v):
+        return attention.fused(q, k, v, segments, "cudnn")
+
+    results = jax.jit(lambda *a: with_gradients(fused, a[:3], a[3]))(q, k, v, dy)
+    with on_cpu_in_float64():
+        operands = [jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v, dy)]
+        index = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+        ids = jnp.asarray(np.asarray(segments))
+        mask = attention.causal_mask(index, ids, index, ids)
+
+        def plain(q, k, v):
+            return attention.softmax(q, k, v, mask)
+
+        expected = with_gradients(plain, operands[:3], operands[3])
+        expected = [np.asarray(a) for a in expected]
+    names = ("y", "dq", "dk", "dv")
+    row = {
+        n: difference(r, e) for n, r, e in zip(names, results, expected, strict=True)
+    }
+    require(row, dict.fromkeys(names, 2e-2))
+    return row
+
+
+def check_model(lookup: str, toy: bool) -> Row:
+    """Loss and gradients of a float32 model here, and in float64 on the CPU."""
+    config = toy_model(lookup if jax.default_backend() == "gpu" else "xla", "float32")
+    params = jax.tree.map(np.asarray, model.init(config, 0))
+    batch = random_batch(config, 2 if toy else 8, 0)
+
+    def loss(config, params, batch):
+        logits = model.forward(config, params, batch["inputs"])
+        targets = jax.nn.one_hot(batch["targets"], logits.shape[-1], dtype=logits.dtype)
+        return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * targets, axis=-1))
+
+    with jax.default_matmul_precision("highest"):
+        value, gradients = jax.jit(
+            jax.value_and_grad(lambda p: loss(config, p, batch))
+        )(params)
+    with on_cpu_in_float64():
+        wide = dataclasses.replace(config, dtype="float64", lookup="reference")
+        exact, exact_gradients = jax.value_and_grad(lambda p: loss(wide, p, batch))(
+            jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+        )
+        exact_gradients = jax.tree.map(np.asarray, exact_gradients)
+    row = {
+        "loss": abs(float(value) - float(exact)),
+        "gradient": max(
+            difference(a, b)
+            for a, b in zip(
+                jax.tree.leaves(gradients),
+                jax.tree.leaves(exact_gradients),
+                strict=True,
+            )
+        ),
+    }
+    require(row, {"loss": 1e-5, "gradient": 1e-3})
+    return row
+
+
+def check_decoding(toy: bool) -> Row:
+    """Greedy tokens are the argmax of the whole forward pass, at 1 and at 8 streams."""
+    config = toy_model("xla", "float32")
+    params = model.init(config, 0)
+    generator = decoding.Generator(config, params)
+    row = {}
+    for streams in (1, 2 if toy else 8):
+        prompts = [[1 + i, 7] for i in range(streams)]
+        sampling = decoding.SamplingConfig(max_tokens=8, temperature=0.0)
+        with jax.default_matmul_precision("highest"):
+            tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
+            inputs = np.concatenate([np.array(prompts), tokens], axis=1)
+            logits = np.asarray(model.forward(config, params, jnp.asarray(inputs)))
+        logits = logits[:, 1:-1]
+        picked = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        gap = float((logits.max(axis=-1) - picked).max() / np.abs(logits).max())
+        row[f"{streams} streams"] = gap
+    require(row, dict.fromkeys(row, 1e-4))
+    return row
+
+
+def difference(result, expected: np.ndarray) -> float:
+    """The largest difference over the largest entry; NaN stays."""
+    result = np.asarray(result, np.float64)
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
+
+
+def require(row: Row, tolerances: dict[str, float]) -> None:
+    """Raise `AssertionError` for a difference that is not below its tolerance."""
+    for name, limit in tolerances.items():
+        if not row[name] < limit:
+            raise AssertionError(f"{name} is off by {row[name]:.1e}, over {limit:.0e}")
+
+
+def with_gradients(function: Callable, operands, dy) -> tuple:
+    """(y, and the gradient of each operand)."""
+    y, pullback = jax.vjp(function, *operands)
+    return y, *pullback(dy.astype(y.dtype))
+
+
+class on_cpu_in_float64:  # noqa: N801  reads as a clause
+    """Compute on the CPU, in float64."""
+
+    def __enter__(self):
+        self._contexts = [
+            jax.enable_x64(True),
+            jax.default_device(jax.devices("cpu")[0]),
+        ]
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error):
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+# --- The quickstart, here and on the CPU. ----------------------------------------------
+
+
+def quickstart(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
+    """Losses of the same run on two platforms; the text is this repository's own code."""
+    here = jax.default_backend()
+    steps = 4 if toy else 300
+    arms = (
+        {"auto": [], "gpu": ["--config.model.lookup=gpu"]}
+        if here == "gpu"
+        else {"auto": []}
+    )
+    reference: dict[int, float] = {}
+
+    def on_cpu():
+        reference.update(train("cpu", steps, [], toy))
+        return {"first": reference[1], "last": reference[steps]}
+
+    def on_device(flags):
+        losses = train(here, steps, flags, toy)
+        gaps = {n: abs(loss - reference[n]) for n, loss in losses.items()}
+        row = {"first": losses[1], "last": losses[steps]}
+        row["first gap"] = gaps[1]
+        row["largest gap of the first 10"] = max(gaps[n] for n in gaps if n <= 10)
+        last = [n for n in gaps if n > steps - steps // 4]
+        row["mean gap of the last quarter"] = statistics.mean(
+            losses[n] - reference[n] for n in last
+        )
+        require(row, {"first gap": 1e-4})
+        return row
+
+    rows = [("cpu", on_cpu)]
+    return rows + [(f"{here} {n}", lambda f=f: on_device(f)) for n, f in arms.items()]
+
+
+def train(platform: str, steps: int, flags: list[str], toy: bool) -> dict[int, float]:
+    """Losses by step of train.py in a process of its own."""
+    workdir = (
+        pathlib.Path(os.environ.get("TMPDIR", "/tmp"))
+        / f"gpu_day_{os.getpid()}_{time.time_ns()}"
+    )
+    command = [
+        sys.executable, "train.py", "--config=configs/quickstart.py", f"--workdir={workdir}",
+        "--config.data.source=text", "--config.data.path=memoryformer",
+        f"--config.data.data_dir={workdir}-data",
+        f"--config.train.num_steps={steps}", "--config.train.log_every=1",
+        "--config.optimizer.warmup_steps=" + ("1" if toy else "100"),
+        "--config.eval.every_steps=0", "--config.eval.num_batches=2",
+        "--config.checkpoint.every_steps=0", *flags,
+    ]  # fmt: skip
+    if toy:
+        command += [
+            "--config.data.tokenizer=bytes", "--config.model.vocab_size=264",
+            "--config.model.embed_dim=16", "--config.model.num_layers=1",
+            "--config.model.seq_len=32", "--config.train.compilation_cache=off",
+            "--config.data.path=configs",
+        ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": {"gpu": "cuda"}.get(platform, platform),
+    }
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if ran.returncode:
+        raise RuntimeError(f"train.py ended with {ran.returncode}: {ran.stderr[-400:]}")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
+
+
+# --- A training step. -------------------------------------------------------------------
+
+
+def step(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
+    """Tokens per second of 16,384 tokens a step, in bfloat16, of each model and its twin."""
+    return [
+        (f"{preset} {name}", lambda p=preset, f=fields: time_step(p, f, toy))
+        for (preset, name), fields in STEPS.items()
+    ]
+
+
+CUDNN = {"attention": "cudnn"}
+STEPS = {  # (preset, name) -> model fields, in the order of worth
+    ("memoryformer_tiny", "gpu"): {"lookup": "gpu", **CUDNN},
+    ("pythia_70m", "cudnn"): CUDNN,
+    ("memoryformer_small", "gpu"): {"lookup": "gpu", **CUDNN},
+    ("pythia_160m", "cudnn"): CUDNN,
+    ("memoryformer_tiny", "xla"): {"lookup": "xla", **CUDNN},
+    ("pythia_70m", "xla attention"): {},
+}
+
+
+def time_step(preset: str, fields: Row, toy: bool, steps: int = 20) -> Row:
+    """Quartiles of a step's milliseconds; memory is XLA's plan and the allocator's peak."""
+    chosen = config.load(str(ROOT / "configs" / f"{preset}.py"))
+    chosen.mesh = "single"
+    chosen.train.batch_size = chosen.eval.batch_size = 8
+    if jax.default_backend() == "gpu":
+        chosen.model.update(fields)
+    if toy:
+        chosen.model.update(TOY)
+        chosen.train.batch_size, steps = 2, 2
+    run = experiment.resolve(chosen)
+    mesh = sharding.make(run.mesh)
+    programs = trainer.programs(run, mesh)
+    hyper = trainer.hyperparams(run)
+    batches = [
+        jax.device_put(random_batch(run.model, run.train.batch_size, i))
+        for i in range(4)
+    ]
+    state = programs.draw(0)
+    started = time.perf_counter()
+    compiled = programs.train_step.lower(state, batches[0], hyper).compile()
+    compile_seconds = time.perf_counter() - started
+    losses, milliseconds = [], []
+    for i in range(steps + 2):
+        started = time.perf_counter()
+        state, values = compiled(state, batches[i % 4], hyper)
+        losses.append(float(values["nats"] / values["weight"]))  # waits for the step
+        if i >= 2:
+            milliseconds.append(1e3 * (time.perf_counter() - started))
+    if not np.isfinite(losses).all():
+        raise AssertionError(f"losses {losses}")
+    plan = compiled.memory_analysis()
+    tokens = run.train.batch_size * run.model.seq_len
+    median = statistics.median(milliseconds)
+    flops = accounting.count(run.model).training_flops_per_token * tokens
+    return {
+        "ms": timing.quartiles(milliseconds),
+        "tokens/s": tokens / median * 1e3,
+        "model TFLOP a step": flops / 1e12,
+        "MFU": flops / (median / 1e3) / PEAK_FLOPS,
+        "plan GB": (plan.argument_size_in_bytes + plan.temp_size_in_bytes) / 1e9,
+        "peak GB so far": peak_bytes() / 1e9,
+        "compile s": compile_seconds,
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "losses": [losses[0], losses[-1]],
+    }
+
+
+def peak_bytes() -> int:
+    """The most that this process has held on the device; 0 where nobody counts."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+# --- Decoding. -------------------------------------------------------------------------
+
+
+def decode(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
+    """Greedy tokens a second, memory layers and dense twin in turns."""
+    return [
+        (
+            f"{size}, {streams} streams",
+            lambda z=size, n=streams: time_decoding(z, n, toy),
+        )
+        for size in ("small", "tiny")
+        for streams in ((1, 2) if toy else (1, 8, 64))
+    ]
+
+
+def time_decoding(size: str, streams: int, toy: bool, rounds: int = 5) -> Row:
+    """Quartiles of tokens per second of 128 tokens after a prompt of 16, and the ratio."""
+    tokens = 4 if toy else 128
+    peers = {}
+    for name, preset in (("memory", f"memoryformer_{size}"), ("dense", PEERS[size])):
+        chosen = config.load(str(ROOT / "configs" / f"{preset}.py"))
+        if toy:
+            chosen.model.update(TOY)
+        model_config = experiment.resolve(chosen).model
+        params = model.init(model_config, 0)
+        # Read-only weights in the type they are computed in, as a server would hold them.
+        params = optax.tree.cast(params, model_config.dtype)
+        peers[name] = decoding.Generator(model_config, params)
+    sampling = decoding.SamplingConfig(max_tokens=tokens, temperature=0.0)
+    prompts = [[1 + (i + j) % 99 for j in range(16)] for i in range(streams)]
+    rates = {name: [] for name in peers}
+    for i in range(rounds + 1):
+        for name, generator in peers.items():
+            started = time.perf_counter()
+            count = len(list(generator.stream_batch(prompts, sampling)))
+            if i:
+                rates[name].append(streams * count / (time.perf_counter() - started))
+    ratio = [m / d for m, d in zip(rates["memory"], rates["dense"], strict=True)]
+    return {n: timing.quartiles(r) for n, r in rates.items()} | {
+        "memory over dense": timing.quartiles(ratio)
+    }
+
+
+# --- Models and batches. ---------------------------------------------------------------
+
+TOY = {
+    "vocab_size": 264, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "seq_len": 32,
+}  # fmt: skip
+
+
+def toy_model(lookup: str, dtype: str) -> model.ModelConfig:
+    """A model of two memory blocks whose float64 gradients take a second."""
+    return model.ModelConfig(
+        vocab_size=300, embed_dim=128, num_layers=2, num_heads=2, seq_len=64,
+        lookup=lookup, dtype=dtype, mixer_std=0.3, ffn_std=0.3, embed_std=1.0,
+    )  # fmt: skip
+
+
+def random_batch(model_config: model.ModelConfig, rows: int, seed: int) -> dict:
+    """Tokens of a skewed distribution, one document a row."""
+    shape = (rows, model_config.seq_len)
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, model_config.vocab_size, (rows, shape[1] + 1)) ** 2
+    tokens = (tokens // model_config.vocab_size).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": positions,
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+PARTS = {"checks": checks, "quickstart": quickstart, "step": step, "decode": decode}
+
+if __name__ == "__main__":
+    main()
