@@ -29,9 +29,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
 
 THREADS = 128  # threads of a warpgroup, Mosaic GPU's unit of execution
-MAX_TILE = 1024  # columns of one block: 8 a thread, 16 bytes of bfloat16
-TOKENS = 8  # of one forward block: as many rows are in flight
-UNROLL = 4  # tokens of one step of the backward loop
+MAX_TILE = 1536  # columns of one block, 12 a thread: dT and ds are summed once a tile
+MAX_LANES = 8  # neighbours that a thread reads at once: 16 bytes of bfloat16
+TOKENS = 16  # of one forward block: as many rows are in flight
+SUMS = 128  # float32 registers of a thread that hold a forward block's sums
+UNROLL = 2  # tokens of one step of the backward loop
 RUN = 256  # tokens of one backward block: bounds what a popular row costs
 BLOCKS = 528  # fill the GPU: 4 blocks on each of an H200's 132 multiprocessors
 MIN_CAPABILITY = 9.0  # Mosaic GPU's own
@@ -75,12 +77,13 @@ def forward(
     max_tile: int = MAX_TILE,
     interpret: bool = False,
 ) -> Float[Array, "N F"]:
-    """`gpu` without a gradient; a block has `tokens` tokens and at most `max_tile` columns."""
+    """`gpu` without a gradient; a block has at most `tokens` tokens, `max_tile` columns."""
     _check(tables, scores)
     num_tables, num_buckets, features = tables.shape
     num_tokens = codes.shape[0]
-    tokens = min(tokens, _power_of_two_above(num_tokens))
     tables, tile = _tiled(tables, max_tile)
+    fitting = _power_of_two_below(SUMS * THREADS // tile)
+    tokens = min(tokens, fitting, _power_of_two_above(num_tokens))
     codes, scores = _by_table(codes, num_buckets), scores.T
     codes, scores = (_pad(a, 1, tokens) for a in (codes, scores))
     grid = (tables.shape[2] // tile, codes.shape[1] // tokens)
@@ -217,10 +220,10 @@ gpu.defvjp(_gpu_fwd, _gpu_bwd)
 
 
 class Lanes(NamedTuple):
-    """A tile of columns over the threads of a block: each holds tile / 128 neighbours.
+    """A tile of columns over the threads of a block: groups of neighbours, dealt in turn.
 
-    So a thread reads 16 bytes at once, where the default would be 8. Interpreted arrays
-    have no layout.
+    A group is as large as the tile allows, up to 16 bytes of bfloat16, where the default
+    would be 8. Interpreted arrays have no layout.
     """
 
     tile: int
@@ -241,7 +244,7 @@ class Lanes(NamedTuple):
     def _place(self, array):
         if self.interpret:
             return array
-        layout = plgpu.Layout.WG_STRIDED((self.tile,), self.tile // THREADS)
+        layout = plgpu.Layout.WG_STRIDED((self.tile,), _lanes(self.tile))
         return plgpu.layout_cast(array, layout)
 
 
@@ -351,9 +354,21 @@ def _by_table(codes, num_buckets):
 
 
 def _tiled(tables, max_tile):
-    """Tables whose width the tiles divide, and the tile: a power of two, 128 to max_tile."""
+    """Tables whose width the tiles divide, and the tile: a multiple of 128 to max_tile.
+
+    Wide reads come first, then wide tiles: 768 of 2304 columns, 1024 of 3072.
+    """
     tables = _pad(tables, 2, THREADS)
-    return tables, math.gcd(tables.shape[2], max_tile)
+    width = tables.shape[2]
+    tiles = range(THREADS, min(width, max_tile) + 1, THREADS)
+    return tables, max(
+        (t for t in tiles if width % t == 0), key=lambda t: (_lanes(t), t)
+    )
+
+
+def _lanes(tile):
+    """Neighbours that a thread reads at once: a power of two that divides its share."""
+    return math.gcd(tile // THREADS, MAX_LANES)
 
 
 def _pad(array, axis, multiple):
@@ -367,6 +382,10 @@ def _divisor(number, limit):
     return max(
         d for d in range(1, number + 1) if number % d == 0 and d <= max(1, limit)
     )
+
+
+def _power_of_two_below(number):
+    return 1 << (number.bit_length() - 1)
 
 
 def _power_of_two_above(number):
