@@ -372,6 +372,17 @@ def merge(model_config: ModelConfig, params: Params) -> Transformer:
     return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
 
 
+def with_tables_in(dtype: str, params: Params) -> Params:
+    """Narrow tables to `dtype`, in which the layers read them; wider ones stay."""
+
+    def narrow(path, p):
+        is_table = path[-1].key == "tables"
+        fewer = jnp.dtype(dtype).itemsize < p.dtype.itemsize
+        return p.astype(dtype) if is_table and fewer else p
+
+    return jax.tree.map_with_path(narrow, params)
+
+
 def forward(
     model_config: ModelConfig,
     params: Params,

@@ -7,7 +7,18 @@
 
 `scale_p` is `table_learning_rate_scale` for tables and 1 otherwise; `weight_decay_p` is 0
 for norms, biases and every other vector. Kingma & Ba (arXiv:1412.6980), Loshchilov &
-Hutter (arXiv:1711.05101). Start at `make`.
+Hutter (arXiv:1711.05101).
+
+Tables are nearly all of a model, and their state can be kept leaner:
+
+    table_second_moment   full: v as above      row: one v a row, of the mean of g^2 over F
+    table_moment_dtype    float32 | bfloat16 | none: u = g / (sqrt(..) + eps)
+    table_dtype           float32 | bfloat16: p itself, rounded after each update
+    table_rounding        nearest | stochastic: up with the probability that keeps the mean
+
+    bytes an entry = p (4 or 2) + m (4, 2 or 0) + v (4 or 4 / F)
+
+Start at `make`; what `update` returns is added by `apply`.
 """
 
 import dataclasses
@@ -17,11 +28,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
 
 SCHEDULES = ("cosine", "constant", "wsd")
+SECOND_MOMENTS = ("full", "row")
+MOMENT_DTYPES = ("float32", "bfloat16", "none")
+TABLE_DTYPES = ("float32", "bfloat16")
+ROUNDINGS = ("nearest", "stochastic")
 NOT_DECAYED = ("bias", "scale")
 
 
@@ -46,6 +62,10 @@ class OptimizerConfig:
     table_learning_rate_scale: float = 1.0
     decay_tables: bool = True
     clip_norm: float = 1.0  # 0 = no clipping
+    table_second_moment: str = "full"  # full | row
+    table_moment_dtype: str = "float32"  # float32 | bfloat16 | none
+    table_dtype: str = "float32"  # float32 | bfloat16
+    table_rounding: str = "nearest"  # nearest | stochastic; of table_dtype='bfloat16'
 
     def __post_init__(self):
         _require(self.learning_rate >= 0, "learning_rate", self, "at least 0")
@@ -63,6 +83,26 @@ class OptimizerConfig:
         scale = self.table_learning_rate_scale
         _require(scale >= 0, "table_learning_rate_scale", self, "at least 0")
         _require(self.clip_norm >= 0, "clip_norm", self, "at least 0 (0 = off)")
+        for field, choices in (
+            ("table_second_moment", SECOND_MOMENTS),
+            ("table_moment_dtype", MOMENT_DTYPES),
+            ("table_dtype", TABLE_DTYPES),
+            ("table_rounding", ROUNDINGS),
+        ):
+            value = getattr(self, field)
+            _require(value in choices, field, self, " | ".join(choices))
+        if self.table_rounding == "stochastic" and self.table_dtype == "float32":
+            raise ConfigError(
+                "optimizer.table_rounding='stochastic': rounds to "
+                "optimizer.table_dtype='bfloat16', not to float32; set both."
+            )
+
+    @property
+    def table_entry_bytes(self) -> int:
+        """Bytes that one entry of a table and its moments take; 4 / F more for 'row'."""
+        moment = {"float32": 4, "bfloat16": 2, "none": 0}[self.table_moment_dtype]
+        second = 4 if self.table_second_moment == "full" else 0
+        return jnp.dtype(self.table_dtype).itemsize + moment + second
 
 
 def make(
@@ -75,12 +115,17 @@ def make(
     compiles once. Without them the config's numbers are compiled in. They are never
     part of the state: what a checkpoint restores cannot override the config.
     """
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     shape = _shape(config, num_steps)
 
     def init(params):
-        # Moments in float32 whatever the parameters are kept in.
-        return adam.init(jax.tree.map(_float32, params))
+        moments = jax.tree.map_with_path(
+            lambda path, p: _no_moments(config, path, p), params
+        )
+        first, second = (
+            jax.tree.map(lambda _, pair, i=i: pair[i], params, moments)
+            for i in range(2)
+        )
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), first, second)
 
     def update(grads, state, params, *, hyperparams=None, **unused_extra):
         hyper = hyperparams or {
@@ -88,19 +133,120 @@ def make(
             "weight_decay": config.weight_decay,
         }
         learning_rate = hyper["learning_rate"] * shape(count(state))
-        updates, state = adam.update(_clipped(grads, config.clip_norm), state)
+        number = optax.safe_increment(state.count)
+        unbias = (1 - config.b1**number, 1 - config.b2**number)
 
-        def scale(path, u, p):
+        def step(path, g, m, v, p):
+            u, m, v = _adam(config, g, m, v, unbias)
             rate = learning_rate
             if is_table(path):
                 rate = rate * config.table_learning_rate_scale
             if is_decayed(path, p, config):
                 u = u + hyper["weight_decay"] * p
-            return (-rate * u).astype(p.dtype)
+            return -rate * u, m, v
 
-        return jax.tree.map_with_path(scale, updates, params), state
+        grads = _clipped(grads, config.clip_norm)
+        stepped = jax.tree.map_with_path(step, grads, state.mu, state.nu, params)
+        updates, first, second = (
+            jax.tree.map(lambda _, leaf, i=i: leaf[i], grads, stepped) for i in range(3)
+        )
+        return updates, optax.ScaleByAdamState(number, first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply(
+    config: OptimizerConfig,
+    params: Params,
+    updates: Params,
+    seed: Array | int,
+    step: Array,
+) -> Params:
+    """Add float32 updates, each sum in its parameter's type: p <- p + u.
+
+    bfloat16 tables are rounded as `table_rounding` says; `seed` and `step` are all that
+    stochastic rounding depends on.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def add(path, index, p, u):
+        total = p.astype(u.dtype) + u
+        if config.table_rounding == "nearest" or not is_table(path):
+            return total.astype(p.dtype)
+        bits = jax.random.bits(jax.random.fold_in(key, index), p.shape, jnp.uint16)
+        return round_stochastically(total, bits)
+
+    leaves = enumerate(jax.tree.leaves_with_path(params))
+    added = [
+        add(path, index, p, u)
+        for (index, (path, p)), u in zip(leaves, jax.tree.leaves(updates), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), added)
+
+
+def round_stochastically(x: Array, bits: Array) -> Array:
+    """Round float32 to a bfloat16 neighbour, by 16 random bits: the mean is x.
+
+    What is no number, and what has no upper neighbour, is rounded to nearest.
+    """
+    whole = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits.astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type(whole & jnp.uint32(0xFFFF0000), jnp.float32)
+    good = jnp.isfinite(x) & jnp.isfinite(cut)
+    return jnp.where(good, cut, x).astype(jnp.bfloat16)
+
+
+def stored(config: OptimizerConfig, params: Params) -> Params:
+    """Tables in `table_dtype`, the rest as it is."""
+    return jax.tree.map_with_path(
+        lambda path, p: p.astype(config.table_dtype) if is_table(path) else p, params
+    )
+
+
+def state_specs(state: Any, params: Params, specs: Any) -> Any:
+    """PartitionSpecs of `init(params)`: a moment lies as its parameter does.
+
+    `specs` are the parameters'; an axis that a moment has summed up is not split.
+    """
+
+    def moment(p, m, spec):
+        axes = zip(p.shape, m.shape, (*spec, *(None,) * p.ndim), strict=False)
+        return P(*(axis if size == kept else None for size, kept, axis in axes))
+
+    first, second = (
+        jax.tree.map(moment, params, moments, specs) for moments in (state.mu, state.nu)
+    )
+    return optax.ScaleByAdamState(P(), first, second)
+
+
+def norm(grads: Params) -> Array:
+    """The Euclidean norm over all leaves, in float32 whatever they are kept in."""
+    return optax.tree.norm(jax.tree.map(_float32, grads))
+
+
+def _no_moments(config, path, p):
+    """(m, v) of a parameter that has seen no gradient."""
+    first, second = p.shape, p.shape
+    dtype = "float32"
+    if is_table(path):
+        dtype = config.table_moment_dtype
+        if dtype == "none":
+            first, dtype = (1,) * p.ndim, "float32"
+        if config.table_second_moment == "row":
+            second = (*p.shape[:-1], 1)
+    return jnp.zeros(first, dtype), jnp.zeros(second, jnp.float32)
+
+
+def _adam(config, g, m, v, unbias):
+    """(u, m, v) of one parameter, with m and v in the shapes and types that they came in."""
+    squares = jnp.square(g)
+    if v.shape != g.shape:
+        squares = jnp.mean(squares, axis=-1, keepdims=True)
+    v = (1 - config.b2) * squares + config.b2 * v
+    root = jnp.sqrt(v / unbias[1]) + config.eps
+    if m.shape != g.shape:
+        return g / root, m, v
+    new = (1 - config.b1) * g + config.b1 * m.astype(jnp.float32)
+    return (new / unbias[0]) / root, new.astype(m.dtype), v
 
 
 def hyperparams(config: OptimizerConfig) -> dict[str, Array]:
@@ -186,8 +332,7 @@ def _clipped(grads: Params, clip_norm: float) -> Params:
     grads = jax.tree.map(_float32, grads)
     if not clip_norm:
         return grads
-    norm = optax.tree.norm(grads)
-    factor = clip_norm / jnp.maximum(norm, clip_norm)
+    factor = clip_norm / jnp.maximum(norm(grads), clip_norm)
     return jax.tree.map(lambda g: g * factor, grads)
 
 

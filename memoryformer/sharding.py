@@ -342,9 +342,13 @@ def sum_gradients(grads: Params, specs: Any, axes: Sequence[str] = AXES) -> Para
 
     Over an axis that splits the parameter the gradient is whole already, or, for FSDP's
     `data`, a reduce-scatter keeps this device's rows. The other axes are summed over at once.
+    Sums are in float32; what one device computes alone stays as it is.
     """
 
     def reduce(grad, spec):
+        summed = [axis for axis in axes if axis == "data" or axis not in spec]
+        if any(collectives.axis_size(axis) > 1 for axis in summed):
+            grad = grad.astype(jax.numpy.promote_types(grad.dtype, "float32"))
         if "data" in axes and "data" in spec:
             grad = collectives.reduce_scatter(grad, "data", spec.index("data"))
         return collectives.psum(grad, tuple(axis for axis in axes if axis not in spec))

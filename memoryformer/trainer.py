@@ -52,6 +52,7 @@ class TrainState(NamedTuple):
 def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     """Return the state of step 0 with these parameters."""
     tx = optimizer.make(run.optimizer, run.train.num_steps)
+    params = optimizer.stored(run.optimizer, params)
     history = spikes.init(run.train.spike_window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
 
@@ -160,6 +161,8 @@ def make_train_step(
     tx = optimizer.make(run.optimizer, run.train.num_steps)
 
     def gradient_sums(params, batch, features):  # on one device, of its rows
+        # Tables are read in the model's type, and so are their gradients: half the bytes.
+        params = model_lib.with_tables_in(run.model.dtype, params)
         params = sharding_lib.gather_params(params, specs)
 
         def objective(params, batch):
@@ -172,6 +175,8 @@ def make_train_step(
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
                 params, batch
             )
+            if run.train.num_microbatches > 1:  # many terms: not in bfloat16
+                grads = optax.tree.cast(grads, jnp.float32)
             return grads, sums
 
         grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
@@ -187,11 +192,12 @@ def make_train_step(
         features = _features(run, hyper, state.step)
         grads, (nats, weight) = gradient_sums(state.params, batch, features)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        loss, grad_norm = nats / weight, optax.tree.norm(grads)
+        loss, grad_norm = nats / weight, optimizer.norm(grads)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, hyperparams=hyper
         )
-        params = optax.apply_updates(state.params, updates)
+        seed = run.train.seed if hyper is None else hyper["seed"]
+        params = optimizer.apply(run.optimizer, state.params, updates, seed, state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes.is_spike(
             state.spikes, loss, grad_norm, run.train.spike_sigmas
@@ -249,19 +255,12 @@ def init_state(
     run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
 ) -> tuple[Callable[..., TrainState], TrainState]:
     """Return `draw(seed)`, which makes the first state, and that state's abstract form."""
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
 
     def draw(seed=run.train.seed):
         return new_state(run, model_lib.init(run.model, seed))
 
     abstract = jax.eval_shape(draw)
-    opt_specs = optax.tree_utils.tree_map_params(
-        tx,
-        lambda _, spec: spec,
-        abstract.opt_state,
-        specs,
-        transform_non_params=lambda _: P(),
-    )
+    opt_specs = optimizer.state_specs(abstract.opt_state, abstract.params, specs)
     everywhere = jax.tree.map(lambda _: P(), abstract.spikes)
     shardings = sharding.named(TrainState(P(), specs, opt_specs, everywhere))
     abstract = jax.tree.map(

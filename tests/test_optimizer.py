@@ -160,7 +160,7 @@ def test_moments_are_float32_and_nothing_more_is_kept():
     assert len(leaves) == 2 * len(jax.tree.leaves(params)) + 1
     assert {str(x.dtype) for x in leaves} == {"float32", "int32"}
     updates, _ = tx.update(params, tx.init(params), params)
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize(
