@@ -111,6 +111,13 @@ def check_arguments(argv: Sequence[str], *, config: Any, required: bool = True) 
         raise ConfigError(f"--config: {' '.join(str(problem).split())}") from error
 
 
+def refuse_flags(names: Sequence[str], reason: str) -> None:
+    """Raise `ConfigError` for the first of these flags that the command line sets."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise ConfigError(f"--{name}: {reason}.")
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     from memoryformer import config as config_lib  # it imports this module
 

@@ -104,8 +104,20 @@ def complete(
     """
     start = [tokenizer.eot_id]
     tokens = [start + tokenizer.encode(prompt) for prompt in prompts]
+    return complete_tokens(generator, tokenizer, tokens, sampling, stop, show)
+
+
+def complete_tokens(
+    generator: Generator,
+    tokenizer: data.Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    stop: Sequence[str] = (),
+    show: Callable[[str], Any] = lambda text: None,
+) -> list[Completion]:
+    """`complete` for prompts that are tokens; nothing is put before them."""
     replies = [_Reply(tokenizer, stop) for _ in prompts]
-    for row in generator.stream_batch(tokens, sampling):
+    for row in generator.stream_batch(prompts, sampling):
         for reply, token in zip(replies, row, strict=True):
             reply.push(token)
         show(replies[0].new_text())
@@ -185,8 +197,7 @@ def main(argv):
     sampling = SamplingConfig(
         _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value
     )
-    kinds = inference.WeightKinds(_TABLES.value, _HEAD.value, _DENSE.value)
-    kinds = None if kinds == inference.WeightKinds() else kinds
+    kinds = inference.kinds_from_flags()
     if _EXPORT.value:
         generator, tokenizer = open_export(_EXPORT.value, kinds)
     else:
@@ -264,9 +275,9 @@ if __name__ == "__main__":
     _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue.")
     _PROMPTS = flags.DEFINE_string("prompts", "", "File of prompts, lines or JSONL.")
     _OUTPUT = flags.DEFINE_string("output", "", "JSONL file for --prompts.")
-    _TABLES = flags.DEFINE_string("tables", "float32", "float32, bfloat16 or int8.")
-    _HEAD = flags.DEFINE_string("head", "float32", "The same, or int4.")
-    _DENSE = flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
+    flags.DEFINE_string("tables", "float32", "float32, bfloat16 or int8.")
+    flags.DEFINE_string("head", "float32", "The same, or int4.")
+    flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
     _REPL = flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
     _STOP = flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.")

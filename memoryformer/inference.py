@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
 from memoryformer import config as config_lib
 from memoryformer import model
@@ -37,6 +38,13 @@ class WeightKinds:
         config_lib.choose(self.tables, packed.TABLE_KINDS, "--tables")
         config_lib.choose(self.head, packed.MATRIX_KINDS, "--head")
         config_lib.choose(self.dense, packed.MATRIX_KINDS, "--dense")
+
+
+def kinds_from_flags() -> WeightKinds | None:
+    """Return what --tables, --head and --dense say; None for weights as they are."""
+    names = (field.name for field in dataclasses.fields(WeightKinds))
+    kinds = WeightKinds(**{name: flags.FLAGS[name].value for name in names})
+    return None if kinds == WeightKinds() else kinds
 
 
 def prepare(

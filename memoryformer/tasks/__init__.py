@@ -3,9 +3,9 @@
     result = tasks.evaluate(model_config, params, tokenizer, tasks="piqa,wsc")
     print(tasks.table(result))
 
-`scoring` computes log-likelihoods, `harness` is the adapter, `catalogue` pins the paper's
-six tasks. Needs `pip install -r requirements-eval.txt`, and no PyTorch. Start at
-`evaluate`.
+`encoding` turns what a task asks into tokens, `scoring` computes log-likelihoods, `harness` is
+the adapter, `catalogue` pins the paper's six tasks, `summary` lays results out. Needs
+`pip install -r requirements-eval.txt`, and no PyTorch. Start at `evaluate`.
 """
 
 import dataclasses
@@ -13,54 +13,111 @@ import importlib.metadata
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from memoryformer import config as config_lib
-from memoryformer import data, evaluation, experiment, generation
+from memoryformer import data, evaluation, experiment, generation, inference
 from memoryformer import model as model_lib
 from memoryformer.convert import export
-from memoryformer.errors import ConfigError
+from memoryformer.errors import ConfigError, DataError, MemoryFormerError
 from memoryformer.notation import Params
-from memoryformer.tasks import catalogue, scoring
+from memoryformer.tasks import catalogue, scoring, summary
+from memoryformer.tasks.summary import table
 
-__all__ = ["evaluate", "evaluate_checkpoint", "evaluate_export", "table"]
+__all__ = [
+    "Options",
+    "evaluate",
+    "evaluate_checkpoint",
+    "evaluate_export",
+    "table",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is evaluated, and how.
+
+    tasks: names, or one string with commas: the paper's six, or tasks, groups and tags of
+      `tasks_path`.
+    tasks_path: a folder with `TASK.jsonl` files for the six, or the harness's YAML files.
+    limit: documents of each task; 0 is all.
+    num_fewshot: examples before each question; None is what the task says, or none.
+    batch_size: rows at a time; log-likelihoods do not depend on it.
+    add_bos: put the end-of-document token before every context, not only before empty ones.
+    kinds, density: round and prune the weights first (see `inference`).
+    keep: called with what the harness returned so far, {name: results}, after each of `tasks`
+      and before anything is made of it.
+    """
+
+    tasks: str | Sequence[str] = tuple(catalogue.TASKS)
+    tasks_path: str = ""
+    limit: int = 0
+    num_fewshot: int | None = None
+    batch_size: int = 64
+    add_bos: bool = False
+    kinds: inference.WeightKinds | None = None
+    density: float = 1.0
+    keep: Callable[[dict[str, Any]], Any] = lambda results: None
+
+    def __post_init__(self):
+        if not self.names:
+            known = ", ".join(catalogue.TASKS)
+            raise ConfigError(f"--tasks: name some of {known}, or of --tasks_path.")
+        if self.tasks_path and not pathlib.Path(self.tasks_path).is_dir():
+            raise ConfigError(
+                f"--tasks_path={self.tasks_path}: there is no such folder."
+            )
+        if self.limit < 0:
+            raise ConfigError(f"--limit={self.limit}: must be 0 (all) or more.")
+        if (self.num_fewshot or 0) < 0:
+            raise ConfigError(f"--num_fewshot={self.num_fewshot}: must be 0 or more.")
+        if self.batch_size < 1:
+            raise ConfigError(f"--task_batch_size={self.batch_size}: must be >= 1.")
+        if jax.process_count() > 1:
+            raise ConfigError(
+                "--tasks: runs in one process; start eval.py on one host."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Each name once."""
+        tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return list(dict.fromkeys(name.strip() for name in tasks if name.strip()))
 
 
 def evaluate_checkpoint(
     workdir: str | os.PathLike, step: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Evaluate one step of a run (None: the newest); `options` are those of `evaluate`."""
+    """Evaluate one step of a run (None: the newest); `options` are fields of `Options`."""
+    asked = Options(**options)
     run, params, facts = experiment.load(workdir, step)
     dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-    result = evaluate(run.model, params, dataset.tokenizer, **options)
     origin = {
         "workdir": os.fspath(workdir),
         "step": facts["step"],
-        "model_fingerprint": evaluation.fingerprint(params),
         "data_fingerprint": facts["data_fingerprint"],
     }
-    return {"checkpoint": origin, **result}
+    return _evaluate(run.model, params, dataset.tokenizer, asked, origin)
 
 
 def evaluate_export(directory: str | os.PathLike, **options: Any) -> dict[str, Any]:
     """Evaluate what `python -m memoryformer.convert` wrote, such as a Pythia model."""
+    asked = Options(**options)
     config, params = export.load_export(directory)
     tokenizer = export.load_tokenizer(directory)
     if tokenizer is None:
         raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
-    result = evaluate(config, params, tokenizer, **options)
     source = export.read_config(directory)["source"]
     origin = {
         "export": os.fspath(directory),
         "step": source.get("step"),
-        "model_fingerprint": evaluation.fingerprint(params),
         "data_fingerprint": source.get("data_fingerprint"),
     }
-    return {"checkpoint": origin, **result}
+    return _evaluate(config, params, tokenizer, asked, origin)
 
 
 def evaluate(
@@ -68,95 +125,98 @@ def evaluate(
     params: Params,
     tokenizer: data.Tokenizer,
     tasks: str | Sequence[str] = tuple(catalogue.TASKS),
-    *,
-    tasks_path: str = "",
-    limit: int = 0,
-    num_fewshot: int = 0,
-    batch_size: int = 64,
-    add_bos: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate on tasks of the harness.
+    """Evaluate a model on tasks of the harness; `options` are the other fields of `Options`.
 
-    Args:
-      model_config, params, tokenizer: the model.
-      tasks: names, or one string with commas: the paper's six, or tasks of `tasks_path`.
-      tasks_path: a folder with `TASK.jsonl` files for the six, or the harness's YAML files.
-      limit: documents of each task; 0 is all.
-      num_fewshot: examples before each question.
-      batch_size: rows at a time; the results do not depend on it.
-      add_bos: put the end-of-document token before every context, not only before empty ones.
-
-    Returns {'tasks': {name: {'acc', 'acc_stderr', .., 'documents', 'version'}}, 'average',
-    'settings'}. Raises `ConfigError` for an unknown task and without lm-eval.
+    Returns {'tasks': {name: {'acc', 'acc_stderr', .., 'documents', 'num_fewshot', 'version'}},
+    'average', 'notes', 'settings'}: every metric of every task; the average of the paper's six;
+    for each name, how often a text was cut or a reply shortened. Raises `ConfigError` for an
+    unknown task and without lm-eval, `DataError` for a task that cannot be evaluated.
     """
-    names = [n for n in tasks.split(",") if n] if isinstance(tasks, str) else [*tasks]
-    if jax.process_count() > 1:
-        raise ConfigError("--tasks: runs in one process; start eval.py on one host.")
+    asked = Options(tasks, **options)
+    return _evaluate(model_config, params, tokenizer, asked, {})
+
+
+def _evaluate(model_config, params, tokenizer, options: Options, origin):
     _import_harness()
-    from lm_eval import evaluator
+    loaded = dict(
+        _load(options)
+    )  # all before one is evaluated: a mistake shows at once
+    params, changed = inference.altered(
+        model_config, params, options.kinds, options.density
+    )
+    if origin:
+        fingerprint = evaluation.fingerprint(params)
+        origin = {"checkpoint": origin | {"model_fingerprint": fingerprint}}
 
     from memoryformer.tasks import harness
 
-    scorer = scoring.Scorer(model_config, params, batch_size=batch_size)
+    scorer = scoring.Scorer(model_config, params, batch_size=options.batch_size)
     generator = generation.Generator(model_config, params)
-    adapter = harness.HarnessModel(scorer, generator, tokenizer, add_bos=add_bos)
-    results = evaluator.simple_evaluate(
-        model=adapter,
-        tasks=_load(names, tasks_path),
-        num_fewshot=num_fewshot,
-        limit=limit or None,
-        bootstrap_iters=1000,  # of metrics that are no means
-        log_samples=False,
-        task_manager=_manager(tasks_path),
+    adapter = harness.HarnessModel(
+        scorer, generator, tokenizer, add_bos=options.add_bos
     )
-    found = {name: _summary(results, name) for name in results["results"]}
-    accuracies = [found[n]["acc"] for n in catalogue.TASKS if n in found]
-    complete = len(accuracies) == len(catalogue.TASKS)
+    results, notes = {}, {}
+    for name, parts in loaded.items():
+        adapter.notes.clear()
+        results[name] = _run(name, parts, adapter, options)
+        counts = {what: count for what, count in adapter.notes.items() if count}
+        notes |= {name: counts} if counts else {}
+        options.keep(results)
+    found = {}
+    for result in results.values():
+        found |= summary.flat(result)
     settings = {
         "harness": importlib.metadata.version("lm_eval"),
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch_size": batch_size,
+        "num_fewshot": options.num_fewshot,
+        "limit": options.limit,
+        "batch_size": options.batch_size,
         "dtype": model_config.dtype,
-        "bos": "every context" if add_bos else "empty contexts only",
+        "bos": "every context" if options.add_bos else "empty contexts only",
         "seq_len": model_config.seq_len,
         "devices": scorer.sharding.num_devices,
         "compilations": len(scorer.shapes),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "model": dataclasses.asdict(model_config),
     }
-    average = float(np.mean(accuracies)) if complete else None
-    return {"tasks": found, "average": average, "settings": settings}
+    return {
+        **origin,
+        **changed,
+        "tasks": found,
+        "average": summary.average(found),
+        "notes": notes,
+        "settings": settings,
+    }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Lay results out beside the paper's and EleutherAI's figures, for a terminal."""
-    published = list(catalogue.FIGURES)
-    lines = [
-        f"{'':<14} {'acc':>13} {'acc_norm':>13}  "
-        + " ".join(f"{n:>14}" for n in published)
-    ]
-    for name, values in result["tasks"].items():
-        row = f"{name:<14} {_with_error(values, 'acc')} {_with_error(values, 'acc_norm')}  "
-        if name in catalogue.TASKS:
-            at = list(catalogue.TASKS).index(name)
-            row += " ".join(f"{catalogue.FIGURES[n][at]:>14.3f}" for n in published)
-        lines.append(row)
-    if result["average"] is not None:
-        row = f"{'average':<14} {result['average']:>7.3f}{'':>6} {'':>13}  "
-        means = (float(np.mean(catalogue.FIGURES[n])) for n in published)
-        lines.append(row + " ".join(f"{mean:>14.3f}" for mean in means))
-    lines.append("published figures: zero-shot acc; +- is one standard error")
-    return "\n".join(line.rstrip() for line in lines)
+def _run(name: str, parts: list[Any], adapter: Any, options: Options) -> dict[str, Any]:
+    """Evaluate one loaded name: what the harness returns, as JSON can hold it."""
+    from lm_eval import evaluator
+
+    try:
+        results = evaluator.simple_evaluate(
+            model=adapter,
+            tasks=parts,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit or None,
+            bootstrap_iters=1000,  # of metrics that are no means
+            log_samples=False,
+            task_manager=_manager(options.tasks_path),
+        )
+    except MemoryFormerError:
+        raise
+    except Exception as error:  # whatever the task's templates, data and metrics raise
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(f.f_globals["__name__"] == type(adapter).__module__ for f, _ in frames):
+            raise  # below the adapter: ours
+        raise _task_error(name, "cannot be evaluated", error) from error
+    return summary.kept(results)
 
 
-def _with_error(values: dict[str, Any], metric: str) -> str:
-    if metric not in values:
-        return f"{'':>13}"
-    error = values.get(metric + "_stderr")
-    return f"{values[metric]:>7.3f}" + (
-        "" if error is None else f"+-{error:.3f}"
-    ).rjust(6)
+def _task_error(name: str, failure: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300]
+    return DataError(f"task {name}: {failure} ({type(error).__name__}: {reason}).")
 
 
 def _import_harness() -> None:
@@ -182,36 +242,45 @@ def _manager(tasks_path: str) -> Any:
 
     # Not the defaults: indexing 14,000 names takes longer than a small evaluation.
     has_yaml = tasks_path and any(pathlib.Path(tasks_path).rglob("*.yaml"))
-    return harness_tasks.TaskManager(
-        include_path=tasks_path if has_yaml else None, include_defaults=False
-    )
+    try:
+        return harness_tasks.TaskManager(
+            include_path=tasks_path if has_yaml else None, include_defaults=False
+        )
+    except Exception as error:  # whatever a YAML file makes it raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"--tasks_path={tasks_path}: its YAML files cannot be read "
+            f"({type(error).__name__}: {reason})."
+        ) from error
 
 
-def _load(names: Sequence[str], tasks_path: str) -> list[Any]:
-    if tasks_path and not pathlib.Path(tasks_path).is_dir():
-        raise ConfigError(f"--tasks_path={tasks_path}: there is no such folder.")
-    theirs = set(_manager(tasks_path).all_tasks)
+def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
+    """Yield each name with the harness's tasks, or the one group, that it stands for."""
+    manager = _manager(options.tasks_path)
+    theirs = set(manager.all_tasks)
     known = sorted({*catalogue.TASKS, *theirs})
-    if not names:
-        raise ConfigError(f"--tasks: name some of {', '.join(known)}.")
     cache = data.cache_root(data.DataConfig()) / "tasks" / "logiqa"
-    loaded = []
-    for name in names:
+    for name in options.names:
         config_lib.choose(name, known, "--tasks")
-        if name in theirs:
-            loaded.append(name)
-        else:
-            loaded.append(catalogue.task_config(name, tasks_path, cache=cache))
-    return loaded
+        spec: Any = name
+        if name not in theirs:
+            spec = catalogue.task_config(name, options.tasks_path, cache=cache)
+        try:
+            loaded = manager.load([spec])
+        except Exception as error:  # its YAML, its templates, its data's file or server
+            raise _task_error(name, "cannot be loaded", error) from error
+        for task in loaded["tasks"].values():
+            _check_fewshot(task, options.num_fewshot)
+        group = loaded.get("groups", {}).get(name)
+        yield name, [group] if group else [*loaded["tasks"].values()]
 
 
-def _summary(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """Flatten the harness's {'acc,none': ..}."""
-    values: dict[str, Any] = {}
-    for key, value in results["results"][name].items():
-        metric, _, _ = key.partition(",")
-        if isinstance(value, int | float) and "," in key:
-            values[metric] = float(value)
-    values["documents"] = results["n-samples"][name]["effective"]
-    values["version"] = results["versions"].get(name)
-    return values
+def _check_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Refuse examples that the harness would leave out without a word."""
+    if not num_fewshot:
+        return
+    flag = f"--num_fewshot={num_fewshot}: task {task.task_name}"
+    if task.get_config("num_fewshot") == 0:
+        raise ConfigError(f"{flag} is defined with num_fewshot: 0, which stays.")
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise ConfigError(f"{flag} scores whole texts, which have no examples.")

@@ -15,6 +15,7 @@ import pathlib
 import urllib.request
 from typing import Any
 
+from memoryformer.data import files
 from memoryformer.errors import ConfigError, DataError
 
 HARNESS_VERSION = "0.4.13"
@@ -96,7 +97,13 @@ def with_rows(
     """Replace a task's data: its evaluation split by rows['test'], few-shot by 'train'."""
     import datasets
 
-    splits = {name: datasets.Dataset.from_list(r) for name, r in rows.items()}
+    try:
+        splits = {name: datasets.Dataset.from_list(r) for name, r in rows.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"task {config.get('task')}: its rows differ in kind ({reason})."
+        ) from error
     dropped = ("dataset_path", "dataset_name", "dataset_kwargs", "tag")
     kept = {key: value for key, value in config.items() if key not in dropped}
     return kept | {
@@ -108,12 +115,25 @@ def with_rows(
 
 
 def local_rows(name: str, tasks_path: str) -> dict[str, list[dict[str, Any]]]:
-    """Read `name.jsonl` and `name.train.jsonl` of a folder; {} if it lacks the first."""
+    """Read `name.jsonl` and `name.train.jsonl` of a folder; {} if it lacks the first.
+
+    Other endings of JSON lines will do, in upper case too.
+    """
+    if not tasks_path:
+        return {}
     rows = {}
-    for split, suffix in (("test", ".jsonl"), ("train", ".train.jsonl")):
-        path = pathlib.Path(tasks_path) / (name + suffix)
-        if tasks_path and path.is_file():
-            rows[split] = _read_jsonl(path)
+    for split, stem in (("test", name), ("train", f"{name}.train")):
+        wanted = {stem + ending for ending in files.JSON_SUFFIXES}
+        paths = sorted(
+            path
+            for path in pathlib.Path(tasks_path).iterdir()
+            if path.name.lower() in wanted and path.is_file()
+        )
+        if len(paths) > 1:
+            listed = ", ".join(path.name for path in paths)
+            raise DataError(f"task {name}: {tasks_path} holds {listed}; leave one.")
+        if paths:
+            rows[split] = _read_jsonl(paths[0])
     return rows if "test" in rows else {}
 
 
@@ -180,11 +200,21 @@ def _check(data: bytes, digest: str, source: Any) -> None:
 
 
 def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is no JSON object.")
+        rows.append(row)
     if not rows:
         raise DataError(f"{path}: holds no rows.")
     return rows

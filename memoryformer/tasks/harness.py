@@ -3,18 +3,23 @@
 Start at `HarnessModel`.
 """
 
+import collections
+import contextlib
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lm_eval import utils
 from lm_eval.api import model as harness_model
 
 from memoryformer import generation
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.errors import DataError
-from memoryformer.tasks import scoring
+from memoryformer.errors import ConfigError, DataError
+from memoryformer.tasks import encoding, scoring
 
-MAX_NEW_TOKENS = 256  # of `generate_until`, where a task does not say
+PROMPTS_AT_ONCE = 16  # at most: each keeps a state as long as the model reads
 
 
 class HarnessModel(harness_model.TemplateLM):
@@ -22,6 +27,8 @@ class HarnessModel(harness_model.TemplateLM):
 
     The prefix token is the end-of-document token: it stands before an empty context and
     before the first token of a rolling log-likelihood; with `add_bos` before every context.
+
+    notes: how often something that a task asked for was not taken as it is, by what was done.
     """
 
     def __init__(
@@ -36,8 +43,9 @@ class HarnessModel(harness_model.TemplateLM):
         self.scorer = scorer
         self.generator = generator
         self.text = tokenizer
-        self.add_bos = add_bos
         self.max_length = scorer.model_config.seq_len
+        self.encoder = encoding.Encoder(tokenizer, self.max_length, add_bos)
+        self.notes: collections.Counter[str] = collections.Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -53,23 +61,36 @@ class HarnessModel(harness_model.TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
         """Token ids of a text, after the prefix token if `add_bos`."""
-        prefix = [self.eot_token_id] if self.add_bos else []
-        if add_special_tokens is False:
-            prefix = []
-        return prefix + self.text.encode(string)
+        add_bos = False if add_special_tokens is False else None
+        return self.encoder.text(string, add_bos=add_bos)
+
+    def _encode_pair(
+        self, context: str, continuation: str
+    ) -> tuple[list[int], list[int]]:
+        pair = self.encoder.pair(context, continuation)
+        return pair.context, pair.continuation
+
+    def loglikelihood(
+        self, requests, disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether each token is the likeliest."""
+        pairs = []
+        for request in requests:
+            with _named(request):
+                pair = self.encoder.pair(*request.args)
+            self.notes["continuations encoded apart"] += pair.apart
+            pairs.append((request.args, pair.context, pair.continuation))
+        return self._loglikelihood_tokens(pairs)
 
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
         windows = []
         for _, context, continuation in requests:
-            if len(continuation) > self.max_length:
-                raise DataError(
-                    f"a continuation of {len(continuation)} tokens is longer than the "
-                    f"model's {self.max_length}."
-                )
-            tokens = [*context, *continuation][-(self.max_length + 1) :]
-            windows.append(scoring.Window(tokens, len(continuation)))
+            tokens = [*context, *continuation]
+            kept = tokens[-(self.max_length + 1) :]
+            self.notes["contexts cut"] += len(kept) < len(tokens)
+            windows.append(scoring.Window(kept, len(continuation)))
         results = [
             (_total([score]), bool(score.greedy.all()))
             for score in self.scorer.score(windows)
@@ -89,18 +110,20 @@ class HarnessModel(harness_model.TemplateLM):
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            (string,) = request.args
+            with _named(request):
+                tokens = self.encoder.text(*request.args, add_bos=False)
             for context, continuation in map(
                 utils.make_disjoint_window,
                 utils.get_rolling_token_windows(
-                    token_list=self.text.encode(string),
+                    token_list=tokens,
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
                 ),
             ):
-                tokens = [*context, *continuation]
-                windows.append(scoring.Window(tokens, len(continuation)))
+                windows.append(
+                    scoring.Window([*context, *continuation], len(continuation))
+                )
                 owners.append(owner)
         parts: list[list[scoring.Score]] = [[] for _ in requests]
         for owner, score in zip(owners, self.scorer.score(windows), strict=True):
@@ -111,36 +134,60 @@ class HarnessModel(harness_model.TemplateLM):
         return results
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Continue each context until one of its stop strings, which is left out."""
-        results = []
+        """Continue each context until one of its stop strings, which is left out.
+
+        Request i draws with seed i, so that repeats of one request differ.
+        """
+        prompts, manners = [], []
         for request in requests:
-            context, options = request.args
-            result = self._generate(context, dict(options))
-            results.append(result)
+            with _named(request):
+                context, options = request.args
+                manner = encoding.continuing(options)
+                prompt = self.encoder.prompt(context, manner.sampling.max_tokens)
+            self.notes["replies shortened"] += prompt.shortened
+            self.notes["prompts cut"] += prompt.cut
+            prompts.append(prompt.tokens)
+            manners.append(manner.at_most(prompt.new_tokens))
+        results: list[str] = []
+        for manner, indices in _batches(manners, self._rows):
+            sampling = dataclasses.replace(manner.sampling, seed=indices[0])
+            replies = generation.complete_tokens(
+                self.generator,
+                self.text,
+                [prompts[i] for i in indices],
+                sampling,
+                manner.stop,
+            )
+            results.extend(reply.text for reply in replies)
+        for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, result)
         return results
 
-    def _generate(self, context: str, options: dict) -> str:
-        stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        new_tokens = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
-        new_tokens = min(new_tokens, self.max_length - 1)
-        sampled = options.get("do_sample", False)
-        sampling = generation.SamplingConfig(
-            max_tokens=new_tokens,
-            temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
-            top_p=float(options.get("top_p", 1.0)),
-        )
-        prompt = self.tok_encode(context)[-(self.max_length - new_tokens) :]
-        stream, text = self.text.stream(), ""
-        for token in self.generator.stream(
-            prompt or [self.prefix_token_id], sampling, self.eot_token_id
-        ):
-            text += stream.push(token)
-            found = [text.find(stop) for stop in stops if stop and stop in text]
-            if found:
-                return text[: min(found)]
-        return text + stream.finish()
+    @property
+    def _rows(self) -> int:
+        return min(self.scorer.batch_size, PROMPTS_AT_ONCE)
+
+
+@contextlib.contextmanager
+def _named(request: Any) -> Iterator[None]:
+    """Say which request of the harness an error is about."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        task = getattr(request, "task_name", None)
+        document = getattr(request, "doc_id", None)
+        where = f"task {task}, document {document}: " if task else ""
+        raise type(error)(f"{where}{error}") from error
+
+
+def _batches(
+    manners: Sequence[encoding.Continuing], rows: int
+) -> Iterator[tuple[encoding.Continuing, list[int]]]:
+    """Neighbours that are continued alike, at most `rows` at a time."""
+    for manner, group in itertools.groupby(range(len(manners)), manners.__getitem__):
+        indices = list(group)
+        for start in range(0, len(indices), rows):
+            yield manner, indices[start : start + rows]
 
 
 def _total(scores: Sequence[scoring.Score]) -> float:
