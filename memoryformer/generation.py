@@ -44,7 +44,7 @@ class Completion:
 
 
 class _Reply:
-    """The text of one row so far, cut before the first stop string."""
+    """The text of one row so far, cut before each stop string in turn."""
 
     def __init__(self, tokenizer: data.Tokenizer, stop: Sequence[str]):
         self._stream = tokenizer.stream()
@@ -78,9 +78,10 @@ class _Reply:
 
     def _add(self, text: str) -> None:
         self.text += text
-        found = [self.text.find(stop) for stop in self._stop if stop in self.text]
-        if found:
-            self.text, self.finish = self.text[: min(found)], "stop"
+        for stop in self._stop:  # in turn, as the lm-evaluation-harness does
+            before, found, _ = self.text.partition(stop)
+            if found:
+                self.text, self.finish = before, "stop"
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -4,8 +4,8 @@
     print(tasks.table(result))
 
 `encoding` turns what a task asks into tokens, `scoring` computes log-likelihoods, `harness` is
-the adapter, `catalogue` pins the paper's six tasks, `summary` lays results out. Needs
-`pip install -r requirements-eval.txt`, and no PyTorch. Start at `evaluate`.
+the adapter, `catalogue` pins the paper's six tasks, `summary` lays results out, `output` keeps
+them. Needs `pip install -r requirements-eval.txt`, and no PyTorch. Start at `evaluate`.
 """
 
 import dataclasses
@@ -26,10 +26,12 @@ from memoryformer.convert import export
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError
 from memoryformer.notation import Params
 from memoryformer.tasks import catalogue, scoring, summary
+from memoryformer.tasks.output import Output
 from memoryformer.tasks.summary import table
 
 __all__ = [
     "Options",
+    "Output",
     "evaluate",
     "evaluate_checkpoint",
     "evaluate_export",
