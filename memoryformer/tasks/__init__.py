@@ -217,8 +217,11 @@ def _run(name: str, parts: list[Any], adapter: Any, options: Options) -> dict[st
 
 
 def _task_error(name: str, failure: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:300]
-    return DataError(f"task {name}: {failure} ({type(error).__name__}: {reason}).")
+    return DataError(f"task {name}: {failure} ({_reason(error)}).")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _import_harness() -> None:
@@ -249,10 +252,9 @@ def _manager(tasks_path: str) -> Any:
             include_path=tasks_path if has_yaml else None, include_defaults=False
         )
     except Exception as error:  # whatever a YAML file makes it raise
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"--tasks_path={tasks_path}: its YAML files cannot be read "
-            f"({type(error).__name__}: {reason})."
+            f"({_reason(error)})."
         ) from error
 
 
@@ -263,6 +265,8 @@ def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
     known = sorted({*catalogue.TASKS, *theirs})
     cache = data.cache_root(data.DataConfig()) / "tasks" / "logiqa"
     for name in options.names:
+        if name not in known:
+            _refuse_damaged(options.tasks_path)
         config_lib.choose(name, known, "--tasks")
         spec: Any = name
         if name not in theirs:
@@ -275,6 +279,17 @@ def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
             _check_fewshot(task, options.num_fewshot)
         group = loaded.get("groups", {}).get(name)
         yield name, [group] if group else [*loaded["tasks"].values()]
+
+
+def _refuse_damaged(tasks_path: str) -> None:
+    """Name the first YAML file that the harness left out because it cannot be read."""
+    from lm_eval.tasks import _yaml_loader
+
+    for path in sorted(pathlib.Path(tasks_path).rglob("*.yaml")) if tasks_path else ():
+        try:
+            _yaml_loader.load_yaml(path, resolve_func=False, recursive=False)
+        except Exception as error:  # of the YAML reader's or of the file's kind
+            raise ConfigError(f"{path}: cannot be read ({_reason(error)}).") from error
 
 
 def _check_fewshot(task: Any, num_fewshot: int | None) -> None:
