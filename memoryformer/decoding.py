@@ -8,6 +8,7 @@ Python. Weights may be stored narrower (`inference`). Start at `Generator`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -39,10 +40,12 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens}: must be >= 1.")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature}: must be >= 0.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be in (0, 1].")
+        if not -(2**31) <= self.seed < 2**31:
+            raise ConfigError(f"seed={self.seed}: must be a number of 32 bits.")
 
 
 def choose(

@@ -44,12 +44,15 @@ class Completion:
 
 
 class _Reply:
-    """The text of one row so far, cut before each stop string in turn."""
+    """The text of one row so far, cut before its stop strings (see `_before`)."""
 
-    def __init__(self, tokenizer: data.Tokenizer, stop: Sequence[str]):
+    def __init__(
+        self, tokenizer: data.Tokenizer, stop: Sequence[str], in_turn: bool = False
+    ):
         self._stream = tokenizer.stream()
         self._eot_id = tokenizer.eot_id
         self._stop = [string for string in stop if string]
+        self._in_turn = in_turn
         self.text, self.num_tokens, self.finish, self._shown = "", 0, "", 0
 
     def push(self, token: int) -> None:
@@ -78,10 +81,21 @@ class _Reply:
 
     def _add(self, text: str) -> None:
         self.text += text
-        for stop in self._stop:  # in turn, as the lm-evaluation-harness does
-            before, found, _ = self.text.partition(stop)
-            if found:
-                self.text, self.finish = before, "stop"
+        kept = _before(self.text, self._stop, self._in_turn)
+        if kept != self.text:
+            self.text, self.finish = kept, "stop"
+
+
+def _before(text: str, stops: Sequence[str], in_turn: bool) -> str:
+    """What stands before the stop string that begins first; or, `in_turn`, before the first
+    of `stops`, of that before the second, and so on. They differ where two overlap.
+    """
+    if in_turn:
+        for stop in stops:
+            text = text.partition(stop)[0]
+        return text
+    found = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -115,9 +129,15 @@ def complete_tokens(
     sampling: SamplingConfig,
     stop: Sequence[str] = (),
     show: Callable[[str], Any] = lambda text: None,
+    *,
+    in_turn: bool = False,
 ) -> list[Completion]:
-    """`complete` for prompts that are tokens; nothing is put before them."""
-    replies = [_Reply(tokenizer, stop) for _ in prompts]
+    """`complete` for prompts that are tokens; nothing is put before them.
+
+    in_turn: where stop strings overlap, the text is cut before the first of `stop`, and what
+      is left before the next, as the lm-evaluation-harness does.
+    """
+    replies = [_Reply(tokenizer, stop, in_turn) for _ in prompts]
     for row in generator.stream_batch(prompts, sampling):
         for reply, token in zip(replies, row, strict=True):
             reply.push(token)
@@ -195,6 +215,7 @@ def main(argv):
     errors.check_arguments(argv, config=None, required=False)
     if bool(_WORKDIR.value) == bool(_EXPORT.value):
         raise ConfigError("name one of --workdir=DIR and --export=DIR.")
+    _refuse_unused_flags()
     sampling = SamplingConfig(
         _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value
     )
@@ -216,6 +237,17 @@ def main(argv):
             return
         _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling)
         sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
+
+
+def _refuse_unused_flags():
+    if _EXPORT.value:
+        errors.refuse_flags(["step"], "an export holds one step; leave it out")
+    if _PROMPTS.value:
+        errors.refuse_flags(["prompt", "repl"], "--prompts names a file of prompts")
+    else:
+        errors.refuse_flags(["output", "batch_size"], "is of --prompts=FILE")
+    if _REPL.value:
+        errors.refuse_flags(["prompt"], "with --repl, prompts are typed")
 
 
 def _run_prompt(generator, tokenizer, prompt, sampling):
@@ -281,7 +313,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
     _REPL = flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
     _STOP = flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.")
+    _BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", 16, "Prompts at a time.", lower_bound=1
+    )
     _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
     _TOP_P = flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")

@@ -118,11 +118,26 @@ MISTAKES = {
         CONFIG,
         "max_tokens=0: must be >= 1",
     ),
+    "no_rows": (
+        (*SAMPLE, "--prompts=x", "--batch_size=0"),
+        CONFIG,
+        "--batch_size=0: 0 is not a positive integer",
+    ),
+    "output_of_nothing": (
+        (*SAMPLE, "--output={folder}/texts"),
+        CONFIG,
+        "--output: is of --prompts=FILE",
+    ),
+    "two_prompts": (
+        (*SAMPLE, "--prompt=x", "--prompts=y"),
+        CONFIG,
+        "--prompt: --prompts names a file of prompts",
+    ),
 }
 # The rest repeats a path through the code that one of these takes.
 QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
 QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
-QUICK += ("file_as_workdir", "unwritable_output")
+QUICK += ("file_as_workdir", "unwritable_output", "two_prompts")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +196,7 @@ def test_evaluate_and_sample(folder):
     result = json.loads(out)
     assert result == json.loads(output.read_text(encoding="utf-8"))
     assert result["step"] == 20 and result["val/bits_per_byte"] > 0
+    assert "weights" not in result  # nothing was rounded
     returned, out, err = command(
         "-m",
         "memoryformer.generation",
@@ -191,3 +207,64 @@ def test_evaluate_and_sample(folder):
     )
     assert returned == 0, err
     assert out.startswith("def ")
+
+
+TASKS = ("--workdir=w", "--tasks=piqa")
+EXPORT = ("--export=e", "--tasks=piqa")
+OF_TASKS = "says how to evaluate --tasks"
+# Flags that would be ignored, and numbers and names that nothing can be made of.
+FLAGS = (
+    (("--workdir=w", "--limit=3"), f"--limit: {OF_TASKS}"),
+    (("--workdir=w", "--num_fewshot=0"), f"--num_fewshot: {OF_TASKS}"),
+    (("--workdir=w", "--tasks_path=."), f"--tasks_path: {OF_TASKS}"),
+    (("--workdir=w", "--task_batch_size=9"), f"--task_batch_size: {OF_TASKS}"),
+    (("--workdir=w", "--noadd_bos"), f"--add_bos: {OF_TASKS}"),
+    ((*TASKS, "--config={folder}/toy_config.py"), "--config: tasks are scored with"),
+    ((*EXPORT, "--step=3"), "--step: an export holds one step"),
+    (("--export=e",), "--export: holds no validation text"),
+    (("--export=e", *TASKS), "name one of --workdir=DIR and --export=DIR"),
+    (("--tasks=piqa",), "name one of --workdir=DIR and --export=DIR"),
+    (("--workdir=w", "--tasks="), "--tasks: name some of"),
+    ((*TASKS, "--limit=-1"), "--limit=-1: must be 0 (all) or more"),
+    ((*TASKS, "--task_batch_size=0"), "--task_batch_size=0: must be >= 1"),
+    ((*EXPORT, "--num_fewshot=-1"), "--num_fewshot=-1: must be 0 or more"),
+    ((*TASKS, "--tasks_path=nowhere"), "--tasks_path=nowhere: there is no such folder"),
+    ((*TASKS, "--output={folder}"), "--output={folder}: no file can be written there"),
+    ((*TASKS, "--tables=int3"), "--tables='int3'"),
+    (("--workdir=w", "--head=int3"), "--head='int3'"),
+)
+# Every command line in one process: its flags as after a start.
+MANY = """
+import json, sys
+from absl import flags
+from absl.testing import flagsaver
+import eval as command
+from memoryformer import errors, inference
+for line in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["eval.py", *line])
+        try:
+            said = repr(command.main(["eval.py"]))
+        except errors.ConfigError as error:
+            said = str(error)
+        except errors.StorageError as error:  # what was to be evaluated is not there
+            said = repr(inference.kinds_from_flags())
+        print(json.dumps(said))
+"""
+
+
+def test_flags_of_eval_are_served_or_refused(folder):
+    """Each in one line, before anything is loaded; weights are rounded if so asked only.
+
+    Mutations: `_refuse_unused_flags` not called; `kinds_from_flags` without its last line.
+    """
+    lines = [[a.replace("{folder}", str(folder)) for a in given] for given, _ in FLAGS]
+    lines += [["--workdir=none"], ["--workdir=none", "--head=int4", "--tasks=piqa"]]
+    returned, out, err = command("-c", MANY, json.dumps(lines))
+    assert returned == 0, err
+    said = [json.loads(line) for line in out.splitlines()]
+    for line, message, (_, expected) in zip(lines, said, FLAGS, strict=False):
+        assert expected.replace("{folder}", str(folder)) in message, line
+        assert "\n" not in message
+    kinds = "WeightKinds(tables='float32', head='int4', dense='float32')"
+    assert said[len(FLAGS) :] == ["None", kinds]

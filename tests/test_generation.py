@@ -208,6 +208,39 @@ def test_stop_strings(said, stop, text, finish, num_tokens):
     assert so_far == text
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": float("nan")},
+        {"seed": 2**31},
+        {"seed": -(2**31) - 1},
+    ],
+    ids=str,
+)
+def test_sampling_out_of_range(fields):
+    """Red when not-a-number is taken for greedy, or a seed overflows while sampling."""
+    (name,) = fields
+    with pytest.raises(errors.ConfigError, match=f"^{name}="):
+        generation.SamplingConfig(**fields)
+
+
+def test_stop_strings_in_turn():
+    """Where they overlap, as the lm-evaluation-harness cuts: one after the other.
+
+    Red when `in_turn` is ignored, or cuts where no stop string is.
+    """
+    tokenizer = tokenizer_lib.byte_level()
+    sampling = generation.SamplingConfig(max_tokens=6)
+    for stop, text in ((["bc", "abc"], "a"), (["abc", "bc"], ""), (["x"], "abcdef")):
+        (reply,) = generation.complete_tokens(
+            Script(b"abcdef"), tokenizer, [[1]], sampling, stop, in_turn=True
+        )
+        assert reply.text == text
+
+
 def test_each_row_ends_by_itself():
     """Red when the first row's end ends the others."""
     tokenizer = tokenizer_lib.byte_level()

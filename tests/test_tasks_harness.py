@@ -1,6 +1,5 @@
 """Through the lm-evaluation-harness, offline: hand-computed sets, perplexity, settings."""
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -244,6 +243,40 @@ def test_generate_until_stops_at_the_stop_string():
 
 
 @needs_harness
+def test_repeats_of_a_request_are_drawn_apart():
+    """Request i draws with seed i, whatever runs beside it; no batch is larger than asked.
+
+    Red when every request has the same seed, or its seed depends on the batch.
+    """
+    from lm_eval.api import instance
+
+    from memoryformer import generation
+    from memoryformer.tasks import harness
+
+    config, params, tokenizer = known_model()
+    generator = generation.Generator(config, params)
+    sizes = []
+    original = generator.stream_batch
+    generator.stream_batch = lambda prompts, sampling: (
+        sizes.append(len(prompts)),
+        original(prompts, sampling),
+    )[1]
+    options = {"max_gen_toks": 8, "temperature": 1.0, "until": []}
+    requests = [
+        instance.Instance("generate_until", {}, ("a", options), 0) for _ in range(5)
+    ]
+
+    def generate(batch_size):
+        scorer = scoring.Scorer(config, params, batch_size=batch_size)
+        adapter = harness.HarnessModel(scorer, generator, tokenizer)
+        return adapter.generate_until(requests)
+
+    texts = generate(4)
+    assert len(set(texts)) == 5 and sizes == [4, 1]
+    assert generate(1) == texts
+
+
+@needs_harness
 def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
     """Nats per token of eval.py, of rolling log-likelihoods and of a loop: 1e-6.
 
@@ -371,42 +404,6 @@ def test_long_text_is_scored_token_by_token_once(tmp_path):
     request = instance.Instance("loglikelihood_rolling", {}, (text,), 0)
     expected = -700 * (E + Z + SPACE)
     assert adapter.loglikelihood_rolling([request])[0] == pytest.approx(expected, 1e-6)
-
-
-def test_logiqa_from_its_text_files(tmp_path, monkeypatch):
-    """Blocks of seven lines, spaces after full stops, checksums; fetched once.
-
-    Red when the label or an option's letter stays in the text, or a damaged file is used.
-    """
-    text = (
-        "\nb\nOne.Two.\nWhich?\nA.First.\nB.Second\nC Third\nD.Fourth\n\n"
-        "d\nThree\nWho?\nA.1\nB.2\nC.3\nD.4\n"
-    )
-    rows = catalogue.parse_logiqa(text)
-    assert rows[0] == {
-        "label": "b",
-        "context": "One. Two.",
-        "question": "Which?",
-        "options": ["First.", "Second", "Third", "Fourth"],
-    }
-    assert [row["label"] for row in rows] == ["b", "d"]
-    with pytest.raises(errors.DataError, match="block 0"):
-        catalogue.parse_logiqa("b\nx\ny\nA.1\nB.2\nC.3")
-
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "Test.txt").write_text(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    url = (tmp_path / "source").as_uri() + "/"
-    monkeypatch.setitem(catalogue.LOGIQA_FILES, "test", ("Test.txt", digest))
-    cache = tmp_path / "cache"
-    assert catalogue.logiqa_rows(cache, url=url)["test"] == rows
-    (tmp_path / "source" / "Test.txt").unlink()
-    assert catalogue.logiqa_rows(cache, url=url)["test"] == rows
-    (cache / "Test.txt").write_text("other")
-    with pytest.raises(errors.DataError, match="SHA-256"):
-        catalogue.logiqa_rows(cache, url=url)
-    with pytest.raises(errors.DataError, match="could not be fetched"):
-        catalogue.logiqa_rows(tmp_path / "empty", url=url)
 
 
 @needs_harness

@@ -11,6 +11,7 @@ numbers. Start at `Encoder`. Does not need lm-eval.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -147,7 +148,7 @@ def continuing(options: Mapping[str, Any]) -> Continuing:
         raise _unusable("do_sample", do_sample, "must be true or false")
     temperature = _number(given, "temperature", 1.0 if do_sample else 0.0)
     top_p = _number(given, "top_p", 1.0)
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise _unusable("temperature", temperature, "must be 0 or more")
     if not 0 <= top_p <= 1:
         raise _unusable("top_p", top_p, "must be in [0, 1]")

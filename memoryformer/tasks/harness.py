@@ -157,6 +157,7 @@ class HarnessModel(harness_model.TemplateLM):
                 [prompts[i] for i in indices],
                 sampling,
                 manner.stop,
+                in_turn=True,
             )
             results.extend(reply.text for reply in replies)
         for request, result in zip(requests, results, strict=True):
