@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     losses = {name: [] for name in ARMS}
     clock = timing.CLOCKS[args.clock]
     for i in range(args.steps + 1):
-        batch = make_batch(run, i)
+        batch = make_batch(run.model, run.train.batch_size, i)
         for name in ARMS[i % 3 :] + ARMS[: i % 3]:
             start = clock()
             losses[name].append(float(arms[name](batch)))
@@ -101,21 +101,20 @@ def quickstart():
     return module.get_config()
 
 
-def make_batch(run, seed: int) -> dict[str, np.ndarray]:
+def make_batch(
+    model_config: model.ModelConfig, rows: int, seed: int
+) -> dict[str, np.ndarray]:
     """Draw tokens with a skewed distribution, so that there is something to learn."""
     random = np.random.default_rng(seed)
-    shape = (run.train.batch_size, run.model.seq_len + 1)
-    tokens = random.integers(0, run.model.vocab_size, shape) ** 2
-    tokens = (tokens // run.model.vocab_size).astype(np.int32)
-    ones = np.ones((shape[0], shape[1] - 1), np.int32)
+    shape = (rows, model_config.seq_len)
+    tokens = random.integers(0, model_config.vocab_size, (rows, shape[1] + 1)) ** 2
+    tokens = (tokens // model_config.vocab_size).astype(np.int32)
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(
-            np.arange(shape[1] - 1, dtype=np.int32), ones.shape
-        ),
-        "segment_ids": ones,
-        "weights": ones.astype(np.float32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
     }
 
 

@@ -12,13 +12,49 @@ import jax.numpy as jnp
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def load(name, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(os, "environ", dict(os.environ))  # it sets some on import
-    return importlib.import_module(name)
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def test_a_whole_day_at_toy_size(tmp_path):
+    """Every part, by the command that a GPU gets, from the repository's root.
+
+    Mutations: an import without its package; a part that is not in PARTS.
+    """
+    environment = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    environment.pop("PYTHONPATH", None)
+    command = ["bash", "benchmarks/gpu_day.sh", str(tmp_path), "--check"]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    parts = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert set(parts) == {"checks", "quickstart", "step", "base", "lookups", "decode"}
+    assert len(parts.pop("lookups")["cases"]) == 3
+    for part in parts.values():
+        assert part["rows"] and not part["skipped"]
+        assert not [row for row in part["rows"].values() if "error" in row]
+    assert parts["quickstart"]["rows"]["cpu, float32 products"]["first gap"] == 0
+    assert parts["step"]["rows"]["memoryformer_tiny gpu"]["MFU"] > 0
+
+
+def test_a_part_that_fails_is_told(tmp_path, monkeypatch):
+    """The row holds the error, the others are measured, and the exit code is 1.
+
+    Mutation: `failed` never set.
+    """
+    day = load("gpu_day", monkeypatch)
+    rows = [("bad", lambda: 1 / 0), ("good", lambda: {"ms": 1.0})]
+    monkeypatch.setitem(day.PARTS, "step", lambda toy: rows)
+    with pytest.raises(SystemExit) as ended:
+        day.main(["step", "--check", f"--output={tmp_path}"])
+    assert ended.value.code == 1
+    written = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert "ZeroDivisionError" in written["bad"]["error"]
+    assert written["good"] == {"ms": 1.0}
 
 
 def test_benchmark_checks_itself(tmp_path, monkeypatch):
@@ -62,10 +98,11 @@ def test_a_stored_onehot_is_seen(monkeypatch):
 def compile_only(tmp_path, *flags):
     """Rows of `benchmarks/compiled.py` in a process of its own."""
     output = tmp_path / "compiled.json"
-    command = [sys.executable, BENCHMARKS / "compiled.py", *flags, f"--output={output}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.compiled", *flags]
+    command.append(f"--output={output}")
+    environment = dict(os.environ)
     environment.pop("JAX_NUM_CPU_DEVICES", None)
-    subprocess.run(command, check=True, env=environment, timeout=1800)
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=1800)
     return json.loads(output.read_text())
 
 
@@ -78,9 +115,9 @@ HAVE_CUDA = any(
 @pytest.mark.skipif(not HAVE_CUDA, reason='needs `pip install "jax[cuda12]"`')
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_for_h200(tmp_path, dtype):
-    """The reference size: three blocks to a multiprocessor, no spills, temporary memory.
+    """The reference size: two blocks to a multiprocessor, no spills, temporary memory.
 
-    Mutation: `TOKENS` 32.
+    Mutation: `SUMS` 256 and `TOKENS` 32.
     """
     flags = "gpu", "--implementations=gpu", f"--dtype={dtype}"
     *programs, forward, sums = sorted(
@@ -91,7 +128,7 @@ def test_compiles_for_h200(tmp_path, dtype):
         "backward", "forward", "sum",
     ]  # fmt: skip
     for row in (back, forward, sums):
-        assert row["registers"] <= 168 and not row["spilled"], row
+        assert row["registers"] <= 255 and not row["spilled"], row
     temporary = {r["direction"]: r["temp_bytes"] for r in programs if "direction" in r}
     assert temporary["forward"] <= 32 * 2**20  # codes and scores by table
     assert temporary["backward"] <= 300 * 2**20
