@@ -9,17 +9,16 @@ import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from memoryformer import errors
+from memoryformer import config, errors, paths
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "The run's directory.")
-_EXPORT = flags.DEFINE_string("export", "", "An exported model, instead of a run.")
+config.define_flag()
+_WORKDIR = paths.define_flag("workdir", "The run's directory.")
+_EXPORT = paths.define_flag("export", "An exported model, instead of a run.")
 _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
-_OUTPUT = flags.DEFINE_string("output", "", "Also write the JSON to this file.")
+_OUTPUT = paths.define_flag("output", "Also write the JSON to this file.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness.")
-_TASKS_PATH = flags.DEFINE_string("tasks_path", "", "Folder of local task files.")
+_TASKS_PATH = paths.define_flag("tasks_path", "Folder of local task files.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task; 0 is all.")
 _NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before a question.")
 _TASK_BATCH_SIZE = flags.DEFINE_integer("task_batch_size", 64, "Rows at a time.")
@@ -32,7 +31,7 @@ _DENSITY = flags.DEFINE_float("density", 1.0, "Prune dense layers to this share.
 
 def main(argv):
     """Check the command line, evaluate and print JSON."""
-    errors.check_arguments(argv, config=_CONFIG.value, required=False)
+    errors.check_arguments(argv, config=flags.FLAGS.config, required=False)
     if bool(_WORKDIR.value) == bool(_EXPORT.value):
         raise errors.ConfigError("name one of --workdir=DIR and --export=DIR.")
     if _EXPORT.value and not _TASKS.value:
@@ -45,7 +44,7 @@ def main(argv):
 
         kinds = inference.WeightKinds(_TABLES.value, _HEAD.value, _DENSE.value)
         result = evaluation.evaluate_checkpoint(
-            _WORKDIR.value, step, _CONFIG.value, kinds, _DENSITY.value
+            _WORKDIR.value, step, flags.FLAGS.config, kinds, _DENSITY.value
         )
     text = json.dumps(result, indent=2)
     print(text, flush=True)  # first: not lost where the file cannot be written
@@ -60,7 +59,7 @@ def _evaluate_tasks(step):
 
     options = {
         "tasks": _TASKS.value,
-        "tasks_path": _TASKS_PATH.value,
+        "tasks_path": _TASKS_PATH.value or "",
         "limit": _LIMIT.value,
         "num_fewshot": _NUM_FEWSHOT.value,
         "batch_size": _TASK_BATCH_SIZE.value,

@@ -3,10 +3,10 @@
 from absl import flags
 from ml_collections import config_flags
 
-from memoryformer import errors
+from memoryformer import config, console, errors, paths
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
+config.define_flag()
+_WORKDIR = paths.define_flag("workdir", "Where the run lives.", required=True)
 _ALLOW = flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -25,7 +25,8 @@ _INIT_TIMEOUT = flags.DEFINE_float(
 
 def main(argv):
     """Check the command line, find the other processes and train."""
-    errors.check_arguments(argv, config=_CONFIG.value)
+    errors.check_arguments(argv, config=flags.FLAGS.config)
+    paths.workdir(_WORKDIR.value)
     from memoryformer import announcement, distributed, processes, trainer
 
     others = distributed.start(
@@ -34,11 +35,12 @@ def main(argv):
         _PROCESS_ID.value,
         _INIT_TIMEOUT.value,
     )
-    with others:
+    with console.unbroken(), others:
         preset = config_flags.get_config_filename(flags.FLAGS["config"])
         if processes.is_chief():
-            print(announcement.text(_CONFIG.value, preset, _WORKDIR.value), flush=True)
-        trainer.train(_CONFIG.value, _WORKDIR.value, allow=_ALLOW.value)
+            text = announcement.text(flags.FLAGS.config, preset, _WORKDIR.value)
+            print(text, flush=True)
+        trainer.train(flags.FLAGS.config, _WORKDIR.value, allow=_ALLOW.value)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from memoryformer import processes, rundir
 from memoryformer.errors import (
     ConfigError,
     HangError,
-    MemoryFormerError,
     Preempted,
     StorageError,
+    as_ours,
 )
 
 FILE = "outcome.json"
@@ -49,8 +49,9 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
         if before and isinstance(error, ConfigError):
             _write(path, before)  # refused: the run that is there stays what it was
             raise
-        code = error.exit_code if isinstance(error, MemoryFormerError) else 1
-        text = f"{type(error).__name__}: {error}" if code == 1 else str(error)
+        ours = as_ours(error)  # as the process will end
+        code = ours.exit_code if ours else 1
+        text = str(ours) if ours else f"{type(error).__name__}: {error}"
         _write(path, {"state": "failed", "exit_code": code, "error": text})
         raise
     _write(path, {"state": "done"})

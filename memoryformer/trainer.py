@@ -6,7 +6,6 @@ step alone. Start at `train`; the step's mathematics is `make_train_step`.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from memoryformer import (
     mixers,
     optimizer,
     outcome,
+    paths,
     preemption,
     processes,
     rundir,
@@ -80,7 +80,7 @@ def train(
     longer than `train.*_timeout` ends the process with exit code 43 (`watchdog`).
     """
     run = experiment.resolve(config)
-    workdir = pathlib.Path(workdir)
+    workdir = paths.workdir(workdir)
     with (
         rundir.only_one(workdir, patience),
         outcome.recorded(workdir),
@@ -192,7 +192,7 @@ def make_train_step(
             grads, state.opt_state, state.params, hyperparams=hyper
         )
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _are_finite(params)
         spike = finite & spikes.is_spike(
             state.spikes, loss, grad_norm, run.train.spike_sigmas
         )
@@ -224,6 +224,11 @@ def _features(run, hyper, step):
     """Draw the random features that batch `step` trains with."""
     seed = run.train.seed if hyper is None else hyper["seed"]
     return mixers.draw(run.model, seed, step + 1)
+
+
+def _are_finite(params):
+    """Whether no parameter is infinite or no number: a rate may be too high for float32."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
 def _take(good, new, old):
@@ -372,6 +377,12 @@ class _Loop:
             self.watch.enter("first_step")
             return self.draw(self.config.train.seed), 0
         step, state = restored
+        if step > self.config.train.num_steps:
+            raise ConfigError(
+                f"train.num_steps={self.config.train.num_steps}: {self.workdir} holds a "
+                f"checkpoint of step {step}, which is further; raise it, or name a new "
+                "--workdir."
+            )
         self.progress.note(f"going on from step {step} in {self.workdir}")
         return state, step
 
