@@ -15,9 +15,11 @@ _COORDINATOR = flags.DEFINE_string(
     "needed under SLURM's srun and on GKE's TPUs.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "How many processes there are."
+    "num_processes", 0, "How many processes there are.", lower_bound=0
 )
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", -1, "Which of them this one is.", lower_bound=-1
+)
 _INIT_TIMEOUT = flags.DEFINE_float(
     "init_timeout", 600.0, "Seconds to wait for all processes."
 )

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -129,7 +130,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # at \n alone
     return [row for row in map(_parse, lines) if row is not None]
 
 
@@ -275,7 +276,7 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # at \n alone
     rows = [(line, _parse(line)) for line in lines]
     kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
     if len(kept) == len(lines):
@@ -293,9 +294,18 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None  # the writer was killed in the middle of this line
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        whole = isinstance(row["step"], int) and all(map(_is_value, row.items()))
+    except (ValueError, RecursionError, TypeError, KeyError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if whole else None
+
+
+def _is_value(item: tuple[str, Any]) -> bool:
+    """Whether a metric (`train/loss`) is a number, perhaps as text: 'nan'."""
+    name, value = item
+    if "/" in name:
+        float(value)  # TypeError or ValueError
+    return True
 
 
 def _plain(value: Any) -> int | float | str:

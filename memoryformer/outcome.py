@@ -63,7 +63,10 @@ def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
         facts = rundir.read_json(pathlib.Path(workdir) / FILE)
     except StorageError:
         return None
-    return facts if "state" in facts else None
+    if facts.get("state") == "done":
+        return facts
+    failed = facts.get("state") == "failed" and isinstance(facts.get("exit_code"), int)
+    return facts if failed and isinstance(facts.get("error"), str) else None
 
 
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
