@@ -190,12 +190,12 @@ def define_flags() -> None:
     flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
     flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
     flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
-    flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", 1, 2**16)
     flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
     flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")
-    flags.DEFINE_integer("max_tokens", 200, "How many tokens.")
-    flags.DEFINE_integer("seed", 0, "Of the sampling.")
+    flags.DEFINE_integer("max_tokens", 200, "How many tokens.", upper_bound=2**20)
+    flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**31 - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

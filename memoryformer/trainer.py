@@ -35,7 +35,7 @@ from memoryformer import (
 )
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.errors import ConfigError, Preempted
+from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
 
@@ -192,7 +192,7 @@ def make_train_step(
             grads, state.opt_state, state.params, hyperparams=hyper
         )
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _are_finite(params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes.is_spike(
             state.spikes, loss, grad_norm, run.train.spike_sigmas
         )
@@ -224,11 +224,6 @@ def _features(run, hyper, step):
     """Draw the random features that batch `step` trains with."""
     seed = run.train.seed if hyper is None else hyper["seed"]
     return mixers.draw(run.model, seed, step + 1)
-
-
-def _are_finite(params):
-    """Whether no parameter is infinite or no number: a rate may be too high for float32."""
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
 def _take(good, new, old):
@@ -353,12 +348,12 @@ class _Loop:
                     log.drain()
                     watch.enter("checkpoint", step + 1)
                     with log.away():
-                        checkpointer.save(step + 1, state)
+                        self._save(step + 1, state)
                     log.saved = step + 1
             log.drain()
             done = int(state.step)
             watch.enter("checkpoint", done)
-            checkpointer.save(done, state, wait=True)
+            self._save(done, state, wait=True)
             self.progress.close()
         if done < run.train.num_steps or self._evaluation_missed(done):
             raise Preempted(
@@ -377,14 +372,19 @@ class _Loop:
             self.watch.enter("first_step")
             return self.draw(self.config.train.seed), 0
         step, state = restored
-        if step > self.config.train.num_steps:
+        if step > (goal := self.config.train.num_steps):
             raise ConfigError(
-                f"train.num_steps={self.config.train.num_steps}: {self.workdir} holds a "
-                f"checkpoint of step {step}, which is further; raise it, or name a new "
-                "--workdir."
+                f"train.num_steps={goal}: {self.workdir} is at step {step}; raise it."
             )
         self.progress.note(f"going on from step {step} in {self.workdir}")
         return state, step
+
+    def _save(self, step, state, wait=False):
+        if not spikes.are_finite(state.params):  # which its loss need not tell
+            raise NumericError(
+                f"step {step}: a parameter is not finite; lower optimizer.learning_rate."
+            )
+        self.checkpointer.save(step, state, wait=wait)
 
     def _write_config(self):
         if jax.process_index():

@@ -5,7 +5,6 @@ the next step is under way, so the device never waits for the host. Start at `Tr
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,8 +96,6 @@ class TrainingLog:
             self._progress.note(f"{told} leap out of the last ones; update skipped")
         if values["finite"]:
             return
-        measured = math.isfinite(values["nats"]) and math.isfinite(values["grad_norm"])
-        told += ", but the new parameters" if measured else ""
         told += " are not finite; the update was dropped"
         if self._train.nonfinite == "halt" or self._nonfinite > self._train.max_skipped:
             raise NumericError(

@@ -160,6 +160,17 @@ def test_commands_without_a_sweep(folder, capsys):
         commands.main([], *arguments)
 
 
+def as_read(argv):
+    """The config that a command makes of a command line."""
+    found = []
+    with pytest.raises(SystemExit) as ended:
+        errors.run_main(
+            lambda argv: found.append(flags.FLAGS.config), config_lib.define_flag, argv
+        )
+    assert not ended.value.code
+    return found[0]
+
+
 def test_print_gives_commands_that_make_the_points(folder, capsys):
     """Each line, read as a shell and train.py do, resolves to its point; `index` picks one.
 
@@ -175,10 +186,9 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
         python, script, config, workdir, *overrides = shlex.split(line)
         assert [python, script] == ["python", "train.py"]
         assert workdir == f"--workdir={point.workdir}"
-        path = config.removeprefix("--config=") + ","
-        path += ",".join(o.removeprefix("--config.") for o in overrides)
-        assert points.config_lib.load(path).train.batch_size == 16
-        assert experiment.resolve(points.config_lib.load(path)) == point.run
+        read = as_read([script, config, *overrides])
+        assert read.train.batch_size == 16
+        assert experiment.resolve(read) == point.run
     commands.show_commands(sweep, commands.Options(index=4))
     assert capsys.readouterr().out.splitlines() == [lines[4]]
     with pytest.raises(ConfigError, match="--index=6: the sweep has 6 points"):

@@ -20,6 +20,7 @@ def define_flags() -> None:
         2**18,
         "Validation tokens to count (utilisation); 0 = all.",
         lower_bound=0,
+        upper_bound=2**40,
     )
 
 
