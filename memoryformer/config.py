@@ -35,6 +35,8 @@ def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
     Fields that the section lacks take the dataclass's default. Raises `ConfigError` for
     an unknown key (naming the nearest one), a missing required key or a wrong type.
     """
+    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{name}={section!r}: expected a section with fields.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     types = typing.get_type_hints(cls)
     values = {}

@@ -39,7 +39,7 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens}: must be >= 1.")
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nan is neither
             raise ConfigError(f"temperature={self.temperature}: must be >= 0.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be in (0, 1].")

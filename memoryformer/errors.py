@@ -119,13 +119,15 @@ def run_main(
     before = set(flags.FLAGS)
     define_debug_flag()
     define_flags()
+    own = set(flags.FLAGS) - before  # others are absl's, which defines them once
     written, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
     try:
         app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
     finally:
         sys.argv = written
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+        for name in set(flags.FLAGS):
+            if name in own or name.startswith("config."):
+                delattr(flags.FLAGS, name)
 
 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

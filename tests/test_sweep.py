@@ -16,8 +16,10 @@ import time
 import numpy as np
 import pytest
 import toy
+from absl import flags
 
-from memoryformer import drift, experiment, metrics, outcome
+from memoryformer import config as config_lib
+from memoryformer import drift, errors, experiment, metrics, outcome
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.sweep import best, commands, files, points, runner, tables, worker
 
@@ -532,3 +534,82 @@ def test_verdicts(ours, theirs, verdict):
     summaries = [tables.summarise("a", ours), tables.summarise("b", theirs)]
     pooled = tables.pooled_deviation(summaries)
     assert tables.difference(*summaries, pooled).verdict == verdict
+
+
+LABELS = """
+
+def sweep_last_names():
+    yield {"train.batch_size": 8}
+    yield {"eval.batch_size": 8}
+
+def sweep_one_label():
+    for rate in (1e-3, 1.0000001e-3):
+        yield {"label": "mine", "optimizer.learning_rate": rate}
+
+def sweep_numbers():
+    for rate in (1e-3, 2e-3):
+        yield {"label": rate, "optimizer.learning_rate": rate}
+
+def sweep_two_labels():
+    yield {"label": "a", "train.seed": 0}
+    yield {"label": "b", "train.seed": 1}
+
+def sweep_same_value():
+    yield {"optimizer.learning_rate": 1}
+    yield {"optimizer.learning_rate": 1.0, "train.seed": 1}
+
+def sweep_seed():
+    for seed in range(2):
+        yield {"train.seed": seed}
+
+def sweep_raises():
+    yield 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    "name, groups",
+    [
+        ("last_names", ["batch_size=8, train.batch_size=8", "batch_size=8, eval.batch_size=8"]),
+        ("one_label", ["mine, optimizer.learning_rate=0.001",
+                       "mine, optimizer.learning_rate=0.0010000001"]),
+        ("numbers", ["0.001", "0.002"]),
+        ("two_labels", ["a", "a"]),
+        ("same_value", ["learning_rate=1", "learning_rate=1"]),
+    ],
+)  # fmt: skip
+def test_variants_are_configs_not_labels(tmp_path, name, groups):
+    """Points are seeds of one variant if their resolved configs differ in that alone.
+
+    Mutation: `_named_apart` left out; `identity` of the overrides as they are written.
+    """
+    config = toy.config_file(tmp_path)
+    config.write_text(config.read_text() + LABELS)
+    found = points.expand(str(config), [name], tmp_path / "sweeps")
+    assert [point.variant for point in found.points] == groups
+    if groups[0] != groups[1]:  # with seeds: each of the two is in its own group twice
+        both = points.expand(str(config), [name, "seed"], tmp_path / "sweeps")
+        variants = [point.variant for point in both.points]
+        assert variants == [groups[0]] * 2 + [groups[1]] * 2
+
+
+def test_a_generator_that_raises_is_one_line(tmp_path):
+    """Mutation: `_overrides` outside of `explained`."""
+    config = toy.config_file(tmp_path)
+    config.write_text(config.read_text() + LABELS)
+    with pytest.raises(ConfigError, match=r"line \d+: ZeroDivisionError"):
+        points.expand(str(config), ["raises"], tmp_path / "sweeps")
+
+
+def test_sides_are_configs_not_overrides(tmp_path):
+    """A field given at its default makes no other side. Mutation: the overrides for a key."""
+    config = toy.config_file(tmp_path)
+    text = """
+def sweep_default():
+    yield {"optimizer.learning_rate": 1e-3}
+    yield {"optimizer.learning_rate": 2e-3, "train.batch_size": 8}
+"""
+    config.write_text(config.read_text() + text)
+    found = points.expand(str(config), ["default"], tmp_path / "sweeps")
+    trials = [best._trial(p, best.LEARNING_RATE, "val/loss") for p in found.points]
+    assert trials[0].side == trials[1].side
