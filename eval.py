@@ -12,7 +12,6 @@ from absl import flags
 
 from memoryformer import config, errors, paths
 
-config.define_flag()
 _WORKDIR = paths.define_flag("workdir", "The run's directory.")
 _EXPORT = paths.define_flag("export", "An exported model, instead of a run.")
 _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
@@ -82,4 +81,4 @@ def _evaluate_tasks(step):
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    errors.run_main(main, config.define_flag)

@@ -5,7 +5,6 @@ from ml_collections import config_flags
 
 from memoryformer import config, console, errors, paths
 
-config.define_flag()
 _WORKDIR = paths.define_flag("workdir", "Where the run lives.", required=True)
 _ALLOW = flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
 _COORDINATOR = flags.DEFINE_string(
@@ -46,4 +45,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    errors.run_main(main, config.define_flag)

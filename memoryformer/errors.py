@@ -118,10 +118,15 @@ def run_main(
     """
     before = set(flags.FLAGS)
     define_debug_flag()
-    define_flags()
-    own = set(flags.FLAGS) - before  # others are absl's, which defines them once
     written, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
+    own: set[str] = set()
     try:
+        try:
+            define_flags()  # that of a config reads the command line
+        except flags.Error as error:
+            sys.exit(report(_usage_error(error, sys.argv), debug=False))
+        finally:
+            own = set(flags.FLAGS) - before  # the others are absl's, defined once
         app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
     finally:
         sys.argv = written

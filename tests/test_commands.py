@@ -136,15 +136,15 @@ VALUES = {
          "{folder}/leaves.py", "{folder}/run/config.json", "{folder}/none.py:,train.seed=1"]
     ),
 }  # fmt: skip
-OVERRIDES = st.sampled_from(
-    ["config.train.seed=x", "config.train.sed=1", "config.train=1", "config.=1",
+OVERRIDES = (
+    "config.train.seed=x", "config.train.sed=1", "config.train=1", "config.=1",
      "config.model.embed_dim=0", "config.train.num_steps=-1", "config.train.batch_size=",
      "config.optimizer.learning_rate=1e39", "config.optimizer.eps=1e-60", "noconfig",
      "config.data.path=", "config.data.path=gs://b/x", "config.data.path={folder}/none",
      "config.data.tokenizer=bpe:x", "config.data.tokenizer=s3://x/t.json", "config.mesh=x",
      "config.train.compilation_cache=/dev/null/x", "config.data.data_dir=/dev/null/x",
      "config.data.tokenizer={folder}/corpus", "wrong=1", "allow=x,y", "flagfile=/none",
-     "v=x", "verbosity=x", "undefok=", "config.metrics.wandb=\x01"]
+     "v=x", "verbosity=x", "undefok=", "config.metrics.wandb=\x01",
 )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def words_of(data, command):
         value = data.draw(VALUES.get(table[name], TEXTS))
         words.append(f"--{name}={value}")
     if data.draw(st.integers(0, 2)) == 0:
-        words.append("--" + data.draw(OVERRIDES))
+        words.append("--" + data.draw(st.sampled_from(OVERRIDES)))
     return words
 
 
@@ -242,6 +242,13 @@ def test_no_flag_ends_in_a_traceback(runner, folder, command):
         check_end(start(runner, folder, command, words), words)
 
     check()
+
+
+@pytest.mark.parametrize("word", OVERRIDES)
+def test_no_override_ends_in_a_traceback(runner, folder, word):
+    """Mutation: `except flags.Error` around `define_flags` left out of `run_main`."""
+    words = [CONFIG, f"--{word}"]
+    check_end(start(runner, folder, "memoryformer.accounting", words), words)
 
 
 @pytest.mark.parametrize("environment", SURROUNDINGS, ids=lambda e: str(len(str(e))))

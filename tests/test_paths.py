@@ -240,6 +240,8 @@ def test_flags_of_paths_and_configs(tmp_path, monkeypatch, capsys):
             assert run(define, [word, *more]) == 2
             line = capsys.readouterr().err
             assert message in line and line.count("\n") == 1, line
+    assert run(define, ["--flagfile=/none"]) == 2
+    assert "Unable to open flagfile" in capsys.readouterr().err
     assert run(define, ["--help"]) == 0
 
 
