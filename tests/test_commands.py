@@ -138,13 +138,13 @@ VALUES = {
 }  # fmt: skip
 OVERRIDES = (
     "config.train.seed=x", "config.train.sed=1", "config.train=1", "config.=1",
-     "config.model.embed_dim=0", "config.train.num_steps=-1", "config.train.batch_size=",
-     "config.optimizer.learning_rate=1e39", "config.optimizer.eps=1e-60", "noconfig",
-     "config.data.path=", "config.data.path=gs://b/x", "config.data.path={folder}/none",
-     "config.data.tokenizer=bpe:x", "config.data.tokenizer=s3://x/t.json", "config.mesh=x",
-     "config.train.compilation_cache=/dev/null/x", "config.data.data_dir=/dev/null/x",
-     "config.data.tokenizer={folder}/corpus", "wrong=1", "allow=x,y", "flagfile=/none",
-     "v=x", "verbosity=x", "undefok=", "config.metrics.wandb=\x01",
+    "config.model.embed_dim=0", "config.train.num_steps=-1", "config.train.batch_size=",
+    "config.optimizer.learning_rate=1e39", "config.optimizer.eps=1e-60", "noconfig",
+    "config.data.path=", "config.data.path=gs://b/x", "config.data.path={folder}/none",
+    "config.data.tokenizer=bpe:x", "config.data.tokenizer=s3://x/t.json", "config.mesh=x",
+    "config.train.compilation_cache=/dev/null/x", "config.data.data_dir=/dev/null/x",
+    "config.data.tokenizer={folder}/corpus", "wrong=1", "allow=x,y", "flagfile=/none",
+    "v=x", "verbosity=x", "undefok=", "config.metrics.wandb=\x01",
 )  # fmt: skip
 
 
@@ -202,6 +202,21 @@ def test_what_is_documented_starts(runner, name):
     assert result.code == 0, result
     assert "Traceback" not in result.err
     assert len(result.out.splitlines()) > 3
+
+
+def test_mains_are_functions(capsys):
+    """Imported and called, one after another and again: flags are defined, and go.
+
+    Mutation: flags defined below `if __name__ == "__main__"`.
+    """
+    before = set(flags.FLAGS)
+    for name, module in [*commands().items(), *commands().items()]:
+        with pytest.raises(SystemExit) as ended:
+            module.main([name, "--no_such_flag"])
+        assert ended.value.code == 2
+        assert "no_such_flag" in capsys.readouterr().err
+        left = set(flags.FLAGS) - before
+        assert not left & set(kinds(name)), left
 
 
 def words_of(data, command):
