@@ -18,15 +18,9 @@ _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
 _OUTPUT = paths.define_flag("output", "Also write the JSON to this file.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness.")
 _TASKS_PATH = paths.define_flag("tasks_path", "Folder of local task files.")
-_LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Documents of each task; 0 is all.", lower_bound=0
-)
-_NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", 0, "Examples before a question.", lower_bound=0
-)
-_TASK_BATCH_SIZE = flags.DEFINE_integer(
-    "task_batch_size", 64, "Rows at a time.", lower_bound=1
-)
+_LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task; 0 is all.", 0)
+_NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before a question.", 0)
+_TASK_BATCH_SIZE = flags.DEFINE_integer("task_batch_size", 64, "Rows at a time.", 1)
 _ADD_BOS = flags.DEFINE_bool("add_bos", False, "End-of-text token before contexts.")
 _TABLES = flags.DEFINE_string("tables", "float32", "Round to bfloat16 or int8.")
 _HEAD = flags.DEFINE_string("head", "float32", "The same, or int4.")

@@ -539,8 +539,8 @@ def test_verdicts(ours, theirs, verdict):
 LABELS = """
 
 def sweep_last_names():
-    yield {"train.batch_size": 8}
-    yield {"eval.batch_size": 8}
+    yield {"train.batch_size": 16}
+    yield {"eval.batch_size": 16}
 
 def sweep_one_label():
     for rate in (1e-3, 1.0000001e-3):
@@ -570,7 +570,7 @@ def sweep_raises():
 @pytest.mark.parametrize(
     "name, groups",
     [
-        ("last_names", ["batch_size=8, train.batch_size=8", "batch_size=8, eval.batch_size=8"]),
+        ("last_names", ["batch_size=16, train.batch_size=16", "batch_size=16, eval.batch_size=16"]),
         ("one_label", ["mine, optimizer.learning_rate=0.001",
                        "mine, optimizer.learning_rate=0.0010000001"]),
         ("numbers", ["0.001", "0.002"]),
