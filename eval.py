@@ -9,22 +9,23 @@ returned so far.
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from memoryformer import errors
+from memoryformer import config, errors, paths
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "The run's directory.")
-_EXPORT = flags.DEFINE_string("export", "", "An exported model, instead of a run.")
+_WORKDIR = paths.define_flag("workdir", "The run's directory.")
+_EXPORT = paths.define_flag("export", "An exported model, instead of a run.")
 _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
-_OUTPUT = flags.DEFINE_string("output", "", "Also write the JSON to this file.")
+_OUTPUT = paths.define_flag("output", "Also write the JSON to this file.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness.")
-_TASKS_PATH = flags.DEFINE_string("tasks_path", "", "Folder of local task files.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task; 0 is all.")
+_TASKS_PATH = paths.define_flag("tasks_path", "Folder of local task files.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task; 0 is all.", 0)
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Examples before a question; unless given, as the task says."
+    "num_fewshot",
+    None,
+    "Examples before a question; unless given, as the task says.",
+    0,
 )
-_TASK_BATCH_SIZE = flags.DEFINE_integer("task_batch_size", 64, "Rows at a time.")
+_TASK_BATCH_SIZE = flags.DEFINE_integer("task_batch_size", 64, "Rows at a time.", 1)
 _ADD_BOS = flags.DEFINE_bool("add_bos", False, "End-of-text token before contexts.")
 _OF_TASKS = ("tasks_path", "limit", "num_fewshot", "task_batch_size", "add_bos")
 _TABLES = flags.DEFINE_string("tables", "float32", "Round to bfloat16 or int8.")
@@ -35,17 +36,17 @@ _DENSITY = flags.DEFINE_float("density", 1.0, "Prune dense layers to this share.
 
 def main(argv):
     """Check the command line, evaluate and print JSON."""
-    errors.check_arguments(argv, config=_CONFIG.value, required=False)
+    errors.check_arguments(argv, config=flags.FLAGS.config, required=False)
     _refuse_unused_flags()
     from memoryformer import evaluation, inference, tasks
 
-    out, kinds = tasks.Output(_OUTPUT.value), inference.kinds_from_flags()
+    out, kinds = tasks.Output(_OUTPUT.value or ""), inference.kinds_from_flags()
     step = None if _STEP.value < 0 else _STEP.value
     if not _TASKS.present:
-        given = (step, _CONFIG.value, kinds, _DENSITY.value)
+        given = (step, flags.FLAGS.config, kinds, _DENSITY.value)
         out.give(evaluation.evaluate_checkpoint(_WORKDIR.value, *given))
         return
-    options = {"tasks": _TASKS.value, "tasks_path": _TASKS_PATH.value}
+    options = {"tasks": _TASKS.value, "tasks_path": _TASKS_PATH.value or ""}
     options |= {"limit": _LIMIT.value, "num_fewshot": _NUM_FEWSHOT.value}
     options |= {"batch_size": _TASK_BATCH_SIZE.value, "add_bos": _ADD_BOS.value}
     options |= {"kinds": kinds, "density": _DENSITY.value, "keep": out.keep}
@@ -72,4 +73,4 @@ def _refuse_unused_flags():
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    errors.run_main(main, config.define_flag)

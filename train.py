@@ -3,10 +3,9 @@
 from absl import flags
 from ml_collections import config_flags
 
-from memoryformer import errors
+from memoryformer import config, console, errors, paths
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
+_WORKDIR = paths.define_flag("workdir", "Where the run lives.", required=True)
 _ALLOW = flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -15,9 +14,11 @@ _COORDINATOR = flags.DEFINE_string(
     "needed under SLURM's srun and on GKE's TPUs.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "How many processes there are."
+    "num_processes", 0, "How many processes there are.", lower_bound=0
 )
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", -1, "Which of them this one is.", lower_bound=-1
+)
 _INIT_TIMEOUT = flags.DEFINE_float(
     "init_timeout", 600.0, "Seconds to wait for all processes."
 )
@@ -25,7 +26,8 @@ _INIT_TIMEOUT = flags.DEFINE_float(
 
 def main(argv):
     """Check the command line, find the other processes and train."""
-    errors.check_arguments(argv, config=_CONFIG.value)
+    errors.check_arguments(argv, config=flags.FLAGS.config)
+    paths.workdir(_WORKDIR.value)
     from memoryformer import announcement, distributed, processes, trainer
 
     others = distributed.start(
@@ -34,12 +36,13 @@ def main(argv):
         _PROCESS_ID.value,
         _INIT_TIMEOUT.value,
     )
-    with others:
+    with console.unbroken(), others:
         preset = config_flags.get_config_filename(flags.FLAGS["config"])
         if processes.is_chief():
-            print(announcement.text(_CONFIG.value, preset, _WORKDIR.value), flush=True)
-        trainer.train(_CONFIG.value, _WORKDIR.value, allow=_ALLOW.value)
+            text = announcement.text(flags.FLAGS.config, preset, _WORKDIR.value)
+            print(text, flush=True)
+        trainer.train(flags.FLAGS.config, _WORKDIR.value, allow=_ALLOW.value)
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    errors.run_main(main, config.define_flag)

@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from memoryformer import config as config_lib
 from memoryformer import errors, mixer_costs, recurrence_costs
@@ -343,7 +342,19 @@ def table(accounting: Accounting) -> str:
     )
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag()
+    flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.DEFINE_integer("value_bytes", 2, "Bytes of a stored value.", lower_bound=1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
     """Print what the model of `--config` costs."""
     errors.check_arguments(argv, config=flags.FLAGS.config)
     section = flags.FLAGS.config.get("model")
@@ -357,9 +368,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment: configs/NAME.py[:ARG]."
-    )
-    flags.DEFINE_bool("json", False, "Print JSON.")
-    flags.DEFINE_integer("value_bytes", 2, "Bytes of a stored value.", lower_bound=1)
-    errors.run_main(main)
+    main()

@@ -5,7 +5,7 @@
                                            every leaf, config, data fingerprint, versions
     workdir/checkpoints/LEDGER             the steps that had a manifest and were not deleted
 
-A step counts once its manifest is there, and is restored only if every file still agrees
+A manifest is written once a leaf of every kind was read back as a restart reads it. A step counts once its manifest is there, and is restored only if every file still agrees
 with it; one that the ledger lists and that has none is damaged. Orbax alone restores most
 flipped bits without a word, reports a save that failed on a full disk as done, and forgets a
 save that was not waited for.
@@ -27,11 +27,10 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import orbax.checkpoint as ocp
 
-from memoryformer import drift, integrity, leaves, processes
-from memoryformer.errors import ConfigError, StorageError
+from memoryformer import drift, integrity, leaves, paths, processes
+from memoryformer.errors import ConfigError, StorageError, first_line
 from memoryformer.notation import Params
 
 FOLDER = "checkpoints"
@@ -77,7 +76,7 @@ class Checkpointer:
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
     ):
-        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        self.directory = paths.workdir(workdir).absolute() / FOLDER
         self._config = config
         self._facts = {
             "config": drift.plain(run_config),
@@ -102,7 +101,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise StorageError(
-                f"{self.directory}: cannot be written: {_first_line(error)}."
+                f"{self.directory}: cannot be written: {first_line(error)}."
             ) from error
 
     def steps(self) -> list[int]:
@@ -170,7 +169,9 @@ class Checkpointer:
             self._failure = self._failed(step, error)
             raise self._failure from error
         self._finaliser = threading.Thread(
-            target=self._finalise, args=(step, facts), name=f"checkpoint-{step}"
+            target=self._finalise,
+            args=(step, facts, leaves.samples(state)),
+            name=f"checkpoint-{step}",
         )
         self._finaliser.start()
         self._current = step
@@ -270,16 +271,18 @@ class Checkpointer:
             )
         except Exception as error:
             raise StorageError(
-                f"{target}: cannot be restored: {_first_line(error)}."
+                f"{target}: cannot be restored: {first_line(error)}."
             ) from error
         self._current = step
         return restored["state"]
 
-    def _finalise(self, step: int, facts: dict[str, Any]) -> None:
+    def _finalise(self, step: int, facts: dict[str, Any], samples: Any) -> None:
         """In a thread: wait for Orbax's commit, write the manifest, delete what is old."""
         try:
             self._manager.wait_until_finished()
             if self._chief:
+                # Whole files are not enough: Orbax must find what it wrote.
+                leaves.read(self.directory / str(step), samples)
                 integrity.write(self.directory / str(step), facts)
                 self._retain(step)
         except BaseException as error:
@@ -322,7 +325,7 @@ class Checkpointer:
             for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         failure = StorageError(
-            f"{self.directory / str(step)}: saving failed: {_first_line(error)}."
+            f"{self.directory / str(step)}: saving failed: {first_line(error)}."
         )
         failure.__cause__ = error
         return failure
@@ -349,25 +352,20 @@ def load(
     params is a nested dict of numpy arrays with string keys; no model, mesh or device is
     needed. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
     """
-    target = _existing(pathlib.Path(workdir).absolute() / FOLDER, step)
+    target = _existing(_folder(workdir), step)
     facts = integrity.verify(target)
     abstract = leaves.nested(facts["leaves"], "params")
-    restore_args = jax.tree.map(
-        lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(
-            target / "state",
-            args=ocp.args.PyTreeRestore(
-                item=abstract, restore_args=restore_args, partial_restore=True
-            ),
-        )
+    restored = leaves.read(target, abstract, partial_restore=True)
     return ml_collections.ConfigDict(_tuples(facts["config"])), restored["params"]
 
 
 def facts(workdir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
     """Return what the manifest of a step says (None: the newest); see `load`."""
-    return integrity.facts(_existing(pathlib.Path(workdir).absolute() / FOLDER, step))
+    return integrity.facts(_existing(_folder(workdir), step))
+
+
+def _folder(workdir: str | os.PathLike) -> pathlib.Path:
+    return paths.local(workdir, "--workdir").absolute() / FOLDER
 
 
 def _existing(directory: pathlib.Path, step: int | None) -> pathlib.Path:
@@ -410,12 +408,6 @@ def _tuples(value: Any) -> Any:
 def _is_not_a_dump(record: logging.LogRecord) -> bool:
     # Orbax logs pages of traceback for an error that it raises and we report in a line.
     return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    # The operating system's reason comes last, behind several long paths.
-    return line if len(line) <= 300 else f"{line[:120]} ... {line[-170:]}"
 
 
 def _list(steps: list[int]) -> str:

@@ -11,6 +11,7 @@ import platform
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from memoryformer import paths
 from memoryformer.errors import ConfigError
 
 DEFAULT = "~/.cache/memoryformer/compiled"
@@ -19,12 +20,13 @@ OFF = "off"
 _chosen: str | None = None  # by `use_cache`, so that a later run can choose otherwise
 
 
-def use_cache(directory: str) -> str:
+def use_cache(directory: str, *, required: bool = True) -> str:
     """Keep compiled programs below `directory`, or nowhere ('off'); say what was done.
 
     What the environment says (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE)
     comes first. Programs for CPUs are kept apart by kind of CPU: a home directory may be
-    shared by several. Raises `ConfigError` for a directory that cannot be made.
+    shared by several. Raises `ConfigError` for a directory that cannot be made, if it is
+    `required` and was chosen: a home that cannot be written is no reason to stop.
     """
     global _chosen
     present = jax.config.jax_compilation_cache_dir
@@ -32,7 +34,12 @@ def use_cache(directory: str) -> str:
         return "compiled programs are not kept: JAX_ENABLE_COMPILATION_CACHE is off"
     if present and present != _chosen:
         return f"compiled programs are kept in {present}, as JAX is configured"
-    wanted = None if directory == OFF else _folder(directory)
+    try:
+        wanted = None if directory == OFF else _folder(directory)
+    except ConfigError as error:
+        if required and directory != DEFAULT:
+            raise
+        return f"compiled programs are not kept: {error}"
     if wanted != present:
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", wanted)
@@ -43,7 +50,7 @@ def use_cache(directory: str) -> str:
 
 
 def _folder(directory):
-    folder = pathlib.Path(directory).expanduser()
+    folder = paths.local(directory, "train.compilation_cache")
     if jax.default_backend() == "cpu":
         folder /= f"cpu-{cpu_kind()}"
     try:

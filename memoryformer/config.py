@@ -4,20 +4,27 @@
 reports the first mistake as one line. Nothing behind it sees a ConfigDict.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
+import importlib.machinery
 import importlib.util
 import pathlib
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
 
+from memoryformer import paths
 from memoryformer.errors import ConfigError
+
+flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
 T = TypeVar("T")
 
@@ -28,6 +35,8 @@ def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
     Fields that the section lacks take the dataclass's default. Raises `ConfigError` for
     an unknown key (naming the nearest one), a missing required key or a wrong type.
     """
+    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{name}={section!r}: expected a section with fields.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     types = typing.get_type_hints(cls)
     values = {}
@@ -53,7 +62,8 @@ def suggest(key: str, known: typing.Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     section = key.rpartition(".")[0]
-    return f"; known: {', '.join(k for k in known if k.startswith(section))}"
+    close = [k for k in known if k.startswith(section)] or known
+    return f"; known: {', '.join(close)}"
 
 
 def choose(value: str, known: typing.Iterable[str], name: str) -> str:
@@ -64,71 +74,82 @@ def choose(value: str, known: typing.Iterable[str], name: str) -> str:
     return value
 
 
-def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
-    """Load `configs/name.py[:argument][,key=value...]` and apply dotted overrides.
+def define_flag(*, required: bool = False) -> None:
+    """Define `--config=FILE[:ARGUMENT]` and its overrides `--config.SECTION.KEY=VALUE`."""
+    config_flags.DEFINE_config_file("config", None, "Experiment: FILE.py[:ARGUMENT].")
+    flags.FLAGS["config"].parser = _FileParser()
+    if required:
+        flags.mark_flag_as_required("config")
 
-    The same as `--config=path --config.key=value` on a command line.
+
+class _FileParser(flags.ArgumentParser):
+    """Loads the config as `load` does, with its errors."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        return load(argument).lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
+    """Load `configs/name.py[:argument]` and apply dotted overrides.
+
+    The same as `--config=path --config.key=value` on a command line. Raises `ConfigError`
+    for a file that is not there, cannot be run, or makes no config.
     """
-    module, argument, written = load_module(path)
-    config = module.get_config(argument) if argument else module.get_config()
-    for key, text in written.items():
-        config.update_from_flattened_dict({key: _parsed(config, key, text)})
+    module, argument = load_module(path)
+    make = getattr(module, "get_config", None)
+    if not callable(make):
+        raise ConfigError(f"--config={path}: defines no get_config().")
+    with explained(path):
+        config = make(argument) if argument else make()
+    if not isinstance(config, ml_collections.ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(
+            f"--config={path}: get_config() returns {kind}, not a ConfigDict."
+        )
     with config.unlocked():
         config.update_from_flattened_dict(overrides)
     return config
 
 
-def load_module(path: str) -> tuple[types.ModuleType, str, dict[str, str]]:
-    """Import a config file: (module, argument, overrides as written); see `split`."""
-    file, argument, overrides = split(path)
-    if not pathlib.Path(file).is_file():
-        raise ConfigError(f"--config={path}: there is no file {file!r}.")
-    spec = importlib.util.spec_from_file_location("memoryformer_config", file)
+def load_module(path: str) -> tuple[types.ModuleType, str]:
+    """Import a config file FILE[:ARGUMENT]: (module, argument). Raises `ConfigError`."""
+    file, colon, argument = str(path).partition(":")
+    where = paths.local(file, "--config")
+    if not where.is_file():
+        hint = " (it is a folder)" if where.is_dir() else ""
+        hint += "; what follows a colon is the config's argument" if colon else ""
+        raise ConfigError(f"--config={path}: there is no file {file!r}{hint}.")
+    loader = importlib.machinery.SourceFileLoader("memoryformer_config", str(where))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, argument, overrides
+    sys.modules[loader.name] = module  # where dataclasses look for their module
+    with explained(path):
+        loader.exec_module(module)
+    return module, argument
 
 
-def split(path: str) -> tuple[str, str, dict[str, str]]:
-    """'f.py:mini,train.seed=1' -> ('f.py', 'mini', {'train.seed': '1'}).
-
-    After the colon, what has an equals sign is an override, the rest is the argument.
-    """
-    file, _, rest = str(path).partition(":")
-    parts = rest.split(",") if rest else []
-    overrides = dict(part.split("=", 1) for part in parts if "=" in part)
-    return file, ",".join(part for part in parts if "=" not in part), overrides
-
-
-def spread(argv: Sequence[str]) -> list[str]:
-    """Write `--config=f.py:arg,key=value` as `--config=f.py:arg --config.key=value`."""
-    words = []
-    for word in argv:
-        if not word.startswith("--config="):
-            words.append(word)
-            continue
-        file, argument, overrides = split(word.removeprefix("--config="))
-        words.append(f"--config={file}" + (f":{argument}" if argument else ""))
-        words += [f"--config.{key}={value}" for key, value in overrides.items()]
-    return words
-
-
-def _parsed(config: ml_collections.ConfigDict, key: str, text: str) -> Any:
-    """Read an override's text as the type of the field that it replaces."""
-    known = flatten(config)
-    if key not in known:
-        raise ConfigError(f"{key}: the config has no such field{suggest(key, known)}.")
-    section, _, name = key.rpartition(".")
-    for part in filter(None, section.split(".")):
-        config = config[part]
-    kind = config.get_type(name)
-    if kind is str:
-        return text
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Tell of what a config file raises in one line, with the line of the file."""
     try:
-        value = ast.literal_eval(text.capitalize() if kind is bool else text)
-    except (SyntaxError, ValueError):
-        value = text
-    return _checked(value, kind, key)
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = str(path).partition(":")[0]
+        reason = " ".join(str(error).split())
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if pathlib.Path(frame.filename).name == pathlib.Path(file).name
+        ]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(
+            f"--config={path}: {file}{line}: {type(error).__name__}: {reason}."
+        ) from error
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,7 +183,12 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     if isinstance(value, int) and abs(value) >= 2**31:
         raise ConfigError(f"{name}={value}: must be below 2^31 in size.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not _is_float32(value):
+        raise ConfigError(
+            f"{name}={value}: is no number, infinite or 0 in float32, in which it is "
+            "computed with."
+        )
     if isinstance(value, list):
         value = tuple(value)
     origin = typing.get_origin(kind) or kind
@@ -174,3 +200,7 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
             f"{name}={value!r}: expected {origin.__name__}, got {type(value).__name__}."
         )
     return value
+
+
+def _is_float32(value: float) -> bool:
+    return value == 0 or 2**-126 <= abs(value) < 2.0**128

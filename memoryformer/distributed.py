@@ -18,8 +18,10 @@ import jax
 from memoryformer.errors import ConfigError, HangError
 from memoryformer.lifeline import Lifeline, Peer
 
+_LONGEST = 1_000_000  # seconds, of what a socket takes for a time limit
 _READY, _REFUSED = "all are here", "not all are here: "
 _TPU_PORT = 8482  # jax's own choice
+_INTERACTIVE = str(0xFFFFFFFA)  # SLURM's id of the step that is the shell of `salloc`
 
 
 def start(
@@ -36,6 +38,10 @@ def start(
     Raises `ConfigError` for half a description and `HangError` if not all have come after
     `timeout` seconds. Use what it returns as a context manager around the run.
     """
+    if not 0 < timeout <= _LONGEST:
+        raise ConfigError(
+            f"--init_timeout={timeout}: must be above 0 and at most {_LONGEST} seconds."
+        )
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if coordinator == "auto" and not any(given[1:]):
         _detect(timeout)
@@ -50,9 +56,7 @@ def start(
             "--coordinator, --num_processes and --process_id go together: give all three, "
             "or none (one process, SLURM, a TPU pod on GKE), or --coordinator=auto."
         )
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--coordinator={coordinator!r}: expected HOST:PORT.")
+    _check_address(coordinator)
     if process_id >= num_processes:
         raise ConfigError(
             f"--process_id={process_id}: must be below --num_processes={num_processes}."
@@ -75,21 +79,43 @@ def start(
     return Lifeline(process_id, peers)
 
 
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    try:
+        host.encode("idna")  # as it will be, to ask for its address
+        right = bool(host) and port.isascii() and port.isdecimal() and "\0" not in host
+        right = right and 0 < int(port) < 65536
+    except (UnicodeError, ValueError):
+        right = False
+    if not right:
+        raise ConfigError(f"--coordinator={coordinator!r}: expected HOST:PORT.")
+
+
 def from_slurm(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
     """Return (coordinator, number of processes, process id) of a SLURM step, or None.
 
-    The port depends on the job's id alone, as jax does it, so that all agree on it.
+    The port depends on the job's id alone, as jax does it, so that all agree on it. Raises
+    `ConfigError` for variables that do not fit together.
     """
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if tasks < 2 or "SLURM_STEP_NODELIST" not in environment:
-        return None  # one task, or not started by srun
+    if not environment.get("SLURM_STEP_NODELIST"):
+        return None  # not started by srun
+    # The step's own number: in the shell of `salloc` SLURM_NTASKS is that of steps to come.
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=0)
+    tasks = tasks or _number(environment, "SLURM_NTASKS", default=1)
+    if tasks < 2 or environment.get("SLURM_STEP_ID") == _INTERACTIVE:
+        return None
     # 'gpu[003-007,9],cpu1' -> 'gpu003'
     nodes = environment["SLURM_STEP_NODELIST"]
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    port = int(environment["SLURM_JOB_ID"]) % 4096 + 61440
+    first = re.match(r"([^,\[\]]+)(?:\[([^,\-\]]+))?", nodes)
+    if first is None:
+        raise _unfit("SLURM_STEP_NODELIST", nodes, "is no list of hosts")
     host = first[1] + (first[2] or "")
-    port = environment.get("JAX_COORDINATOR_PORT") or port
-    return f"{host}:{port}", tasks, int(environment["SLURM_PROCID"])
+    port = _number(environment, "SLURM_JOB_ID") % 4096 + 61440
+    port = _number(environment, "JAX_COORDINATOR_PORT", default=port)
+    process_id = _number(environment, "SLURM_PROCID")
+    if process_id >= tasks:
+        raise _unfit("SLURM_PROCID", str(process_id), f"of a step of {tasks} tasks")
+    return f"{host}:{port}", tasks, process_id
 
 
 def from_tpu_pod(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -97,13 +123,13 @@ def from_tpu_pod(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
     listed = next((environment[n] for n in names if environment.get(n)), "")
     hosts = [host.partition(":")[0] for host in listed.split(",")]
-    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
-    if len(hosts) * slices < 2 or "TPU_WORKER_ID" not in environment:
+    slices = _number(environment, "MEGASCALE_NUM_SLICES", default=1)
+    if len(hosts) * slices < 2 or not environment.get("TPU_WORKER_ID"):
         return None
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
-    port = environment.get("JAX_COORDINATOR_PORT") or _TPU_PORT
-    before = int(environment.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
-    process_id = before + int(environment["TPU_WORKER_ID"])
+    port = _number(environment, "JAX_COORDINATOR_PORT", default=_TPU_PORT)
+    before = _number(environment, "MEGASCALE_SLICE_ID", default=0) * len(hosts)
+    process_id = before + _number(environment, "TPU_WORKER_ID")
     return f"{first.partition(':')[0]}:{port}", len(hosts) * slices, process_id
 
 
@@ -116,7 +142,27 @@ def _own_devices(environment: Mapping[str, str]) -> list[int] | None:
     narrowed = visible and "," not in visible  # srun --gpus-per-task=1 has done it
     if narrowed or max(map(int, tasks), default=1) == 1:
         return None
-    return [int(environment["SLURM_LOCALID"])]
+    return [_number(environment, "SLURM_LOCALID")]
+
+
+def _number(
+    environment: Mapping[str, str], name: str, default: int | None = None
+) -> int:
+    """Return a variable's whole number; an empty one counts as not set."""
+    text = environment.get(name, "")
+    if text == "" and default is not None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise _unfit(name, text, "is no whole number" if text else "is not set")
+    return int(text)
+
+
+def _unfit(name: str, text: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"{name}={text!r}: {problem}, so that the processes of this run cannot be found; "
+        "start it with srun, unset the launcher's variables for a lone process, or give "
+        "--coordinator, --num_processes and --process_id."
+    )
 
 
 def _detect(timeout: float) -> None:
@@ -181,7 +227,7 @@ class _RollCall:
                 f"--coordinator={self._coordinator}: process 0 cannot listen there: "
                 f"{error}."
             ) from error
-        listener.listen(self._num_processes)
+        listener.listen(min(self._num_processes, socket.SOMAXCONN))
         return listener
 
     def _take(self, connection: socket.socket) -> str:

@@ -21,9 +21,17 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from memoryformer import abstract, accounting, errors, experiment, hlo, remedies, traced
+from memoryformer import (
+    abstract,
+    accounting,
+    errors,
+    experiment,
+    hlo,
+    paths,
+    remedies,
+    traced,
+)
 from memoryformer import config as config_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer import targets as targets_lib
@@ -250,7 +258,20 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - started, 3)
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag()
+    flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
+    flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
+    paths.define_flag("json", "Write the whole report to this file.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
     """Print what the run of `--config` needs on `--target`."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device here
     # What was compiled for a device that is not there cannot be read back.
@@ -266,10 +287,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment: configs/NAME.py[:ARG]."
-    )
-    flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
-    flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
-    flags.DEFINE_string("json", "", "Write the whole report to this file.")
-    errors.run_main(main)
+    main()

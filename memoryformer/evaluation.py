@@ -203,7 +203,7 @@ def evaluate_checkpoint(
             f"{facts['data_fingerprint'][:12]}: point data.path or data.data_dir at it."
         )
     params, changed = inference.altered(run.model, params, kinds, density)
-    compilation.use_cache(run.train.compilation_cache)
+    compilation.use_cache(run.train.compilation_cache, required=False)
     striped = mixers.takes_any_order(run.model)
     sharding = sharding_lib.make(run.mesh, striped=striped)
     specs = model_lib.partition_specs(run.model, sharding)

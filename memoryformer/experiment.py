@@ -17,6 +17,7 @@ from memoryformer import (
     metrics,
     mixers,
     optimizer,
+    paths,
     recurrence,
 )
 from memoryformer import config as config_lib
@@ -57,6 +58,8 @@ class TrainConfig:
             raise ConfigError(
                 "train.compilation_cache='': name a directory, or 'off' for none."
             )
+        if self.compilation_cache != compilation.DEFAULT:
+            paths.local(self.compilation_cache, "train.compilation_cache")
         config_lib.choose(self.nonfinite, ("halt", "skip"), "train.nonfinite")
         if self.spike_sigmas < 0 or self.spike_window < 2:
             raise ConfigError(

@@ -26,6 +26,7 @@ from memoryformer import (
     experiment,
     inference,
     metrics,
+    paths,
 )
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError
@@ -210,26 +211,54 @@ def open_export(
     return Generator(model_config, params, kinds), tokenizer
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    paths.define_flag("workdir", "The run.")
+    paths.define_flag("export", "An exported model, instead of a run.")
+    flags.DEFINE_string("prompt", "", "Text to continue.")
+    paths.define_flag("prompts", "File of prompts, lines or JSONL.")
+    paths.define_flag("output", "JSONL file for --prompts.")
+    flags.DEFINE_string("tables", "float32", "float32, bfloat16 or int8.")
+    flags.DEFINE_string("head", "float32", "The same, or int4.")
+    flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
+    flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
+    flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
+    flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", 1, 2**16)
+    flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
+    flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
+    flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")
+    flags.DEFINE_integer("max_tokens", 200, "How many tokens.", upper_bound=2**20)
+    flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**31 - 1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Continue --prompt, the prompts of a file, or what is typed."""
     errors.check_arguments(argv, config=None, required=False)
-    if bool(_WORKDIR.value) == bool(_EXPORT.value):
+    if bool(flags.FLAGS.workdir) == bool(flags.FLAGS.export):
         raise ConfigError("name one of --workdir=DIR and --export=DIR.")
     _refuse_unused_flags()
     sampling = SamplingConfig(
-        _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value
+        flags.FLAGS.max_tokens,
+        flags.FLAGS.temperature,
+        flags.FLAGS.top_p,
+        flags.FLAGS.seed,
     )
     kinds = inference.kinds_from_flags()
-    if _EXPORT.value:
-        generator, tokenizer = open_export(_EXPORT.value, kinds)
+    if flags.FLAGS.export:
+        generator, tokenizer = open_export(flags.FLAGS.export, kinds)
     else:
-        step = None if _STEP.value < 0 else _STEP.value
-        generator, tokenizer, _ = open_run(_WORKDIR.value, step, kinds)
-    if _PROMPTS.value:
+        step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
+        generator, tokenizer, _ = open_run(flags.FLAGS.workdir, step, kinds)
+    if flags.FLAGS.prompts:
         _run_file(generator, tokenizer, sampling)
         return
-    if not _REPL.value:
-        _run_prompt(generator, tokenizer, _PROMPT.value, sampling)
+    if not flags.FLAGS.repl:
+        _run_prompt(generator, tokenizer, flags.FLAGS.prompt, sampling)
         return
     print("Type a beginning; an empty line ends.", file=sys.stderr)
     for line in sys.stdin:
@@ -240,13 +269,13 @@ def main(argv):
 
 
 def _refuse_unused_flags():
-    if _EXPORT.value:
+    if flags.FLAGS.export:
         errors.refuse_flags(["step"], "an export holds one step; leave it out")
-    if _PROMPTS.value:
+    if flags.FLAGS.prompts:
         errors.refuse_flags(["prompt", "repl"], "--prompts names a file of prompts")
     else:
         errors.refuse_flags(["output", "batch_size"], "is of --prompts=FILE")
-    if _REPL.value:
+    if flags.FLAGS.repl:
         errors.refuse_flags(["prompt"], "with --repl, prompts are typed")
 
 
@@ -267,7 +296,9 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
         sys.stdout.flush()
 
     sys.stdout.write(prompt)
-    (reply,) = complete(generator, tokenizer, [prompt], sampling, _STOP.value, show)
+    (reply,) = complete(
+        generator, tokenizer, [prompt], sampling, flags.FLAGS.stop, show
+    )
     print()
     speed = ""
     after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
@@ -285,15 +316,15 @@ def _run_file(generator, tokenizer, sampling):
     started, count = time.perf_counter(), 0
     with contextlib.ExitStack() as stack:
         out = sys.stdout
-        if _OUTPUT.value:
-            out = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8"))
+        if flags.FLAGS.output:
+            out = stack.enter_context(open(flags.FLAGS.output, "w", encoding="utf-8"))
         for row in complete_file(
             generator,
             tokenizer,
-            _PROMPTS.value,
+            flags.FLAGS.prompts,
             sampling,
-            _STOP.value,
-            _BATCH_SIZE.value,
+            flags.FLAGS.stop,
+            flags.FLAGS.batch_size,
         ):
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
@@ -303,22 +334,4 @@ def _run_file(generator, tokenizer, sampling):
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "", "The run.")
-    _EXPORT = flags.DEFINE_string("export", "", "An exported model, instead of a run.")
-    _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue.")
-    _PROMPTS = flags.DEFINE_string("prompts", "", "File of prompts, lines or JSONL.")
-    _OUTPUT = flags.DEFINE_string("output", "", "JSONL file for --prompts.")
-    flags.DEFINE_string("tables", "float32", "float32, bfloat16 or int8.")
-    flags.DEFINE_string("head", "float32", "The same, or int4.")
-    flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
-    _REPL = flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
-    _STOP = flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
-    _BATCH_SIZE = flags.DEFINE_integer(
-        "batch_size", 16, "Prompts at a time.", lower_bound=1
-    )
-    _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
-    _TOP_P = flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")
-    _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "How many tokens.")
-    _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
-    errors.run_main(main)
+    main()

@@ -10,6 +10,7 @@ Start at `Lifeline`.
 """
 
 import atexit
+import contextlib
 import ctypes
 import os
 import selectors
@@ -140,7 +141,8 @@ class Lifeline:
         line += "command to go on from the last checkpoint."
         if code != LOST:
             line = f"{place} ended with exit code {code}: what it printed says why."
-        print(f"error: {line}", file=sys.__stderr__, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads
+            print(f"error: {line}", file=sys.__stderr__, flush=True)
         _leave(errors.HangError.exit_code if code == LOST else code)
 
     def _on_abort(self, unused_signal: int) -> None:

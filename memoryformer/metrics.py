@@ -9,8 +9,10 @@ file stays valid JSON and `float(value)` reads all of them. Start at `MetricsWri
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import pathlib
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -63,7 +65,8 @@ class MetricsWriter:
         *,
         run_config: Mapping[str, Any] | None = None,
     ):
-        self._file = self._board = self._wandb = None
+        self._file: TextIO | None = None
+        self._trackers: list[_Tracker] = []
         workdir = pathlib.Path(workdir)
         path = self._path = workdir / "metrics.jsonl"
         if jax.process_index() != 0:
@@ -72,12 +75,14 @@ class MetricsWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
-            if config.tensorboard and importlib.util.find_spec("tensorboardX"):
-                self._board = _start_board(workdir, start_step)
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}.") from error
+        if config.tensorboard and importlib.util.find_spec("tensorboardX"):
+            start = functools.partial(_Board, workdir, start_step)
+            self._trackers.append(_Tracker("TensorBoard", start))
         if config.wandb:
-            self._wandb = _start_wandb(workdir, config.wandb, run_config)
+            start = functools.partial(_Wandb, workdir, config.wandb, run_config)
+            self._trackers.append(_Tracker("Weights & Biases", start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row. Values are numbers, strings or arrays of one element."""
@@ -91,31 +96,21 @@ class MetricsWriter:
             raise StorageError(
                 f"{self._path}: step {step}: cannot be written: {error}."
             ) from error
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and not isinstance(value, str):
-                    self._board.add_scalar(name, value, int(step))
-        if self._wandb is not None:
-            self._wandb.log(row)
+        for tracker in self._trackers:
+            tracker.log(row)
 
     def close(self) -> None:
         """Flush and close everything; may be called twice. Raises `StorageError`."""
-        closing = [
-            getattr(target, name)
-            for target, name in (
-                (self._wandb, "finish"),
-                (self._board, "close"),
-                (self._file, "close"),
-            )
-            if target is not None
-        ]
-        self._file = self._board = self._wandb = None
+        file, self._file = self._file, None
+        trackers, self._trackers = self._trackers, []
         try:
-            with contextlib.ExitStack() as stack:  # each, whatever the others raise
-                for function in closing:
-                    stack.callback(function)
+            if file is not None:
+                file.close()
         except OSError as error:
             raise StorageError(f"{self._path}: cannot be written: {error}.") from error
+        finally:
+            for tracker in trackers:
+                tracker.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -135,7 +130,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # at \n alone
     return [row for row in map(_parse, lines) if row is not None]
 
 
@@ -281,7 +276,7 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # at \n alone
     rows = [(line, _parse(line)) for line in lines]
     kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
     if len(kept) == len(lines):
@@ -299,9 +294,18 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None  # the writer was killed in the middle of this line
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        whole = isinstance(row["step"], int) and all(map(_is_value, row.items()))
+    except (ValueError, RecursionError, TypeError, KeyError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if whole else None
+
+
+def _is_value(item: tuple[str, Any]) -> bool:
+    """Whether a metric (`train/loss`) is a number, perhaps as text: 'nan'."""
+    name, value = item
+    if "/" in name:
+        float(value)  # TypeError or ValueError
+    return True
 
 
 def _plain(value: Any) -> int | float | str:
@@ -314,36 +318,85 @@ def _plain(value: Any) -> int | float | str:
     return value
 
 
-def _start_board(workdir: pathlib.Path, start_step: int) -> Any:
-    board = importlib.import_module("tensorboardX")
-    return board.SummaryWriter(
-        str(workdir / "tensorboard"),
-        purge_step=start_step + 1 if start_step else None,
-        flush_secs=10,
-        # A full disk ends the thread that empties the queue, and who finds it full waits
-        # for ever. Long before that `metrics.jsonl` says that the disk is full.
-        max_queue=500,
-    )
+class _Tracker:
+    """Another place for the rows, which the run can do without.
+
+    What it raises (no network, no login, a full disk) is told in one line, and it gets no
+    more rows: `metrics.jsonl` has them all.
+    """
+
+    def __init__(self, name: str, start: Callable[[], "_Board | _Wandb"]):
+        self._name = name
+        self._target: _Board | _Wandb | None = None
+        with self._told():
+            self._target = start()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        if self._target is not None:
+            with self._told():
+                self._target.log(row)
+
+    def close(self) -> None:
+        if self._target is not None:
+            with self._told():
+                self._target.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._target = None
+            reason = " ".join(str(error).split())[:200] or "no reason given"
+            print(
+                f"{self._name} gets no more metrics ({type(error).__name__}: {reason}); "
+                "metrics.jsonl has them all.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def _start_wandb(workdir: pathlib.Path, project: str, run_config: Any) -> Any:
-    """Start or continue the run whose id is kept in the workdir."""
-    if not importlib.util.find_spec("wandb"):
-        raise ConfigError(
-            f"metrics.wandb={project!r}: wandb is not installed; `pip install wandb`, "
-            "or leave the field empty."
+class _Board:
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        board = importlib.import_module("tensorboardX")
+        self._writer = board.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=start_step + 1 if start_step else None,
+            flush_secs=10,
+            # A full disk ends the thread that empties the queue, and who finds it full
+            # waits for ever. Long before that `metrics.jsonl` says that the disk is full.
+            max_queue=500,
         )
-    wandb = importlib.import_module("wandb")
-    id_file = workdir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    run = wandb.init(
-        project=project,
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        dir=str(workdir),
-        config=dict(run_config or {}),
-    )
-    # Rows carry their own step: the tracker's counter may not go back after a restart.
-    run.define_metric("*", step_metric="step")
-    return run
+        self.close = self._writer.close
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                self._writer.add_scalar(name, value, row["step"])
+
+
+class _Wandb:
+    """Start or continue the run whose id is kept in the workdir."""
+
+    def __init__(self, workdir: pathlib.Path, project: str, run_config: Any):
+        if not importlib.util.find_spec("wandb"):
+            raise ConfigError(
+                f"metrics.wandb={project!r}: wandb is not installed; `pip install wandb`, "
+                "or leave the field empty."
+            )
+        wandb = importlib.import_module("wandb")
+        id_file = workdir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        run = wandb.init(
+            project=project,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(workdir),
+            config=dict(run_config or {}),
+        )
+        # Rows carry their own step: the tracker's counter may not go back after a restart.
+        run.define_metric("*", step_metric="step")
+        self.log, self.close = run.log, run.finish

@@ -18,9 +18,9 @@ from memoryformer import processes, rundir
 from memoryformer.errors import (
     ConfigError,
     HangError,
-    MemoryFormerError,
     Preempted,
     StorageError,
+    as_ours,
 )
 
 FILE = "outcome.json"
@@ -49,8 +49,9 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
         if before and isinstance(error, ConfigError):
             _write(path, before)  # refused: the run that is there stays what it was
             raise
-        code = error.exit_code if isinstance(error, MemoryFormerError) else 1
-        text = f"{type(error).__name__}: {error}" if code == 1 else str(error)
+        ours = as_ours(error)  # as the process will end
+        code = ours.exit_code if ours else 1
+        text = str(ours) if ours else f"{type(error).__name__}: {error}"
         _write(path, {"state": "failed", "exit_code": code, "error": text})
         raise
     _write(path, {"state": "done"})
@@ -62,7 +63,10 @@ def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
         facts = rundir.read_json(pathlib.Path(workdir) / FILE)
     except StorageError:
         return None
-    return facts if "state" in facts else None
+    if facts.get("state") == "done":
+        return facts
+    failed = facts.get("state") == "failed" and isinstance(facts.get("exit_code"), int)
+    return facts if failed and isinstance(facts.get("error"), str) else None
 
 
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:

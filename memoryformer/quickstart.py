@@ -6,10 +6,11 @@ yardsticks on the same validation text. Start at `summary`.
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
-from memoryformer import checkpoint, data, errors, experiment, metrics
+from memoryformer import checkpoint, data, errors, experiment, metrics, paths
 from memoryformer.data import yardsticks
 from memoryformer.errors import DataError
 
@@ -61,12 +62,21 @@ def _training(workdir: pathlib.Path) -> str:
     return f"{tokens} tokens at {rate} tokens/s"
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    paths.define_flag("workdir", "The run.", required=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Print the summary of --workdir."""
     errors.check_arguments(argv, config=None, required=False)
-    print(summary(pathlib.Path(_WORKDIR.value)))
+    print(summary(pathlib.Path(flags.FLAGS.workdir)))
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-    errors.run_main(main)
+    main()

@@ -61,7 +61,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises `StorageError` if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # neither UTF-8 nor JSON: ValueErrors
+    # Neither UTF-8 nor JSON: ValueErrors; nested too deep to be read: RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: cannot be read: it holds no JSON object.")

@@ -11,9 +11,10 @@ Off unless `train.spike_sigmas` is set; after OLMo's SkipStepOptimizer (window 1
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array
+from memoryformer.notation import Array, Params
 
 
 class SpikeState(NamedTuple):
@@ -47,3 +48,12 @@ def record(state: SpikeState, loss: Array, grad_norm: Array) -> SpikeState:
     here = finite & (jnp.arange(window) == state.seen % window)  # [window]
     values = jnp.where(here[None, :], new[:, None], state.values)
     return SpikeState(values, state.seen + finite.astype(jnp.int32))
+
+
+@jax.jit
+def are_finite(params: Params) -> Array:
+    """Whether every parameter is a finite number; asked before a state is saved.
+
+    In the step the answer would keep the old and the new parameters in memory at once.
+    """
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))

@@ -6,7 +6,6 @@ step alone. Start at `train`; the step's mathematics is `make_train_step`.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from memoryformer import (
     mixers,
     optimizer,
     outcome,
+    paths,
     preemption,
     processes,
     rundir,
@@ -35,7 +35,7 @@ from memoryformer import (
 )
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.errors import ConfigError, Preempted
+from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
 
@@ -81,7 +81,7 @@ def train(
     longer than `train.*_timeout` ends the process with exit code 43 (`watchdog`).
     """
     run = experiment.resolve(config)
-    workdir = pathlib.Path(workdir)
+    workdir = paths.workdir(workdir)
     with (
         rundir.only_one(workdir, patience),
         outcome.recorded(workdir),
@@ -347,12 +347,12 @@ class _Loop:
                     log.drain()
                     watch.enter("checkpoint", step + 1)
                     with log.away():
-                        checkpointer.save(step + 1, state)
+                        self._save(step + 1, state)
                     log.saved = step + 1
             log.drain()
             done = int(state.step)
             watch.enter("checkpoint", done)
-            checkpointer.save(done, state, wait=True)
+            self._save(done, state, wait=True)
             self.progress.close()
         if done < run.train.num_steps or self._evaluation_missed(done):
             raise Preempted(
@@ -371,8 +371,19 @@ class _Loop:
             self.watch.enter("first_step")
             return self.draw(self.config.train.seed), 0
         step, state = restored
+        if step > (goal := self.config.train.num_steps):
+            raise ConfigError(
+                f"train.num_steps={goal}: {self.workdir} is at step {step}; raise it."
+            )
         self.progress.note(f"going on from step {step} in {self.workdir}")
         return state, step
+
+    def _save(self, step, state, wait=False):
+        if not spikes.are_finite(state.params):  # which its loss need not tell
+            raise NumericError(
+                f"step {step}: a parameter is not finite; lower optimizer.learning_rate."
+            )
+        self.checkpointer.save(step, state, wait=wait)
 
     def _write_config(self):
         if jax.process_index():

@@ -8,6 +8,7 @@ The exit takes no lock and runs no handler: whatever hangs could hold it up.
 Start at `Watchdog`.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -58,13 +59,14 @@ class Watchdog:
                 self._give_up(phase, step, seconds)
 
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        field = f"train.{phase}_timeout"
-        print(
-            f"error: step {step}: {phase.replace('_', ' ')} has taken {seconds:.0f} s, "
-            f"{field}={self._limits[phase]:g} allows no more; the stacks are above, run "
-            f"the same command to go on from the last checkpoint, or raise {field}.",
-            file=sys.__stderr__,
-            flush=True,
-        )
+        with contextlib.suppress(OSError, ValueError):  # nobody reads
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            field = f"train.{phase}_timeout"
+            print(
+                f"error: step {step}: {phase.replace('_', ' ')} has taken {seconds:.0f} s, "
+                f"{field}={self._limits[phase]:g} allows no more; the stacks are above, run "
+                f"the same command to go on from the last checkpoint, or raise {field}.",
+                file=sys.__stderr__,
+                flush=True,
+            )
         os._exit(HangError.exit_code)

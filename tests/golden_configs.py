@@ -23,7 +23,7 @@ def expected() -> dict[str, str]:
     """Return {file name: text} of every shipped config and argument."""
     texts = {}
     for path in SHIPPED:
-        file, argument, _ = config_lib.split(path)
+        file, _, argument = path.partition(":")
         stem = pathlib.Path(file).stem
         name = f"{stem}-{argument}.txt" if argument else f"{stem}.txt"
         texts[name] = announcement.dump(config_lib.load(path))

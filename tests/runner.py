@@ -127,6 +127,24 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def command(self, *argv, environment=None, timeout=None) -> Result:
+        """Run `python ARGV...`: a script of the root, or `-m MODULE`, as given."""
+        with self._lock:
+            self._count += 1
+            output = self._folder / f"run{self._count}"
+            request = {
+                "argv": [str(word) for word in argv],
+                "fault": "",
+                "mutation": "",
+                "devices": 1,
+                "output": str(output),
+                "environment": dict(environment or {}),
+            }
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            started = int(self._server.stdout.readline()), output
+        return self.wait(started, timeout)
+
     def run(self, workdir, **options) -> Result:
         """Start a run and wait for it; see `start`."""
         return self.wait(self.start(workdir, **options))
@@ -157,7 +175,14 @@ def _serve():
         for name in (request["mutation"], request["fault"]):
             name, _, argument = name.partition(":")
             patches[name](*([int(argument)] if argument else []))
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        os.environ.update(request.get("environment", {}))
+        if sys.argv[0] != "-m":
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+            return
+        sys.argv = sys.argv[1:]
+        # As `python -m` has it in the root: no folder of ours but that.
+        sys.path[:] = [str(ROOT), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
     def reap(pid, output):
         _, status = os.waitpid(pid, 0)

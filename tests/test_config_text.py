@@ -14,7 +14,6 @@ import toy
 
 from memoryformer import accounting, announcement, experiment, model
 from memoryformer import config as config_lib
-from memoryformer.errors import ConfigError
 from memoryformer.sweep import points
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,42 +86,6 @@ def test_the_miniature_reads_no_text_twice():
     run = sweep.points[0].run
     assert longest * run.train.batch_size * run.model.seq_len < 11e6
     assert run.data.tokenizer == "bytes"
-
-
-def test_overrides_behind_the_colon():
-    """`f.py:arg,key=value` on the command line and in `load`; types as the field has them.
-
-    Mutations: `text.capitalize()` left out; split at the last colon.
-    """
-    words = config_lib.spread(
-        ["train.py", "--config=a.py:mini,mesh=tensor:model=4,train.seed=3", "--x=1,2"]
-    )
-    assert words == [
-        "train.py",
-        "--config=a.py:mini",
-        "--config.mesh=tensor:model=4",
-        "--config.train.seed=3",
-        "--x=1,2",
-    ]
-    assert config_lib.spread(["--config=a.py", "--config=a.py:mini"]) == [
-        "--config=a.py",
-        "--config=a.py:mini",
-    ]
-    path = f"{ROOT / 'configs' / 'quickstart.py'}:dense,model.num_layers=2"
-    config = config_lib.load(
-        path + ",model.memory_bias=true,optimizer.learning_rate=1,data.path=7"
-    )
-    assert config.model.projection == "dense" and config.model.num_layers == 2
-    assert config.model.memory_bias is True and config.data.path == "7"
-    assert isinstance(config.optimizer.learning_rate, float)
-    for wrong, message in (
-        ("model.num_layer=2", "did you mean 'model.num_layers'"),
-        ("model.num_layers=two", "model.num_layers='two': expected int"),
-        ("model.memory_bias=1", "model.memory_bias=1: expected bool"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            config_lib.load(f"{STUDIES}:mini,{wrong}")
-        assert message in str(caught.value)
 
 
 def test_announcement(tmp_path):

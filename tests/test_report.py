@@ -201,3 +201,19 @@ def test_command_line(tmp_path):
     assert bad.returncode == 2
     assert bad.stderr.strip().endswith("did you mean 'flops'?.")
     assert len(bad.stderr.strip().splitlines()) == 1
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """A leading underscore is in the legend, a dollar sign is no formula.
+
+    Mutation: `axes.legend()`.
+    """
+    names = ["_baseline", "cost$x^$", "plain"]
+    row = {"step": 7, "train/loss": 3.0, "val/loss": 2.0, "val/bits_per_byte": 1.0}
+    runs = [write_metrics(tmp_path / name, [row]) for name in names]
+    figure = report.curves_figure(runs)
+    for axes, kinds in zip(figure.axes, (2, 1), strict=True):
+        shown = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert len(shown) == kinds * len(names)
+        assert all(any(text.startswith(name) for text in shown) for name in names)
+    figure.savefig(tmp_path / "curves.png")

@@ -181,6 +181,28 @@ def test_a_damaged_config_is_named(tmp_path, content):
         studies.load([tmp_path])
 
 
+DAMAGED = ["{", "[]", '{"model": {"embed_dim": "x"}}', '{"model": 3}', "[" * 100_000]
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, '{"model": {"code_bits": 0}, "train": {}}']
+)
+@pytest.mark.parametrize("name", ["config.json", "sweep.json"])
+def test_a_damaged_file_costs_its_run_only(tmp_path, capsys, content, name):
+    """The page has the others, and a line says what is left out, and why.
+
+    Mutation: `_run` without an except.
+    """
+    for number in range(2):
+        run = experiment.resolve(toy.run_config(tmp_path, **{"train.seed": number}))
+        write_run(tmp_path / f"run{number}", run, 0.0)
+    (tmp_path / "run0" / name).write_text(content)
+    found = [run.workdir.name for s in studies.load([tmp_path]) for run in s.runs]
+    assert found == (["run1"] if name == "config.json" else ["run0", "run1"])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"run0/{name}" in told
+
+
 def test_only_done_runs_count(tmp_path):
     """Two seeds are done, at 1.9 and 2.1; a third is at step 10, at 3.0; a fourth has failed
     before its first validation. Table, headline and curve are of the two, as in `collect`;

@@ -16,8 +16,10 @@ import time
 import numpy as np
 import pytest
 import toy
+from absl import flags
 
-from memoryformer import drift, experiment, metrics, outcome
+from memoryformer import config as config_lib
+from memoryformer import drift, errors, experiment, metrics, outcome
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.sweep import best, commands, files, points, runner, tables, worker
 
@@ -160,6 +162,17 @@ def test_commands_without_a_sweep(folder, capsys):
         commands.main([], *arguments)
 
 
+def as_read(argv):
+    """The config that a command makes of a command line."""
+    found = []
+    with pytest.raises(SystemExit) as ended:
+        errors.run_main(
+            lambda argv: found.append(flags.FLAGS.config), config_lib.define_flag, argv
+        )
+    assert not ended.value.code
+    return found[0]
+
+
 def test_print_gives_commands_that_make_the_points(folder, capsys):
     """Each line, read as a shell and train.py do, resolves to its point; `index` picks one.
 
@@ -175,10 +188,9 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
         python, script, config, workdir, *overrides = shlex.split(line)
         assert [python, script] == ["python", "train.py"]
         assert workdir == f"--workdir={point.workdir}"
-        path = config.removeprefix("--config=") + ","
-        path += ",".join(o.removeprefix("--config.") for o in overrides)
-        assert points.config_lib.load(path).train.batch_size == 16
-        assert experiment.resolve(points.config_lib.load(path)) == point.run
+        read = as_read([script, config, *overrides])
+        assert read.train.batch_size == 16
+        assert experiment.resolve(read) == point.run
     commands.show_commands(sweep, commands.Options(index=4))
     assert capsys.readouterr().out.splitlines() == [lines[4]]
     with pytest.raises(ConfigError, match="--index=6: the sweep has 6 points"):
@@ -522,3 +534,82 @@ def test_verdicts(ours, theirs, verdict):
     summaries = [tables.summarise("a", ours), tables.summarise("b", theirs)]
     pooled = tables.pooled_deviation(summaries)
     assert tables.difference(*summaries, pooled).verdict == verdict
+
+
+LABELS = """
+
+def sweep_last_names():
+    yield {"train.batch_size": 16}
+    yield {"eval.batch_size": 16}
+
+def sweep_one_label():
+    for rate in (1e-3, 1.0000001e-3):
+        yield {"label": "mine", "optimizer.learning_rate": rate}
+
+def sweep_numbers():
+    for rate in (1e-3, 2e-3):
+        yield {"label": rate, "optimizer.learning_rate": rate}
+
+def sweep_two_labels():
+    yield {"label": "a", "train.seed": 0}
+    yield {"label": "b", "train.seed": 1}
+
+def sweep_same_value():
+    yield {"optimizer.learning_rate": 1}
+    yield {"optimizer.learning_rate": 1.0, "train.seed": 1}
+
+def sweep_seed():
+    for seed in range(2):
+        yield {"train.seed": seed}
+
+def sweep_raises():
+    yield 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    "name, groups",
+    [
+        ("last_names", ["batch_size=16, train.batch_size=16", "batch_size=16, eval.batch_size=16"]),
+        ("one_label", ["mine, optimizer.learning_rate=0.001",
+                       "mine, optimizer.learning_rate=0.0010000001"]),
+        ("numbers", ["0.001", "0.002"]),
+        ("two_labels", ["a", "a"]),
+        ("same_value", ["learning_rate=1", "learning_rate=1"]),
+    ],
+)  # fmt: skip
+def test_variants_are_configs_not_labels(tmp_path, name, groups):
+    """Points are seeds of one variant if their resolved configs differ in that alone.
+
+    Mutation: `_named_apart` left out; `identity` of the overrides as they are written.
+    """
+    config = toy.config_file(tmp_path)
+    config.write_text(config.read_text() + LABELS)
+    found = points.expand(str(config), [name], tmp_path / "sweeps")
+    assert [point.variant for point in found.points] == groups
+    if groups[0] != groups[1]:  # with seeds: each of the two is in its own group twice
+        both = points.expand(str(config), [name, "seed"], tmp_path / "sweeps")
+        variants = [point.variant for point in both.points]
+        assert variants == [groups[0]] * 2 + [groups[1]] * 2
+
+
+def test_a_generator_that_raises_is_one_line(tmp_path):
+    """Mutation: `_overrides` outside of `explained`."""
+    config = toy.config_file(tmp_path)
+    config.write_text(config.read_text() + LABELS)
+    with pytest.raises(ConfigError, match=r"line \d+: ZeroDivisionError"):
+        points.expand(str(config), ["raises"], tmp_path / "sweeps")
+
+
+def test_sides_are_configs_not_overrides(tmp_path):
+    """A field given at its default makes no other side. Mutation: the overrides for a key."""
+    config = toy.config_file(tmp_path)
+    text = """
+def sweep_default():
+    yield {"optimizer.learning_rate": 1e-3}
+    yield {"optimizer.learning_rate": 2e-3, "train.batch_size": 8}
+"""
+    config.write_text(config.read_text() + text)
+    found = points.expand(str(config), ["default"], tmp_path / "sweeps")
+    trials = [best._trial(p, best.LEARNING_RATE, "val/loss") for p in found.points]
+    assert trials[0].side == trials[1].side

@@ -9,23 +9,32 @@ SOURCE is a directory or hub:owner/name; T is float32, bfloat16 or int8; FORMAT 
 safetensors (an export), gpt_neox or released.
 """
 
+from collections.abc import Sequence
+
 from absl import flags
-from ml_collections import config_flags
 
 from memoryformer import config as config_lib
-from memoryformer import errors
-
-_TABLES = flags.DEFINE_string("tables", "float32", "How tables are stored.")
-_STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
-_TO = flags.DEFINE_string("to", "safetensors", "The format to export to.")
-_REVISION = flags.DEFINE_string("revision", "", "Of a hub repository.")
-_RELEASED_CONFIG = flags.DEFINE_string(
-    "released_config", "", "The yml of a released checkpoint that carries none."
-)
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+from memoryformer import errors, paths
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag()
+    flags.DEFINE_string("tables", "float32", "How tables are stored.")
+    flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
+    flags.DEFINE_string("to", "safetensors", "The format to export to.")
+    flags.DEFINE_string("revision", "", "Of a hub repository.")
+    paths.define_flag(
+        "released_config", "The yml of a released checkpoint that carries none."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Dispatch to the subcommand."""
     from memoryformer.convert import export, gpt_neox, released, runs
 
@@ -34,34 +43,40 @@ def main(argv):
             "usage: python -m memoryformer.convert gpt_neox|released|export|import "
             "FROM TO; --help says more."
         )
-    _, command, origin, target = argv
+    command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
+    if not origin.startswith("hub:"):
+        origin = str(paths.local(origin, "FROM"))
     known = ("gpt_neox", "released", "export", "import")
     config_lib.choose(command, known, "subcommand")
-    config_lib.choose(_TABLES.value, export.TABLE_TYPES, "--tables")
-    config_lib.choose(_TO.value, runs.FORMATS, "--to")
+    config_lib.choose(flags.FLAGS.tables, export.TABLE_TYPES, "--tables")
+    config_lib.choose(flags.FLAGS.to, runs.FORMATS, "--to")
     if command == "export":
-        step = None if _STEP.value < 0 else _STEP.value
-        tables, form = _TABLES.value, _TO.value
+        step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
+        tables, form = flags.FLAGS.tables, flags.FLAGS.to
         runs.export_run(origin, target, step=step, form=form, tables=tables)
     elif command == "import":
-        runs.import_run(origin, target, _CONFIG.value)
+        runs.import_run(origin, target, flags.FLAGS.config)
     else:
-        directory = runs.fetch(origin, _REVISION.value)
+        directory = runs.fetch(origin, flags.FLAGS.revision)
         if command == "gpt_neox":
             config, params = gpt_neox.load_gpt_neox(directory)
         else:
-            yml = _RELEASED_CONFIG.value
+            yml = flags.FLAGS.released_config or ""
             config, params = released.load_released(directory, yml)
         export.save_export(
             target,
             config,
             params,
             tokenizer=export.load_tokenizer(directory),
-            tables=_TABLES.value,
-            source={"format": command, "from": origin, "revision": _REVISION.value},
+            tables=flags.FLAGS.tables,
+            source={
+                "format": command,
+                "from": origin,
+                "revision": flags.FLAGS.revision,
+            },
         )
     print(f"{origin} -> {target}")
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    main()

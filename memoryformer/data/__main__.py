@@ -21,57 +21,58 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from memoryformer import config as config_lib
 from memoryformer import data, errors
 from memoryformer.data import yardsticks
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment's config file."
-)
-_VERIFY = flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead.")
-_ROWS = flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.")
-
 _COMMANDS = ("prepare", "inspect", "yardsticks")
 _COUNTED = 50_000_000  # tokens behind the frequency list
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag()
+    flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
+    flags.DEFINE_bool("json", False, "Print one JSON object instead.")
+    flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
     """Run one command."""
     if len(argv) != 2:
         raise errors.ConfigError(
             f"python -m memoryformer.data: give one command of {', '.join(_COMMANDS)}."
         )
     command = config_lib.choose(argv[1], _COMMANDS, "command")
-    config = _CONFIG.value
-    if config is None:
-        config = ml_collections.ConfigDict()
-    elif not isinstance(config, ml_collections.ConfigDict):
-        raise errors.ConfigError("--config: there is no such file.")
+    config = flags.FLAGS.config or ml_collections.ConfigDict()
     data_config = config_lib.build(data.DataConfig, config.get("data", {}), "data")
     directory = data.prepare(data_config)
     if command == "prepare":
         print(directory)
         return
-    dataset = data.open_directory(directory, verify=_VERIFY.value)
+    dataset = data.open_directory(directory, verify=flags.FLAGS.verify)
     if command == "inspect":
         inspect(dataset, config)
     else:
         result = yardsticks.measure(dataset)
-        print(json.dumps(result) if _JSON.value else yardsticks.table(result))
+        print(json.dumps(result) if flags.FLAGS.json else yardsticks.table(result))
 
 
 def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     """Print what a data set holds and how its first batch looks."""
-    if _JSON.value:
+    if flags.FLAGS.json:
         print(json.dumps({"directory": str(dataset.directory), **dataset.manifest}))
         return
     manifest, tokenizer = dataset.manifest, dataset.tokenizer
     used = manifest["tokenizer"]
     print(f"directory    {dataset.directory}")
-    print(f"fingerprint  {dataset.fingerprint}" + " (verified)" * _VERIFY.value)
+    print(f"fingerprint  {dataset.fingerprint}" + " (verified)" * flags.FLAGS.verify)
     print(f"source       {' '.join(v for v in manifest['source'].values() if v)}")
     print(
         f"tokenizer    {used['name']}: {used['vocab_size']} tokens, end of document "
@@ -95,7 +96,7 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
         f"{batches.windows_per_epoch:,} windows per epoch"
     )
     batch = batches.batch(0)
-    for row in range(min(_ROWS.value, batch_size)):
+    for row in range(min(flags.FLAGS.rows, batch_size)):
         _print_row(batch, row, tokenizer)
 
 
@@ -131,4 +132,4 @@ def _show(tokenizer: data.Tokenizer, token: int) -> str:
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    main()

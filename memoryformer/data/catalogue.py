@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 # TFDS 4.9.10 imports importlib_resources without declaring it: see requirements.txt.
 import tensorflow_datasets as tfds
 
-from memoryformer import errors
+from memoryformer import errors, paths
 from memoryformer.data import options
 
 _WAYS_OUT = (
@@ -28,6 +28,7 @@ _HELD_OUT = ("validation", "valid", "val", "dev")
 def builder(data_config: options.DataConfig) -> tfds.core.DatasetBuilder:
     """The builder of `data_config.name`; from `path` if that is a prepared data set."""
     name, path = data_config.name, data_config.path
+    path = str(paths.local(path, "data.path")) if path else ""
     with _explained(name):
         if path and (pathlib.Path(path) / "dataset_info.json").is_file():
             return tfds.builder_from_directory(path)

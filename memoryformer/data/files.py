@@ -18,7 +18,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 
-from memoryformer import errors
+from memoryformer import errors, paths
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SMALL_CORPUS = 256 << 20  # bytes up to which a fingerprint reads every file
@@ -58,12 +58,12 @@ def list_files(
     the corpus lies. Hidden files are skipped; with `json_only` so is everything that is
     not JSON lines. Raises `DataError` if nothing is left.
     """
-    base = pathlib.Path(path).expanduser()
+    base = paths.local(path, field)
     if base.is_file():
         return [(base.name, base)]
     if base.is_dir():
         candidates = base.rglob("*")
-    elif glob.has_magic(path):
+    elif glob.has_magic(str(base)):
         candidates = [pathlib.Path(p) for p in glob.glob(str(base), recursive=True)]
         parts = base.parts
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))

@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from memoryformer import config as config_lib
-from memoryformer import errors
+from memoryformer import errors, paths
 
 SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
 
@@ -63,6 +63,9 @@ class DataConfig:
                     f"data.{field}={value!r}: data.source={self.source!r} does not use "
                     f"it; set data.source to one of {', '.join(sources)}."
                 )
+        for field in ("path", "validation_path", "data_dir"):
+            if value := getattr(self, field):
+                paths.local(value, f"data.{field}")
         if self.source == "tfds" and not self.name:
             raise errors.ConfigError(
                 "data.name='': data.source='tfds' needs a TFDS name, e.g. "
@@ -94,10 +97,5 @@ def cache_root(data_config: DataConfig) -> pathlib.Path:
     files are memory-mapped, so it must be a local or mounted path.
     """
     root = data_config.data_dir or os.environ.get("MEMORYFORMER_DATA", "")
-    root = root or "~/.cache/memoryformer"
-    if "://" in root:
-        raise errors.ConfigError(
-            f"data.data_dir={root!r}: token files are memory-mapped; "
-            "give a local or mounted folder."
-        )
-    return pathlib.Path(root).expanduser()
+    name = "data.data_dir" if data_config.data_dir else "MEMORYFORMER_DATA"
+    return paths.local(root or "~/.cache/memoryformer", name)

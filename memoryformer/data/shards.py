@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memoryformer import errors
+from memoryformer import errors, paths
 from memoryformer.data import files as files_lib
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import options
@@ -93,7 +93,7 @@ def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
     corpus is not there.
     """
     if data_config.source == "prepared":
-        return pathlib.Path(data_config.path).expanduser()
+        return paths.local(data_config.path, "data.path")
     text = json.dumps(_request(data_config), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     label = data_config.name or data_config.source

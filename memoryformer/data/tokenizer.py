@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
-from memoryformer import errors
+from memoryformer import errors, paths
 
 EOT = "<eot>"
 _EOT_NAMES = (EOT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
@@ -168,7 +168,7 @@ def load(spec: str) -> Tokenizer:
     if spec.startswith("hub:"):
         path = _from_hub(spec)
     else:
-        path = pathlib.Path(spec).expanduser()
+        path = paths.local(spec, "data.tokenizer")
         if path.is_dir():
             path = path / "tokenizer.json"
     if not path.is_file():

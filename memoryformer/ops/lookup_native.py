@@ -197,7 +197,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
         _configure(library)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return None, " ".join(str(error).split())
     return library, ""
 

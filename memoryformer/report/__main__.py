@@ -2,33 +2,52 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
-from memoryformer import config, errors
+from memoryformer import config, errors, paths
 
 PICTURES = ("flops", "utilisation", "curves")
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    paths.define_flag("output", "File, or folder for pictures; not given: in DIR.")
+    paths.define_flag("workdir", "The run to look at (utilisation).")
+    flags.DEFINE_integer(
+        "max_tokens",
+        2**18,
+        "Validation tokens to count (utilisation); 0 = all.",
+        lower_bound=0,
+        upper_bound=2**40,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Draw the pictures that the first word names, or the page of directories."""
     words = argv[1:]
     if not words:
         raise errors.ConfigError(
             f"report: name run or sweep directories, or one of {', '.join(PICTURES)}."
         )
-    if words[0] not in PICTURES and not pathlib.Path(words[0]).exists():
+    if words[0] not in PICTURES and not paths.local(words[0], "report").exists():
         near = config.suggest(words[0], PICTURES)
         raise errors.ConfigError(f"report {words[0]!r}: no such directory{near}.")
     if words[0] in PICTURES:
         from memoryformer.report import pictures  # with matplotlib
 
         names = [field.name for field in dataclasses.fields(pictures.Options)]
-        options = {name: flags.FLAGS[name].value for name in names}
+        options = {name: flags.FLAGS[name].value or "" for name in names}
         return pictures.main(argv, pictures.Options(**options))
     from memoryformer.report import page
 
-    directories = [pathlib.Path(word) for word in words]
+    directories = [paths.local(word, "report") for word in words]
     output = pathlib.Path(flags.FLAGS.output or directories[0] / "report.html")
     if output.is_dir():
         output = output / "report.html"
@@ -42,9 +61,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", "", "File, or folder for pictures; '' = in DIR.")
-    flags.DEFINE_string("workdir", "", "The run to look at (utilisation).")
-    flags.DEFINE_integer(
-        "max_tokens", 2**18, "Validation tokens to count (utilisation); 0 = all."
-    )
-    errors.run_main(main)
+    main()

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -107,7 +108,7 @@ def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
     for axes in all_axes.flat:
         axes.set(xlabel="training tokens" if by_tokens else "step", xlim=(0, None))
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        axes.legend()
+        _legend(axes)
     return figure
 
 
@@ -340,6 +341,19 @@ def _names(workdirs: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     while len({w.parts[-depth:] for w in resolved}) < len(resolved):
         depth += 1
     return {os.path.join(*w.parts[-depth:]): w for w in resolved}
+
+
+def _legend(axes: plt.Axes) -> None:
+    """Show the label of every line that was given one, as it is.
+
+    Matplotlib leaves out labels that begin with `_`, and reads `$` as a formula.
+    """
+    unnamed = re.compile(r"_child\d+")  # what it calls lines without a label
+    lines = [x for x in axes.get_lines() if not unnamed.fullmatch(x.get_label())]
+    legend = axes.legend(lines, list(map(str, range(len(lines)))))
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_parse_math(False)
+        text.set_text(line.get_label())
 
 
 def _no_more(argv: Sequence[str], subcommand: str) -> None:

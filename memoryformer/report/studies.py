@@ -4,14 +4,15 @@ import dataclasses
 import functools
 import pathlib
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from memoryformer import accounting, drift, outcome, rundir
+from memoryformer import accounting, drift, experiment, outcome, rundir
 from memoryformer import config as config_lib
-from memoryformer.errors import DataError
+from memoryformer.errors import ConfigError, DataError, StorageError
 from memoryformer.sweep import files, points, tables
 
 LOSS, BITS, VALIDATION = "train/loss", "val/bits_per_byte", "val/loss"
@@ -140,25 +141,31 @@ class Study:
 def load(directories: Sequence[pathlib.Path]) -> list[Study]:
     """Read every run in or below `directories`: a study per sweep, one of all others.
 
-    Raises `DataError` where there is none.
+    Damaged ones are left out, each told in a line. Raises `DataError` where there is none,
+    `StorageError` where all are damaged.
     """
     studies, others, seen = [], [], set()
+    damaged: list[StorageError] = []
     for directory in directories:
         if not directory.is_dir():
             raise DataError(f"{directory}: there is no such directory.")
         found = [p.parent for p in _below(directory, files.MANIFEST)]
         for sweep in found:
-            runs = [run for run in _of_sweep(sweep) if run]
+            runs = [run for run in _of_sweep(sweep, damaged) if run]
             seen |= {run.workdir.resolve() for run in runs}
             if runs:
                 studies.append(Study(sweep.name, runs))
         for path in _below(directory, "metrics.jsonl"):
             if path.parent.resolve() not in seen:
                 seen.add(path.parent.resolve())
-                others.append(_run(path.parent))
+                others.append(_run(path.parent, damaged))
     others = [run for run in others if run]
     if others:
         studies.append(Study("runs", others))
+    if damaged and not studies:
+        raise damaged[0]
+    for error in damaged:
+        print(f"note: left out: {error}", file=sys.stderr, flush=True)
     if not studies:
         listed = ", ".join(map(str, directories))
         raise DataError(f"{listed}: holds no run (config.json and metrics.jsonl).")
@@ -176,20 +183,37 @@ def _below(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
     return [path for pattern in patterns for path in sorted(directory.glob(pattern))]
 
 
-def _of_sweep(directory: pathlib.Path) -> list[Run | None]:
-    facts = rundir.read_json(directory / files.MANIFEST)
-    return [
-        _run(directory / name, point["label"])
-        for name, point in facts["points"].items()
-    ]
+def _of_sweep(directory: pathlib.Path, damaged: list[StorageError]) -> list[Run | None]:
+    path = directory / files.MANIFEST
+    try:
+        points = rundir.read_json(path)["points"]
+        labels = {str(name): str(point["label"]) for name, point in points.items()}
+    except StorageError as error:
+        damaged.append(error)
+        return []
+    except (AttributeError, KeyError, TypeError):
+        damaged.append(StorageError(f"{path}: is no list of a sweep's points."))
+        return []
+    return [_run(directory / name, damaged, label) for name, label in labels.items()]
 
 
-def _run(workdir: pathlib.Path, label: str = "") -> Run | None:
+def _run(
+    workdir: pathlib.Path, damaged: list[StorageError], label: str = ""
+) -> Run | None:
+    """Read a run; None where there is none, or, `damaged`, none that can be read."""
     path = workdir / "config.json"
-    rows = files.read_rows(workdir)
-    if not path.exists() or not rows:
+    try:
+        rows = files.read_rows(workdir)
+        if not path.exists() or not rows:
+            return None
+        config = experiment.complete(rundir.read_json(path))
+        accounting.count(config["model"])  # of a model that cannot be, it raises
+    except StorageError as error:
+        damaged.append(error)
         return None
-    config = rundir.read_json(path)
+    except ConfigError as error:
+        damaged.append(StorageError(f"{path}: {error}"))
+        return None
     ended = outcome.read(workdir) or {"state": "partial"}
     flat = config_lib.flatten(drift.plain(config))
     return Run(workdir, flat, rows, label, ended["state"])

@@ -1,14 +1,40 @@
 """The command line of sweeps: see the package's docstring."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
-from memoryformer import errors
+from memoryformer import config as config_lib
+from memoryformer import errors, paths
+
+ROOT = "runs/sweeps"
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag()
+    flags.DEFINE_list("sweep", [], "Sweeps of the config file, to be multiplied.")
+    paths.define_flag("root", "Where sweeps live; runs/sweeps if not given.")
+    flags.DEFINE_integer("index", -1, "print: this point alone.")
+    flags.DEFINE_bool("todo", False, "print: leave out what is done or has failed.")
+    flags.DEFINE_integer("parallel", 1, "run: processes at a time.", lower_bound=1)
+    flags.DEFINE_bool("retry_failed", False, "run: points that failed, too.")
+    flags.DEFINE_string("baseline", "", "collect: variant to compare with.")
+    flags.DEFINE_string(
+        "best_over",
+        "",
+        "collect: field that each side has its own best of; '' = the learning rate.",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Read the flags and run the command that `argv` names."""
     errors.check_arguments(argv[:1], config=flags.FLAGS.config)
     from memoryformer.sweep import commands
@@ -20,24 +46,11 @@ def main(argv):
         argv[1:],
         config_flags.get_config_filename(config),
         flags.FLAGS.sweep,
-        flags.FLAGS.root,
+        flags.FLAGS.root or ROOT,
         dict(config_flags.get_override_values(config)),
         options,
     )
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Experiment: FILE.py[:ARGUMENT].")
-    flags.DEFINE_list("sweep", [], "Sweeps of the config file, to be multiplied.")
-    flags.DEFINE_string("root", "runs/sweeps", "Where sweeps live.")
-    flags.DEFINE_integer("index", -1, "print: this point alone.")
-    flags.DEFINE_bool("todo", False, "print: leave out what is done or has failed.")
-    flags.DEFINE_integer("parallel", 1, "run: processes at a time.", lower_bound=1)
-    flags.DEFINE_bool("retry_failed", False, "run: points that failed, too.")
-    flags.DEFINE_string("baseline", "", "collect: variant to compare with.")
-    flags.DEFINE_string(
-        "best_over",
-        "",
-        "collect: field that each side has its own best of; '' = the learning rate.",
-    )
-    errors.run_main(main)
+    main()

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from memoryformer import config as config_lib
 from memoryformer import experiment
 from memoryformer.errors import ConfigError
-from memoryformer.sweep import files, tables
+from memoryformer.sweep import files, points, tables
 from memoryformer.sweep.points import SEED, Point, Sweep
 
 LEARNING_RATE = "optimizer.learning_rate"
@@ -107,10 +107,9 @@ def table(sweep: Sweep, field: str = "", baseline: str = "") -> list[str]:
 
 
 def _trial(point: Point, field: str, metric: str) -> Trial:
-    others = {k: v for k, v in point.overrides.items() if k not in (field, SEED)}
     flat = config_lib.flatten(experiment.as_dict(point.run))
     value = files.values(point.workdir, [metric]).get(metric, math.nan)
-    side = tuple(sorted(others.items()))
+    side = points.identity(point, without=(field, SEED))
     state = files.state(point).name
     return Trial(side, point.variant, flat.get(field, math.nan), state, value)
 

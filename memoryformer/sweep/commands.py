@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from memoryformer import abstract, accounting, metrics, trainer
+from memoryformer import abstract, accounting, console, metrics, trainer
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.sweep import best, files, points, runner, tables
@@ -102,9 +102,10 @@ def command(sweep: Sweep, point: Point) -> str:
 
 def run(sweep: Sweep, options: Options) -> int:
     """Train the points here; see `runner.run`."""
-    return runner.run(
-        sweep, parallel=options.parallel, retry_failed=options.retry_failed
-    )
+    with console.unbroken():
+        return runner.run(
+            sweep, parallel=options.parallel, retry_failed=options.retry_failed
+        )
 
 
 def status(sweep: Sweep, unused_options: Options) -> int:

@@ -9,11 +9,11 @@ import json
 import pathlib
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from memoryformer import config as config_lib
-from memoryformer import drift, experiment
+from memoryformer import drift, experiment, paths
 from memoryformer.errors import ConfigError
 
 PREFIX = "sweep_"
@@ -32,13 +32,15 @@ class Point:
 
     index: int
     overrides: Mapping[str, Any]  # of the config file's, without the label
-    label: str  # what tells it from others, but for its seed; '' if only that does
+    label: (
+        str  # shared by points of one config but for the seed; '' if only that differs
+    )
     run: experiment.Experiment
     workdir: pathlib.Path
 
     @property
     def variant(self) -> str:
-        """What tells the point from others, but for its seed."""
+        """The name of what the point shares with those of other seeds, and no other has."""
         return self.label or "base"
 
 
@@ -63,7 +65,7 @@ def expand(
     """Resolve every point of the sweeps `names` of a config file.
 
     Args:
-      config: FILE[:ARGUMENT][,key=value...].
+      config: FILE[:ARGUMENT].
       names: of `sweep_NAME` generators; several are multiplied.
       root: where the sweep's directory goes.
       base: dotted overrides that apply to every point.
@@ -71,12 +73,14 @@ def expand(
     Raises `ConfigError` for an unknown sweep, a point that cannot be, a field that two
     sweeps set, and for two points that are the same run.
     """
-    module, argument, written = config_lib.load_module(config)
+    module, argument = config_lib.load_module(config)
     base = dict(base or {})
-    chosen = [_overrides(module, name, argument) for name in names]
-    file = config_lib.split(config)[0]
-    folder = "-".join(filter(None, (pathlib.Path(file).stem, argument)))
-    directory = pathlib.Path(root) / _clean(folder) / _clean("-".join(names))
+    with config_lib.explained(config):
+        chosen = [_overrides(module, name, argument) for name in names]
+    stem = pathlib.Path(config.partition(":")[0]).stem
+    folder = "-".join(filter(None, (stem, argument)))
+    root = paths.workdir(root, "--root")
+    directory = root / _clean(folder) / _clean("-".join(names))
     points = []
     for index, parts in enumerate(itertools.product(*chosen)):
         overrides, label = _merged(parts, names)
@@ -87,15 +91,43 @@ def expand(
     if not points:
         raise ConfigError(f"--sweep={','.join(names)}: has no points.")
     _refuse_twins(points)
-    # What stands behind the colon as key=value is an override like any other.
-    plain = f"{file}:{argument}" if argument else file
-    metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
-    return Sweep(plain, tuple(names), written | base, directory, metrics, tuple(points))
+    with config_lib.explained(config):
+        metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
+    points = tuple(_named_apart(points))
+    return Sweep(config, tuple(names), base, directory, metrics, points)
+
+
+def identity(point: Point, without: Collection[str] = (SEED,)) -> str:
+    """Return, as text, the resolved config of a point but for some fields.
+
+    Bookkeeping counts only where the sweep itself is over it. Equal texts are what a
+    table calls seeds of one variant, whatever their labels say.
+    """
+    flat = config_lib.flatten(drift.plain(experiment.as_dict(point.run)))
+    return _text(flat, point.overrides, without)
+
+
+def _named_apart(points: Sequence[Point]) -> list[Point]:
+    """Give the seeds of one config one label, and different configs different labels."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(identity(point), []).append(point)
+    variants = [group[0].variant for group in groups.values()]
+    apart = {}
+    for group, variant in zip(groups.values(), variants, strict=True):
+        first = group[0]
+        label = first.label
+        if variants.count(variant) > 1:
+            fields = {k: v for k, v in first.overrides.items() if k != SEED}
+            full = [f"{key}={value!r}" for key, value in fields.items()]
+            label = ", ".join(filter(None, (label, *full)))
+        apart |= {p.index: dataclasses.replace(p, label=label) for p in group}
+    return [apart[point.index] for point in points]
 
 
 def available(config: str) -> dict[str, str]:
     """Return the sweeps of a config file: {name: first line of its docstring}."""
-    module, _, _ = config_lib.load_module(config)
+    module, _ = config_lib.load_module(config)
     return {name: (inspect.getdoc(f) or "").split("\n")[0] for name, f in _all(module)}
 
 
@@ -130,7 +162,7 @@ def _merged(
     labels = []
     for part, name in zip(parts, names, strict=True):
         part = dict(part)
-        label = part.pop(LABEL, "")
+        label = " ".join(str(part.pop(LABEL, "")).split())
         if both := overrides.keys() & part.keys():
             raise ConfigError(
                 f"--sweep={','.join(names)}: {name!r} sets {min(both)}, and so does "
@@ -170,13 +202,22 @@ def _directory(directory: pathlib.Path, slug: str, digest: str) -> pathlib.Path:
 
 def _hash(run: experiment.Experiment, overrides: Mapping[str, Any]) -> str:
     flat = config_lib.flatten(drift.plain(experiment.as_dict(run)))
+    return hashlib.sha256(_text(flat, overrides).encode()).hexdigest()[:8]
+
+
+def _text(
+    flat: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    without: Collection[str] = (),
+) -> str:
     named = {
         key: value
         for key, value in flat.items()
         if key in overrides or not any(fnmatch.fnmatchcase(key, p) for p in BOOKKEEPING)
     }
-    text = json.dumps(named, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return json.dumps(
+        {k: v for k, v in named.items() if k not in without}, sort_keys=True
+    )
 
 
 def _refuse_twins(points: Sequence[Point]) -> None:

@@ -71,9 +71,10 @@ def train(
                 trainer.train(config, folder, compiled=compiled, patience=LOCK_SECONDS)
             except rundir.OccupiedError:
                 return LOCKED, "another process trains it"
-            except errors.MemoryFormerError as error:
-                return errors.report(error, debug=False), str(error)
             except Exception as error:
+                ours = errors.as_ours(error)
+                if ours:
+                    return errors.report(ours, debug=False), str(ours)
                 traceback.print_exc()
                 return 1, f"{type(error).__name__}: {error}"
     except OSError as error:

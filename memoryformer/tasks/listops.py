@@ -15,8 +15,7 @@ tokens, and a linear head.
 
 import dataclasses
 import json
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from ml_collections import config_flags
 
 from memoryformer import config as config_lib
-from memoryformer import degradation, errors, mixers
+from memoryformer import console, degradation, errors, mixers, paths
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
@@ -150,8 +148,8 @@ def logits(
 
 def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
     """Train on fresh trees; write and return the rows of metrics.jsonl."""
-    model_config = model_lib.ModelConfig.from_config(config["model"])
-    task = config_lib.build(ListOpsConfig, config["task"], "task")
+    model_config = model_lib.ModelConfig.from_config(config.get("model", {}))
+    task = config_lib.build(ListOpsConfig, config.get("task", {}), "task")
     if model_config.vocab_size < len(TOKENS):
         raise ConfigError(
             f"model.vocab_size={model_config.vocab_size}: ListOps has {len(TOKENS)} tokens."
@@ -185,7 +183,7 @@ def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
     measure = jax.jit(loss_and_accuracy)
     params = init(model_config, task.seed)
     opt_state, rows = tx.init(params), []
-    folder = pathlib.Path(workdir)
+    folder = paths.local(workdir, "--workdir")
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(task.num_steps):
         data = batch(task, model_config.seq_len, i)
@@ -216,15 +214,24 @@ def _degradation(model_config, task, params):
     return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
 
 
-def main(argv):
+def define_flags() -> None:
+    """Define the flags of the command."""
+    config_lib.define_flag(required=True)
+    paths.define_flag("workdir", "Where metrics.jsonl goes.", required=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; raises `SystemExit` with its exit code."""
+    errors.run_main(_run, define_flags, argv)
+
+
+def _run(argv):
     """Train the classifier of --config."""
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]}: unexpected argument; flags only.")
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    with console.unbroken():  # what is printed is in metrics.jsonl too
+        train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "configs/listops.py[:MIXER].")
-    flags.DEFINE_string("workdir", None, "Where metrics.jsonl goes.", required=True)
-    flags.mark_flag_as_required("config")
-    errors.run_main(main)
+    main()

@@ -47,9 +47,11 @@ class Output:
             raise
 
     def give(self, result: dict[str, Any]) -> None:
-        """Print the whole result, then write it."""
-        print(json.dumps(result, indent=2), flush=True)  # not lost with the file
-        self._write(result)
+        """Print the whole result and write it; neither is lost with the other."""
+        try:
+            print(json.dumps(result, indent=2), flush=True)
+        finally:
+            self._write(result)
 
     def _write(self, result: dict[str, Any]) -> None:
         if self._path is None:
