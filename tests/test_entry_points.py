@@ -225,9 +225,9 @@ FLAGS = (
     (("--export=e", *TASKS), "name one of --workdir=DIR and --export=DIR"),
     (("--tasks=piqa",), "name one of --workdir=DIR and --export=DIR"),
     (("--workdir=w", "--tasks="), "--tasks: name some of"),
-    ((*TASKS, "--limit=-1"), "--limit=-1: must be 0 (all) or more"),
-    ((*TASKS, "--task_batch_size=0"), "--task_batch_size=0: must be >= 1"),
-    ((*EXPORT, "--num_fewshot=-1"), "--num_fewshot=-1: must be 0 or more"),
+    ((*TASKS, "--limit=-1"), "--limit=-1: -1 is not a non-negative integer"),
+    ((*TASKS, "--task_batch_size=0"), "--task_batch_size=0: 0 is not a positive integer"),
+    ((*EXPORT, "--num_fewshot=-1"), "--num_fewshot=-1: -1 is not a non-negative integer"),
     ((*TASKS, "--tasks_path=nowhere"), "--tasks_path=nowhere: there is no such folder"),
     ((*TASKS, "--output={folder}"), "--output={folder}: no file can be written there"),
     ((*TASKS, "--tables=int3"), "--tables='int3'"),
@@ -235,21 +235,23 @@ FLAGS = (
 )
 # Every command line in one process: its flags as after a start.
 MANY = """
-import json, sys
-from absl import flags
-from absl.testing import flagsaver
+import contextlib, io, json, sys
 import eval as command
-from memoryformer import errors, inference
+from absl.testing import flagsaver
+from memoryformer import config, errors, inference
+
+def main(argv):
+    try:
+        command.main(argv)
+    except errors.StorageError:  # what was to be evaluated is not there
+        print(repr(inference.kinds_from_flags()), file=sys.stderr)
+
 for line in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["eval.py", *line])
-        try:
-            said = repr(command.main(["eval.py"]))
-        except errors.ConfigError as error:
-            said = str(error)
-        except errors.StorageError as error:  # what was to be evaluated is not there
-            said = repr(inference.kinds_from_flags())
-        print(json.dumps(said))
+    said = io.StringIO()
+    with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
+        with contextlib.suppress(SystemExit):
+            errors.run_main(main, config.define_flag, ["eval.py", *line])
+    print(json.dumps(said.getvalue().strip()))
 """
 
 
