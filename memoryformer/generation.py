@@ -28,7 +28,8 @@ from memoryformer import (
     metrics,
 )
 from memoryformer.convert import export
-from memoryformer.errors import ConfigError
+from memoryformer.data import blocks, jsonlines, names
+from memoryformer.errors import ConfigError, DataError
 
 SamplingConfig = decoding.SamplingConfig
 Generator = decoding.Generator
@@ -102,6 +103,7 @@ def complete(
     Documents begin with the end-of-text token of the one before, and so do prompts. `show`
     gets the first reply's text as it comes.
     """
+    _check_text(prompts)
     start = [tokenizer.eot_id]
     tokens = [start + tokenizer.encode(prompt) for prompt in prompts]
     replies = [_Reply(tokenizer, stop) for _ in prompts]
@@ -128,9 +130,20 @@ def complete_file(
     """Continue every prompt of a file: lines of text, or JSON lines with 'prompt'.
 
     Yields {'prompt', 'text', 'num_tokens', 'finish', 'seed'}; prompt i has seed + i, whatever
-    the batch size.
+    the batch size. The file is read at once: raises `ConfigError` where it is no such file.
     """
     prompts = _read_prompts(path)
+    return _complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
+
+
+def _complete_all(
+    generator: Generator,
+    tokenizer: data.Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    stop: Sequence[str],
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         now = dataclasses.replace(sampling, seed=sampling.seed + start)
@@ -142,17 +155,32 @@ def complete_file(
 
 
 def _read_prompts(path: str) -> list[str]:
+    """The prompts of a file; a line of plain text that is empty is an empty prompt."""
+    file = pathlib.Path(path)
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        if path.endswith((".jsonl", ".json")):
-            return [json.loads(line)["prompt"] for line in lines if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"--prompts={path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--prompts={path}: every line must be JSON with 'prompt' ({error!r})."
-        ) from error
-    return [line for line in lines if line]
+        if blocks.is_json_lines(file):
+            fix = 'write every line as {"prompt": "text"}'
+            prompts = [
+                jsonlines.text(value, "prompt", f"{names.shown(path)}:{number}", fix)
+                for number, value in jsonlines.values(file)
+            ]
+        else:
+            prompts = list(blocks.text_lines(file))
+    except DataError as error:
+        raise ConfigError(f"--prompts: {error}") from error
+    if not prompts:
+        raise ConfigError(f"--prompts: {names.shown(path)}: holds no prompts.")
+    return prompts
+
+
+def _check_text(prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt {prompt!r}: is not UTF-8 text (character {error.start})."
+            ) from error
 
 
 def open_run(
@@ -199,14 +227,23 @@ def main(argv):
         _run_prompt(generator, tokenizer, _PROMPT.value, sampling)
         return
     print("Type a beginning; an empty line ends.", file=sys.stderr)
-    for line in sys.stdin:
-        if not line.strip():
-            return
-        _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling)
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
+    try:
+        for line in sys.stdin:
+            if not line.strip():
+                return
+            _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling)
+            sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: is not UTF-8 text ({error}).") from error
+
+
+def _stops():
+    """What --stop says; a shell passes \\n on as two characters."""
+    return [names.unescaped(stop) for stop in _STOP.value]
 
 
 def _run_prompt(generator, tokenizer, prompt, sampling):
+    _check_text([prompt])
     seq_len = generator.model_config.seq_len
     size = 1 + len(tokenizer.encode(prompt))
     if size + sampling.max_tokens > seq_len:
@@ -223,7 +260,7 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
         sys.stdout.flush()
 
     sys.stdout.write(prompt)
-    (reply,) = complete(generator, tokenizer, [prompt], sampling, _STOP.value, show)
+    (reply,) = complete(generator, tokenizer, [prompt], sampling, _stops(), show)
     print()
     speed = ""
     after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
@@ -239,18 +276,19 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
 
 def _run_file(generator, tokenizer, sampling):
     started, count = time.perf_counter(), 0
+    path, output = _PROMPTS.value, _OUTPUT.value
+    rows = complete_file(
+        generator, tokenizer, path, sampling, _stops(), _BATCH_SIZE.value
+    )
+    if output and os.path.exists(output) and os.path.samefile(path, output):
+        raise ConfigError(
+            f"--output={output}: is the file of prompts; name another file."
+        )
     with contextlib.ExitStack() as stack:
         out = sys.stdout
-        if _OUTPUT.value:
-            out = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8"))
-        for row in complete_file(
-            generator,
-            tokenizer,
-            _PROMPTS.value,
-            sampling,
-            _STOP.value,
-            _BATCH_SIZE.value,
-        ):
+        if output:
+            out = stack.enter_context(open(output, "w", encoding="utf-8"))
+        for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             count += row["num_tokens"]
@@ -268,7 +306,9 @@ if __name__ == "__main__":
     _HEAD = flags.DEFINE_string("head", "float32", "The same, or int4.")
     _DENSE = flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
     _REPL = flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
-    _STOP = flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
+    _STOP = flags.DEFINE_multi_string(
+        "stop", [], "Stop before this text (\\n: a line end); repeatable."
+    )
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.")
     _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")

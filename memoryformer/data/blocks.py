@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> Iterator[bytes]:
     """Yield the content in blocks of about a megabyte; faults as one-line `DataError`."""
     name = shown(path)
     try:
-        blocks = _raw(path)
+        blocks = _raw(path, BLOCK)
         start = b""
         while len(start) < len(BOM) and (block := next(blocks, b"")):
             start += block
@@ -77,12 +77,23 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
         yield last.removesuffix(b"\r")
 
 
+def text_lines(path: pathlib.Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file without their ends, empty ones too."""
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.DataError(
+                f"{shown(path)}:{number}: not UTF-8; convert the file."
+            ) from error
+
+
 def head(path: pathlib.Path) -> bytes:
     """The first bytes of the content; raises whatever its decompressor raises."""
     return next(_raw(path, _HEAD), b"").removeprefix(BOM)[:_HEAD]
 
 
-def _raw(path: pathlib.Path, size: int = BLOCK) -> Iterator[bytes]:
+def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:
     """Yield blocks that are not empty."""
     suffix = path.suffix.lower()
     if suffix == ".zst":

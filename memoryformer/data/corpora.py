@@ -185,17 +185,20 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _fallback_key(self) -> str:
         """The key to hold out when the rule holds out none, else ''."""
         every = self.builder_config.validation_every
-        remainders: dict[str, int] = {}
+        known: set[int] = set()  # hashes of different keys
+        fallback, smallest = "", every
         seen = collections.Counter()
         for name, text, _ in self._documents(self._train_files()):
             key = self._split_key(name, text)
             seen[files_lib.in_validation(key, every)] += 1
             if seen[True] and seen[False]:
                 return ""
-            if not seen[True] and len(remainders) < 1000:
+            if not seen[True] and len(known) < 1000:
                 digest = int(hashlib.sha256(key.encode()).hexdigest(), 16)
-                remainders[key] = digest % every
-        if len(remainders) < 2:
+                known.add(digest)
+                if digest % every < smallest:
+                    fallback, smallest = key, digest % every
+        if len(known) < 2:
             count = sum(seen.values())
             number = "1 document" if count == 1 else f"{count} documents"
             separator = self.builder_config.separator
@@ -205,7 +208,7 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 "cannot be split into train and validation; give more documents or set "
                 "data.validation_path."
             )
-        return min(remainders, key=remainders.get)
+        return fallback
 
     def _train_files(self) -> listing.Files:
         return self._list(self.builder_config.path)

@@ -14,8 +14,9 @@ from memoryformer.data import catalogue, corpora, options
 from memoryformer.data import files as files_lib
 from memoryformer.data import progress as progress_lib
 
-# Records per request, several times faster than one by one, and about their bytes.
-_AT_ONCE, _BYTES_AT_ONCE = 256, 16 << 20
+# Small records are read together, several times faster than one by one; large ones alone,
+# for each of the reader's threads would keep the memory of the largest that it has read.
+_AT_ONCE, _SMALL = 256, 1 << 16
 _SLICE = 4096  # bytes of text that stand in for what lies around them
 _FAIR = (0.75, 1.1)  # size of a sample of whole texts over the size it should have
 
@@ -40,7 +41,7 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         mean = self.num_bytes // max(len(self.source), 1) + 1
-        count = max(1, min(_AT_ONCE, _BYTES_AT_ONCE // mean))
+        count = _AT_ONCE if mean <= _SMALL else 1
         for start in range(0, len(self), count):
             yield from self._read(range(start, min(start + count, len(self))))
 

@@ -20,7 +20,7 @@ from memoryformer.data import blocks, jsonlines
 from memoryformer.data.listing import Files
 from memoryformer.data.names import shown
 
-MAX_CHARS = 1 << 21
+MAX_CHARS = 1 << 20
 SMALL_CORPUS = 256 << 20  # bytes up to which a fingerprint reads every file
 _HEAD = 8192  # bytes in which a zero byte tells a binary file
 

@@ -9,19 +9,18 @@ Start at `list_files`.
 
 import fnmatch
 import glob
-import itertools
 import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from memoryformer import errors
 from memoryformer.data import blocks
 from memoryformer.data.names import counted, key, shown
 
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_EVERYTHING = ("**",)
+_EVERYTHING = ("**", "*")
 
 Files = list[tuple[str, pathlib.Path]]
 Note = Callable[[str], None]
@@ -75,8 +74,10 @@ def list_files(
             f"{field}: {where}: cannot be read ({reason})."
         ) from error
     if not pattern:
-        kind = "it is neither" if base.exists() else "there is no such"
-        raise errors.DataError(f"{field}={path!r}: {kind} file or folder.")
+        what = "there is no such file or folder"
+        if base.exists():
+            what = "it is neither file nor folder"
+        raise errors.DataError(f"{field}={path!r}: {what}.")
     if json_only:
         files = [(name, file) for name, file in files if blocks.is_json_lines(file)]
     if not files:
@@ -92,15 +93,15 @@ def _split(path: pathlib.Path) -> tuple[pathlib.Path, tuple[str, ...]]:
     """
     for i, part in enumerate(path.parts):
         if glob.has_magic(part) and not pathlib.Path(*path.parts[: i + 1]).exists():
-            parts = (name for name, _ in itertools.groupby(path.parts[i:]))
-            return pathlib.Path(*path.parts[:i]), tuple(parts)
+            files = ("*",) if path.parts[-1] == "**" else ()
+            return pathlib.Path(*path.parts[:i]), path.parts[i:] + files
     return path, ()
 
 
 def _fits(names: tuple[str, ...], pattern: tuple[str, ...], begins=False) -> bool:
     """Whether the path `names` fits; with `begins`, whether a path below it could."""
     if not names:
-        return begins or pattern in ((), _EVERYTHING)
+        return begins or not pattern
     if not pattern:
         return False
     if pattern[0] == "**":
@@ -136,7 +137,7 @@ class _Walk:
         for paths, what in (
             (self._followed, "link to folders followed"),
             (self._again, "link to folders that are read already"),
-            (self._dangling, "link that leads nowhere"),
+            (self._dangling, "link to nothing"),
             (self._ours, "folder of a run or of prepared data left out"),
         ):
             if paths:

@@ -10,11 +10,11 @@ Start at `task_config`.
 
 import hashlib
 import importlib.util
-import json
 import pathlib
 import urllib.request
 from typing import Any
 
+from memoryformer.data import jsonlines
 from memoryformer.errors import ConfigError, DataError
 
 HARNESS_VERSION = "0.4.13"
@@ -180,11 +180,7 @@ def _check(data: bytes, digest: str, source: Any) -> None:
 
 
 def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
+    rows = [row for _, row in jsonlines.values(path)]
     if not rows:
         raise DataError(f"{path}: holds no rows.")
     return rows
