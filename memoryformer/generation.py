@@ -220,29 +220,27 @@ def main(argv):
     else:
         step = None if _STEP.value < 0 else _STEP.value
         generator, tokenizer, _ = open_run(_WORKDIR.value, step, kinds)
+    # A shell passes \\n on as two characters.
+    stop = [names.unescaped(string) for string in _STOP.value]
     if _PROMPTS.value:
-        _run_file(generator, tokenizer, sampling)
+        paths = (_PROMPTS.value, _OUTPUT.value)
+        _run_file(generator, tokenizer, sampling, stop, *paths, _BATCH_SIZE.value)
         return
     if not _REPL.value:
-        _run_prompt(generator, tokenizer, _PROMPT.value, sampling)
+        _run_prompt(generator, tokenizer, _PROMPT.value, sampling, stop)
         return
     print("Type a beginning; an empty line ends.", file=sys.stderr)
     try:
         for line in sys.stdin:
             if not line.strip():
                 return
-            _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling)
+            _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling, stop)
             sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: is not UTF-8 text ({error}).") from error
 
 
-def _stops():
-    """What --stop says; a shell passes \\n on as two characters."""
-    return [names.unescaped(stop) for stop in _STOP.value]
-
-
-def _run_prompt(generator, tokenizer, prompt, sampling):
+def _run_prompt(generator, tokenizer, prompt, sampling, stop):
     _check_text([prompt])
     seq_len = generator.model_config.seq_len
     size = 1 + len(tokenizer.encode(prompt))
@@ -260,7 +258,7 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
         sys.stdout.flush()
 
     sys.stdout.write(prompt)
-    (reply,) = complete(generator, tokenizer, [prompt], sampling, _stops(), show)
+    (reply,) = complete(generator, tokenizer, [prompt], sampling, stop, show)
     print()
     speed = ""
     after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
@@ -274,12 +272,9 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
     )
 
 
-def _run_file(generator, tokenizer, sampling):
+def _run_file(generator, tokenizer, sampling, stop, path, output, batch_size):
     started, count = time.perf_counter(), 0
-    path, output = _PROMPTS.value, _OUTPUT.value
-    rows = complete_file(
-        generator, tokenizer, path, sampling, _stops(), _BATCH_SIZE.value
-    )
+    rows = complete_file(generator, tokenizer, path, sampling, stop, batch_size)
     if output and os.path.exists(output) and os.path.samefile(path, output):
         raise ConfigError(
             f"--output={output}: is the file of prompts; name another file."
