@@ -164,6 +164,14 @@ def test_two_documents_are_enough_for_two_splits(tmp_path):
     assert splits["train"]["documents"] == splits["validation"]["documents"] == 1
 
 
+def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
+    """Red if one of its documents is taken for the one to hold out."""
+    texts = [t for t in data_helpers.texts(20) if files.in_validation(t, 2)][:4]
+    config = data_helpers.config(tmp_path, texts, validation_every=2)
+    with pytest.raises(errors.DataError, match="4 documents cannot be split"):
+        data.prepare(config)
+
+
 def bad_inputs(root):
     """name -> (fields of DataConfig, words of the message)."""
     folder = data_helpers.folder(root / "good", data_helpers.texts(10))

@@ -9,7 +9,9 @@ batch decoded segment by segment: what the model will really see. Without --conf
 default corpus is meant. Where documents come from is --config.data.source:
 
     stdlib    the Python standard library's own sources
-    text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB
+    text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB; documents
+              inside of a file end at --config.data.separator='<|endoftext|>', and
+              --config.data.text_field=meta.text is the text inside of meta
     c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
     tfds      a TFDS data set: --config.data.name=NAME
     prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
