@@ -29,7 +29,8 @@ from memoryformer import (
     paths,
 )
 from memoryformer.convert import export
-from memoryformer.errors import ConfigError
+from memoryformer.data import blocks, jsonlines, names
+from memoryformer.errors import ConfigError, DataError
 
 SamplingConfig = decoding.SamplingConfig
 Generator = decoding.Generator
@@ -118,6 +119,7 @@ def complete(
     Documents begin with the end-of-text token of the one before, and so do prompts. `show`
     gets the first reply's text as it comes.
     """
+    _check_text(prompts)
     start = [tokenizer.eot_id]
     tokens = [start + tokenizer.encode(prompt) for prompt in prompts]
     return complete_tokens(generator, tokenizer, tokens, sampling, stop, show)
@@ -162,9 +164,20 @@ def complete_file(
     """Continue every prompt of a file: lines of text, or JSON lines with 'prompt'.
 
     Yields {'prompt', 'text', 'num_tokens', 'finish', 'seed'}; prompt i has seed + i, whatever
-    the batch size.
+    the batch size. The file is read at once: raises `ConfigError` where it is no such file.
     """
     prompts = _read_prompts(path)
+    return _complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
+
+
+def _complete_all(
+    generator: Generator,
+    tokenizer: data.Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    stop: Sequence[str],
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         now = dataclasses.replace(sampling, seed=sampling.seed + start)
@@ -176,17 +189,32 @@ def complete_file(
 
 
 def _read_prompts(path: str) -> list[str]:
+    """The prompts of a file; a line of plain text that is empty is an empty prompt."""
+    file = pathlib.Path(path)
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        if path.endswith((".jsonl", ".json")):
-            return [json.loads(line)["prompt"] for line in lines if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"--prompts={path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--prompts={path}: every line must be JSON with 'prompt' ({error!r})."
-        ) from error
-    return [line for line in lines if line]
+        if blocks.is_json_lines(file):
+            fix = 'write every line as {"prompt": "text"}'
+            prompts = [
+                jsonlines.text(value, "prompt", f"{names.shown(path)}:{number}", fix)
+                for number, value in jsonlines.values(file)
+            ]
+        else:
+            prompts = list(blocks.text_lines(file))
+    except DataError as error:
+        raise ConfigError(f"--prompts: {error}") from error
+    if not prompts:
+        raise ConfigError(f"--prompts: {names.shown(path)}: holds no prompts.")
+    return prompts
+
+
+def _check_text(prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt {prompt!r}: is not UTF-8 text (character {error.start})."
+            ) from error
 
 
 def open_run(
@@ -222,7 +250,9 @@ def define_flags() -> None:
     flags.DEFINE_string("head", "float32", "The same, or int4.")
     flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
     flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
-    flags.DEFINE_multi_string("stop", [], "Stop before this text; repeatable.")
+    flags.DEFINE_multi_string(
+        "stop", [], "Stop before this text (\\n: a line end); repeatable."
+    )
     flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", 1, 2**16)
     flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
@@ -254,18 +284,24 @@ def _run(argv):
     else:
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
         generator, tokenizer, _ = open_run(flags.FLAGS.workdir, step, kinds)
+    # A shell passes \n on as two characters.
+    stop = [names.unescaped(string) for string in flags.FLAGS.stop]
     if flags.FLAGS.prompts:
-        _run_file(generator, tokenizer, sampling)
+        files = (flags.FLAGS.prompts, flags.FLAGS.output)
+        _run_file(generator, tokenizer, sampling, stop, *files, flags.FLAGS.batch_size)
         return
     if not flags.FLAGS.repl:
-        _run_prompt(generator, tokenizer, flags.FLAGS.prompt, sampling)
+        _run_prompt(generator, tokenizer, flags.FLAGS.prompt, sampling, stop)
         return
     print("Type a beginning; an empty line ends.", file=sys.stderr)
-    for line in sys.stdin:
-        if not line.strip():
-            return
-        _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling)
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
+    try:
+        for line in sys.stdin:
+            if not line.strip():
+                return
+            _run_prompt(generator, tokenizer, line.rstrip("\n"), sampling, stop)
+            sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: is not UTF-8 text ({error}).") from error
 
 
 def _refuse_unused_flags():
@@ -279,7 +315,8 @@ def _refuse_unused_flags():
         errors.refuse_flags(["prompt"], "with --repl, prompts are typed")
 
 
-def _run_prompt(generator, tokenizer, prompt, sampling):
+def _run_prompt(generator, tokenizer, prompt, sampling, stop):
+    _check_text([prompt])
     seq_len = generator.model_config.seq_len
     size = 1 + len(tokenizer.encode(prompt))
     if size + sampling.max_tokens > seq_len:
@@ -296,9 +333,7 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
         sys.stdout.flush()
 
     sys.stdout.write(prompt)
-    (reply,) = complete(
-        generator, tokenizer, [prompt], sampling, flags.FLAGS.stop, show
-    )
+    (reply,) = complete(generator, tokenizer, [prompt], sampling, stop, show)
     print()
     speed = ""
     after = reply.num_tokens - decoding.LOOP  # tokens come LOOP at a time
@@ -312,20 +347,18 @@ def _run_prompt(generator, tokenizer, prompt, sampling):
     )
 
 
-def _run_file(generator, tokenizer, sampling):
+def _run_file(generator, tokenizer, sampling, stop, path, output, batch_size):
     started, count = time.perf_counter(), 0
+    rows = complete_file(generator, tokenizer, path, sampling, stop, batch_size)
+    if output and os.path.exists(output) and os.path.samefile(path, output):
+        raise ConfigError(
+            f"--output={output}: is the file of prompts; name another file."
+        )
     with contextlib.ExitStack() as stack:
         out = sys.stdout
-        if flags.FLAGS.output:
-            out = stack.enter_context(open(flags.FLAGS.output, "w", encoding="utf-8"))
-        for row in complete_file(
-            generator,
-            tokenizer,
-            flags.FLAGS.prompts,
-            sampling,
-            flags.FLAGS.stop,
-            flags.FLAGS.batch_size,
-        ):
+        if output:
+            out = stack.enter_context(open(output, "w", encoding="utf-8"))
+        for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             count += row["num_tokens"]

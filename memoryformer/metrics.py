@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -127,10 +126,9 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of `workdir/metrics.jsonl`, half-written and broken lines left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = _lines(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
-    lines = list(io.StringIO(text))  # at \n alone
     return [row for row in map(_parse, lines) if row is not None]
 
 
@@ -275,8 +273,7 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
     """Rewrite `path` without rows after `start_step` (0: all) and without broken ones."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = list(io.StringIO(text))  # at \n alone
+    lines = _lines(path)
     rows = [(line, _parse(line)) for line in lines]
     kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
     if len(kept) == len(lines):
@@ -287,6 +284,12 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """The lines with their ends, which are \\n alone."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        return file.readlines()
 
 
 def _parse(line: str) -> dict[str, Any] | None:

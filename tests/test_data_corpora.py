@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from memoryformer import data, errors
-from memoryformer.data import corpora, files
+from memoryformer.data import corpora, files, listing
 from tests import data_helpers
 
 
@@ -44,7 +44,7 @@ def test_the_builders_are_tfds_builders(tmp_path):
 
 def test_stdlib_is_the_default_and_leaves_tests_out(tmp_path):
     """Red if the split goes by content, or a test directory slips in."""
-    found = dict(files.stdlib_files())
+    found = dict(listing.stdlib_files())
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(found)
     assert not any("test" in key.split("/")[:-1] for key in found)
     builder = corpora.local_builder(
@@ -164,6 +164,14 @@ def test_two_documents_are_enough_for_two_splits(tmp_path):
     assert splits["train"]["documents"] == splits["validation"]["documents"] == 1
 
 
+def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
+    """Red if one of its documents is taken for the one to hold out."""
+    texts = [t for t in data_helpers.texts(20) if files.in_validation(t, 2)][:4]
+    config = data_helpers.config(tmp_path, texts, validation_every=2)
+    with pytest.raises(errors.DataError, match="4 documents cannot be split"):
+        data.prepare(config)
+
+
 def bad_inputs(root):
     """name -> (fields of DataConfig, words of the message)."""
     folder = data_helpers.folder(root / "good", data_helpers.texts(10))
@@ -208,7 +216,7 @@ def bad_inputs(root):
         "surrogate": (text("surrogate.jsonl"), r"surrogate.jsonl:1: a lone surrogate"),
         "JSON bytes": (text("bytes.jsonl"), r"bytes.jsonl:1: not UTF-8"),
         "zstd": (text("zst.jsonl.zst"), r"zst.jsonl.zst: (damaged|reading .zst needs)"),
-        "hollow gzip": (text("hollow.jsonl.gz"), "holds no JSON lines"),
+        "hollow gzip": (text("hollow.jsonl.gz"), "hollow.jsonl.gz: the file is empty"),
         "one document": (text("one.txt"), "cannot be split"),
         "validation": (text("good", validation_path="nowhere"), "data.validation_path"),
         "source": ({"source": "txt"}, "data.source='txt'.*did you mean 'text'"),

@@ -77,6 +77,13 @@ def test_preparing_again_changes_nothing(dataset, config, monkeypatch):
     assert (dataset.directory / "train.bin").stat() == before
 
 
+def test_opening_reads_no_token_file(dataset, config, monkeypatch):
+    """Minutes to hours for large data. Mutation: `verify` is true unless it is asked for."""
+    monkeypatch.setattr(manifest_lib, "_file_sha256", None)
+    assert data.prepare(config) == dataset.directory
+    assert data.open(config).fingerprint == dataset.fingerprint
+
+
 def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
     """Elsewhere, at another time, other order of creation. Red if a path is hashed."""
     corpus = tmp_path / "elsewhere"
@@ -254,6 +261,11 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
     def cut(path):
         os.truncate(path, path.stat().st_size - 2)
 
+    def sign(path, **fields):
+        manifest = json.loads(path.read_text()) | fields
+        manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
+        path.write_text(json.dumps(manifest))
+
     cases = [
         ("train.bin", cut, "bytes, but the manifest says", False),
         ("validation.bin", pathlib.Path.unlink, "missing, but the manifest", False),
@@ -272,6 +284,15 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             "not the tokenizer",
             False,
         ),
+        # Big-endian numbers, well declared, are not read as little-endian ones.
+        ("manifest.json", lambda p: sign(p, dtype=">u2"), "dtype '>u2' is none", False),
+        (
+            "manifest.json",
+            lambda p: sign(p, splits={}),
+            "splits.train.file is No",
+            False,
+        ),
+        ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
     ]
     for number, (name, damage, message, verify) in enumerate(cases):
         copy = tmp_path / str(number)

@@ -1,8 +1,10 @@
 """Yardsticks against a plain-Python oracle, and the command line around the data."""
 
 import collections
+import errno
 import json
 import math
+import pathlib
 import random
 import subprocess
 import sys
@@ -105,7 +107,8 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({{
         "data": {{"source": "text", "path": {path!r}, "data_dir": {cache!r},
-                  "tokenizer": "bytes", "validation_every": 5}},
+                  "tokenizer": "bytes", "validation_every": 5,
+                  "align_documents": 200}},
         "model": {{"seq_len": 600}}, "train": {{"batch_size": 3, "seed": 1}},
     }})
 """
@@ -119,15 +122,38 @@ def command(*arguments):
     )
 
 
+def described(dataset, row):
+    """What inspect says of a row of the first batch: each segment, column by column."""
+    batch = {k: v[row] for k, v in dataset.train.batches(600, 3, 1).batch(0).items()}
+    eot, decode = dataset.tokenizer.eot_id, dataset.tokenizer.decode
+    lines = []
+    for segment in sorted({*batch["segment_ids"].tolist()} - {0}):
+        columns = [c for c in range(600) if batch["segment_ids"][c] == segment]
+        inputs = batch["inputs"][columns].tolist()
+        text = decode(inputs)
+        text = repr(text) if len(text) <= 160 else f"{text[:100]!r} .. {text[-50:]!r}"
+        target = int(batch["targets"][columns[-1]])
+        lines.append(
+            f"row {row} segment {segment}: columns {columns[0]}..{columns[-1]}, positions "
+            f"0..{len(columns) - 1}, {'<eot>' if inputs[0] == eot else '...'} {text} -> "
+            f"{'<eot>' if target == eot else repr(decode([target]))}"
+        )
+    return lines
+
+
 def test_the_commands(tmp_path):
-    """inspect shows counts and segments; errors are one line with their exit code."""
+    """inspect shows counts and segments; errors are one line with their exit code.
+
+    Mutations: `segment_ids != segment`; the target of another column; documents as they
+    lie where the config aligns them; a flag that is not looked at.
+    """
     corpus = data_helpers.folder(tmp_path / "corpus", data_helpers.texts(60))
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(path=str(corpus), cache=str(tmp_path / "cache")))
     shown = command("inspect", f"--config={config}", "--verify")
     assert shown.returncode == 0, shown.stderr
     directory = shown.stdout.split()[1]
-    dataset = data.open_directory(directory)
+    dataset = data.open_directory(directory, align=200)
     counts = dataset.manifest["splits"]["train"]
     assert (
         f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
@@ -136,9 +162,10 @@ def test_the_commands(tmp_path):
     assert f"{counts['documents']:,} ends of document" in shown.stdout
     assert f"{dataset.fingerprint} (verified)" in shown.stdout
     assert "first batch: 3 x 600, seed 1" in shown.stdout
-    row = dataset.train.batches(600, 3, 1).batch(0)["segment_ids"][0]
-    assert f"row 0 segment {row.max()}: columns" in shown.stdout
+    rows = [line for line in shown.stdout.split("\n") if line.startswith("row ")]
+    assert rows == [*described(dataset, 0), *described(dataset, 1)]
     assert "'document" in shown.stdout and "-> <eot>" in shown.stdout
+    assert any("columns 200.." in row for row in rows)
 
     measured = command("yardsticks", f"--config={config}", "--json")
     assert json.loads(measured.stdout) == yardsticks.measure(dataset)
@@ -147,8 +174,38 @@ def test_the_commands(tmp_path):
     for arguments, code, words in (
         (["inspect", f"--config={config}"], 46, "no such file or folder"),
         (["inspect", "--config=missing.py"], 2, "no such file"),
+        (["prepare", "--json"], 2, "--json: prepare does not look at it"),
     ):
         failed = command(*arguments)
         assert failed.returncode == code, failed.stderr
         assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
         assert words in failed.stderr
+
+
+def test_data_that_cannot_be_written_are_measured_too(tmp_path, monkeypatch):
+    """A read-only file system refuses even to remove. Mutation: `unlink` not forgiven."""
+    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(60)))
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(pathlib.Path, name, refuse)
+    result = yardsticks.measure(dataset)
+    assert result["validation_bytes"] > 0
+    assert not (dataset.directory / "yardsticks.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 1}', "[" * 100_000])
+def test_a_damaged_file_of_yardsticks_is_replaced(tmp_path, content):
+    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(20)))
+    path = dataset.directory / "yardsticks.json"
+    path.write_text(content)
+    result = yardsticks.measure(dataset)
+    assert json.loads(path.read_text())["bits_per_byte"] == result
+
+
+def test_a_train_split_shorter_than_a_window():
+    """Nothing is counted, every byte costs 8 bits. Red if it is an IndexError."""
+    assert yardsticks.ngram_bits(b"abc", b"abcabc", 7) == [8.0] * 7
+    assert yardsticks.ngram_bits(b"", b"x", 3) == oracle(b"", b"x", 3)

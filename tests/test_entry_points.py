@@ -226,8 +226,14 @@ FLAGS = (
     (("--tasks=piqa",), "name one of --workdir=DIR and --export=DIR"),
     (("--workdir=w", "--tasks="), "--tasks: name some of"),
     ((*TASKS, "--limit=-1"), "--limit=-1: -1 is not a non-negative integer"),
-    ((*TASKS, "--task_batch_size=0"), "--task_batch_size=0: 0 is not a positive integer"),
-    ((*EXPORT, "--num_fewshot=-1"), "--num_fewshot=-1: -1 is not a non-negative integer"),
+    (
+        (*TASKS, "--task_batch_size=0"),
+        "--task_batch_size=0: 0 is not a positive integer",
+    ),
+    (
+        (*EXPORT, "--num_fewshot=-1"),
+        "--num_fewshot=-1: -1 is not a non-negative integer",
+    ),
     ((*TASKS, "--tasks_path=nowhere"), "--tasks_path=nowhere: there is no such folder"),
     ((*TASKS, "--output={folder}"), "--output={folder}: no file can be written there"),
     ((*TASKS, "--tables=int3"), "--tables='int3'"),

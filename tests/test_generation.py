@@ -1,5 +1,6 @@
 """Sampling: cache = full forward, rows alone = rows together, stop strings, files."""
 
+import gzip
 import json
 import math
 import os
@@ -271,15 +272,6 @@ def test_prompt_files_and_the_command_line(tmp_path):
         generator, tokenizer, str(json_lines), sampling, batch_size=2
     )
     assert list(again) == rows
-    for text, message in (("{}", "JSON with 'prompt'"), ("{", "JSON with 'prompt'")):
-        json_lines.write_text(text)
-        with pytest.raises(errors.ConfigError, match=message):
-            next(
-                generation.complete_file(
-                    generator, tokenizer, str(json_lines), sampling
-                )
-            )
-
     convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
     command = [sys.executable, "-m", "memoryformer.generation"]
     command += [f"--export={tmp_path / 'export'}", "--max_tokens=20", "--seed=3"]
@@ -296,9 +288,17 @@ def test_prompt_files_and_the_command_line(tmp_path):
             **kwargs,
         )
 
-    run(f"--prompts={lines}", f"--output={tmp_path / 'out.jsonl'}")
-    written = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == rows
+    # A shell's backslash and n end a reply at a line end.
+    longer = generation.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
+    stopped = generation.complete_file(
+        generator, tokenizer, str(lines), longer, stop=["\n"]
+    )
+    stopped = list(stopped)
+    assert "stop" in [row["finish"] for row in stopped]
+    output = f"--output={tmp_path / 'out.jsonl'}"
+    run(f"--prompts={lines}", output, r"--stop=\n", "--max_tokens=300")
+    written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in written if line] == stopped
     typed = run("--repl", input="one\n\n")
     assert typed.stdout.startswith("one" + rows[0]["text"])
     assert (
@@ -306,3 +306,98 @@ def test_prompt_files_and_the_command_line(tmp_path):
     )
     few = run("--prompt=one", "--max_tokens=5")  # all at once: no rate to speak of
     assert "[5 tokens, ended by" in few.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        (
+            "a.txt",
+            "one\u2028still one\x85\n\n two \r\n",
+            ["one\u2028still one\x85", "", " two "],
+        ),
+        ("a.txt", "\ufeffhello\n\n", ["hello", ""]),
+        ("a.jsonl", '{"prompt": "a\u2028b"}\n\n{"prompt": ""}', ["a\u2028b", ""]),
+        ("A.JSONL", '\ufeff{"prompt": "x"}\r\n', ["x"]),
+        ("a.ndjson", '{"prompt": "x"}', ["x"]),
+        ("a.jsonl.gz", '{"prompt": "x"}', ["x"]),
+    ],
+)
+def test_prompts_of_a_file(tmp_path, name, content, prompts):
+    """Mutations: `splitlines`; empty lines left out; `path.endswith(".jsonl")`."""
+    path = tmp_path / name
+    pack = gzip.compress if name.endswith("gz") else bytes
+    path.write_bytes(pack(content.encode()))
+    tokenizer = tokenizer_lib.byte_level()
+    rows = generation.complete_file(
+        Script(*[b"ok"] * len(prompts)),
+        tokenizer,
+        str(path),
+        generation.SamplingConfig(),
+    )
+    rows = list(rows)
+    assert [row["prompt"] for row in rows] == prompts
+    again = tmp_path / "again.jsonl"  # what generation wrote, it can read
+    again.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert generation._read_prompts(str(again)) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": 12}',
+            "a.jsonl:2: .*it holds a number",
+        ),
+        ("a.jsonl", '{"prompt": null}', "a.jsonl:1: .*it holds null"),
+        ("a.jsonl", '{"prompt": ["a"]}', "a.jsonl:1: .*it holds a list"),
+        ("a.jsonl", '{"text": "a"}', "no text in field 'prompt' .found: text"),
+        ("a.jsonl", '"just a string"', "a.jsonl:1: text, not an object"),
+        ("a.json", '[{"prompt": "a"}]', "a.json:1: a list, not an object"),
+        ("a.json", '{\n"prompt": "a"}', "a.json:1: not a JSON line"),
+        ("a.jsonl", '{"prompt": "\\ud800"}', "a lone surrogate"),
+        ("a.jsonl", "\n\n", "holds no prompts"),
+        ("a.txt", "", "the file is empty"),
+        ("a.jsonl.gz", '{"prompt": "x"}', "damaged or truncated"),
+        ("folder", None, "cannot be read .Is a directory"),
+        ("nowhere.txt", None, "cannot be read .No such file"),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path, name, content, message):
+    """One line that names the file and the line, before anything is sampled."""
+    (tmp_path / "folder").mkdir()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(errors.ConfigError, match=message) as caught:
+        generation.complete_file(None, None, str(tmp_path / name), None)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_prompt_that_is_not_utf8_is_refused():
+    """As a shell hands it over. Mutation: the tokenizer's own error."""
+    sampling = generation.SamplingConfig(max_tokens=2)
+    with pytest.raises(errors.ConfigError, match=r"'caf\\udce9': is not UTF-8 text"):
+        generation.complete(
+            Script(b"ab"), tokenizer_lib.byte_level(), ["caf\udce9"], sampling
+        )
+
+
+def test_prompts_are_never_written_over(tmp_path):
+    """Nor is an output, by prompts that cannot be read. Mutation: open the output first."""
+    path, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    path.write_text("one\ntwo\n")
+    output.write_text("kept")
+    tokenizer, sampling = tokenizer_lib.byte_level(), generation.SamplingConfig()
+    (tmp_path / "same").symlink_to(path)
+    for target in (path, tmp_path / "same"):
+        with pytest.raises(errors.ConfigError, match="is the file of prompts"):
+            generation._run_file(
+                Script(b"ab"), tokenizer, sampling, [], str(path), str(target), 1
+            )
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(errors.ConfigError, match=r"p.txt:1: not UTF-8"):
+        generation._run_file(
+            Script(b"ab"), tokenizer, sampling, [], str(path), str(output), 1
+        )
+    assert path.read_bytes() == b"\xff\n" and output.read_text() == "kept"

@@ -9,14 +9,17 @@ batch decoded segment by segment: what the model will really see. Without --conf
 default corpus is meant. Where documents come from is --config.data.source:
 
     stdlib    the Python standard library's own sources
-    text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB
+    text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB; documents
+              inside of a file end at --config.data.separator='<|endoftext|>', and
+              --config.data.text_field=meta.text is the text inside of meta
     c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
     tfds      a TFDS data set: --config.data.name=NAME
     prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
 """
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -26,7 +29,12 @@ from memoryformer import config as config_lib
 from memoryformer import data, errors
 from memoryformer.data import yardsticks
 
-_COMMANDS = ("prepare", "inspect", "yardsticks")
+# Which flags each command looks at.
+_COMMANDS = {
+    "prepare": (),
+    "inspect": ("verify", "json", "rows"),
+    "yardsticks": ("verify", "json"),
+}
 _COUNTED = 50_000_000  # tokens behind the frequency list
 
 
@@ -50,13 +58,20 @@ def _run(argv: Sequence[str]) -> None:
             f"python -m memoryformer.data: give one command of {', '.join(_COMMANDS)}."
         )
     command = config_lib.choose(argv[1], _COMMANDS, "command")
+    for flag in ("verify", "json", "rows"):
+        if flags.FLAGS[flag].present and flag not in _COMMANDS[command]:
+            raise errors.ConfigError(f"--{flag}: {command} does not look at it.")
     config = flags.FLAGS.config or ml_collections.ConfigDict()
-    data_config = config_lib.build(data.DataConfig, config.get("data", {}), "data")
+    data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
     directory = data.prepare(data_config)
+    # A name of a file that is not UTF-8 is printed as its bytes.
+    sys.stdout.reconfigure(errors="surrogateescape")
     if command == "prepare":
         print(directory)
         return
-    dataset = data.open_directory(directory, verify=flags.FLAGS.verify)
+    dataset = data.open_directory(
+        directory, verify=flags.FLAGS.verify, align=data_config.align_documents
+    )
     if command == "inspect":
         inspect(dataset, config)
     else:
@@ -87,9 +102,9 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
             f"{split['duplicates_of_validation_dropped']} also in validation"
         )
     _print_frequencies(dataset)
-    model, train = config.get("model", {}), config.get("train", {})
-    seq_len, batch_size = model.get("seq_len", 256), train.get("batch_size", 4)
-    seed = train.get("seed", 0)
+    seq_len = _number(config, "model", "seq_len", 256)
+    batch_size = _number(config, "train", "batch_size", 4)
+    seed = _number(config, "train", "seed", 0)
     batches = dataset.train.batches(seq_len, batch_size, seed)
     print(
         f"\nfirst batch: {batch_size} x {seq_len}, seed {seed}, "
@@ -98,6 +113,24 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     batch = batches.batch(0)
     for row in range(min(flags.FLAGS.rows, batch_size)):
         _print_row(batch, row, tokenizer)
+
+
+def _section(config: ml_collections.ConfigDict, name: str) -> Mapping:
+    section = config.get(name, {})
+    if not isinstance(section, Mapping | ml_collections.ConfigDict):
+        raise errors.ConfigError(f"{name}={section!r}: expected a section of fields.")
+    return section
+
+
+def _number(
+    config: ml_collections.ConfigDict, section: str, field: str, default: int
+) -> int:
+    value = _section(config, section).get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise errors.ConfigError(f"{section}.{field}={value!r}: expected int.")
+    return value
 
 
 def _print_frequencies(dataset: data.Dataset) -> None:
@@ -113,7 +146,7 @@ def _print_frequencies(dataset: data.Dataset) -> None:
 
 def _print_row(batch: data.Batch, row: int, tokenizer: data.Tokenizer) -> None:
     segment_ids = batch["segment_ids"][row]
-    for segment in range(1, segment_ids.max() + 1):
+    for segment in np.unique(segment_ids[segment_ids > 0]):
         where = np.flatnonzero(segment_ids == segment)
         inputs = batch["inputs"][row, where]
         text = tokenizer.decode(inputs)

@@ -19,16 +19,18 @@ import functools
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 # Importing this module registers the builders under their TFDS names.
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters
 
 from memoryformer import errors
+from memoryformer.data import blocks, jsonlines, listing, names, options
 from memoryformer.data import files as files_lib
-from memoryformer.data import options
 
 Example = tuple[str, dict[str, str]]
+_MARKER = "<|endoftext|>"  # between the stories of many published text files
 
 
 @dataclasses.dataclass
@@ -38,6 +40,7 @@ class TextConfig(tfds.core.BuilderConfig):
     path: str = ""
     json_only: bool = False
     text_field: str = "text"
+    separator: str = ""
     validation_path: str = ""
     validation_every: int = 20
     max_documents: int = 0
@@ -58,9 +61,11 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # TFDS's own default, tfrecord, cannot be written without TensorFlow.
         super().__init__(file_format=file_format, **kwargs)
         self.on_bytes: Callable[[int], None] = lambda done: None
-        self.skipped: dict[pathlib.Path, str] = {}  # why
-        self._lists: dict[str, files_lib.Files] = {}
+        self.notes: list[str] = []  # what the user should know of the files
+        self.text_bytes: dict[str, int] = {}  # by split
+        self._lists: dict[str, listing.Files] = {}
         self._bytes_read = 0
+        self._marked = 0  # documents that hold _MARKER
 
     def input_bytes(self) -> int:
         """File bytes that `download_and_prepare` reads: every split reads its files."""
@@ -68,6 +73,15 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         held_out = self.builder_config.validation_path
         files = files + (self._list(held_out) if held_out else files)
         return sum(path.stat().st_size for _, path in files)
+
+    def marker_line(self) -> str:
+        """What to do about a marker between documents that is read as text, or ''."""
+        if not self._marked or self.builder_config.separator:
+            return ""
+        return (
+            f"documents with {_MARKER} as plain text: {self._marked}; where it ends "
+            f"documents, set data.separator='{_MARKER}'"
+        )
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
@@ -80,6 +94,46 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             description=type(self).__doc__,
             features=features,
             disable_shuffling=True,
+        )
+
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        """Write the records as they come, one file for each split.
+
+        TFDS's own writer holds a split in memory to sort it, and beyond a gigabyte it
+        needs TensorFlow. Here the order of the files is kept.
+        """
+        splits = self._split_generators(dl_manager).items()
+        infos = [self._write_split(split, examples) for split, examples in splits]
+        self.info.set_splits(tfds.core.SplitDict(infos))
+
+    def _write_split(
+        self, split: str, examples: Iterable[Example]
+    ) -> tfds.core.SplitInfo:
+        features = self.info.features
+        specs = features.get_serialized_info()
+        serializer = example_serializer.ExampleSerializer(specs)
+        sizes = []
+        self.text_bytes[split] = 0
+
+        def records() -> Iterator[tuple[str, bytes]]:
+            for key, example in examples:
+                encoded = features.encode_example(example)
+                record = serializer.serialize_example(encoded)
+                sizes.append(len(record))
+                self.text_bytes[split] += len(example["text"].encode("utf-8"))
+                yield key, record
+
+        template = self._get_filename_template(split_name=split)
+        path = template.sharded_filepath(shard_index=0, num_shards=1)
+        adapter = file_adapters.ADAPTER_FOR_FORMAT[self.info.file_format]
+        adapter.write_examples(path, records())
+        if not sizes:
+            raise errors.DataError(f"{split}: no document holds any text.")
+        return tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[len(sizes)],
+            num_bytes=sum(sizes),
+            filename_template=template,
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
@@ -99,57 +153,67 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return self._examples(**kwargs)
 
     def _examples(
-        self, files: files_lib.Files, split: str = "", fallback: str = ""
+        self, files: listing.Files, split: str = "", fallback: str = ""
     ) -> Iterator[Example]:
         every = self.builder_config.validation_every
         sizes = (path.stat().st_size for _, path in files)
-        done = [0, *itertools.accumulate(sizes)]
-        before = self._bytes_read
+        ends = list(itertools.accumulate(sizes, initial=self._bytes_read))
         for name, text, index in self._documents(files):
-            self._bytes_read = before + done[index + 1]
+            # How far into its file a document is, is known by its characters only.
+            read = max(self._bytes_read, ends[index]) + len(text)
+            self._bytes_read = min(read, ends[index + 1])
             self.on_bytes(self._bytes_read)
             if split:
                 key = self._split_key(name, text)
                 held_out = files_lib.in_validation(key, every) or key == fallback
                 if held_out != (split == "validation"):
                     continue
+            self._marked += _MARKER in text
             yield name, {"name": name, "text": text}
+        self._bytes_read = ends[-1]
 
-    def _documents(self, files: files_lib.Files) -> Iterator[tuple[str, str, int]]:
-        limit = self.builder_config.max_documents
+    def _documents(self, files: listing.Files) -> Iterator[tuple[str, str, int]]:
         config = self.builder_config
-        piece = files_lib.lone_text_piece(files, config.validation_every)
-        documents = files_lib.read_documents(files, config.text_field, piece)
-        for count, document in enumerate(documents):
-            if limit and count == limit:
-                return
-            yield document
+        how = files_lib.Reading(
+            config.text_field,
+            names.unescaped(config.separator),
+            files_lib.lone_text_piece(files, config.validation_every),
+        )
+        documents = files_lib.read_documents(files, how)
+        return itertools.islice(documents, config.max_documents or None)
 
     def _fallback_key(self) -> str:
         """The key to hold out when the rule holds out none, else ''."""
         every = self.builder_config.validation_every
-        remainders: dict[str, int] = {}
+        known: set[int] = set()  # hashes of different keys
+        fallback, smallest = "", every
         seen = collections.Counter()
         for name, text, _ in self._documents(self._train_files()):
             key = self._split_key(name, text)
             seen[files_lib.in_validation(key, every)] += 1
             if seen[True] and seen[False]:
                 return ""
-            if not seen[True] and len(remainders) < 1000:
+            if not seen[True] and len(known) < 1000:
                 digest = int(hashlib.sha256(key.encode()).hexdigest(), 16)
-                remainders[key] = digest % every
-        if len(remainders) < 2:
+                known.add(digest)
+                if digest % every < smallest:
+                    fallback, smallest = key, digest % every
+        if len(known) < 2:
+            count = sum(seen.values())
+            number = "1 document" if count == 1 else f"{count} documents"
+            separator = self.builder_config.separator
+            hint = f" (split at data.separator={separator!r})" if separator else ""
             raise errors.DataError(
-                f"{self.builder_config.path or self.name}: {sum(seen.values())} "
-                "documents cannot be split into train and validation; give more "
-                "documents or set data.validation_path."
+                f"{names.shown(self.builder_config.path) or self.name}: {number}{hint} "
+                "cannot be split into train and validation; give more documents or set "
+                "data.validation_path."
             )
-        return min(remainders, key=remainders.get)
+        return fallback
 
-    def _train_files(self) -> files_lib.Files:
+    def _train_files(self) -> listing.Files:
         return self._list(self.builder_config.path)
 
-    def _list(self, path: str) -> files_lib.Files:
+    def _list(self, path: str) -> listing.Files:
         raise NotImplementedError
 
     def _split_key(self, name: str, text: str) -> str:
@@ -164,10 +228,10 @@ class Stdlib(_LocalDocuments):
 
     name = "memoryformer_stdlib"
 
-    def _list(self, path: str) -> files_lib.Files:
+    def _list(self, path: str) -> listing.Files:
         return [
             (key, file)
-            for key, file in files_lib.stdlib_files()
+            for key, file in listing.stdlib_files()
             if file.stat().st_size  # an empty __init__.py is no document
         ]
 
@@ -180,37 +244,59 @@ class TextFiles(_LocalDocuments):
 
     name = "memoryformer_text"
 
-    def _list(self, path: str) -> files_lib.Files:
-        """What `path` names; of several plain files, those that hold text."""
+    def _list(self, path: str) -> listing.Files:
+        """What `path` names; of several files, those that hold text."""
         if path not in self._lists:
             self._lists[path] = self._with_text(path)
         return self._lists[path]
 
-    def _with_text(self, path: str) -> files_lib.Files:
-        json_only = self.builder_config.json_only
-        files = files_lib.list_files(path, json_only=json_only)
-        if len(files) == 1 or json_only:  # a hollow shard is a broken download
-            return files
-        kinds = {file: files_lib.without_text(file) for _, file in files}
-        self.skipped |= {file: kind for file, kind in kinds.items() if kind}
-        found = [(key, file) for key, file in files if not kinds[file]]
-        if not found:
-            raise errors.DataError(
-                f"{path}: holds no text: {self.skipped_line()}; give other files."
+    def _with_text(self, path: str) -> listing.Files:
+        config = self.builder_config
+        files = listing.list_files(
+            path, json_only=config.json_only, note=self.notes.append
+        )
+        if len(files) > 1:
+            reasons = [self._reason(file) for _, file in files]
+            skipped = {
+                key: reason
+                for (key, _), reason in zip(files, reasons, strict=True)
+                if reason
+            }
+            if skipped:
+                self.notes.append(_skipped_line(skipped))
+            if len(skipped) == len(files):
+                raise errors.DataError(
+                    f"{path}: holds no text: {self.notes[-1]}; give other files or set "
+                    "data.text_field."
+                )
+            files = [(key, file) for key, file in files if key not in skipped]
+        lines = [blocks.is_json_lines(file) for _, file in files]
+        if config.separator and all(lines):
+            raise errors.ConfigError(
+                f"data.separator={config.separator!r}: {names.shown(path)} holds JSON "
+                "lines only, which have no separator; leave it out."
             )
-        return found
+        return files
 
-    def skipped_line(self) -> str:
-        """'3 files skipped: 2 empty, 1 binary (logo.png, ..)'."""
-        counts = collections.Counter(sorted(self.skipped.values(), reverse=True))
-        listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        first = min(self.skipped).name
-        more = ", .." if len(self.skipped) > 1 else ""
-        plural = "s" if len(self.skipped) > 1 else ""
-        return f"{len(self.skipped)} file{plural} skipped: {listed} ({first}{more})"
+    def _reason(self, file: pathlib.Path) -> str:
+        """Why a file among others is no part of the corpus, or ''."""
+        config = self.builder_config
+        if not config.json_only:
+            return files_lib.without_text(file, config.text_field)
+        # An empty shard is a broken download, which `read_documents` reports.
+        is_other = blocks.kind(file) == ".json" and file.stat().st_size
+        is_other = is_other and jsonlines.is_other_json(file, config.text_field)
+        return "other JSON" if is_other else ""
 
     def _split_key(self, name: str, text: str) -> str:
         return text
+
+
+def _skipped_line(skipped: dict[str, str]) -> str:
+    """'3 files skipped: 2 empty, 1 binary (logo.png, ..)', of reasons by key."""
+    counts = collections.Counter(sorted(skipped.values(), reverse=True))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return names.counted(list(skipped), f"file skipped: {reasons}")
 
 
 def local_builder(

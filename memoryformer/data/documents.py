@@ -14,7 +14,11 @@ from memoryformer.data import catalogue, corpora, options
 from memoryformer.data import files as files_lib
 from memoryformer.data import progress as progress_lib
 
-_AT_ONCE = 256  # records per request: several times faster than one by one
+# Small records are read together, several times faster than one by one; large ones alone,
+# for each of the reader's threads would keep the memory of the largest that it has read.
+_AT_ONCE, _SMALL = 256, 1 << 16
+_SLICE = 4096  # bytes of text that stand in for what lies around them
+_FAIR = (0.75, 1.1)  # size of a sample of whole texts over the size it should have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +26,13 @@ class Texts:
     """The texts of one split, in the builder's order, as often as asked.
 
     `len` and `num_bytes` are of the records behind it, of which `keep` may pass only
-    some; num_bytes is their size on disk.
+    some; num_bytes is their size on disk, text_bytes that of their texts if known.
     """
 
     source: Sequence
     field: str
     num_bytes: int
+    text_bytes: int = 0
     limit: int = 0
     keep: Callable[[str], bool] | None = None
 
@@ -35,17 +40,75 @@ class Texts:
         return min(self.limit or len(self.source), len(self.source))
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _AT_ONCE):
-            yield from self._read(range(start, min(start + _AT_ONCE, len(self))))
+        mean = self.num_bytes // max(len(self.source), 1) + 1
+        count = _AT_ONCE if mean <= _SMALL else 1
+        for start in range(0, len(self), count):
+            yield from self._read(range(start, min(start + count, len(self))))
 
-    def sample(self, stride: int, accept: Callable[[str], bool]) -> Iterator[str]:
-        """The first accepted text of every `stride` records; reads little else."""
+    def sample(
+        self,
+        budget: int,
+        accept: Callable[[str], bool],
+        on_bytes: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """About `budget` bytes of accepted texts, spread by bytes over all of them.
+
+        Whole texts, one of every few records, where these are a fair sample, as they are
+        of many texts of much the same size; else slices of `_SLICE` bytes, which reads
+        every text and tells `on_bytes` how far it is.
+        """
+        whole = self._every_few(budget, accept)
+        return self._slices(budget, accept, on_bytes) if whole is None else whole
+
+    def _every_few(
+        self, budget: int, accept: Callable[[str], bool]
+    ) -> list[str] | None:
+        """The first accepted text of every k records; None where they are not fair.
+
+        They are not if one is over a quarter of the sample, or if together they are much
+        more or less than one k-th of the corpus: some large text is in or out by chance.
+        """
+        stride = max(1, -(-self.num_bytes // budget))
+        texts, size = [], 0
         for start in range(0, len(self), stride):
-            for index in range(start, min(start + stride, len(self))):
-                text = next(self._read([index]), None)
-                if text is not None and accept(text):
-                    yield text
-                    break
+            group = range(start, min(start + stride, len(self)))
+            read = (text for index in group for text in self._read([index]))
+            text = next(filter(accept, read), "")
+            num_bytes = len(text.encode("utf-8"))
+            size += num_bytes
+            texts.append(text)
+            if size > _FAIR[1] * budget or (stride > 1 and num_bytes > budget / 4):
+                return None
+        fair = size * stride >= _FAIR[0] * (self.text_bytes or self.num_bytes)
+        return _cut_to(texts, budget) if fair or stride == 1 else None
+
+    def _slices(
+        self,
+        budget: int,
+        accept: Callable[[str], bool],
+        on_bytes: Callable[[int], None],
+    ) -> list[str]:
+        """Every k-th slice of the accepted texts, joined; k doubles as they add up."""
+        size = max(1, min(_SLICE, budget // 64))
+        slices: dict[int, list[bytes]] = {}
+        stride, begin = 1, 0
+        for text in filter(accept, self):
+            data = text.encode("utf-8")
+            end = begin + len(data)
+            first = -(-(begin // size) // stride) * stride
+            for number in range(first, -(-end // size), stride):
+                here = number * size - begin
+                piece = data[max(here, 0) : here + size]
+                slices.setdefault(number, []).append(piece)
+            begin = end
+            on_bytes(end)
+            while len(slices) * size > 2 * budget:
+                stride *= 2
+                slices = {n: parts for n, parts in slices.items() if n % stride == 0}
+        kept = list(slices.values())
+        count = min(len(kept), budget // size)
+        chosen = (kept[i * len(kept) // count] for i in range(count))
+        return [part.decode("utf-8", "ignore") for parts in chosen for part in parts]
 
     def _read(self, indices: Sequence[int]) -> Iterator[str]:
         records = self.source.__getitems__(list(indices))
@@ -75,15 +138,20 @@ def read(
     with catalogue.quiet():
         builder = corpora.local_builder(data_config, str(records_dir))
         total = builder.input_bytes()
-        if builder.skipped:
-            line.note(builder.skipped_line())
+        for note in builder.notes:
+            line.note(note)
         line.start("reading", total, "B")
         builder.on_bytes = line.update
         builder.download_and_prepare()
     line.finish(total)
+    if marker := builder.marker_line():
+        line.note(marker)
     return {
         split: Texts(
-            builder.as_data_source(split=split), "text", _num_bytes(builder, split)
+            builder.as_data_source(split=split),
+            "text",
+            _num_bytes(builder, split),
+            builder.text_bytes[split],
         )
         for split in ("train", "validation")
     }
@@ -106,20 +174,32 @@ def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:
     field, limit = data_config.text_field, data_config.max_documents
     if "validation" in sources:
         return {
-            name: Texts(source, field, _num_bytes(builder, name), limit)
+            name: Texts(source, field, _num_bytes(builder, name), limit=limit)
             for name, source in sources.items()
         }
 
     def held_out(text: str) -> bool:
         return files_lib.in_validation(text, data_config.validation_every)
 
-    train, size = sources["train"], _num_bytes(builder, "train")
+    train = Texts(sources["train"], field, _num_bytes(builder, "train"), limit=limit)
     return {
-        "train": Texts(train, field, size, limit, lambda text: not held_out(text)),
-        "validation": Texts(train, field, size, limit, held_out),
+        "train": dataclasses.replace(train, keep=lambda text: not held_out(text)),
+        "validation": dataclasses.replace(train, keep=held_out),
     }
 
 
 def _num_bytes(builder: tfds.core.DatasetBuilder, split: str) -> int:
     known = builder.info.splits
     return known[split].num_bytes or 0 if split in known else 0
+
+
+def _cut_to(texts: list[str], num_bytes: int) -> list[str]:
+    """The texts up to this many bytes in UTF-8."""
+    kept = []
+    for text in texts:
+        data = text.encode("utf-8")[:num_bytes]
+        num_bytes -= len(data)
+        kept.append(data.decode("utf-8", errors="ignore"))
+        if not num_bytes:
+            break
+    return kept

@@ -1,99 +1,75 @@
-"""Local files to documents: which files a path names, and what each one holds.
+"""Local files to documents: what each file of a corpus holds.
 
-A document is a plain-text file, or one line of a JSON-lines file (.jsonl, .json,
-.ndjson). Either may be compressed (.gz, .xz, .bz2; .zst if `zstandard` is installed).
-Every fault of a file is a one-line `DataError` that names the file, and the line.
+A document is a plain-text file, a part of one up to a separator, or one line of a
+JSON-lines file. Plain text longer than `MAX_CHARS` is cut at line ends, so no text file
+is ever held whole. Every fault of a file is a one-line `DataError` that names the file,
+and the line.
 
-Start at `list_files` and `read_documents`.
+Start at `read_documents`.
 """
 
-import bz2
-import glob
-import gzip
+import codecs
+import dataclasses
 import hashlib
-import json
-import lzma
+import itertools
 import pathlib
-import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 
-from memoryformer import errors, paths
+from memoryformer import errors
+from memoryformer.data import blocks, jsonlines
+from memoryformer.data.listing import Files
+from memoryformer.data.names import shown
 
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+MAX_CHARS = 1 << 20
 SMALL_CORPUS = 256 << 20  # bytes up to which a fingerprint reads every file
 _HEAD = 8192  # bytes in which a zero byte tells a binary file
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-
-Files = list[tuple[str, pathlib.Path]]
 
 
-def stdlib_files() -> Files:
-    """The standard library's `*.py` files as (relative posix path, path), sorted.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files become documents.
 
-    Tests are left out because distributions split or delete them; so are installed
-    packages, which are not the standard library.
+    text_field: of JSON lines.  separator: what ends a document of plain text ('': the end
+    of its file).  piece_chars: where nothing else does, about its length.
     """
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _STDLIB_SKIPPED & set(relative.parts):
-            found.append((relative.as_posix(), path))
-    if not found:
-        raise errors.DataError(
-            f"data.source='stdlib': no sources under {root} (a zipped or stripped "
-            "Python?); use data.source='text' with data.path=FOLDER."
-        )
-    return sorted(found)
+
+    text_field: str = "text"
+    separator: str = ""
+    piece_chars: int = MAX_CHARS
 
 
-def list_files(
-    path: str, *, json_only: bool = False, field: str = "data.path"
-) -> Files:
-    """The files that `path` (a file, a folder or a glob) names, sorted by key.
+def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]:
+    """Yield (unique key, text, index of its file) for every document of `files`.
 
-    The key of a file is its path relative to the folder, so it does not depend on where
-    the corpus lies. Hidden files are skipped; with `json_only` so is everything that is
-    not JSON lines. Raises `DataError` if nothing is left.
+    Raises `DataError` naming file and line for anything unreadable.
     """
-    base = paths.local(path, field)
-    if base.is_file():
-        return [(base.name, base)]
-    if base.is_dir():
-        candidates = base.rglob("*")
-    elif glob.has_magic(str(base)):
-        candidates = [pathlib.Path(p) for p in glob.glob(str(base), recursive=True)]
-        parts = base.parts
-        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        base = pathlib.Path(*parts[:fixed])
-    else:
-        raise errors.DataError(f"{field}={path!r}: there is no such file or folder.")
-    found = []
-    for file in candidates:
-        key = file.relative_to(base)
-        hidden = any(part.startswith(".") for part in key.parts)
-        if file.is_file() and not hidden and (not json_only or _is_json(file)):
-            found.append((key.as_posix(), file))
-    if not found:
-        kind = "JSON-lines files (*.jsonl, *.json[.gz])" if json_only else "files"
-        raise errors.DataError(f"{field}={path!r}: holds no {kind}.")
-    return sorted(found)
+    for index, (key, path) in enumerate(files):
+        if blocks.is_json_lines(path):
+            for line, text in _json_texts(path, how.text_field):
+                yield f"{key}:{line}", text, index
+            continue
+        if how.separator:
+            documents = split(read_text(path), how.separator)
+        else:
+            documents = cut(read_text(path), how.piece_chars)
+        for number, text in enumerate(documents):
+            yield f"{key}#{number}" if number else key, text, index
 
 
-def without_text(path: pathlib.Path) -> str:
-    """'empty' or 'binary' for a file that holds no document, else ''.
+def without_text(path: pathlib.Path, text_field: str) -> str:
+    """'empty', 'binary' or 'other JSON' for a file that holds no document, else ''.
 
     It looks at the beginning only. A damaged file has ''; `read_documents` says what is
     wrong with it.
     """
     if path.stat().st_size == 0:
         return "empty"
-    if _is_json(path):
-        return ""
+    if blocks.is_json_lines(path):
+        other = blocks.kind(path) == ".json"
+        other = other and jsonlines.is_other_json(path, text_field)
+        return "other JSON" if other else ""
     try:
-        head = _head(path)
+        head = blocks.head(path)
     except Exception:  # of whatever kind its decompressor raises
         return ""
     return "binary" if b"\0" in head else "" if head else "empty"
@@ -105,46 +81,32 @@ def fingerprint(files: Files) -> str:
     It decides whether a prepared directory may be used again, nothing else: what a
     checkpoint records is the manifest's fingerprint, which is of contents only.
     """
-    stats = [path.stat() for _, path in files]
-    small = sum(stat.st_size for stat in stats) <= SMALL_CORPUS
     digest = hashlib.sha256()
-    for (key, path), stat in zip(files, stats, strict=True):
-        if small:
-            content = hashlib.sha256(_read_bytes(path)).hexdigest()
-        else:
+    try:
+        stats = [path.stat() for _, path in files]
+        small = sum(stat.st_size for stat in stats) <= SMALL_CORPUS
+        for (key, path), stat in zip(files, stats, strict=True):
             content = f"{stat.st_size} {stat.st_mtime_ns}"
-        digest.update(f"{key}\0{content}\n".encode())
+            if small:
+                with path.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{key}\0{content}\n".encode())
+    except OSError as error:
+        name = shown(error.filename or "a file")
+        raise errors.DataError(f"{name}: cannot be read ({error.strerror}).") from error
     return digest.hexdigest()
 
 
-def read_documents(
-    files: Files, text_field: str, piece_chars: int = 0
-) -> Iterator[tuple[str, str, int]]:
-    """Yield (unique key, text, index of its file) for every document of `files`.
-
-    `piece_chars` > 0 cuts plain-text files at line ends into documents of about that
-    many characters. Raises `DataError` naming file and line for anything unreadable.
-    """
-    for index, (key, path) in enumerate(files):
-        if _is_json(path):
-            for line, text in _json_lines(path, text_field):
-                yield f"{key}:{line}", text, index
-        elif piece_chars:
-            for number, piece in enumerate(_cut(_read_text(path), piece_chars)):
-                yield f"{key}#{number}", piece, index
-        else:
-            yield key, _read_text(path), index
-
-
 def lone_text_piece(files: Files, validation_every: int) -> int:
-    """Characters per document for a corpus that is one text file, else 0.
+    """Characters per document for a corpus that is one text file, else `MAX_CHARS`.
 
     A lone file would be a single document, with nothing to hold out; about five pieces
     of it go to validation instead.
     """
-    if len(files) != 1 or _is_json(files[0][1]):
-        return 0
-    return max(256, files[0][1].stat().st_size // (5 * validation_every))
+    if len(files) != 1 or blocks.is_json_lines(files[0][1]):
+        return MAX_CHARS
+    piece = files[0][1].stat().st_size // (5 * validation_every)
+    return min(max(256, piece), MAX_CHARS)
 
 
 def in_validation(key: str, every: int) -> bool:
@@ -152,140 +114,94 @@ def in_validation(key: str, every: int) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % every == 0
 
 
-def _is_json(path: pathlib.Path) -> bool:
-    suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] in (".gz", ".xz", ".bz2", ".zst"):
-        suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in JSON_SUFFIXES
-
-
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    if path.suffix == ".zst":
-        yield from _zstandard_lines(path)
-        return
-    with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-        yield from stream
-
-
-def _head(path: pathlib.Path) -> bytes:
-    if path.suffix == ".zst":
-        return next(_zstandard_lines(path), b"")[:_HEAD]
-    with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-        return stream.read(_HEAD)
-
-
-def _zstandard_lines(path: pathlib.Path) -> Iterator[bytes]:
-    """Lines of a file of one or more zstandard frames.
-
-    Frame by frame, because the package's own reader takes a truncated file for a whole
-    one. Raises EOFError where a frame is cut.
-    """
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        raise errors.DataError(
-            f"{path}: reading .zst needs the package zstandard; "
-            "`pip install zstandard`, or decompress the file."
-        ) from None
-    frame, rest = None, b""
-    with path.open("rb") as stream:
-        while data := stream.read(1 << 20):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                *whole, rest = (rest + frame.decompress(data)).split(b"\n")
-                yield from (line + b"\n" for line in whole)
-                data = b""
-                if frame.eof:
-                    data, frame = frame.unused_data, None
-    if frame:
-        raise EOFError("ends inside a frame")
-    if rest:
-        yield rest
-
-
-def _checked_lines(path: pathlib.Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed; its faults as `DataError`."""
-    if path.stat().st_size == 0:
-        raise errors.DataError(f"{path}: the file is empty.")
-    try:
-        yield from _lines(path)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise errors.DataError(f"{path}: damaged or truncated ({error}).") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise errors.DataError(f"{path}: cannot be read ({reason}).") from error
-    except Exception as error:  # zstandard may not be there to name its error
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise errors.DataError(f"{path}: damaged or truncated ({error}).") from error
-
-
-def _read_bytes(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise errors.DataError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def _read_text(path: pathlib.Path) -> str:
-    data = b"".join(_checked_lines(path))
-    if not data:
-        raise errors.DataError(f"{path}: the file is empty.")
-    if b"\0" in data[:_HEAD]:
-        raise errors.DataError(
-            f"{path}: a binary file, not text; give data.path a glob that skips it."
-        )
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise errors.DataError(
-            f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file."
-        ) from error
-
-
-def _json_lines(path: pathlib.Path, text_field: str) -> Iterator[tuple[int, str]]:
-    empty = True
-    for number, line in enumerate(_checked_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise errors.DataError(f"{where}: not UTF-8; convert the file.") from error
-        except ValueError as error:
-            reason = getattr(error, "msg", error)
-            raise errors.DataError(f"{where}: not a JSON line ({reason}).") from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            fields = ", ".join(record) if isinstance(record, dict) else "no object"
+def read_text(path: pathlib.Path) -> Iterator[str]:
+    """Yield the text of a plain file in parts of about a megabyte; `DataError` if none."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = num_lines = num_chars = 0  # before the block that is looked at
+    for block in itertools.chain(blocks.read(path), [b""]):
+        if not num_bytes and b"\0" in block[:_HEAD]:
             raise errors.DataError(
-                f"{where}: no text in field {text_field!r} (found: {fields}); "
-                "set data.text_field."
+                f"{shown(path)}: a binary file, not text; give data.path a glob that "
+                "skips it."
             )
-        text = record[text_field]
-        if not _encodable(text):
-            raise errors.DataError(f"{where}: a lone surrogate, which is not text.")
-        empty = False
-        yield number, text
-    if empty:
-        raise errors.DataError(f"{path}: holds no JSON lines.")
+        held = len(decoder.getstate()[0])  # of a character that was cut
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line = num_lines + error.object.count(b"\n", 0, error.start) + 1
+            raise errors.DataError(
+                f"{shown(path)}:{line}: not UTF-8 (byte "
+                f"{num_bytes - held + error.start}); convert the file."
+            ) from error
+        num_bytes += len(block)
+        num_lines += block.count(b"\n")
+        num_chars += len(text)
+        yield text
+    if not num_chars:
+        raise errors.DataError(f"{shown(path)}: the file is empty.")
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def cut(parts: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text that comes in parts into pieces of `size` characters and a little more.
 
-
-def _cut(text: str, size: int) -> Iterable[str]:
-    start = 0
+    A piece ends at the first line end, else blank, else anywhere, in as many characters
+    again; only the last may be shorter.
+    """
+    held: list[str] = []
+    length = 0
+    for part in parts:
+        held.append(part)
+        length += len(part)
+        if length <= 2 * size:  # the end of a piece may not be in sight
+            continue
+        text, start = "".join(held), 0
+        while length - start > 2 * size:
+            end = _end(text, start + size, size)
+            yield text[start:end]
+            start = end
+        held, length = [text[start:]], length - start
+    text, start = "".join(held), 0
     while start < len(text):
         end = start + size
-        if end < len(text):
-            stops = (text.find(mark, end, end + size) for mark in "\n ")
-            end = next((stop for stop in stops if stop >= 0), end - 1) + 1
+        end = _end(text, end, size) if end < len(text) else len(text)
         yield text[start:end]
         start = end
+
+
+def split(parts: Iterable[str], separator: str) -> Iterator[str]:
+    """Split a text that comes in parts at a separator; line ends beside it belong to it.
+
+    Documents of white space alone are left out.
+    """
+    for document in _between(parts, separator):
+        document = document.strip("\r\n")
+        if not document.isspace() and document:
+            yield document
+
+
+def _between(parts: Iterable[str], separator: str) -> Iterator[str]:
+    held: list[str] = []
+    edge = ""  # what may be the beginning of a separator
+    for part in parts:
+        *documents, last = (edge + part).split(separator)
+        for document in documents:
+            yield "".join([*held, document])
+            held = []
+        at = max(len(last) - len(separator) + 1, 0)
+        held.append(last[:at])
+        edge = last[at:]
+    yield "".join([*held, edge])
+
+
+def _end(text: str, start: int, size: int) -> int:
+    stops = (text.find(mark, start, start + size) for mark in "\n ")
+    return next((stop for stop in stops if stop >= 0), start - 1) + 1
+
+
+def _json_texts(path: pathlib.Path, field: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    for number, value in jsonlines.values(path):
+        where = f"{shown(path)}:{number}"
+        yield number, jsonlines.text(value, field, where, "set data.text_field")
+    if not number:
+        raise errors.DataError(f"{shown(path)}: holds no JSON lines.")

@@ -16,6 +16,7 @@ from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
+DTYPES = ("uint16", "uint32")
 
 
 def read(directory: pathlib.Path, verify: bool = False) -> dict:
@@ -34,11 +35,18 @@ def read(directory: pathlib.Path, verify: bool = False) -> dict:
         manifest = json.loads(path.read_text())
         splits = manifest["splits"]
         sound = manifest["fingerprint"] == fingerprint(manifest)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise errors.DataError(f"{path}: damaged ({error}); {again}.") from error
     if manifest["format"] != FORMAT or not sound:
         raise errors.DataError(
             f"{path}: edited, or of another format than {FORMAT}; {again}."
+        )
+    if wrong := _wrong_field(manifest):
+        raise errors.DataError(f"{path}: damaged ({wrong}); {again}.")
+    if manifest["dtype"] not in DTYPES:
+        raise errors.DataError(
+            f"{path}: dtype {manifest['dtype']!r} is none of {', '.join(DTYPES)}, "
+            f"which are little-endian; {again}."
         )
     for name, split in splits.items():
         file = directory / split["file"]
@@ -54,6 +62,25 @@ def read(directory: pathlib.Path, verify: bool = False) -> dict:
                 f"{file}: its sha256 is not the manifest's; it is damaged: {again}."
             )
     return manifest
+
+
+def _wrong_field(manifest: dict) -> str:
+    """Name the first field that is not what `shards` writes; '' if all are."""
+    tokenizer = {"name": str, "sha256": str, "vocab_size": int, "eot_id": int}
+    split = {"file": str, "tokens": int, "bytes": int, "documents": int, "sha256": str}
+    kinds = {"tokenizer": tokenizer, "splits.train": split, "splits.validation": split}
+    for section, fields in kinds.items():
+        values = manifest
+        for name in section.split("."):
+            values = values.get(name) if isinstance(values, dict) else None
+        for field, kind in fields.items():
+            value = values.get(field) if isinstance(values, dict) else None
+            if type(value) is not kind or (kind is int and value < 0):
+                return f"{section}.{field} is {value!r}"
+    for name, info in manifest["splits"].items():
+        if name not in ("train", "validation") or info["file"] != f"{name}.bin":
+            return f"splits.{name} is in another file"
+    return ""
 
 
 def load_tokenizer(directory: pathlib.Path, manifest: dict) -> tokenizer_lib.Tokenizer:

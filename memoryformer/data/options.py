@@ -20,7 +20,10 @@ class DataConfig:
         c4        downloaded C4/Pile-style JSON-lines shards: a folder or a glob in `path`
         tfds      the TFDS data set `name`; `path` is TFDS's data_dir ('': TFDS's default)
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
-    text_field: the key that holds the text in JSON lines and TFDS examples.
+    text_field: the key that holds the text in JSON lines and TFDS examples; `meta.text`
+        is the text inside of `meta`.
+    separator: what ends a document inside of plain-text files of a `text` source, such as
+        <|endoftext|> or \\n\\n; '' leaves them whole.
     validation_path: held-out files of a `text` or `c4` source; '' splits by document.
     validation_every: one document in about this many goes to validation.
     align_documents: documents begin at multiples of this many positions of a row, behind
@@ -36,6 +39,7 @@ class DataConfig:
     path: str = ""
     name: str = ""
     text_field: str = "text"
+    separator: str = ""
     validation_path: str = ""
     validation_every: int = 20
     max_documents: int = 0
@@ -54,6 +58,7 @@ class DataConfig:
         users = {
             "path": ("text", "c4", "tfds", "prepared"),
             "validation_path": ("text", "c4"),
+            "separator": ("text",),
             "name": ("tfds",),
         }
         for field, sources in users.items():

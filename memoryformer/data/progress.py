@@ -1,6 +1,8 @@
 """One progress line on standard error: done, rate, time left; and where to stop on request."""
 
+import concurrent.futures
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -57,6 +59,30 @@ class Progress:
                 f"asked to stop while {self.title}: nothing of it is kept; run the same "
                 "command to begin again."
             )
+
+    def during(self, stage: str, work: Callable[[], T]) -> T:
+        """Return `work()`, done beside this thread, so that signals are answered.
+
+        Shows for how long, if `stage` has a name. Raises `Preempted` when asked to stop;
+        `work` then ends with the process.
+        """
+        result: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        began = shown = time.monotonic()
+        while not concurrent.futures.wait([result], timeout=0.1).done:
+            self.check()
+            now = time.monotonic()
+            if self.enabled and stage and now - shown >= self._every:
+                shown = now
+                self._print(f"{self.title}, {stage}: {duration(now - began)}")
+        return result.result()
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items, with a `check` before each."""

@@ -16,7 +16,9 @@ determines its bytes, so `prepare` is idempotent. Start at `prepare`.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -31,9 +33,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memoryformer import errors, paths
+from memoryformer.data import blocks, listing, names, options
 from memoryformer.data import files as files_lib
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import options
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # importing it imports TFDS
     from memoryformer.data import documents
 
 BPE_TRAINING_BYTES = 3_000_000
+_SAMPLE = 2  # of the rule by which these are drawn
 _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
@@ -111,28 +114,43 @@ def _request(data_config: options.DataConfig) -> dict:
         "tokenizer": data_config.tokenizer,
     }
     if data_config.source == "stdlib":
-        request["files"] = files_lib.fingerprint(files_lib.stdlib_files())
+        request["files"] = files_lib.fingerprint(listing.stdlib_files())
     elif data_config.source == "tfds":
         request["tfds"] = _catalogue_identity(data_config)
     else:
-        only = data_config.source == "c4"
-        files = files_lib.list_files(data_config.path, json_only=only)
-        request["files"] = files_lib.fingerprint(files)
-        if data_config.validation_path:
-            files = files_lib.list_files(
-                data_config.validation_path,
-                json_only=only,
-                field="data.validation_path",
-            )
-            request["validation"] = files_lib.fingerprint(files)
+        request |= _local_identity(data_config)
     if data_config.source != "stdlib":
         request["text_field"] = data_config.text_field
-    if data_config.tokenizer != "bytes" and not tokenizer_lib.bpe_size(
-        data_config.tokenizer
-    ):
+    if tokenizer_lib.bpe_size(data_config.tokenizer):
+        request["sample"] = _SAMPLE
+    elif data_config.tokenizer != "bytes":
         tokenizer = tokenizer_lib.load(data_config.tokenizer)
         request["tokenizer"] = tokenizer.fingerprint
     return request
+
+
+def _local_identity(data_config: options.DataConfig) -> dict:
+    only = data_config.source == "c4"
+    files = listing.list_files(data_config.path, json_only=only)
+    identity = {"files": files_lib.fingerprint(files)}
+    if data_config.validation_path:
+        held_out = listing.list_files(
+            data_config.validation_path, json_only=only, field="data.validation_path"
+        )
+        identity["validation"] = files_lib.fingerprint(held_out)
+        files = files + held_out
+    if data_config.separator:
+        identity["separator"] = names.unescaped(data_config.separator)
+    elif any(_may_be_cut(path) for _, path in files):
+        identity["max_chars"] = files_lib.MAX_CHARS
+    return identity
+
+
+def _may_be_cut(path: pathlib.Path) -> bool:
+    """Whether a file's text may be longer than a document can be."""
+    is_compressed = path.suffix.lower() in blocks.COMPRESSED
+    large = is_compressed or path.stat().st_size > files_lib.MAX_CHARS
+    return large and not blocks.is_json_lines(path)
 
 
 def _catalogue_identity(data_config: options.DataConfig) -> str:
@@ -258,7 +276,9 @@ def _write_split(
                 batch.append(text)
                 size += len(text)
             if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-                writer.append(batch)
+                line.during("", functools.partial(writer.append, batch))
+                if size >= _BATCH_CHARS:
+                    _give_back_memory()
                 batch, size = [], 0
                 line.update(seen)
         writer.append(batch)
@@ -284,6 +304,13 @@ def _write_split(
     }
 
 
+def _give_back_memory() -> None:
+    """Return freed memory to the system: each thread of the tokenizer keeps its own else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
+
+
 def _tokenizer(
     data_config: options.DataConfig,
     texts: "documents.Texts",
@@ -293,20 +320,17 @@ def _tokenizer(
     size = tokenizer_lib.bpe_size(data_config.tokenizer)
     if not size:
         return tokenizer_lib.load(data_config.tokenizer)
-    # Spread over the corpus, which lies in file order.
-    stride = max(1, -(-texts.num_bytes // BPE_TRAINING_BYTES))
 
-    def some() -> Iterator[str]:
-        left = BPE_TRAINING_BYTES
-        sample = texts.sample(stride, lambda text: _digest(text) not in held_out)
-        for text in line.watched(sample):
-            data = text.encode("utf-8")[:left]
-            left -= len(data)
-            yield data.decode("utf-8", errors="ignore")
-            if not left:
-                return
+    def accept(text: str) -> bool:
+        line.check()
+        return _digest(text) not in held_out
 
-    return tokenizer_lib.train_bpe(some(), size)
+    line.start("sampling for the tokenizer", texts.text_bytes or texts.num_bytes, "B")
+    sample = texts.sample(BPE_TRAINING_BYTES, accept, line.update)
+    return line.during(
+        f"training {data_config.tokenizer}",
+        lambda: tokenizer_lib.train_bpe(sample, size),
+    )
 
 
 def _digest(text: str) -> bytes:

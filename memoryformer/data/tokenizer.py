@@ -20,6 +20,8 @@ import tokenizers
 from memoryformer import errors, paths
 
 EOT = "<eot>"
+_WORD = 1024
+_MAX_BPE = 1 << 20  # room for as many is taken before training begins
 _EOT_NAMES = (EOT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
 
 
@@ -128,10 +130,16 @@ def byte_level() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with `vocab_size` tokens, the end-of-document token among them.
 
-    Raises `DataError` if the texts are too few for that many merges.
+    Words are learnt from in parts of `_WORD` bytes, for training takes the square of a
+    word's length, and text without blanks is one word. Raises `DataError` if the texts
+    are too few for that many merges.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(f".{{1,{_WORD}}}"), "isolated"
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, parts])
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -140,6 +148,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = words
     if backend.get_vocab_size() < vocab_size:
         raise errors.DataError(
             f"data.tokenizer='bpe:{vocab_size}': the training text yields only "
@@ -153,12 +162,13 @@ def bpe_size(spec: str) -> int:
     kind, _, size = spec.partition(":")
     if kind != "bpe":
         return 0
-    if not size.isdecimal() or int(size) < 257:
+    number = int(size) if size.isdecimal() and len(size) < 10 else 0
+    if not 257 <= number <= _MAX_BPE:
         raise errors.ConfigError(
-            f"data.tokenizer={spec!r}: expected bpe:V with V >= 257 "
-            "(256 bytes and the end-of-document token)."
+            f"data.tokenizer={spec!r}: expected bpe:V with V >= 257 (256 bytes and the "
+            f"end-of-document token) and at most {_MAX_BPE}."
         )
-    return int(size)
+    return number
 
 
 def load(spec: str) -> Tokenizer:

@@ -10,12 +10,11 @@ Start at `task_config`.
 
 import hashlib
 import importlib.util
-import json
 import pathlib
 import urllib.request
 from typing import Any
 
-from memoryformer.data import files
+from memoryformer.data import blocks, jsonlines
 from memoryformer.errors import ConfigError, DataError
 
 HARNESS_VERSION = "0.4.13"
@@ -123,7 +122,7 @@ def local_rows(name: str, tasks_path: str) -> dict[str, list[dict[str, Any]]]:
         return {}
     rows = {}
     for split, stem in (("test", name), ("train", f"{name}.train")):
-        wanted = {stem + ending for ending in files.JSON_SUFFIXES}
+        wanted = {stem + ending for ending in blocks.JSON_SUFFIXES}
         paths = sorted(
             path
             for path in pathlib.Path(tasks_path).iterdir()
@@ -201,17 +200,7 @@ def _check(data: bytes, digest: str, source: Any) -> None:
 
 def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is no JSON ({error}).") from error
+    for number, row in jsonlines.values(path):
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is no JSON object.")
         rows.append(row)

@@ -1,0 +1,130 @@
+"""The bytes of a text file, decompressed: in blocks or in lines, never whole.
+
+A line ends at \\n or \\r\\n and at nothing else, and a byte order mark is no content. What
+a file is, its name says, in capitals or not: JSON lines (.jsonl, .json, .ndjson,
+.jsonlines, .jl), compressed or not (.gz, .xz, .bz2; .zst if `zstandard` is installed).
+
+Start at `read` and `lines`.
+"""
+
+import bz2
+import gzip
+import lzma
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+from memoryformer import errors
+from memoryformer.data.names import shown
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
+BOM = b"\xef\xbb\xbf"
+BLOCK = 1 << 20
+_HEAD = 8192
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+COMPRESSED = (*_OPENERS, ".zst")
+
+
+def kind(path: pathlib.Path) -> str:
+    """The ending of a file's name in small letters, that of its compression left out."""
+    *_, outer, inner = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return outer if inner in COMPRESSED else inner
+
+
+def is_json_lines(path: pathlib.Path) -> bool:
+    """Whether a file holds JSON lines; .jl is Julia's ending too, so a look decides."""
+    if kind(path) != ".jl":
+        return kind(path) in JSON_SUFFIXES
+    try:
+        return head(path).lstrip().startswith(b"{")
+    except Exception:  # of whatever kind its decompressor raises; `read` explains it
+        return False
+
+
+def read(path: pathlib.Path) -> Iterator[bytes]:
+    """Yield the content in blocks of about a megabyte; faults as one-line `DataError`."""
+    name = shown(path)
+    try:
+        blocks = _raw(path, BLOCK)
+        start = b""
+        while len(start) < len(BOM) and (block := next(blocks, b"")):
+            start += block
+        if not start:
+            raise errors.DataError(f"{name}: the file is empty.")
+        yield start.removeprefix(BOM)
+        yield from blocks
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise errors.DataError(f"{name}: damaged or truncated ({error}).") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise errors.DataError(f"{name}: cannot be read ({reason}).") from error
+    except Exception as error:  # zstandard may not be there to name its error
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise errors.DataError(f"{name}: damaged or truncated ({error}).") from error
+
+
+def lines(path: pathlib.Path) -> Iterator[bytes]:
+    """Yield the lines of a file without their ends."""
+    parts: list[bytes] = []
+    for block in read(path):
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        for line in others:
+            yield b"".join(parts).removesuffix(b"\r")
+            parts = [line]
+    if last := b"".join(parts):
+        yield last.removesuffix(b"\r")
+
+
+def text_lines(path: pathlib.Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file without their ends, empty ones too."""
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.DataError(
+                f"{shown(path)}:{number}: not UTF-8; convert the file."
+            ) from error
+
+
+def head(path: pathlib.Path) -> bytes:
+    """The first bytes of the content; raises whatever its decompressor raises."""
+    return next(_raw(path, _HEAD), b"").removeprefix(BOM)[:_HEAD]
+
+
+def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:
+    """Yield blocks that are not empty."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        yield from filter(None, _zstandard(path))
+        return
+    with _OPENERS.get(suffix, open)(path, "rb") as stream:
+        while block := stream.read(size):
+            yield block
+
+
+def _zstandard(path: pathlib.Path) -> Iterator[bytes]:
+    """Blocks of a file of one or more zstandard frames.
+
+    Frame by frame, because the package's own reader takes a truncated file for a whole
+    one. Raises EOFError where a frame is cut.
+    """
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise errors.DataError(
+            f"{shown(path)}: reading .zst needs the package zstandard; "
+            "`pip install zstandard`, or decompress the file."
+        ) from None
+    frame = None
+    with path.open("rb") as stream:
+        while data := stream.read(BLOCK):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                data = b""
+                if frame.eof:
+                    data, frame = frame.unused_data, None
+    if frame:
+        raise EOFError("ends inside a frame")

@@ -1,0 +1,33 @@
+"""Names for messages and keys, and texts as a command line spells them."""
+
+import os
+import re
+from collections.abc import Sequence
+
+
+def shown(name: str | os.PathLike) -> str:
+    """A name for a message: on one line, and printable whatever bytes it holds."""
+    return "".join(
+        char if char.isprintable() else ascii(char)[1:-1] for char in os.fspath(name)
+    )
+
+
+def counted(names: Sequence[str], what: str) -> str:
+    """'1 link to folders (a)', '3 links to folders (a, ..)'."""
+    noun, blank, detail = what.partition(" ")
+    plural, more = ("s", ", ..") if len(names) > 1 else ("", "")
+    return f"{len(names)} {noun}{plural}{blank}{detail} ({shown(min(names))}{more})"
+
+
+def unescaped(text: str) -> str:
+    """`text` with \\n, \\r, \\t and \\\\ read as in a string of Python."""
+    signs = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: signs[match[1]], text)
+
+
+def key(parts: Sequence[str]) -> str:
+    """Parts of a path joined, as UTF-8: another byte becomes //hex, which no path holds."""
+    return "".join(
+        f"//{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else char
+        for char in "/".join(parts)
+    )

@@ -1,0 +1,221 @@
+"""The sample that a tokenizer is trained on, its training, and what is shown meanwhile."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memoryformer import data, errors
+from memoryformer.data import documents, progress, shards
+from memoryformer.data import tokenizer as tokenizer_lib
+from tests import data_helpers
+
+
+class Source(list):
+    def __getitems__(self, indices):
+        return [{"text": self[index]} for index in indices]
+
+
+def corpus(texts, **more):
+    size = sum(len(text.encode()) for text in texts)
+    return documents.Texts(Source(texts), "text", size, size, **more)
+
+
+def size(texts):
+    return sum(len(text.encode()) for text in texts)
+
+
+def yes(text):
+    return True
+
+
+def test_texts_of_one_size_are_taken_whole():
+    """One of every few, as prepared corpora were sampled: their tokenizers stay.
+
+    Mutation: slices always.
+    """
+    texts = [f"{i:04d} " + "x" * 95 for i in range(1000)]
+    assert corpus(texts).sample(10_000, yes) == texts[::10]
+    assert corpus(texts).sample(200_000, yes) == texts
+    seen = corpus(texts).sample(10_000, lambda text: int(text[:4]) % 10 >= 2)
+    assert seen == texts[2::10]
+
+
+def test_a_corpus_smaller_than_the_sample_is_the_sample():
+    """However unequal its texts are. Mutation: a quarter of the budget is the limit."""
+    texts = ["x", "y" * 900, "z"]
+    assert corpus(texts).sample(1000, yes) == texts
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["n" * 30] * 2000 + ["b" * 400_000],  # notes and a book, in either order
+        ["b" * 400_000] + ["n" * 30] * 2000,
+        ["n" * 20_000, *["b" * 20_000] * 20],  # few and large
+        ["n" * 60_000 + "b" * 400_000],  # one
+        ["n" * 30, "b" * 300] * 1000,  # the large ones between the k-th ones
+        (["n"] * 19 + ["b" * 4000]) * 100,
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_sample_is_spread_by_bytes(texts, known):
+    """Its share of either kind is that of the corpus; it is no larger than asked.
+
+    Mutations: `_every_few` always; slices of records; no thinning (the beginning only);
+    a stride from `num_bytes` where TFDS does not know it.
+    """
+    whole = corpus(texts)
+    if not known:
+        whole = documents.Texts(whole.source, "text", 0)
+    sample = "".join(whole.sample(20_000, yes))
+    assert 10_000 <= len(sample) <= 22_000
+    share = "".join(texts).count("b") / size(texts)
+    assert sample.count("b") / len(sample) == pytest.approx(share, abs=0.05)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=60),
+    st.integers(64, 3000),
+    st.integers(0, 3),
+)
+def test_any_sample_is_of_the_accepted_texts(lengths, budget, refused):
+    """In order, no more than asked, and never of a text that is not to be seen."""
+    rng = random.Random(0)
+    texts = [chr(97 + i % 4) * n for i, n in enumerate(lengths)]
+    rng.shuffle(texts)
+    letter = chr(97 + refused)
+    sample = corpus(texts).sample(budget, lambda text: letter not in text)
+    assert letter not in "".join(sample) and size(sample) <= budget
+    accepted = sum(len(text) for text in texts if letter not in text)
+    assert size(sample) >= min(accepted, budget) // 3 or accepted < size(texts) // 2
+
+
+def test_slices_hold_whole_characters():
+    text = "жук" * 100_000
+    sample = corpus([text]).sample(30_000, yes)
+    assert size(sample) > 29_000 and set("".join(sample)) == set("жук")
+
+
+def test_text_without_blanks_is_learnt_from_in_time():
+    """A megabyte in one word; the square of that took minutes.
+
+    Mutation: `_WORD = 1 << 30`.
+    """
+    rng = random.Random(1)
+    started = time.monotonic()
+    made = tokenizer_lib.train_bpe(["".join(rng.choices("ACGT", k=1_000_000))], 2048)
+    assert time.monotonic() - started < 20
+    assert made.vocab_size == 2048
+    text = "".join(rng.choices("ACGT", k=5000))
+    assert made.decode(made.encode(text)) == text
+    # What is kept splits no word: a long one is not cut where training cut it.
+    assert made.spec["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+def test_ordinary_words_are_learnt_from_whole():
+    """The tokenizer is that of a training without parts. Mutation: `_WORD = 4`."""
+    texts = data_helpers.texts(50)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<eot>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    made = tokenizer_lib.train_bpe(texts, 340)
+    assert made._backend.get_vocab() == backend.get_vocab()
+
+
+@pytest.mark.parametrize("size", ["1048577", "999999999999", "9" * 5000])
+def test_a_vocabulary_beyond_memory_is_refused(size):
+    """Red if room for it is asked for: the process would be ended."""
+    with pytest.raises(errors.ConfigError, match="at most 1048576"):
+        tokenizer_lib.bpe_size(f"bpe:{size}")
+
+
+def test_a_training_can_be_stopped(tmp_path, monkeypatch):
+    """Asked to stop while Rust works: within a second, and nothing is kept.
+
+    Mutation: `train_bpe` called in this thread.
+    """
+    begun, released = threading.Event(), threading.Event()
+
+    def endless(texts, size):
+        begun.set()
+        released.wait(60)
+
+    monkeypatch.setattr(shards.tokenizer_lib, "train_bpe", endless)
+    config = data_helpers.config(tmp_path, data_helpers.texts(40), tokenizer="bpe:300")
+    started = time.monotonic()
+    with pytest.raises(errors.Preempted):
+        data.prepare(config, stop=begun.is_set)
+    released.set()
+    assert time.monotonic() - started < 30
+    assert [p.name[:6] for p in (tmp_path / "cache").iterdir()] == [".lock-"]
+
+
+def test_work_beside_this_thread(capsys):
+    """Results, errors, an interrupt, and a line of how long it takes.
+
+    Mutations: `result.result()` at once; the error lost.
+    """
+    line = progress.Progress("preparing x", enabled=True)
+    line._every = 0.2
+    assert line.during("training", lambda: time.sleep(0.5) or 7) == 7
+    shown = capsys.readouterr().err.splitlines()
+    assert shown and set(shown) == {"preparing x, training: 0s"}
+    with pytest.raises(errors.DataError, match="too few"):
+        line.during("", lambda: (_ for _ in ()).throw(errors.DataError("too few")))
+    released = threading.Event()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        line.during("", lambda: released.wait(60))
+    released.set()
+
+
+def test_progress_lines(monkeypatch, capsys):
+    """Half way and at the end, to the letter; a short stage shows nothing.
+
+    Mutations: eta of 1 s at the end; `finish` prints nothing, or always.
+    """
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    line = progress.Progress("preparing text")
+    line.start("reading", 8e6, "B")
+    now[0] += 4.9
+    line.update(3e6)
+    assert capsys.readouterr().err == ""
+    now[0] += 3.1
+    line.update(4e6)
+    half = "preparing text, reading: 50% 4.0/8.0 MB 0.5 MB/s eta 8s\n"
+    assert capsys.readouterr().err == half
+    now[0] += 8
+    line.finish(8e6)
+    whole = "preparing text, reading: 100% 8.0/8.0 MB 0.5 MB/s eta 0s\n"
+    assert capsys.readouterr().err == whole
+    line.start("tokenising", 3, "documents")
+    now[0] += 0.9
+    line.finish(3)
+    assert capsys.readouterr().err == ""
+    now[0] += 5.1
+    line.finish(3)
+    last = "preparing text, tokenising: 100% 3/3 documents 0 documents/s eta 0s\n"
+    assert capsys.readouterr().err == last
+    quiet = progress.Progress("preparing text", enabled=False)
+    quiet.start("reading", 1, "B")
+    now[0] += 60
+    quiet.update(1)
+    quiet.finish(1)
+    quiet.note("3 files skipped")
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,323 @@
+"""Files to documents: lines, marks, separators, fields, and never a file held whole."""
+
+import gzip
+import json
+import lzma
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorflow_datasets.core import shuffle
+
+from memoryformer import data, errors
+from memoryformer.data import blocks, documents, files, jsonlines, names, shards
+from tests import data_helpers
+
+BOM = b"\xef\xbb\xbf"
+TEXTS = st.lists(st.sampled_from("xxxxxé \n"), max_size=60).map("".join)
+SIZES = st.lists(st.integers(1, 7), min_size=1)
+
+
+def in_parts(text, sizes):
+    parts, start = [], 0
+    for size in sizes * (len(text) + 1):
+        parts.append(text[start : start + size])
+        start += size
+        if start >= len(text):
+            return parts
+    return parts
+
+
+def cut_whole(text, size):
+    """The rule of `files.cut` on a text that is there as a whole."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            stops = (text.find(mark, end, end + size) for mark in "\n ")
+            end = next((stop for stop in stops if stop >= 0), end - 1) + 1
+        yield text[start:end]
+        start = end
+
+
+@settings(max_examples=300)
+@given(TEXTS, SIZES, st.integers(1, 9))
+def test_pieces_do_not_depend_on_the_blocks(text, sizes, size):
+    """Mutations: a piece is cut when `size` more are there; `length` not counted down."""
+    pieces = list(files.cut(in_parts(text, sizes), size))
+    assert pieces == list(cut_whole(text, size))
+    assert "".join(pieces) == text
+
+
+@given(st.text(alphabet="ab", max_size=30), SIZES)
+@pytest.mark.parametrize("separator", ["a", "aa", "ab", "aba", "abab"])
+def test_separators_are_found_over_the_blocks(separator, text, sizes):
+    """Mutation: `edge` a character shorter."""
+    found = list(files._between(in_parts(text, sizes), separator))
+    assert found == text.split(separator)
+
+
+def test_a_separator_makes_documents(tmp_path, capsys):
+    """2000 stories are 2000 documents, the marker is in none; without it, a hint.
+
+    Mutations: the marker stays; the line ends beside it stay; blank documents stay.
+    """
+    stories = [f"  Story {i}.\nIt ends.\t" for i in range(200)]
+    text = "\n<|endoftext|>\r\n".join([*stories[:100], " \n ", *stories[100:]])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "stories.txt").write_bytes(BOM + text.encode() + b"\n")
+    fields = {"source": "text", "tokenizer": "bytes", "data_dir": str(tmp_path)}
+    config = data.DataConfig(path=str(tmp_path / "in"), **fields)
+    data.prepare(config)
+    assert "as plain text: " in capsys.readouterr().err
+    config = data.DataConfig(
+        path=str(tmp_path / "in"), separator="<|endoftext|>", **fields
+    )
+    dataset = data.open(config)
+    assert "plain text" not in capsys.readouterr().err
+    eot = dataset.tokenizer.eot_id
+    documents = []
+    for split in (dataset.train, dataset.validation):
+        pieces = bytes(0 if t == eot else t for t in split.tokens).split(b"\0")
+        documents += [piece.decode() for piece in pieces if piece]
+    assert sorted(documents) == sorted(stories)
+    newline = data.DataConfig(path=str(tmp_path / "in"), separator="\\n", **fields)
+    same = data.DataConfig(path=str(tmp_path / "in"), separator="\n", **fields)
+    assert data.resolve_dir(newline) == data.resolve_dir(same)
+    for path, message in (("in", "1 document .split at.*'@@'"), ("j.jsonl", "JSON li")):
+        (tmp_path / "j.jsonl").write_text('{"text": "a"}\n')
+        config = data.DataConfig(path=str(tmp_path / path), separator="@@", **fields)
+        with pytest.raises(errors.MemoryFormerError, match=message):
+            data.prepare(config)
+    with pytest.raises(errors.ConfigError, match=r"data.separator='x'.*does not use"):
+        data.DataConfig(source="c4", path="x", separator="x")
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """Mutations: `splitlines`; a carriage return kept; the mark kept."""
+    odd = "one\u2028still\x85one\x0b\x0c\x1c\rone"
+    path = tmp_path / "a.txt"
+    path.write_bytes(BOM + f"{odd}\r\n\r\n{BOM.decode()}two".encode())
+    assert list(blocks.text_lines(path)) == [odd, "", "\ufefftwo"]
+    path.write_bytes(b"a\n\n")
+    assert list(blocks.text_lines(path)) == ["a", ""]
+    path.write_bytes(b"a\nb\xff\n")
+    with pytest.raises(errors.DataError, match=r"a.txt:2: not UTF-8"):
+        list(blocks.text_lines(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["A.JSONL", "a.ndjson", "a.jsonlines", "a.jl", "a.Json", "a.JSONL.GZ", "a.jl.xz"],
+)
+def test_json_lines_by_any_name(tmp_path, name):
+    """With a mark, U+2028 and CRLF. Mutation: endings compared as they are written."""
+    content = json.dumps({"text": "a\u2028b"}, ensure_ascii=False).encode()
+    content = BOM + content + b"\r\n\r\n" + BOM + b'{"text": "c"}'
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}
+    path = tmp_path / name
+    path.write_bytes(pack.get(path.suffix.lower(), bytes)(content))
+    found = files.read_documents([("k", path)], files.Reading())
+    assert list(found) == [("k:1", "a\u2028b", 0), ("k:3", "c", 0)]
+
+
+def test_julia_is_no_json(tmp_path):
+    path = tmp_path / "solver.jl"
+    path.write_text("module Solver\n{x} = 1\nend\n")
+    found = files.read_documents([("solver.jl", path)], files.Reading())
+    assert list(found) == [("solver.jl", path.read_text(), 0)]
+
+
+def test_a_mark_is_no_content(tmp_path):
+    """Red if U+FEFF begins a document, or a file of a mark alone is one."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(BOM + "é".encode())
+    assert "".join(files.read_text(path)) == "é"
+    path.write_bytes(BOM)
+    assert files.without_text(path, "text") == "empty"
+    with pytest.raises(errors.DataError, match="is empty"):
+        list(files.read_text(path))
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_where_a_text_is_not_utf8(tmp_path, monkeypatch, block):
+    """The same line and byte whatever the blocks; a character may lie across them.
+
+    Mutations: `held` not taken off; lines counted in the last block only.
+    """
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\nüber\n".encode() + b"x\xe9y\n")
+    with pytest.raises(errors.DataError, match=r"a.txt:3: not UTF-8 \(byte 10\)"):
+        list(files.read_text(path))
+    path.write_bytes("cut é".encode()[:-1])
+    with pytest.raises(errors.DataError, match=r"a.txt:1: not UTF-8 \(byte 4\)"):
+        list(files.read_text(path))
+
+
+def test_fields_inside_of_fields(tmp_path):
+    """A field of the whole name comes first. Mutation: only the top level is looked at."""
+    value = {"a": {"b": "inner", "n": None}, "c.d": "dotted", "c": {"d": "nested"}}
+    text = jsonlines.text
+    assert text(value, "a.b", "f:1", "fix") == "inner"
+    assert text(value, "c.d", "f:1", "fix") == "dotted"
+    for field, words in {
+        "a.n": r"f:1: no text in field 'a.n' \(it holds null\); leave such lines out, or",
+        "a": r"it holds an object",
+        "a.x": r"f:1: no text in field 'a.x' \(found: a.b, a.n, c.d, c.d\); fix\.",
+        "a.b.c": r"no text in field 'a.b.c'",
+    }.items():
+        with pytest.raises(errors.DataError, match=words):
+            text(value, field, "f:1", "fix")
+    for other, words in (
+        ([], "a list"),
+        ("x", "text"),
+        (None, "null"),
+        (1, "a number"),
+    ):
+        with pytest.raises(errors.DataError, match=f"f:1: {words}, not an object"):
+            text(other, "text", "f:1", "fix")
+    with pytest.raises(errors.DataError) as caught:
+        text({"a\nb\ud800": 1} | {str(i): 1 for i in range(999)}, "t", "f:1", "fix")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a":' * 100_000, "nested too deep"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not a JSON line .Exceeds the limit"),
+        ('{"text": "a"}'.encode("utf-16-le"), "not a JSON line"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+        (b'{"text": "a"} {"text": "b"}', "Extra data"),
+    ],
+)
+def test_lines_that_are_no_json(tmp_path, line, words):
+    """Mutation: RecursionError or ValueError not caught."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n' + line)
+    with pytest.raises(errors.DataError, match=f"a.jsonl:2: .*{words}") as caught:
+        list(jsonlines.values(path))
+    assert "\n" not in str(caught.value)
+
+
+OTHER_JSON = {
+    "package.json": '{\n  "name": "x",\n  "version": "1"\n}\n',
+    "small.json": '{"name": "x", "files": []}',
+    "array.json": '[{"text": "a"}]\n',
+    "tsconfig.json": '// a comment\n{\n  "strict": true,\n}\n',
+    "names.json": '"a"\n"b"\n',
+}
+
+
+@pytest.mark.parametrize("source", ["text", "c4"])
+def test_settings_in_json_are_no_corpus(tmp_path, capsys, source):
+    """Left out with a note; JSON lines that are damaged or of other fields stay errors.
+
+    Mutations: `is_other_json` says no (package.json stops the folder) or always yes.
+    """
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, content in OTHER_JSON.items():
+        (corpus / name).write_text(content)
+    lines = [json.dumps({"text": text}) for text in data_helpers.texts(12)]
+    (corpus / "shard.json").write_text("\n".join(lines))
+    config = data.DataConfig(
+        source=source, path=str(corpus), tokenizer="bytes", data_dir=str(tmp_path / "c")
+    )
+    splits = data.open(config).manifest["splits"].values()
+    assert sum(split["documents"] for split in splits) == 12
+    noted = "preparing {}: 5 files skipped: 5 other JSON (array.json, ..)\n"
+    assert noted.format(source) in capsys.readouterr().err
+    for content, words in (
+        ('{"text": "it breaks off', r"bad.json:1: not a JSON line"),
+        ('{"body": "a"}\n{"body": "b"}\n', r"bad.json:1: no text in field 'text'"),
+        ('{"text": null}\n', r"bad.json:1: .*it holds null"),
+    ):
+        (corpus / "bad.json").write_text(content)
+        with pytest.raises(errors.DataError, match=words):
+            data.prepare(config)
+    (corpus / "bad.json").unlink()
+    (corpus / "shard.json").unlink()
+    with pytest.raises(errors.DataError, match=r"5 other JSON .*set data.text_field"):
+        data.prepare(config)
+
+
+def test_a_large_text_is_never_held_whole(tmp_path, monkeypatch):
+    """6 MB, one line of it 2 MB long: read, cut and kept in less than its size.
+
+    Mutations: `read_text` joined; TFDS's own writer, which sorts a split in memory.
+    """
+    for owner, limit in (
+        (files, "MAX_CHARS"),
+        (blocks, "BLOCK"),
+        (shards, "_BATCH_CHARS"),
+    ):
+        monkeypatch.setattr(owner, limit, 1 << 16)
+    monkeypatch.setattr(documents, "_SMALL", 1 << 12)
+    path = tmp_path / "large.txt"
+    with path.open("w") as file:
+        for i in range(16):
+            file.write(f"{i} words of a line\n" * 14_000)
+        file.write("x" * (2 << 20))
+    data.prepare(data_helpers.config(tmp_path, data_helpers.texts(20)))  # imports
+    tracemalloc.start()
+    config = data.DataConfig(
+        source="text",
+        path=str(path),
+        tokenizer="bytes",
+        data_dir=str(tmp_path / "cache"),
+    )
+    try:
+        data.prepare(config, progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 << 20
+    how = files.Reading(piece_chars=files.lone_text_piece([("k", path)], 20))
+    sizes = [len(text) for _, text, _ in files.read_documents([("k", path)], how)]
+    assert max(sizes) <= 2 * files.MAX_CHARS and sum(sizes) == path.stat().st_size
+
+
+def test_a_corpus_beyond_the_writers_memory(tmp_path, monkeypatch):
+    """As beyond a gigabyte, where TFDS's own writer asks for TensorFlow.
+
+    Mutation: `_download_and_prepare` of the base class.
+    """
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
+    config = data_helpers.config(tmp_path, data_helpers.texts(40))
+    splits = data.open(config).manifest["splits"].values()
+    assert sum(split["documents"] for split in splits) == 40
+
+
+def test_long_texts_of_a_folder_are_cut_and_named(tmp_path, monkeypatch):
+    """A directory is named after the limit only where it matters."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    before = data.resolve_dir(config)
+    monkeypatch.setattr(files, "MAX_CHARS", 4000)
+    assert data.resolve_dir(config) == before
+    (tmp_path / "corpus" / "book.txt").write_text("a line of a book\n" * 1000)
+    directory = data.resolve_dir(config)
+    splits = data.open(config).manifest["splits"].values()
+    counted = 17_000 // 4012 + 1  # the first line end behind 4000 characters
+    assert sum(split["documents"] for split in splits) > 20
+    monkeypatch.setattr(files, "MAX_CHARS", 5000)
+    assert data.resolve_dir(config) != directory
+    found = files.read_documents(
+        [("b", tmp_path / "corpus" / "book.txt")], files.Reading(piece_chars=4000)
+    )
+    assert [key for key, *_ in found] == ["b", *(f"b#{i}" for i in range(1, counted))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20))
+def test_names_are_one_printable_line(text):
+    shown = names.shown(text)
+    assert shown.isprintable() and (shown == text) == text.isprintable()
+
+
+def test_what_a_shell_spells():
+    r"""Mutation: `unicode_escape`, which breaks what is not ASCII."""
+    assert names.unescaped(r"\n\t\r\\n é \q \x") == "\n\t\r\\n é \\q \\x"

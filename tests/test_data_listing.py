@@ -1,0 +1,166 @@
+"""Which files a path names: links, patterns, odd names, and folders of our own."""
+
+import glob
+import os
+import pathlib
+import tempfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memoryformer import data, errors, rundir
+from memoryformer.data import listing
+from tests import data_helpers
+
+
+def keys(path, **more):
+    return [key for key, _ in listing.list_files(str(path), **more)]
+
+
+def test_linked_folders_are_followed_once_each(tmp_path):
+    """A folder, `**` and `**/*.txt` agree; loops end; what was done is told.
+
+    Mutations: folders and links in one queue (the link to `real` would be read first);
+    `_read` not asked (the loop never ends); links skipped, as `rglob` does.
+    """
+    disk = data_helpers.folder(tmp_path / "disk" / "part", data_helpers.texts(3))
+    corpus = tmp_path / "corpus"
+    data_helpers.folder(corpus / "real", data_helpers.texts(2))
+    (corpus / "a_part").symlink_to(disk)
+    (corpus / "a_again").symlink_to("real")
+    (corpus / "real" / "loop").symlink_to("..")
+    (corpus / "self").symlink_to("self")
+    (corpus / "gone.txt").symlink_to("/nowhere/gone.txt")
+    (corpus / "one.txt").symlink_to(disk / "0000.txt")
+    want = [f"a_part/000{i}.txt" for i in range(3)]
+    want += ["one.txt", "real/0000.txt", "real/0001.txt"]
+    for pattern in ("", "**", "**/*.txt", "**/**/*"):
+        notes = []
+        assert keys(corpus / pattern, note=notes.append) == want
+        assert notes[:2] == [
+            "1 link to folders followed (a_part)",
+            "2 links to folders that are read already (a_again, ..)",
+        ]
+        dangling = ["1 link to nothing (gone.txt)"]
+        if pattern != "**/*.txt":
+            dangling = ["2 links to nothing (gone.txt, ..)"]
+        assert notes[2:] == dangling
+    assert keys(corpus / "*.txt") == ["one.txt"]
+    # Here nothing but the link leads to `real`.
+    assert keys(corpus / "a_*" / "*1.txt") == ["a_again/0001.txt", "a_part/0001.txt"]
+
+
+NAMES = st.lists(
+    st.sampled_from(["a", "b", "ab.txt", "[a]", ".hid"]), min_size=1, max_size=3
+)
+PARTS = st.lists(
+    st.sampled_from(["*", "**", "a", "?", "[ab]*", "*.txt"]), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(NAMES, min_size=1, max_size=6), PARTS)
+def test_patterns_mean_what_glob_says(paths, parts):
+    """Without links. Red if `**` needs a folder, or a star crosses one."""
+    with tempfile.TemporaryDirectory() as root:
+        for names in paths:
+            file = pathlib.Path(root, *names[:-1], names[-1] + ".f")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        pattern = os.path.join(root, *parts)
+        if parts[-1] == "**":
+            want = glob.glob(os.path.join(pattern, "*"), recursive=True)
+        else:
+            want = glob.glob(pattern, recursive=True)
+        want = {path for path in want if os.path.isfile(path)}
+        try:
+            files = listing.list_files(pattern)
+        except errors.DataError as error:
+            assert "holds no files" in str(error) or "no such file" in str(error)
+            files = []
+        assert {str(path) for _, path in files} == want
+
+
+def test_signs_in_names_that_exist_are_no_patterns(tmp_path):
+    """Red if `[x]` in an existing path is taken for a class of characters."""
+    folder = data_helpers.folder(tmp_path / "[x] *y", data_helpers.texts(2))
+    assert keys(folder) == keys(folder / "*.txt") == ["0000.txt", "0001.txt"]
+    assert keys(folder / "0001.txt") == ["0001.txt"]
+
+
+def test_a_name_that_is_not_utf8_works(tmp_path):
+    """As a zip from elsewhere leaves it: in the stream, with a key that is text.
+
+    Mutation: the name itself as the key, which TFDS and the fingerprint cannot encode.
+    """
+    texts = data_helpers.texts(12)
+    config = data_helpers.config(tmp_path, texts)
+    odd = os.fsencode(tmp_path / "corpus") + b"/caf\xe9\n.txt"
+    with open(odd, "wb") as file:
+        file.write(b"a text in a file with a latin-1 name")
+    assert keys(tmp_path / "corpus")[-1] == "caf//e9\n.txt"
+    splits = data.open(config).manifest["splits"].values()
+    assert sum(split["documents"] for split in splits) == 13
+    with open(odd, "wb") as file:
+        file.write(b"caf\xe9")
+    with pytest.raises(errors.DataError, match=r"caf\\udce9\\n.txt:1: not UTF-8") as e:
+        data.prepare(config)
+    assert "\n" not in str(e.value)
+
+
+def test_folders_of_our_own_are_no_corpus(tmp_path):
+    """`data.path=.` with `runs/` and a cache inside: the second start finds the first's.
+
+    Mutation: `_is_ours` says no; the lock of the run would be a document, and then its
+    config, metrics and outcome.
+    """
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    corpus = tmp_path / "corpus"
+    own = {"data_dir": str(corpus / "cache")}
+    config = data.DataConfig(**config.__dict__ | own)
+    with rundir.only_one(corpus / "runs" / "a"):
+        directory = data.prepare(config)
+        rundir.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
+        (corpus / "runs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert data.resolve_dir(config) == directory
+    assert data.prepare(config) == directory
+    notes = []
+    assert len(keys(corpus, note=notes.append)) == 20
+    [note] = notes
+    assert note.startswith("2 folders of a run or of prepared data left out (cache/")
+    (corpus / "lock").write_text("not a process")  # somebody's own file of this name
+    (corpus / "deep").mkdir()
+    (corpus / "deep" / "lock").write_text("a poem about locks")
+    assert {"lock", "deep/lock"} <= set(keys(corpus))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nobody_has_this_name/x", "cannot be read"),
+        ("x" * 300, "cannot be read .File name too long"),
+        ("nowhere/*.txt", "holds no files"),
+        ("nowhere", "there is no such file or folder"),
+        ("/dev/null", "it is neither file nor folder"),
+    ],
+)
+def test_paths_that_name_nothing(path, message):
+    with pytest.raises(errors.DataError, match=message) as caught:
+        listing.list_files(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_read_is_no_secret(tmp_path, monkeypatch):
+    """Mutation: go on without it, as `rglob` does."""
+    data_helpers.folder(tmp_path / "in" / "locked", data_helpers.texts(2))
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(errors.DataError, match=r"locked: cannot be read .Permission"):
+        listing.list_files(str(tmp_path / "in"))
