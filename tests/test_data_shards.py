@@ -335,7 +335,7 @@ def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("MEMORYFORMER_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data.cache_root(data.DataConfig()) == tmp_path / ".cache/memoryformer"
-    with pytest.raises(errors.ConfigError, match="local or mounted"):
+    with pytest.raises(errors.ConfigError, match="only folders of this machine"):
         data.cache_root(data.DataConfig(data_dir="gs://bucket"))
 
 

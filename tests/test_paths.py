@@ -23,7 +23,7 @@ from memoryformer import (
     trainer,
 )
 from memoryformer import config as config_lib
-from memoryformer.data import files
+from memoryformer.data import listing
 from memoryformer.errors import ConfigError, StorageError
 from memoryformer.sweep import points
 
@@ -174,8 +174,8 @@ def test_a_corpus_whose_name_is_a_pattern(tmp_path):
     for name in ("[x]", "a*b ü'"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "t.txt").write_text("text")
-        assert [key for key, _ in files.list_files(str(tmp_path / name))] == ["t.txt"]
-    assert len(files.list_files(f"{glob.escape(str(tmp_path))}/*/*.txt")) == 2
+        assert [key for key, _ in listing.list_files(str(tmp_path / name))] == ["t.txt"]
+    assert len(listing.list_files(f"{glob.escape(str(tmp_path))}/*/*.txt")) == 2
 
 
 def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):

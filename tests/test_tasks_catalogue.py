@@ -32,7 +32,7 @@ def test_rows_of_a_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no rows"),
+        (b"", "the file is empty"),
         (b"\n \n", "no rows"),
         (b"{}\n{", "line 2|:2"),
         (b"{}\n[1]", "line 2|:2"),
