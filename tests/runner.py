@@ -2,7 +2,7 @@
 
 A server imports jax and the package once, starts no backend, and forks for every run; the
 child applies a fault and a mutation by name (`faults`, `mutations`) and executes the program
-as a command would. Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
+as a command would. A patch that does not work ends it with `UNBOUND` (`patching`). Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
 `python tests/runner.py` is the server: requests on stdin, answers on stdout, JSON lines.
 """
 
@@ -16,7 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from typing import NamedTuple
+
+from patching import UNBOUND
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiling is what takes the time: a third of it without LLVM's optimisations.
@@ -33,6 +36,10 @@ class Result(NamedTuple):
     err: str
 
 
+class HarnessError(Exception):
+    """A mistake of the tests: a patch that does not work proves nothing."""
+
+
 class Runner:
     """Starts runs of the config file `config`; a context manager.
 
@@ -46,6 +53,7 @@ class Runner:
         self._config = config
         self._count = 0
         self._lock = threading.Lock()
+        self.calls = folder / "calls"  # of the mutations (`patching.calls`)
 
     def __enter__(self) -> "Runner":
         environment = os.environ | {
@@ -102,6 +110,7 @@ class Runner:
                 "mutation": mutation,
                 "devices": devices,
                 "output": str(output),
+                "calls": str(self.calls),
             }
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
@@ -118,7 +127,10 @@ class Runner:
                 deadline += 10
             time.sleep(0.02)
         texts = (output.with_suffix(s).read_text() for s in (".out", ".err"))
-        return Result(int(code.read_text()), *texts)
+        result = Result(int(code.read_text()), *texts)
+        if result.code == UNBOUND:
+            raise HarnessError(result.err.splitlines()[-1])
+        return result
 
     def kill(self, started) -> None:
         """kill -9, unless it has ended."""
@@ -139,11 +151,23 @@ def _serve():
     import jax
     import mutations
     import parity  # noqa: F401  (with all that a run may import)
+    import patching
     import world  # noqa: F401  (what the config file imports)
 
     from memoryformer import distributed, trainer  # noqa: F401
 
-    patches = {"": lambda: None} | faults.FAULTS | mutations.MUTATIONS
+    patches = {"": lambda: None} | faults.FAULTS
+    patches |= mutations.MUTATIONS | mutations.BROKEN
+
+    def apply(name, calls):
+        name, _, argument = name.partition(":")
+        patching.calls = calls
+        try:
+            patches[name](*([int(argument)] if argument else []))
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{name}: {error!r}", file=sys.stderr)
+            sys.exit(UNBOUND)
 
     def child(request):
         output = pathlib.Path(request["output"])
@@ -154,9 +178,8 @@ def _serve():
         os.chdir(ROOT)
         jax.config.update("jax_num_cpu_devices", request["devices"])
         sys.argv = request["argv"]
-        for name in (request["mutation"], request["fault"]):
-            name, _, argument = name.partition(":")
-            patches[name](*([int(argument)] if argument else []))
+        apply(request["mutation"], pathlib.Path(request["calls"]))
+        apply(request["fault"], None)
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
     def reap(pid, output):
@@ -176,8 +199,6 @@ def _serve():
             except SystemExit as error:
                 code = error.code or 0
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 if jax.distributed.is_initialized():  # as at an interpreter's end
