@@ -79,7 +79,7 @@ def _where(failure) -> tuple[str, str]:
     if not lines:
         return "", ""
     last = lines[-1]
-    source = last.line.splitlines()[0]
+    source = (last.line or "?").splitlines()[0]
     return f"{pathlib.Path(last.filename).name}:{last.lineno}", source
 
 

@@ -211,7 +211,7 @@ def _same_rows_everywhere():
     """Every process draws the first rows of the batch."""
 
     def batch(original, self, step, rows=slice(None)):
-        count = len(range(self.batch_size)[rows])
+        count = len(np.arange(self.batch_size)[rows])
         return original(self, step, slice(0, count))
 
     wrap(source.Batches, "batch", batch)
@@ -278,5 +278,6 @@ BROKEN = {
     "no such name": put(rundir, "only_two", _nothing()),
     "other parameters": put(errors, "report", lambda error: 0),
     "never called": put(spikes, "is_spike", _nothing(False)),
+    "crashes the program": put(trainer.experiment, "resolve", _nothing()),
     "crashes by itself": put(errors, "report", lambda error, *, debug: 1 / 0),
 }

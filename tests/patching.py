@@ -50,7 +50,9 @@ def settle():
 
 
 def _function(owner, name):
-    found = inspect.getattr_static(owner, name)
+    found = inspect.getattr_static(owner, name, None)
+    if found is None:
+        raise AttributeError(f"{_full_name(owner, name)} is nowhere")
     if isinstance(found, (staticmethod, classmethod, property)) or not callable(found):
         raise TypeError(f"{_full_name(owner, name)} is no plain function: {found!r}")
     return found

@@ -56,13 +56,15 @@ class Runner:
         self.calls = folder / "calls"  # of the mutations (`patching.calls`)
 
     def __enter__(self) -> "Runner":
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}",
-            "JAX_NUM_CPU_DEVICES": "1",
+        unless_given = {
+            "XLA_FLAGS": XLA_FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "jax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        own = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }
         self._server = subprocess.Popen(
@@ -70,7 +72,7 @@ class Runner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=unless_given | os.environ | own,
         )
         return self
 
@@ -87,28 +89,43 @@ class Runner:
         fault="",
         mutation="",
         devices=1,
+        cached=True,
         flags=(),
         **fields,
     ):
         """Start a run and return its (process id, output file); `fields` override.
 
-        `config`: whether the program takes the config file.
+        `config`: whether the program takes the config file; `cached`: whether compiled
+        programs are kept and found.
         """
+        argv = [
+            program,
+            *([f"--config={self._config}"] if config else []),
+            f"--workdir={workdir}",
+            *(f"--config.{key}={value}" for key, value in fields.items()),
+            *flags,
+        ]
+        return self._send(argv, ROOT, {}, fault, mutation, devices, cached)
+
+    def command(self, words, folder, environment, timeout=None) -> Result:
+        """Run `python PROGRAM ...` or `python -m MODULE ...`, without "python", there."""
+        started = self._send(words, folder, environment)
+        return self.wait(started, timeout)
+
+    def _send(
+        self, argv, folder, environment, fault="", mutation="", devices=1, cached=True
+    ):
         with self._lock:
             self._count += 1
             output = self._folder / f"run{self._count}"
-            overrides = [f"--config.{k}={v}" for k, v in fields.items()]
             request = {
-                "argv": [
-                    program,
-                    *([f"--config={self._config}"] if config else []),
-                    f"--workdir={workdir}",
-                    *overrides,
-                    *flags,
-                ],
+                "argv": argv,
+                "folder": str(folder),
+                "environment": environment,
                 "fault": fault,
                 "mutation": mutation,
                 "devices": devices,
+                "cached": cached,
                 "output": str(output),
                 "calls": str(self.calls),
             }
@@ -175,12 +192,19 @@ def _serve():
             file = os.open(output.with_suffix(suffix), os.O_CREAT | os.O_WRONLY)
             os.dup2(file, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(ROOT)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         jax.config.update("jax_num_cpu_devices", request["devices"])
+        jax.config.update("jax_enable_compilation_cache", request["cached"])
         sys.argv = request["argv"]
         apply(request["mutation"], pathlib.Path(request["calls"]))
         apply(request["fault"], None)
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            sys.modules.pop(sys.argv[0], None)  # as runpy likes it
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
     def reap(pid, output):
         _, status = os.waitpid(pid, 0)

@@ -21,7 +21,6 @@ FIELDS = {
     "train.num_steps": 12,
     "train.batch_size": 4,
     "train.log_every": 1,
-    "train.num_microbatches": 2,
     "eval.every_steps": 6,
     "eval.num_batches": 2,
     "checkpoint.every_steps": 4,
@@ -97,7 +96,7 @@ class World:
         """
         common = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
         faults, own = dict(faults), dict(own)
-        options = {"mesh": "data", "train.num_microbatches": 1} | options
+        options = {"mesh": "data"} | options
         started = [
             self.start(
                 workdir,
