@@ -15,167 +15,51 @@ every mutant; here it is imported once, and a fork runs the tests.
 
 import argparse
 import collections
-import contextlib
-import importlib
+import hashlib
 import json
 import os
 import pathlib
 import random
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 
-from tests import mutate, scope
+from tests import forks, mutate, scope
 
 ROOT = pathlib.Path(__file__).parents[1]
 OUTPUT = ROOT / "build" / "mutants-sampled"
 EQUIVALENT = ROOT / "tests" / "equivalent.json"
-LONGEST = 20.0  # seconds: a test that takes longer is not a quick one
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "8",
-    "JAX_COMPILATION_CACHE_DIR": str(OUTPUT / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-LIBRARIES = (
-    "flax.nnx",
-    "grain",
-    "hypothesis.strategies",
-    "jax.experimental.pallas",
-    "ml_collections.config_flags",
-    "optax",
-    "orbax.checkpoint",
-    "pytest",
-    "tokenizers",
-)
-PASSED, FAILED, NOT_COLLECTED = 0, 1, 2  # pytest's exit codes
-
-
-class Plugin:
-    """Orders tests and notes their seconds and the first failure."""
-
-    def __init__(self, seconds, killers):
-        self.seconds = collections.Counter()
-        self.failure = None
-        self._known, self._killers = seconds, killers
-
-    def pytest_collection_modifyitems(self, config, items):
-        """Tests that killed mutants of this module before, then file by file."""
-        files = list(dict.fromkeys(item.path for item in items))
-
-        def rank(item):
-            known = self._known.get(item.nodeid, 0.0)
-            return -self._killers[item.nodeid], files.index(item.path), known
-
-        quick = [i for i in items if self._known.get(i.nodeid, 0.0) <= LONGEST]
-        items[:] = sorted(quick, key=rank)
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        self._note(report)
-
-    def pytest_collectreport(self, report):
-        self._note(report)
-
-    def _note(self, report):
-        if report.failed and self.failure is None:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            lines = str(report.longrepr).strip().splitlines()
-            place = f"{pathlib.Path(crash.path).name}:{crash.lineno} " if crash else ""
-            message = crash.message if crash else lines[-1]
-            self.failure = (report.nodeid, place + " ".join(message.split())[:200])
-
-
-def copy_tree(folder: pathlib.Path) -> None:
-    """Copy what git knows or would add, and compile it so that no stale code is read."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True)
-    for name in names.stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    compiled = ["compileall", "-q", "--invalidation-mode=checked-hash"]
-    places = [str(folder / name) for name in ("memoryformer", "tests", "configs")]
-    subprocess.run([sys.executable, "-m", *compiled, *places], check=True)
-
-
-def run_tests(tree, files, seconds, killers, timeout):
-    """Run `files` in a fork of this process, whose modules are none of ours.
-
-    Returns {code, failure, seconds by test, cpu, wall}; code -9 after `timeout`.
-    """
-    answer = tree / "answer.json"
-    answer.unlink(missing_ok=True)
-    began = time.monotonic()
-    pid = os.fork()
-    if not pid:
-        _run_in_child(tree, files, Plugin(seconds, killers), answer)
-    killed = False
-    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
-        if time.monotonic() - began > timeout and not killed:
-            os.killpg(pid, signal.SIGKILL)
-            killed = True
-        time.sleep(0.05)
-    _, status, usage = ended
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # what a failed test has left running
-    found = {"failure": None, "seconds": {}}
-    if answer.exists():
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    found["code"] = -9 if killed else os.waitstatus_to_exitcode(status)
-    found["cpu"] = round(usage.ru_utime + usage.ru_stime, 1)
-    found["wall"] = round(time.monotonic() - began, 1)
-    return found
-
-
-def _run_in_child(tree, files, plugin, answer):
-    code = 70
-    try:
-        os.setsid()
-        os.chdir(tree)
-        log = os.open(tree / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]
-        for name in [n for n in sys.modules if n.split(".")[0] == "tests"]:
-            del sys.modules[name]
-        sys.dont_write_bytecode = True
-        import pytest
-
-        options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
-        code = int(pytest.main([*options, *files], plugins=[plugin]))
-        told = {"failure": plugin.failure, "seconds": plugin.seconds}
-        answer.write_text(json.dumps(told), encoding="utf-8")
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
-
-
-def import_once() -> None:
-    """What tests import that is not ours; no backend starts."""
-    os.environ.update(ENVIRONMENT)
-    for name in LIBRARIES:
-        importlib.import_module(name)
+DEAD, LEFT = ("killed", "timeout"), ("survived", "error")
 
 
 class Session:
-    """The draw of one seed: what is known of it, and what runs next."""
+    """The draw of one seed: what is known of it, and what runs next.
 
-    def __init__(self, seed, count, prefixes):
+    `again` forgets who survived, after a test has been added.
+    """
+
+    def __init__(self, seed, count, prefixes, again=False):
         OUTPUT.mkdir(parents=True, exist_ok=True)
         self.file = OUTPUT / f"{seed}.jsonl"
         found = [m for path in scope.paths(prefixes) for m in mutate.find(ROOT, path)]
         random.Random(seed).shuffle(found)
         self.drawn = found[:count]
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.rows = {row["id"]: row for row in map(json.loads, lines)}
+        self.rows = {
+            mutant: row
+            for mutant, row in self.known().items()
+            if not (again and row["outcome"] in LEFT)
+        }
         known = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
         self.equivalent = {(e["path"], e["before"], e["after"]) for e in known}
-        self.baselines = {}
+        code = hashlib.sha256()
+        for folder in ("memoryformer", "tests"):
+            for path in sorted((ROOT / folder).rglob("*.py")):
+                code.update(path.read_bytes())
+        self._baselines = OUTPUT / "baselines" / code.hexdigest()[:12]
+
+    def known(self):
+        """The rows on file by the mutant's id; of several the last."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return {row["id"]: row for row in map(json.loads, lines)}
 
     def killers(self, path):
         """How many mutants of a module each test has killed."""
@@ -184,16 +68,19 @@ class Session:
 
     def baseline(self, tree, path):
         """Seconds of the module's tests on unchanged code, all of which must pass."""
-        files = scope.MODULES[path]
-        for file in files:
-            if file not in self.baselines:
-                names = [f"tests/{file}"]
-                found = run_tests(tree, names, {}, collections.Counter(), 1800)
-                if found["code"] != PASSED:
+        seconds = {}
+        for name in scope.MODULES[path]:
+            file = self._baselines / f"{name}.json"
+            if not file.exists():
+                tests = [f"tests/{name}"], {}, collections.Counter()
+                found = forks.run_tests(tree, *tests, timeout=1800)
+                if found["code"] != forks.PASSED:
                     text = (tree / "log").read_text(errors="replace")[-2000:]
-                    raise SystemExit(f"{file} fails without any mutant:\n{text}")
-                self.baselines[file] = found["seconds"]
-        return {k: s for file in files for k, s in self.baselines[file].items()}
+                    raise SystemExit(f"{name} fails without any mutant:\n{text}")
+                self._baselines.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(found["seconds"]), encoding="utf-8")
+            seconds |= json.loads(file.read_text(encoding="utf-8"))
+        return seconds
 
     def judge(self, tree, mutant):
         """Run one mutant in the copy `tree` and return its row."""
@@ -208,10 +95,14 @@ class Session:
             names = [f"tests/{name}" for name in scope.MODULES[mutant.path]]
             patience = 60 + 5 * sum(seconds.values())
             killers = self.killers(mutant.path)
-            found = run_tests(tree, names, seconds, killers, patience)
+            found = forks.run_tests(tree, names, seconds, killers, patience)
         finally:
             file.write_text(original, encoding="utf-8")
-        outcomes = {PASSED: "survived", FAILED: "killed", NOT_COLLECTED: "killed"}
+        outcomes = {
+            forks.PASSED: "survived",
+            forks.FAILED: "killed",
+            forks.NOT_COLLECTED: "killed",
+        }
         outcome = outcomes.get(found["code"], "error")
         if found["code"] < 0:
             outcome = "timeout" if found["code"] == -9 else "killed"
@@ -223,7 +114,7 @@ class Session:
         """Judge every drawn mutant whose place in the draw is `part` modulo `parts`."""
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             tree = pathlib.Path(folder)
-            copy_tree(tree)
+            forks.copy_tree(tree)
             for mutant in self.drawn[part::parts]:
                 if mutant.id not in self.rows:
                     row = self.judge(tree, mutant)
@@ -234,19 +125,18 @@ class Session:
 
     def table(self) -> str:
         """Outcomes by operator, and every survivor, as Markdown."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        rows = {row["id"]: row for row in map(json.loads, lines)}
-        rows = [rows[m.id] for m in self.drawn if m.id in rows]
+        known = self.known()
+        rows = [known[m.id] for m in self.drawn if m.id in known]
         counts = collections.Counter(row["outcome"] for row in rows)
         judged = len(rows) - counts["equivalent"]
-        killed = counts["killed"] + counts["timeout"]
+        killed = sum(counts[outcome] for outcome in DEAD)
         text = [f"{len(rows)} mutants, {dict(counts)}: {killed} of {judged} killed", ""]
         text += ["| operator | killed | drawn |", "| --- | --- | --- |"]
         for operator in sorted({row["operator"] for row in rows}):
             ours = [row for row in rows if row["operator"] == operator]
-            dead = sum(row["outcome"] in ("killed", "timeout") for row in ours)
+            dead = sum(row["outcome"] in DEAD for row in ours)
             text.append(f"| {operator} | {dead} | {len(ours)} |")
-        left = [row for row in rows if row["outcome"] in ("survived", "error")]
+        left = [row for row in rows if row["outcome"] in LEFT]
         cpu = sum(row["cpu"] for row in rows) / max(len(rows), 1)
         text += ["", f"{cpu:.1f} CPU-seconds a mutant.", "", *map(told, left)]
         return "\n".join(text) + "\n"
@@ -268,10 +158,11 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--modules", default="", help="beginnings of paths, by commas")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="those that survived")
     flags = parser.parse_args()
     prefixes = tuple(name for name in flags.modules.split(",") if name)
-    session = Session(flags.seed, flags.count, prefixes)
-    import_once()
+    session = Session(flags.seed, flags.count, prefixes, flags.again)
+    forks.import_libraries(OUTPUT / "jax")
     children = []
     for part in range(1, flags.jobs):
         if not (pid := os.fork()):
@@ -284,7 +175,8 @@ def main() -> int:
     table = session.table()
     session.file.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
-    return int("survived " in table or "error " in table)
+    known = session.known()
+    return int(any(known[m.id]["outcome"] in LEFT for m in session.drawn))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import mutate, sampled_mutants, scope
+from tests import forks, mutate, sampled_mutants, scope
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCE = '''"""A module."""
@@ -95,12 +95,12 @@ def test_a_draw_depends_on_its_seed_alone(monkeypatch, tmp_path):
 
 FORKS = """
 import collections, json, pathlib, sys
-from tests import sampled_mutants
+from tests import forks
 tree, found = pathlib.Path(sys.argv[1]), []
 for body, timeout in json.loads(sys.argv[2]):
     (tree / "code_under_test.py").write_text(body)
     tests = ["test_it.py"], {}, collections.Counter()
-    found.append(sampled_mutants.run_tests(tree, *tests, timeout))
+    found.append(forks.run_tests(tree, *tests, timeout))
 print(json.dumps(found))
 """
 
@@ -125,9 +125,9 @@ def test_a_fork_says_what_failed(tmp_path):
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
     codes = (
-        sampled_mutants.PASSED,
-        sampled_mutants.FAILED,
-        sampled_mutants.NOT_COLLECTED,
+        forks.PASSED,
+        forks.FAILED,
+        forks.NOT_COLLECTED,
     )
     assert [one["code"] for one in found] == [*codes, -9]
     test, message = found[1]["failure"]
