@@ -18,6 +18,7 @@ from typing import NamedTuple
 TESTS = pathlib.Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
+import mutations  # noqa: E402
 import promises  # noqa: E402
 from patching import UNBOUND  # noqa: E402
 from runner import HarnessError  # noqa: E402
@@ -50,7 +51,7 @@ def judge(world, check, mutation: str, promise: str = "") -> Verdict:
     except (AssertionError, HarnessError) as error:
         failure = error
     finally:
-        calls = world.calls()
+        calls, timeouts = world.calls(), world.runner.timeouts
         world.mutate("")
     bound, called = (
         sorted({name for what, name in calls if what == kind})
@@ -61,6 +62,8 @@ def judge(world, check, mutation: str, promise: str = "") -> Verdict:
         outcome, message = "error", str(failure)
     elif not bound or uncalled:
         outcome, message = "error", f"never called: {', '.join(uncalled) or mutation}"
+    elif timeouts and mutation not in mutations.ENDLESS:
+        outcome, message = "error", "a run was killed because it took too long"
     elif isinstance(failure, Crash):
         outcome, message = "error", f"the program crashes: {_last_line(failure)}"
     else:

@@ -274,6 +274,10 @@ MUTATIONS = {
     "data_are_not_compared": put(processes, "agree", _nothing()),
     "same_rows_everywhere": _same_rows_everywhere,
 }
+ENDLESS = (
+    "watchdog_sleeps",
+    "stop_is_not_agreed",
+)  # runs that wait until they are killed
 BROKEN = {
     "no such name": put(rundir, "only_two", _nothing()),
     "other parameters": put(errors, "report", lambda error: 0),

@@ -53,6 +53,7 @@ class Runner:
         self._config = config
         self._count = 0
         self._lock = threading.Lock()
+        self.timeouts = 0  # runs that were killed because they took too long
         self.calls = folder / "calls"  # of the mutations (`patching.calls`)
 
     def __enter__(self) -> "Runner":
@@ -140,6 +141,7 @@ class Runner:
         code = output.with_suffix(".code")
         while not code.exists():
             if time.monotonic() > deadline:
+                self.timeouts += 1
                 os.kill(pid, signal.SIGKILL)
                 deadline += 10
             time.sleep(0.02)

@@ -31,12 +31,29 @@ def no_steps(world):
 def test_a_mutant_that_proves_nothing_is_an_error(world, mutation, message):
     """The check fails under most of these, and yet nothing is caught.
 
-    Mutations: `patching._check_binds` does nothing; `HarnessError` made an AssertionError;
+    Mutations: `patching._check_binds` does nothing; `UNBOUND` not looked at by `Runner.wait`;
     `uncalled` left out of `judge`; `_is_of_the_patch` returns False; `Crash` not told apart.
     """
     verdict = mutants.judge(world, no_steps, mutation)
     assert verdict.outcome == "error" and message in verdict.message, verdict
     assert mutants.exit_code([verdict]) == 99
+
+
+def test_a_run_that_takes_too_long_is_no_catch(world, monkeypatch):
+    """A slow machine kills runs; only what is to wait for ever may be caught so.
+
+    Mutations: `timeouts` not looked at in `judge`, or not counted by `wait`.
+    """
+
+    def impatient(world):
+        killed = world.runner.wait(world.start(world.workdir()), timeout=0.01)
+        assert killed.code == -9
+        no_steps(world)
+
+    verdict = mutants.judge(world, impatient, "errors_exit_0")
+    assert verdict.outcome == "error" and "took too long" in verdict.message
+    monkeypatch.setattr(mutations, "ENDLESS", ("errors_exit_0",))
+    assert mutants.judge(world, impatient, "errors_exit_0").outcome == "caught"
 
 
 def test_a_catch_names_its_assertion(world):

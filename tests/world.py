@@ -70,6 +70,7 @@ class World:
     def mutate(self, mutation: str) -> None:
         """Have the runs that follow make this mistake; none with ''."""
         self.mutation = mutation
+        self.runner.timeouts = 0
         self.runner.calls.unlink(missing_ok=True)
 
     def calls(self) -> list[tuple[str, str]]:
