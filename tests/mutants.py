@@ -1,4 +1,4 @@
-"""Try every mutation against its promise: python -m tests.mutants [PART_OF_A_NAME].
+"""Try every mutation against its promise: python -m tests.mutants [PART_OF_A_NAME ...].
 
 A mutant counts as caught only if it could be applied, if all that it replaces was called, and
 if an assertion about the promise then failed. Where a patch does not work, is never called or
@@ -107,8 +107,8 @@ def table(verdicts) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def main(wanted: str = "") -> int:
-    """Run all mutants whose promise or name contains `wanted`."""
+def main(*wanted: str) -> int:
+    """Run all mutants whose promise or name contains one of `wanted`; all for none."""
     verdicts = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -116,7 +116,7 @@ def main(wanted: str = "") -> int:
     ):
         world.runner.patience = 240.0  # some mistakes are to wait for ever
         for promise, mutation in promises.MUTANTS:
-            if wanted in f"{promise} {mutation}":
+            if any(part in f"{promise} {mutation}" for part in wanted or ("",)):
                 verdict = judge(world, promises.CHECKS[promise], mutation, promise)
                 verdicts.append(verdict)
                 print(table([verdict]).splitlines()[-1], flush=True)
