@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow test-peers mutants golden golden-add golden-configs lint clean
+.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -27,7 +27,7 @@ quickstart-dense:
 	$(MAKE) quickstart PROJECTION=dense WORKDIR=$(WORKDIR)-dense
 
 test: $(VENV)/.dev lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 # What does not need the whole data pipeline: the suite for a second jax.
 test-core: $(VENV)/.dev
@@ -38,6 +38,12 @@ test-core: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
 
+# The tests again on programs that are compiled as users compile them, none found compiled.
+test-optimised: export XLA_FLAGS :=
+test-optimised: export JAX_ENABLE_COMPILATION_CACHE := false
+test-optimised: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 --dist worksteal
+
 # What compares with PyTorch, transformers and the lm-evaluation-harness.
 test-peers: $(VENV)/.peers
 	$(RUN) -m pytest tests/test_convert_gpt_neox.py tests/test_convert_released.py \
@@ -47,6 +53,13 @@ test-peers: $(VENV)/.peers
 # Every promise of reliability, and a mistake that its test must notice.
 mutants: $(VENV)/.dev
 	$(RUN) -m tests.mutants
+
+# Random changes of the source, each against the tests of its module; what survives is listed.
+SEED ?= 0
+COUNT ?= 300
+JOBS ?= 2
+mutants-sampled: $(VENV)/.dev
+	$(RUN) -m tests.sampled_mutants --seed=$(SEED) --count=$(COUNT) --jobs=$(JOBS)
 
 # The losses of the installed jax, after a change that is meant to change them; `golden-add`
 # puts those of another processor beside them.
@@ -81,4 +94,4 @@ $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build

@@ -1,12 +1,24 @@
-"""Strict JAX for every test: 8 CPU devices, no silent rank promotion."""
+"""Strict JAX for every test: 8 CPU devices, no silent rank promotion, quick compilation.
+
+Compiling is what takes the time. Programs are compiled without LLVM's optimisations, and the
+suite and all that it starts share what is compiled, in .pytest_cache/jax. An XLA_FLAGS of the
+environment is left alone: `make test-optimised` sets an empty one and compiles as users do.
+"""
 
 import os
+import pathlib
+
+from runner import XLA_FLAGS
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# No test leaves compiled programs behind, or finds some, unless it is asked to.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -20,3 +32,12 @@ def toy_run(tmp_path_factory):
     import toy  # it imports jax's users, which must come after the settings above
 
     return toy.trained(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Toy runs in processes of their own, at the price of a fork; see `world.World`."""
+    from world import World
+
+    with World(tmp_path_factory.mktemp("world")) as made:
+        yield made

@@ -76,10 +76,10 @@ def _small_files(batch):
 def _settled_after(at):
     """Every save asked for after batch `at` has ended before the next batch."""
 
-    def batch(original, self, step, *args):
+    def batch(original, self, step, *args, **kwargs):
         if step > at:
             settle()
-        return original(self, step, *args)
+        return original(self, step, *args, **kwargs)
 
     wrap(source.Batches, "batch", batch)
 
@@ -106,15 +106,15 @@ def _fill_disk_at(at):
 
 
 def _slow_batches(milliseconds):
-    def batch(original, *args):
+    def batch(original, *args, **kwargs):
         time.sleep(milliseconds / 1000)
-        return original(*args)
+        return original(*args, **kwargs)
 
     wrap(source.Batches, "batch", batch)
 
 
 def _nan_always():
-    wrap(source.Batches, "batch", lambda f, *a: _nan(f(*a)))
+    wrap(source.Batches, "batch", lambda f, *a, **k: _nan(f(*a, **k)))
 
 
 def _ragged():
@@ -168,10 +168,10 @@ def _kill_in_deletion():
 
 
 def _signal_in_trace(number=signal.SIGTERM):
-    def batch_nats(original, *args):
+    def batch_nats(original, *args, **kwargs):
         trainer.evaluation.batch_nats = original
         _kill(number)
-        return original(*args)
+        return original(*args, **kwargs)
 
     wrap(evaluation, "batch_nats", batch_nats)
 
@@ -193,16 +193,16 @@ def _term_in_evaluation(at):
     """During the evaluation number `at` (0: the first)."""
     seen = []
 
-    def batch(original, self, index, *args):
+    def batch(original, self, index, *args, **kwargs):
         seen.append(index)
         if seen.count(0) == at + 1 and index == 0 and seen[-1] == 0:
             _kill(signal.SIGTERM)
-        return original(self, index, *args)
+        return original(self, index, *args, **kwargs)
 
     wrap(source.EvalBatches, "batch", batch)
 
 
-def _hang(*unused):
+def _hang(*unused_args, **unused_kwargs):
     """Hang, and let the watchdog's clock leap: its limits may be as long as they like."""
     settle()
     _leap()
@@ -226,7 +226,7 @@ def _hang_in_checkpoint():
             _leap()
         original(self)
 
-    wrap(integrity, "write", lambda *_: time.sleep(1000))
+    wrap(integrity, "write", lambda *_, **__: time.sleep(1000))
     wrap(checkpoint.Checkpointer, "wait", wait)
 
 

@@ -1,7 +1,8 @@
 """How the code could be wrong: MUTATIONS, one plausible mistake each.
 
 Each is a patch applied in a child process before the program starts; the check of its promise
-(`promises.MUTANTS`) must then fail.
+(`promises.MUTANTS`) must then fail. Only functions are replaced, so that a call can be seen
+(`patching`). `BROKEN` are patches that do not work, for the test of the harness itself.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from patching import put, wrap
 from memoryformer import (
     checkpoint,
     data,
+    decoding,
     distributed,
     drift,
     errors,
     evaluation,
-    generation,
     integrity,
     lifeline,
     metrics,
@@ -37,6 +38,11 @@ from memoryformer import (
 from memoryformer.convert import export
 from memoryformer.data import manifest, progress, source
 from memoryformer.ops import lookup_xla
+
+
+def _nothing(answer=None):
+    """A function that does nothing, whatever it is given."""
+    return lambda *unused_args, **unused_kwargs: answer
 
 
 def _after_restore(change):
@@ -54,15 +60,18 @@ def _zeros(tree):
 
 
 def _replay_a_batch():
+    replayed = []
+
     def restore(original, self):
         state, step = original(self)
-        if step:
-            batches = self.batches
-            shifted = batches.batch
-            batches.batch = lambda s, rows=slice(None): shifted(s - 1, rows)
+        replayed.extend([step] if step else [])
         return state, step
 
+    def batch(original, self, step, rows=slice(None)):
+        return original(self, step - bool(replayed), rows)
+
     wrap(trainer._Loop, "_restore", restore)
+    wrap(source.Batches, "batch", batch)
 
 
 def _reshuffle():
@@ -79,15 +88,16 @@ def _reshuffle():
     wrap(trainer._Loop, "_restore", restore)
 
 
-def _deaf():
-    preemption.StopRequest._on_signal = lambda self, number, frame: None
+def _hear_once_more(self, number, frame):
+    self.name = signal.Signals(number).name
 
 
-def _no_second_signal():
-    def on_signal(self, number, frame):
-        self.name = signal.Signals(number).name
+def _preempted_exits_0():
+    def report(original, error, *, debug):
+        code = original(error, debug=debug)
+        return 0 if isinstance(error, errors.Preempted) else code
 
-    preemption.StopRequest._on_signal = on_signal
+    wrap(errors, "report", report)
 
 
 def _stop_without_saving():
@@ -105,7 +115,18 @@ def _deaf_evaluation():
 
 
 def _swallow_save_errors():
-    checkpoint.Checkpointer._failed = lambda self, step, error: None
+    """Saves are waited for, and whether they failed is not asked."""
+
+    def wait(original, self):
+        with contextlib.suppress(errors.StorageError):
+            original(self)
+
+    def leave(original, self, kind, exception, trace):
+        with contextlib.suppress(errors.StorageError):
+            original(self, kind, exception, trace)
+
+    wrap(checkpoint.Checkpointer, "wait", wait)
+    wrap(checkpoint.Checkpointer, "__exit__", leave)
 
 
 def _mean_of_means():
@@ -141,21 +162,9 @@ def _wrong_lookup():
     wrap(lookup_xla, "scan_tables", lookup)
 
 
-def _never_halt():
-    training_log.TrainingLog._check = lambda self, step, values: None
-
-
-def _ignore_spikes():
-    spikes.is_spike = lambda *_: False
-
-
 def _roll_call_is_skipped():
-    distributed._RollCall.peers = lambda *_: {}
-    distributed._answer = lambda *_: {}
-
-
-def _stop_alone():
-    processes.SharedFlag.__call__ = lambda self: bool(self._flag)
+    put(distributed._RollCall, "peers", _nothing({}))()
+    put(distributed, "_answer", _nothing({}))()
 
 
 def _restore_narrow(state):
@@ -163,6 +172,13 @@ def _restore_narrow(state):
     return jax.tree.map(
         lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x, state
     )
+
+
+def _vocabulary_is_not_compared():
+    def open_data(original, data_config, *unused_args, **unused_kwargs):
+        return original(data_config)
+
+    wrap(data, "open", open_data)
 
 
 def _padding_counts():
@@ -192,7 +208,11 @@ def _mean_of_batches():
 
 def _cut_prompts():
     """The cache never sees the last token of a prompt."""
-    wrap(generation, "_pieces", lambda original, length: original(length - 1))
+
+    def pieces(original, length, chunk=0):
+        return original(length - 1, chunk)
+
+    wrap(decoding, "_pieces", pieces)
 
 
 def _narrow_export():
@@ -206,7 +226,7 @@ def _same_rows_everywhere():
     """Every process draws the first rows of the batch."""
 
     def batch(original, self, step, rows=slice(None)):
-        count = len(range(self.batch_size)[rows])
+        count = len(np.arange(self.batch_size)[rows])
         return original(self, step, slice(0, count))
 
     wrap(source.Batches, "batch", batch)
@@ -218,54 +238,65 @@ MUTATIONS = {
     "drop_optimizer_state": _after_restore(
         lambda s: s._replace(opt_state=_zeros(s.opt_state))
     ),
-    "keep_rows_of_the_lost_future": put(metrics, "_drop_after", lambda *_: None),
-    "start_from_scratch": put(
-        checkpoint.Checkpointer, "restore_latest", lambda *_: None
-    ),
-    "ignore_signals": _deaf,
+    "keep_rows_of_the_lost_future": put(metrics, "_drop_after", _nothing()),
+    "start_from_scratch": put(checkpoint.Checkpointer, "restore_latest", _nothing()),
+    "ignore_signals": put(preemption.StopRequest, "_on_signal", _nothing()),
     "no_handler": put(preemption.StopRequest, "__enter__", lambda self: self),
-    "ignore_the_second_signal": _no_second_signal,
+    "ignore_the_second_signal": put(
+        preemption.StopRequest, "_on_signal", _hear_once_more
+    ),
     "stop_without_saving": _stop_without_saving,
     "evaluation_ignores_signals": _deaf_evaluation,
-    "preparation_ignores_signals": put(progress.Progress, "check", lambda self: None),
+    "preparation_ignores_signals": put(progress.Progress, "check", _nothing()),
     "two_runs_in_a_directory": put(
-        rundir, "only_one", lambda *_: contextlib.nullcontext()
+        rundir, "only_one", _nothing(contextlib.nullcontext())
     ),
-    "preempted_exits_0": put(errors.Preempted, "exit_code", 0),
-    "errors_exit_0": put(errors, "report", lambda *_, **__: 0),
+    "preempted_exits_0": _preempted_exits_0,
+    "errors_exit_0": put(errors, "report", _nothing(0)),
     "swallow_save_errors": _swallow_save_errors,
-    "look_at_saves_late": put(checkpoint.Checkpointer, "check", lambda self: None),
-    "no_preflight": put(checkpoint.Checkpointer, "preflight", lambda *_: None),
+    "look_at_saves_late": put(checkpoint.Checkpointer, "check", _nothing()),
+    "no_preflight": put(checkpoint.Checkpointer, "preflight", _nothing()),
     "hashes_are_not_compared": put(
         integrity, "_sha256", lambda path, flush=False: "0" * 64
     ),
     "verify_the_manifest_only": put(integrity, "verify", lambda d: integrity.facts(d)),
-    "no_ledger": put(integrity, "read_ledger", lambda parent: set()),
-    "config_is_not_compared": put(drift, "check", lambda *_: []),
-    "everything_is_free": put(drift, "FREE", ("*",)),
+    "no_ledger": put(integrity, "read_ledger", _nothing(set())),
+    "config_is_not_compared": put(drift, "check", _nothing([])),
+    "everything_is_free": put(drift, "_matches", _nothing(True)),
     "order_depends_on_devices": _order_by_devices,
     "seed_from_the_clock": _seed_from_the_clock,
     "lookup_off_by_a_thousandth": _wrong_lookup,
     "mean_of_means": _mean_of_means,
     "take_every_update": put(trainer, "_take", lambda good, new, old: new),
-    "never_halt": _never_halt,
-    "ignore_spikes": _ignore_spikes,
+    "never_halt": put(training_log.TrainingLog, "_check", _nothing()),
+    "ignore_spikes": put(spikes, "is_spike", _nothing(False)),
     "forget_the_spike_history": _after_restore(
         lambda s: s._replace(spikes=_zeros(s.spikes))
     ),
-    "ids_are_not_checked": put(manifest, "check_ids", lambda *_: None),
-    "vocabulary_is_not_compared": lambda: wrap(
-        data, "open", lambda f, config, expected_vocab_size=0, **_: f(config)
-    ),
+    "ids_are_not_checked": put(manifest, "check_ids", _nothing()),
+    "vocabulary_is_not_compared": _vocabulary_is_not_compared,
     "restore_in_half_precision": _after_restore(_restore_narrow),
     "padding_counts": _padding_counts,
     "mean_of_batches": _mean_of_batches,
     "prompts_are_cut_short": _cut_prompts,
     "export_narrows_tables": _narrow_export,
-    "watchdog_sleeps": put(watchdog.Watchdog, "enter", lambda *_: None),
+    "watchdog_sleeps": put(watchdog.Watchdog, "enter", _nothing()),
     "no_roll_call": _roll_call_is_skipped,
     "no_lifeline": put(lifeline.Lifeline, "__enter__", lambda self: self),
-    "stop_is_not_agreed": _stop_alone,
-    "data_are_not_compared": put(processes, "agree", lambda *_: None),
+    "stop_is_not_agreed": put(
+        processes.SharedFlag, "__call__", lambda self: bool(self._flag)
+    ),
+    "data_are_not_compared": put(processes, "agree", _nothing()),
     "same_rows_everywhere": _same_rows_everywhere,
+}
+ENDLESS = (
+    "watchdog_sleeps",
+    "stop_is_not_agreed",
+)  # runs that wait until they are killed
+BROKEN = {
+    "no such name": put(rundir, "only_two", _nothing()),
+    "other parameters": put(errors, "report", lambda error: 0),
+    "never called": put(spikes, "is_spike", _nothing(False)),
+    "crashes the program": put(trainer.experiment, "resolve", _nothing()),
+    "crashes by itself": put(errors, "report", lambda error, *, debug: 1 / 0),
 }

@@ -16,11 +16,10 @@ from world import (
 def missing_peer(world):
     """R15: who waits for whom, and how many came, in one line."""
     [first] = world.run_together(world.workdir(), 2, ids=[0], wait=2)
-    expect(first, 43)
-    assert "1 of 2 processes came within 2 s, missing: 1" in first.err
     [second] = world.run_together(world.workdir(), 2, ids=[1], wait=2)
-    expect(second, 43)
-    assert "process 1 of 2 is alone" in second.err
+    told = expect(first, 43).err
+    assert "1 of 2 processes came within 2 s, missing: 1" in told
+    assert "process 1 of 2 is alone" in expect(second, 43).err
 
 
 def wrong_port(world):

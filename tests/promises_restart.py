@@ -172,6 +172,7 @@ CHECKS = {
     "R12 disk": disk,
     "R14 hang": hang,
 }
+SLOW = ()
 MUTANTS = {
     "R1 exact resume": (
         "replay_a_batch",

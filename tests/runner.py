@@ -2,7 +2,7 @@
 
 A server imports jax and the package once, starts no backend, and forks for every run; the
 child applies a fault and a mutation by name (`faults`, `mutations`) and executes the program
-as a command would. Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
+as a command would. A patch that does not work ends it with `UNBOUND` (`patching`). Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
 `python tests/runner.py` is the server: requests on stdin, answers on stdout, JSON lines.
 """
 
@@ -16,7 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from typing import NamedTuple
+
+from patching import UNBOUND
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiling is what takes the time: a third of it without LLVM's optimisations.
@@ -33,6 +36,10 @@ class Result(NamedTuple):
     err: str
 
 
+class HarnessError(Exception):
+    """A mistake of the tests: a patch that does not work proves nothing."""
+
+
 class Runner:
     """Starts runs of the config file `config`; a context manager.
 
@@ -46,15 +53,19 @@ class Runner:
         self._config = config
         self._count = 0
         self._lock = threading.Lock()
+        self.timeouts = 0  # runs that were killed because they took too long
+        self.calls = folder / "calls"  # of the mutations (`patching.calls`)
 
     def __enter__(self) -> "Runner":
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}",
-            "JAX_NUM_CPU_DEVICES": "1",
+        unless_given = {
+            "XLA_FLAGS": XLA_FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "jax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        own = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }
         self._server = subprocess.Popen(
@@ -62,7 +73,7 @@ class Runner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=unless_given | os.environ | own,
         )
         return self
 
@@ -79,29 +90,45 @@ class Runner:
         fault="",
         mutation="",
         devices=1,
+        cached=True,
         flags=(),
         **fields,
     ):
         """Start a run and return its (process id, output file); `fields` override.
 
-        `config`: whether the program takes the config file.
+        `config`: whether the program takes the config file; `cached`: whether compiled
+        programs are kept and found.
         """
+        argv = [
+            program,
+            *([f"--config={self._config}"] if config else []),
+            f"--workdir={workdir}",
+            *(f"--config.{key}={value}" for key, value in fields.items()),
+            *flags,
+        ]
+        return self._send(argv, ROOT, {}, fault, mutation, devices, cached)
+
+    def command(self, *argv, folder=ROOT, environment=None, timeout=None) -> Result:
+        """Run `python ARGV...` in `folder`: a script, or `-m MODULE`, as given."""
+        words = [str(word) for word in argv]
+        return self.wait(self._send(words, folder, environment or {}), timeout)
+
+    def _send(
+        self, argv, folder, environment, fault="", mutation="", devices=1, cached=True
+    ):
         with self._lock:
             self._count += 1
             output = self._folder / f"run{self._count}"
-            overrides = [f"--config.{k}={v}" for k, v in fields.items()]
             request = {
-                "argv": [
-                    program,
-                    *([f"--config={self._config}"] if config else []),
-                    f"--workdir={workdir}",
-                    *overrides,
-                    *flags,
-                ],
+                "argv": argv,
+                "folder": str(folder),
+                "environment": environment,
                 "fault": fault,
                 "mutation": mutation,
                 "devices": devices,
+                "cached": cached,
                 "output": str(output),
+                "calls": str(self.calls),
             }
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
@@ -114,11 +141,15 @@ class Runner:
         code = output.with_suffix(".code")
         while not code.exists():
             if time.monotonic() > deadline:
+                self.timeouts += 1
                 os.kill(pid, signal.SIGKILL)
                 deadline += 10
             time.sleep(0.02)
         texts = (output.with_suffix(s).read_text() for s in (".out", ".err"))
-        return Result(int(code.read_text()), *texts)
+        result = Result(int(code.read_text()), *texts)
+        if result.code == UNBOUND:
+            raise HarnessError(result.err.splitlines()[-1])
+        return result
 
     def kill(self, started) -> None:
         """kill -9, unless it has ended."""
@@ -126,24 +157,6 @@ class Runner:
         if not output.with_suffix(".code").exists():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-    def command(self, *argv, environment=None, timeout=None) -> Result:
-        """Run `python ARGV...`: a script of the root, or `-m MODULE`, as given."""
-        with self._lock:
-            self._count += 1
-            output = self._folder / f"run{self._count}"
-            request = {
-                "argv": [str(word) for word in argv],
-                "fault": "",
-                "mutation": "",
-                "devices": 1,
-                "output": str(output),
-                "environment": dict(environment or {}),
-            }
-            self._server.stdin.write(json.dumps(request) + "\n")
-            self._server.stdin.flush()
-            started = int(self._server.stdout.readline()), output
-        return self.wait(started, timeout)
 
     def run(self, workdir, **options) -> Result:
         """Start a run and wait for it; see `start`."""
@@ -157,11 +170,23 @@ def _serve():
     import jax
     import mutations
     import parity  # noqa: F401  (with all that a run may import)
+    import patching
     import world  # noqa: F401  (what the config file imports)
 
     from memoryformer import distributed, trainer  # noqa: F401
 
-    patches = {"": lambda: None} | faults.FAULTS | mutations.MUTATIONS
+    patches = {"": lambda: None} | faults.FAULTS
+    patches |= mutations.MUTATIONS | mutations.BROKEN
+
+    def apply(name, calls):
+        name, _, argument = name.partition(":")
+        patching.calls = calls
+        try:
+            patches[name](*([int(argument)] if argument else []))
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{name}: {error!r}", file=sys.stderr)
+            sys.exit(UNBOUND)
 
     def child(request):
         output = pathlib.Path(request["output"])
@@ -169,19 +194,21 @@ def _serve():
             file = os.open(output.with_suffix(suffix), os.O_CREAT | os.O_WRONLY)
             os.dup2(file, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(ROOT)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         jax.config.update("jax_num_cpu_devices", request["devices"])
+        jax.config.update("jax_enable_compilation_cache", request["cached"])
         sys.argv = request["argv"]
-        for name in (request["mutation"], request["fault"]):
-            name, _, argument = name.partition(":")
-            patches[name](*([int(argument)] if argument else []))
-        os.environ.update(request.get("environment", {}))
+        apply(request["mutation"], pathlib.Path(request["calls"]))
+        apply(request["fault"], None)
         if sys.argv[0] != "-m":
-            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+            runpy.run_path(sys.argv[0], run_name="__main__")
             return
-        sys.argv = sys.argv[1:]
-        # As `python -m` has it in the root: no folder of ours but that.
-        sys.path[:] = [str(ROOT), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+        del sys.argv[0]
+        # As `python -m` has it: the folder, and not that of the tests.
+        tests = str(pathlib.Path(__file__).parent)
+        sys.path[:] = [os.getcwd(), *(p for p in sys.path if p != tests)]
+        sys.modules.pop(sys.argv[0], None)  # as runpy likes it
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
     def reap(pid, output):
@@ -201,8 +228,6 @@ def _serve():
             except SystemExit as error:
                 code = error.code or 0
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 if jax.distributed.is_initialized():  # as at an interpreter's end

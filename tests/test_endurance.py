@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from world import World, digest, expect, rows, steps
+from world import digest, expect, rows, steps
 
 KILLS = 50
 FIELDS = {  # half of a run's time is steps with saves and deletions between them
@@ -16,12 +16,6 @@ FIELDS = {  # half of a run's time is steps with saves and deletions between the
     "checkpoint.every_steps": 2,
     "checkpoint.keep": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    with World(tmp_path_factory.mktemp("endurance")) as made:
-        yield made
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("code", (42, 44))
+@pytest.mark.parametrize("code", (42, pytest.param(44, marks=pytest.mark.slow)))
 def test_slurm_array_runs_its_point(machine, folder, code):
     """Index 1 is the sweep's second point; the array task, not the job, is requeued.
 
@@ -163,7 +163,9 @@ def test_slurm_array_runs_its_point(machine, folder, code):
     assert calls[1:] == (requeue if code in AGAIN else [])
 
 
-@pytest.mark.parametrize("state", ("done", "failed"))
+@pytest.mark.parametrize(
+    "state", ("done", pytest.param("failed", marks=pytest.mark.slow))
+)
 def test_slurm_array_leaves_ended_points_alone(machine, folder, state):
     """Mutation: the script without `--todo`."""
     machine.fake("srun")

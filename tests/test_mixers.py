@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_mixers
 import pytest
+import toy
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -41,18 +42,32 @@ CAUSAL, CASES = CASES, CASES | BOTH_WAYS
 VARIANTS = ("softmax_chunked", "conv_luna_pool", *BOTH_WAYS)
 
 
-def _pairs(names, quick_projections=("dense",)):
-    """Each with both projections; of variants, some are left to the slow tests."""
-    pairs = []
-    for name, projection in itertools.product(names, ("memory", "dense")):
-        slow = name in VARIANTS and projection not in quick_projections
-        marks = [pytest.mark.slow] if slow else []
-        pairs.append(pytest.param(name, projection, marks=marks))
+def _pairs(names, quick):
+    """Each name with both projections; those that `quick(name, projection)` denies are slow."""
+    pairs = [
+        pytest.param(*pair, marks=[] if quick(*pair) else [pytest.mark.slow])
+        for pair in itertools.product(names, ("memory", "dense"))
+    ]
     return pytest.mark.parametrize(("name", "projection"), pairs)
 
 
-every_mixer, causal_mixers = _pairs(CASES), _pairs(CAUSAL)
-every_mixer_slow_variants = _pairs(CASES, quick_projections=())
+def _is_dense(name, projection):
+    return projection == "dense"
+
+
+def _is_no_variant(name, projection):
+    return name not in VARIANTS
+
+
+# What a mixer is made of is its own affair: the equations and the gradient are tried with
+# both projections, the rest of the battery with dense ones (the slow tests have both).
+every_mixer = _pairs(CASES, lambda *pair: _is_dense(*pair) or _is_no_variant(*pair))
+every_mixer_no_variant = _pairs(CASES, _is_no_variant)
+dense_mixers = _pairs(CASES, _is_dense)
+dense_causal_mixers = _pairs(CAUSAL, _is_dense)
+dense_mixers_no_variant = _pairs(
+    CASES, lambda *pair: _is_dense(*pair) and _is_no_variant(*pair)
+)
 
 # Rows: two documents and padding; padding first; one document; three documents.
 SEGMENTS = np.array(
@@ -66,19 +81,7 @@ SEGMENTS = np.array(
 )
 
 
-def _positions(segments):
-    starts = np.diff(segments, axis=1, prepend=-1) != 0
-    index = np.arange(segments.shape[1])
-    return (index - np.maximum.accumulate(starts * index, axis=1)).astype(np.int32)
-
-
-POSITIONS = _positions(SEGMENTS)
-
-
-# Compiling is what takes the time here.
-_quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True}
-)
+POSITIONS = toy.positions(SEGMENTS)
 
 
 class Case:
@@ -123,8 +126,8 @@ class Case:
         self.x = jnp.asarray(
             np.random.default_rng(0).normal(size=(B, L, D)), jnp.float32
         )
-        self.forward = _quick_jit(lambda *args: self.apply(*args)[0])
-        self.step = _quick_jit(self.apply)
+        self.forward = toy.quick_jit(lambda *args: self.apply(*args)[0])
+        self.step = toy.quick_jit(self.apply)
 
     def _make(self):
         rngs = nnx.Rngs(0)
@@ -138,7 +141,7 @@ class Case:
 
     def run(self, x=None, segments=SEGMENTS, positions=None):
         x = self.x if x is None else x
-        positions = _positions(segments) if positions is None else positions
+        positions = toy.positions(segments) if positions is None else positions
         return np.asarray(self.forward(self.params, x, positions, segments))
 
     def init_state(self):
@@ -152,7 +155,7 @@ class Case:
         if self.config.mixer == "performer":
             rows = nnx.merge(self.graphdef, self.params).rows(_no_seq())
             params = params | {"rows": as_float64(rows)}
-        return self.oracle(self.config, params, x, _positions(segments), segments)
+        return self.oracle(self.config, params, x, toy.positions(segments), segments)
 
 
 def _no_seq():
@@ -176,7 +179,7 @@ def test_oracle(case):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@causal_mixers
+@dense_causal_mixers
 def test_no_future(case):
     """Exactly zero. Red if performer's keys are shifted by a maximum over the chunk, if
     linformer's slots are read whole, or if conv_luna's filter is centred.
@@ -189,7 +192,7 @@ def test_no_future(case):
         assert np.all(np.abs(after[:, cut] - before[:, cut]).max(axis=-1) > 1e-3)
 
 
-@causal_mixers
+@dense_causal_mixers
 @pytest.mark.parametrize("sizes", [(7, 1, 7, 7, 1, 1), (1,) * L])
 def test_chunks_of_a_sequence_continue_each_other(case, sizes):
     """Red if a state loses its document, its shift, its tail, or padding takes a place."""
@@ -215,7 +218,7 @@ def test_future_is_seen(name):
         case.apply(case.params, case.x, POSITIONS, SEGMENTS, case.init_state())
 
 
-@every_mixer
+@dense_mixers
 def test_packed_documents_are_separate(case):
     """Red if the mask, or a window of a filter, crosses a document's first token."""
     packed = case.run()
@@ -228,7 +231,7 @@ def test_packed_documents_are_separate(case):
         np.testing.assert_allclose(packed[row, places], separate, atol=1e-5)
 
 
-@every_mixer_slow_variants
+@dense_mixers_no_variant
 def test_padding_is_irrelevant(case):
     """Its content, in outputs and gradients. Red if performer exponentiates padding: the
     features of large keys are so small that those of padding overflow beside them.
@@ -243,7 +246,7 @@ def test_padding_is_irrelevant(case):
         np.testing.assert_array_equal(got, want)
 
 
-@every_mixer
+@dense_mixers
 def test_padding_takes_no_place(case):
     """Inside a document, as between a padded prompt and what follows it.
 
@@ -268,7 +271,7 @@ def _gradients(case):
     def loss(params, x):
         return jnp.sum(case.apply(params, x, POSITIONS, SEGMENTS)[0] * weights)
 
-    grad = _quick_jit(jax.grad(loss, argnums=(0, 1)))
+    grad = toy.quick_jit(jax.grad(loss, argnums=(0, 1)))
     return lambda x: grad(case.params, x)
 
 
@@ -277,7 +280,7 @@ def _weights():
     return np.where((SEGMENTS != 0)[..., None], weights, 0).astype(np.float32)
 
 
-@every_mixer_slow_variants
+@every_mixer_no_variant
 def test_gradient(case):
     """Of every parameter and of x, along a random direction, against differences of the
     float64 oracle. Red if `ops.prefix` drops a term of its backward rule, or if the
@@ -304,7 +307,7 @@ def test_gradient(case):
         assert abs(np.sum(grad * direction) - want) / scale < 1e-3, i
 
 
-@every_mixer_slow_variants
+@dense_mixers_no_variant
 def test_eight_devices(case):
     """Outputs and gradients on a 4 x 2 mesh (rows x heads) are those of one device.
 
@@ -325,7 +328,7 @@ def test_eight_devices(case):
     in_specs = (specs, act, rows, rows, act)
     args = (case.params, case.x, POSITIONS, SEGMENTS, _weights())
     with shards.activate():
-        function = _quick_jit(shards.shard_map(per_device, in_specs, (specs, act)))
+        function = toy.quick_jit(shards.shard_map(per_device, in_specs, (specs, act)))
         grads, y = function(*shards.put(args, in_specs))
     np.testing.assert_allclose(y, case.run(), atol=1e-5)
     want = _gradients(case)(case.x)[0]

@@ -187,9 +187,11 @@ def test_every_form_against_numpy(form):
 # What may be seen.
 
 
-@pytest.fixture(scope="module", params=["memory", "dense"])
+@pytest.fixture(
+    scope="module", params=["memory", pytest.param("dense", marks=pytest.mark.slow)]
+)
 def toy_model(request):
-    """(config, params) of one projection."""
+    """(config, params) of one projection; test_mixers has the battery for dense ones."""
     config = toy.model_config(request.param)
     return config, random_params(config)
 

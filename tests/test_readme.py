@@ -4,12 +4,9 @@ A console block with a comment `# not run in tests: REASON` is left out. Trainin
 get a small model and a small text, appended as overrides; nothing else is changed.
 """
 
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import toy
@@ -56,9 +53,7 @@ def commands(block):
 
 
 def at_toy_size(words, folder):
-    """The command with our python, and with a toy corpus where it reads the default."""
-    if words[0] == "python":
-        words = [sys.executable, *words[1:]]
+    """The command with a toy corpus where it reads the default."""
     with_config = any(word.startswith("--config=") for word in words)
     training = "train.py" in words or "memoryformer.sweep" in words
     data = "memoryformer.data" in words
@@ -74,8 +69,10 @@ def at_toy_size(words, folder):
     return [*words, *(f"--config.{key}={value}" for key, value in overrides.items())]
 
 
-def test_commands_in_order(tmp_path):
+def test_commands_in_order(tmp_path, world):
     """Every command that is not left out succeeds, one after another.
+
+    Those of python run in forks of a process that has imported the package.
 
     Mutation: a misspelt flag in any of them.
     """
@@ -84,22 +81,18 @@ def test_commands_in_order(tmp_path):
     toy.corpus(tmp_path / "corpus")
     for name in ("train.py", "eval.py", "configs", "memoryformer"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = os.environ | {
+    environment = {
         "PYTHONPATH": str(ROOT),
         "MEMORYFORMER_DATA": str(tmp_path / "cache"),
         "JAX_NUM_CPU_DEVICES": "1",
     }
     for line in [line for block in run for line in commands(block)]:
         words = at_toy_size(shlex.split(line, comments=True), tmp_path)
-        done = subprocess.run(
-            words,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
+        assert words[0] == "python", line
+        done = world.runner.command(
+            *words[1:], folder=tmp_path, environment=environment, timeout=600
         )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert done.code == 0, f"{line}\n{done.out}\n{done.err}"
 
 
 def test_what_is_left_out_says_why():

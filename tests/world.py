@@ -21,7 +21,6 @@ FIELDS = {
     "train.num_steps": 12,
     "train.batch_size": 4,
     "train.log_every": 1,
-    "train.num_microbatches": 2,
     "eval.every_steps": 6,
     "eval.num_batches": 2,
     "checkpoint.every_steps": 4,
@@ -68,6 +67,19 @@ class World:
         self._count += 1
         return self.folder / f"workdir{self._count}"
 
+    def mutate(self, mutation: str) -> None:
+        """Have the runs that follow make this mistake; none with ''."""
+        self.mutation = mutation
+        self.runner.timeouts = 0
+        self.runner.calls.unlink(missing_ok=True)
+
+    def calls(self) -> list[tuple[str, str]]:
+        """What the mutation has done: ('bound' or 'called', name of a function)."""
+        if not self.runner.calls.exists():
+            return []
+        lines = self.runner.calls.read_text(encoding="utf-8").splitlines()
+        return [(what, name) for what, _, name in (x.partition(" ") for x in lines)]
+
     def start(self, workdir, **options):
         """Start a run under the current mutation."""
         return self.runner.start(workdir, mutation=self.mutation, **options)
@@ -85,7 +97,7 @@ class World:
         """
         common = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
         faults, own = dict(faults), dict(own)
-        options = {"mesh": "data", "train.num_microbatches": 1} | options
+        options = {"mesh": "data"} | options
         started = [
             self.start(
                 workdir,
@@ -123,9 +135,16 @@ class World:
         assert digest(workdir) == digest(self.straight), "another final state"
 
 
+class Crash(AssertionError):
+    """A run ended in a traceback where another end was expected."""
+
+
 def expect(result, code):
     """Assert the exit code, showing what the run printed, and return the result."""
-    assert result.code == code, f"exit {result.code}, not {code}:\n{result.err[-2000:]}"
+    message = f"exit {result.code}, not {code}:\n{result.err[-2000:]}"
+    if code != 1 and result.code == 1 and "Traceback" in result.err:
+        raise Crash(message)
+    assert result.code == code, message
     if code not in (0, 1, -9, 143):  # a user's error is one line, never a traceback
         # Beside it, threads may tell what a failed save left unfinished in Orbax, and a
         # line of theirs be cut in two by ours.

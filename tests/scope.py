@@ -1,0 +1,86 @@
+"""Which tests know a module: MODULES, of what `sampled_mutants` draws from.
+
+The first file of a list is the module's own. `test_sampled_mutants` holds that every module
+under FOLDERS is here and that the files exist.
+"""
+
+FOLDERS = ("ops", "mixers", "recurrence", "data")  # every module in them is in scope
+_DATA = ("test_data_source.py", "test_data_shards.py")
+_MIXERS = ("test_mixers.py", "test_mixers_training.py")
+_RECURRENCE = ("test_recurrence.py", "test_recurrence_runs.py")
+_LOOKUP = ("test_hashing.py", "test_lookup.py", "test_lookup_native.py")
+
+_TESTS = {
+    "checkpoint": ("test_checkpoint.py", "test_ledger.py", "test_trainer.py"),
+    "data/__init__": (*_DATA, "test_data_corpora.py", "test_data_tokenizer.py"),
+    "data/__main__": ("test_data_source.py", "test_data_corpora.py"),
+    "data/catalogue": ("test_data_corpora.py",),
+    "data/corpora": ("test_data_corpora.py",),
+    "data/documents": ("test_data_corpora.py", *_DATA),
+    "data/files": ("test_data_corpora.py",),
+    "data/layout": ("test_data_layout.py", "test_data_source.py"),
+    "data/manifest": ("test_data_shards.py", "test_data_source.py"),
+    "data/options": ("test_data_source.py", "test_data_corpora.py"),
+    "data/progress": ("test_data_shards.py", "test_data_corpora.py"),
+    "data/shards": ("test_data_shards.py", "test_data_source.py"),
+    "data/source": ("test_data_source.py", "test_data_layout.py"),
+    "data/tokenizer": ("test_data_tokenizer.py", "test_convert_export.py"),
+    "data/yardsticks": ("test_data_yardsticks.py",),
+    "decoding": (
+        "test_generation.py",
+        "test_inference.py",
+        "test_mixers_training.py",
+        "test_recurrence.py",
+    ),
+    "drift": ("test_checkpoint.py", "test_trainer.py"),
+    "evaluation": ("test_evaluation.py", "test_trainer.py"),
+    "integrity": ("test_ledger.py", "test_checkpoint.py", "test_trainer.py"),
+    "layers": ("test_layers.py", "test_model.py", "test_sharding.py"),
+    "leaves": ("test_checkpoint.py",),
+    "losses": ("test_layers.py", "test_evaluation.py", "test_sharding.py"),
+    "mixers/__init__": (*_MIXERS, "test_mixers_performer.py", "test_model.py"),
+    "mixers/base": _MIXERS,
+    "mixers/bounded": ("test_mixers.py", "test_degradation.py", "test_ring.py"),
+    "mixers/dape": _MIXERS,
+    "mixers/kernel": (
+        "test_mixers_performer.py",
+        "test_mixers.py",
+        "test_mixers_training.py",
+        "test_ring.py",
+    ),
+    "mixers/softmax": (*_MIXERS, "test_ops_attention.py", "test_ring.py"),
+    "model": ("test_model.py", "test_model_chunks.py", "test_config.py"),
+    "ops/attention": ("test_ops_attention.py", "test_layers.py", "test_mixers.py"),
+    "ops/collectives": ("test_layers.py", "test_sharding.py", "test_ring.py"),
+    "ops/depth": ("test_depth.py", "test_model.py"),
+    "ops/hashing": ("test_hashing.py", "test_lookup.py"),
+    "ops/lookup": ("test_lookup.py", *_LOOKUP[2:], "test_lookup_gpu.py"),
+    "ops/lookup_gpu": ("test_lookup_gpu.py",),
+    "ops/lookup_native": ("test_lookup_native.py", "test_packed.py"),
+    "ops/lookup_xla": ("test_lookup.py", "test_lookup_native.py"),
+    "ops/packed": ("test_packed.py", "test_inference.py"),
+    "ops/prefix": ("test_ops_prefix.py", "test_mixers.py", "test_ring.py"),
+    "ops/random_features": (
+        "test_ops_random_features.py",
+        "test_mixers_performer.py",
+        "test_mixers.py",
+        "test_mixers_training.py",
+    ),
+    "ops/ring": ("test_ring.py",),
+    "ops/rotary": ("test_layers.py", "test_mixers.py"),
+    "optimizer": ("test_optimizer.py", "test_trainer.py"),
+    "recurrence/__init__": _RECURRENCE,
+    "recurrence/base": _RECURRENCE,
+    "recurrence/memformer": _RECURRENCE,
+    "recurrence/rmt": _RECURRENCE,
+    "sharding": ("test_sharding_mesh.py", "test_sharding.py"),
+    "spikes": ("test_spikes.py", "test_trainer.py"),
+    "trainer": ("test_trainer.py", "test_sharding.py", "test_mixers_training.py"),
+}
+MODULES = {f"memoryformer/{name}.py": tests for name, tests in _TESTS.items()}
+
+
+def paths(prefixes: tuple[str, ...] = ()) -> list[str]:
+    """The modules whose name begins with one of `prefixes`; all for none."""
+    wanted = tuple(f"memoryformer/{prefix}" for prefix in prefixes or ("",))
+    return [path for path in MODULES if path.startswith(wanted)]

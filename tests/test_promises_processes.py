@@ -1,0 +1,20 @@
+"""R3, R4, R7, R15: `promises_processes` on runs in processes of their own, and their mutants."""
+
+import mutants
+import promises
+import promises_processes as part
+import pytest
+
+
+@pytest.mark.parametrize("promise", promises.cases(part))
+def test_promise(world, promise):
+    """Mutations: `promises_processes.MUTANTS`, tried by `test_mutant_is_caught`."""
+    part.CHECKS[promise](world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promise, mutation", promises.mutants(part))
+def test_mutant_is_caught(world, promise, mutation):
+    """Mutation: the one named; an assertion of the promise must fail under it."""
+    verdict = mutants.judge(world, part.CHECKS[promise], mutation, promise)
+    assert verdict.outcome == "caught", verdict

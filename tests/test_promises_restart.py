@@ -1,0 +1,20 @@
+"""R1, R3-R6, R12, R14: `promises_restart` on runs in processes of their own, and their mutants."""
+
+import mutants
+import promises
+import promises_restart as part
+import pytest
+
+
+@pytest.mark.parametrize("promise", promises.cases(part))
+def test_promise(world, promise):
+    """Mutations: `promises_restart.MUTANTS`, tried by `test_mutant_is_caught`."""
+    part.CHECKS[promise](world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promise, mutation", promises.mutants(part))
+def test_mutant_is_caught(world, promise, mutation):
+    """Mutation: the one named; an assertion of the promise must fail under it."""
+    verdict = mutants.judge(world, part.CHECKS[promise], mutation, promise)
+    assert verdict.outcome == "caught", verdict
