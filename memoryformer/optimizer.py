@@ -6,7 +6,7 @@
     p  <- p - lr(t) * scale_p * (u + weight_decay_p * p)
 
 `scale_p` is `table_learning_rate_scale` for tables and 1 otherwise; `weight_decay_p` is 0
-for norms, biases and every other vector. Kingma & Ba (arXiv:1412.6980), Loshchilov &
+for what its module declares so (norms, biases, scalars), and without `decay_tables` for tables. Kingma & Ba (arXiv:1412.6980), Loshchilov &
 Hutter (arXiv:1711.05101). Start at `make`.
 """
 
@@ -22,7 +22,7 @@ from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
 
 SCHEDULES = ("cosine", "constant", "wsd")
-NOT_DECAYED = ("bias", "scale")
+GROUPS = ("tables", "decayed", "undecayed")  # of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,11 @@ class OptimizerConfig:
 
 
 def make(
-    config: OptimizerConfig, num_steps: int
+    config: OptimizerConfig, num_steps: int, groups: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Make the transformation of the module's equations.
 
+    `groups` is a tree like the parameters of names of `GROUPS` (`model.param_groups`).
     `update(grads, state, params, hyperparams=None)` takes the peak learning rate and the
     weight decay as traced scalars, `hyperparams(config)`, so that a sweep over them
     compiles once. Without them the config's numbers are compiled in. They are never
@@ -90,15 +91,15 @@ def make(
         learning_rate = hyper["learning_rate"] * shape(count(state))
         updates, state = adam.update(_clipped(grads, config.clip_norm), state)
 
-        def scale(path, u, p):
+        def scale(u, p, group):
             rate = learning_rate
-            if is_table(path):
+            if group == "tables":
                 rate = rate * config.table_learning_rate_scale
-            if is_decayed(path, p, config):
+            if group == "decayed" or (group == "tables" and config.decay_tables):
                 u = u + hyper["weight_decay"] * p
             return (-rate * u).astype(p.dtype)
 
-        return jax.tree.map_with_path(scale, updates, params), state
+        return jax.tree.map(scale, updates, params, groups), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -125,30 +126,6 @@ def schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Array | int],
 def count(opt_state: Any) -> Array:
     """Return the number of updates that `opt_state` has seen (int32 scalar)."""
     return optax.tree.get(opt_state, "count")
-
-
-def is_table(path: tuple) -> bool:
-    """Whether a parameter's key path ends in 'tables'."""
-    return _last(path) == "tables"
-
-
-def is_decayed(path: tuple, parameter: Array, config: OptimizerConfig) -> bool:
-    """Whether weight decay applies: to matrices and tables, not to norms and biases."""
-    if is_table(path):
-        return config.decay_tables
-    return parameter.ndim >= 2 and _last(path) not in NOT_DECAYED
-
-
-def groups(config: OptimizerConfig, params: Params) -> dict[str, str]:
-    """Return {parameter path: 'group, learning rate scale, decay'} to print or test."""
-    described = {}
-    for path, p in jax.tree.leaves_with_path(params):
-        name = "/".join(str(_key(k)) for k in path)
-        group = "tables" if is_table(path) else "rest"
-        scale = config.table_learning_rate_scale if is_table(path) else 1.0
-        decay = config.weight_decay if is_decayed(path, p, config) else 0.0
-        described[name] = f"{group}, scale {scale:g}, decay {decay:g}"
-    return described
 
 
 def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
@@ -194,14 +171,6 @@ def _clipped(grads: Params, clip_norm: float) -> Params:
 def _float32(x: Array) -> Array:
     # `astype` on an abstract value would fail, and eval_shape calls us with those traced.
     return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
-
-
-def _last(path: tuple) -> Any:
-    return _key(path[-1]) if path else ""
-
-
-def _key(entry: Any) -> Any:
-    return getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))
 
 
 def _require(holds: bool, field: str, config: OptimizerConfig, wanted: str) -> None:
