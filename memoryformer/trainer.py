@@ -22,6 +22,7 @@ from memoryformer import (
     drift,
     evaluation,
     experiment,
+    implementations,
     metrics,
     mixers,
     optimizer,
@@ -51,9 +52,14 @@ class TrainState(NamedTuple):
 
 def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     """Return the state of step 0 with these parameters."""
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    tx = _transformation(run)
     history = spikes.init(run.train.spike_window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
+
+
+def _transformation(run):
+    groups = model_lib.param_groups(run.model)
+    return optimizer.make(run.optimizer, run.train.num_steps, groups)
 
 
 def train(
@@ -69,7 +75,8 @@ def train(
     Args:
       config: a whole config, see `experiment`.
       workdir: gets config.json, metrics.jsonl and checkpoints/. If it holds a checkpoint, the
-        run goes on from there, and its config must be the same but for `drift.FREE`.
+        run goes on from there, and its config must be the same but for what
+        `experiment.may_change`.
       allow: further fields that may differ.
       compiled: what an earlier run of this process left in the same dict, if this one
         differs from it in traced inputs only (seed, learning rate, weight decay).
@@ -92,7 +99,8 @@ def train(
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = _check_fit(run, sharding)
         dataset = data.open(run.data, run.model.vocab_size, stop=lambda: bool(stop))
-        processes.agree("the config", drift.shared(experiment.as_dict(run)))
+        common = drift.shared(experiment.as_dict(run), experiment.may_differ())
+        processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)
         with (
             sharding.activate(),
@@ -101,7 +109,7 @@ def train(
                 run.checkpoint,
                 run_config=experiment.as_dict(run),
                 data_fingerprint=dataset.fingerprint,
-                allow=allow,
+                allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
             ) as checkpointer,
         ):
@@ -122,10 +130,16 @@ class _Compiled(NamedTuple):
 def program(run: experiment.Experiment) -> Any:
     """Return what a run's compiled functions depend on: equal for runs that share them.
 
-    Seed, peak learning rate and weight decay are left out: they are inputs.
+    Seed, peak learning rate and weight decay are left out: they are inputs. So is what of
+    `train` changes nothing: it is the loop's.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
-    return run.model, recipe, dataclasses.replace(run.train, seed=0), run.mesh
+    loops = {
+        item.name: item.default
+        for item in dataclasses.fields(run.train)
+        if item.metadata.get("changes") == "nothing"
+    }
+    return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 
 
 def programs(run, sharding, specs=None, cache=None) -> _Compiled:
@@ -157,7 +171,7 @@ def make_train_step(
     devices and microbatches. Gradients cross the devices once a step. An update that is not
     finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
     """
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    tx = _transformation(run)
 
     def gradient_sums(params, batch, features):  # on one device, of its rows
         params = sharding_lib.gather_params(params, specs)
@@ -249,7 +263,7 @@ def init_state(
     run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
 ) -> tuple[Callable[..., TrainState], TrainState]:
     """Return `draw(seed)`, which makes the first state, and that state's abstract form."""
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    tx = _transformation(run)
 
     def draw(seed=run.train.seed):
         return new_state(run, model_lib.init(run.model, seed))
@@ -274,6 +288,7 @@ def init_state(
 
 
 def _check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> Any:
+    implementations.check(run.model, sharding.platform)
     specs = model_lib.partition_specs(run.model, sharding)
     shapes = jax.eval_shape(lambda: model_lib.init(run.model))
     sizes = (run.train.batch_size, run.eval.batch_size)
