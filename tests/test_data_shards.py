@@ -18,15 +18,15 @@ from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress, shards
 
-# Where a file of a name is given, the process kills itself as it opens it for writing.
+# Where a name is given, the process kills itself as it begins that file or directory.
 PREPARE = """
 import json, os, signal, sys
 from memoryformer import data
 
 def watch(event, arguments):
-    if event == "open" and len(sys.argv) > 2 and set(str(arguments[1])) & set("wax"):
-        if os.path.basename(os.fsdecode(arguments[0])) == sys.argv[2]:
-            os.kill(os.getpid(), signal.SIGKILL)
+    begins = event == "os.mkdir" or event == "open" and set(str(arguments[1])) & set("wax")
+    if begins and os.path.basename(os.fsdecode(arguments[0])) in sys.argv[2:]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(watch)
 print(data.prepare(data.DataConfig(**json.loads(sys.argv[1]))))
