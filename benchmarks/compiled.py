@@ -31,25 +31,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from memoryformer import targets
 from memoryformer.ops import lookup_gpu, lookup_xla
-
-# An H200 as far as XLA asks: its limits per block and multiprocessor (compute capability
-# 9.0 in NVIDIA's programming guide), its size and speed. A run on one saves the real thing.
-H200 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-dnn_version_info { major: 9 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 l2_cache_size: 52428800
-  memory_bandwidth: 4800000000000 device_memory_size: 150000000000
-}
-"""
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -67,7 +50,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     flags = parser.parse_args(arguments)
     if flags.target == "gpu":
         topology = topologies.get_topology_desc(
-            "", platform="cuda", topology="1x1x1", target_config=H200
+            "",
+            platform="cuda",
+            topology="1x1x1",
+            target_config=targets.gpu_description("h200"),
         )
         functions = {"gpu": lookup_gpu.gpu, "xla": lookup_xla.scan_tables}
     else:

@@ -122,7 +122,8 @@ def make_step(run, name: str):
     """Return a function of a batch: one update of this arm's own state, its loss."""
     chosen = "xla" if name == "none" else name
     config = dataclasses.replace(run.model, lookup=chosen)
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    groups = model.param_groups(run.model)
+    tx = optimizer.make(run.optimizer, run.train.num_steps, groups)
 
     def step(params, opt_state, batch):
         def loss(params):

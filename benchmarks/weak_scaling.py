@@ -4,7 +4,7 @@
 
 Eight sequences of 2048 tokens a device, eight microbatches. The train step is traced on
 abstract meshes: state and messages per device are exact, activations an estimate. Seconds are
-those divided by the rates of `targets.CHIPS`, one term after the other:
+those divided by the rates of `targets.CHIPS`, or by those measured, one term after the other:
 
     lookups        K F sums of every memory layer, both ways, at the estimated rate of one
     products       head and attention, forward and twice backward, and attention once more
@@ -36,7 +36,13 @@ LAYOUTS = {
     64: ("fsdp", "fsdp_tensor:model=8"),
     512: ("fsdp_tensor:model=4", "fsdp_tensor:model=8"),
 }
-CHIPS = ("h200", "v6e")
+# Seconds of forward and both gradients, per token, table and output value of a lookup:
+# estimates for 16384 tokens, K = 128, tau = 8, F = 1024 over their 2.147e9 sums.
+LOOKUP_SUMS = 16384 * 128 * 1024
+LOOKUP_SECONDS = {"h200": 4.5e-3 / LOOKUP_SUMS, "v6e": 7.7e-3 / LOOKUP_SUMS}
+# Rates that were measured take the place of the vendor's.
+MEASURED = {"h200": {"matrix_flops": 780e12, "memory_bandwidth": 4.3e12}}
+CHIPS = tuple(LOOKUP_SECONDS)
 ROWS, MICROBATCHES = 8, 8  # a device's sequences; parts of a data replica's batch
 MESSAGE_SECONDS = 10e-6
 ADAM_BYTES = 28  # read and write parameter and both moments, read the gradient
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for share in shares:
         for chip in CHIPS:
-            seconds = predict(share, targets.CHIPS[chip])
+            seconds = predict(share, chip)
             rows.append(
                 {
                     "chip": chip,
@@ -147,8 +153,9 @@ def _traced(run, sharding):
     return state, hlo.extrapolated(*found, run.model.num_layers)
 
 
-def predict(share: Share, chip: targets.Chip) -> dict[str, float]:
-    """Seconds of each term of a step."""
+def predict(share: Share, name: str) -> dict[str, float]:
+    """Seconds of each term of a step on one of `CHIPS`."""
+    chip = dataclasses.replace(targets.CHIPS[name], **MEASURED.get(name, {}))
     tensor = int(share.mesh.partition("model=")[2] or 1)
     # Members of one data group inside a domain use its links to the outside together.
     members = max(min(chip.domain, share.devices) // tensor, 1)
@@ -158,7 +165,7 @@ def predict(share: Share, chip: targets.Chip) -> dict[str, float]:
     gradients = share.held_bytes / (3 if share.devices > tensor else 2)
     passes = 3 * (MICROBATCHES - 1) * gradients
     return {
-        "lookups": share.lookup_sums * chip.lookup_seconds,
+        "lookups": share.lookup_sums * LOOKUP_SECONDS[name],
         "products": share.flops / chip.matrix_flops,
         "optimizer": ADAM_BYTES * share.params / chip.memory_bandwidth,
         "accumulation": passes / chip.memory_bandwidth,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from memoryformer import evaluation, experiment, mixers, trainer
 from memoryformer import model as model_lib
@@ -140,8 +140,3 @@ def _kept_bytes(run, num_layers, rows):
     sizes = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
     own = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in sizes]
     return sharding_lib.num_bytes(own)
-
-
-def is_abstract(sharding: sharding_lib.Sharding) -> bool:
-    """Whether nothing can be compiled for this mesh."""
-    return isinstance(sharding.mesh, AbstractMesh)

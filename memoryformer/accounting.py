@@ -29,6 +29,7 @@ from absl import flags
 
 from memoryformer import config as config_lib
 from memoryformer import errors, mixer_costs, recurrence_costs
+from memoryformer.ops import hashing
 
 PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
 
@@ -86,6 +87,7 @@ class Shape:
         shape = config_lib.build(cls, values, "model")
         config_lib.choose(shape.mixer, mixer_costs.MIXERS, "model.mixer")
         config_lib.choose(shape.projection, ("memory", "dense"), "model.projection")
+        config_lib.choose(shape.score, hashing.SCORES, "model.score")
         config_lib.choose(shape.norm, ("rmsnorm", "layernorm"), "model.norm")
         if shape.projection == "memory" and shape.embed_dim % shape.code_bits:
             raise errors.ConfigError(
@@ -304,7 +306,7 @@ def _parameters(
     norms = 1 if shape.residual == "eq13" else 2  # Eq. 13 norms once for both halves
     other = norms * norm + inner + sum(layer.biases for layer in layers)
     every, scalars = (*layers * shape.num_layers, *memory.layers), 0
-    if shape.score == "learned":
+    if hashing.is_learned(shape.score):
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     own = memory.norms * norm + sum(layer.biases for layer in memory.layers)
     groups = {

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer import inference, mixers, recurrence
+from memoryformer import implementations, inference, mixers, recurrence
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
@@ -100,7 +100,7 @@ class Generator:
         params: Params,
         kinds: inference.WeightKinds | None = None,
     ):
-        self.model_config = model_config
+        self.model_config = model_config = implementations.readable(model_config)
         # On CPU float32 weights are laid out for reading too.
         if kinds is not None or jax.default_backend() == "cpu":
             kinds = kinds or inference.WeightKinds()

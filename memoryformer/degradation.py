@@ -12,6 +12,7 @@ measured by `diagnostics.utilisation`.
 Start at `collect`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,6 +55,7 @@ def measures(model_config: model_lib.ModelConfig) -> bool:
     return model_config.mixer in MEASURED
 
 
+@functools.lru_cache(maxsize=4)  # a run measures many times, and compiles once
 def make_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Array]]:

@@ -59,7 +59,7 @@ def codes(
         model.features(batch["inputs"], seq)
     return {
         ".".join(map(str, path)): recorded[id(module)]
-        for path, module in nnx.iter_modules(model)
+        for path, module in nnx.iter_modules(model, graph=False)
         if id(module) in recorded
     }
 
@@ -164,7 +164,7 @@ def collect(
     return totals
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # a run counts many times, and compiles once
 def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Int[Array, "K C"]]]:

@@ -13,26 +13,6 @@ import ml_collections
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 
-# Fields (patterns) that may change when a run is started again, because they do not
-# change which numbers the run computes beyond their rounding.
-FREE = (
-    "checkpoint.*",  # when to save
-    "eval.*",  # what is measured, not what is trained
-    "metrics.*",  # where values are logged
-    "train.log_every",
-    "train.nonfinite",  # when to give up: the state never takes such an update
-    "train.max_skipped",
-    "train.*_timeout",
-    "train.num_microbatches",  # the same sum in other pieces: rounding
-    "mesh",  # the same sums on other devices: rounding
-    "model.lookup",  # implementations of one function: rounding
-    "model.remat",  # what is computed twice
-    "model.scan_layers",
-    "train.compilation_cache",
-    "model.prefix_chunk",  # the same sum in other pieces: rounding
-    "data.path",  # where the text lies: the fingerprint says whether it is the same
-    "data.data_dir",
-)
 ABSENT = "(absent)"
 
 Drift = list[tuple[str, Any, Any]]
@@ -58,12 +38,12 @@ def check(
 ) -> Drift:
     """Return the changes that are allowed; raise `ConfigError` on any other.
 
-    `allow` holds field names or patterns ('optimizer.*') that the user takes the
-    responsibility for. `train.num_steps` is free where no schedule hangs on it: with
+    `allow` holds the names of fields, or patterns ('optimizer.*'): those that change no
+    number (`experiment.may_change`), and those that the user answers for. `train.num_steps` is free where no schedule hangs on it: with
     `optimizer.decay_steps` set on both sides or a constant schedule.
     """
     changes = drift(saved, new)
-    free = (*FREE, *allow)
+    free = tuple(allow)
     if _horizon_is_fixed(saved) and _horizon_is_fixed(new):
         free += ("train.num_steps",)
     refused = [change for change in changes if not _matches(change[0], free)]
@@ -80,11 +60,10 @@ def check(
     return changes
 
 
-def shared(config: Mapping[str, Any]) -> str:
-    """Return, as text, what the config of every process of a run must agree in."""
+def shared(config: Mapping[str, Any], local: Collection[str]) -> str:
+    """Return, as text, what every process of a run must agree in: all but `local` fields."""
     flat = config_lib.flatten(plain(config))
-    own = ("data.path", "data.data_dir", "metrics.*")  # where a host keeps and sends it
-    kept = {k: v for k, v in flat.items() if not _matches(k, own)}
+    kept = {name: value for name, value in flat.items() if name not in local}
     return json.dumps(kept, sort_keys=True)
 
 

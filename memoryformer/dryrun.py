@@ -28,6 +28,7 @@ from memoryformer import (
     errors,
     experiment,
     hlo,
+    implementations,
     paths,
     remedies,
     traced,
@@ -110,11 +111,13 @@ def examine(
     wanted = targets_lib.parse(target)
     missing = wanted.missing()
     chosen = targets_lib.parse(f"cpu:{wanted.num_devices}") if missing else wanted
+    implementations.check(run.model, wanted.chip.platform, wanted.chip.capability)
+    compiled_run = _without_device_kernels(run, chosen)
     sharding = abstract.device_sharding(run, chosen.devices())
     seconds: dict[str, float] = {}
     with _timed(seconds, "tracing"):
-        state, step = abstract.trace(run, sharding)
-        report = _count(run, wanted, sharding, state, step)
+        state, step = abstract.trace(compiled_run, sharding)
+        report = _count(run, compiled_run, wanted, sharding, state, step)
     with _timed(seconds, "lowering"):
         lowered = abstract.lower(step, sharding)
     if how == "auto":
@@ -124,7 +127,7 @@ def examine(
         if how == "full":
             found = _compile(lowered, sharding)
         elif how == "blocks":
-            found = _compile_blocks(run, sharding)
+            found = _compile_blocks(compiled_run, sharding)
     memory, capacity = found.get("memory"), wanted.chip.memory_bytes
     if memory and capacity and not missing:
         found["verdict"] = _verdict(memory, capacity)
@@ -144,7 +147,16 @@ def examine(
     return dataclasses.replace(report, warnings=warnings)
 
 
-def _count(run, target, sharding, state, step) -> Report:
+def _without_device_kernels(run, chosen):
+    """The run with what is only chosen, or only built, on its own device left out."""
+    model = run.model
+    if model.attention != "xla":  # see `remedies`
+        model = dataclasses.replace(model, attention="xla")
+    model = implementations.readable(model, chosen.chip.platform)
+    return dataclasses.replace(run, model=model)
+
+
+def _count(run, compiled_run, target, sharding, state, step) -> Report:
     """What is known before anything is compiled."""
     model, train = run.model, run.train
     counted = accounting.count(model)
@@ -166,7 +178,7 @@ def _count(run, target, sharding, state, step) -> Report:
         optimizer_bytes=abstract.device_bytes((state.opt_state, state.spikes)),
         gathered_bytes=whole if "fsdp" in run.mesh and params < whole else 0,
         gradient_bytes=max(whole, params),
-        activation_bytes=abstract.activation_bytes(run, sharding),
+        activation_bytes=abstract.activation_bytes(compiled_run, sharding),
         messages=traced.collectives(step.jaxpr, mesh),
     )
 

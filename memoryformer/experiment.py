@@ -14,14 +14,17 @@ from memoryformer import (
     checkpoint,
     compilation,
     data,
-    metrics,
     mixers,
     optimizer,
     paths,
     recurrence,
 )
 from memoryformer import config as config_lib
+from memoryformer import fields as fields_lib
+from memoryformer.checkpoint import CheckpointConfig
 from memoryformer.errors import ConfigError
+from memoryformer.fields import field
+from memoryformer.metrics import MetricsConfig
 from memoryformer.model import ModelConfig
 from memoryformer.notation import Params
 
@@ -32,20 +35,25 @@ class TrainConfig:
 
     num_steps: int
     batch_size: int  # sequences of one optimizer step, over all devices
-    num_microbatches: int = 1  # gradient accumulation; must divide the device's share
+    # Gradient accumulation; must divide the device's share.
+    num_microbatches: int = field("rounding", 1)
     seed: int = 0  # of the parameters and of the order of the data
-    log_every: int = 10
-    nonfinite: str = "halt"  # halt | skip the update
-    max_skipped: int = 10  # consecutive skipped updates before halting all the same
+    log_every: int = field("nothing", 10)
+    # Halt, or skip the update, and halt after so many in a row all the same: when to give
+    # up, for the state never takes such an update.
+    nonfinite: str = field("nothing", "halt")
+    max_skipped: int = field("nothing", 10)
     spike_sigmas: float = 0.0  # skip updates that leap out this far (`spikes`); 0 = off
     spike_window: int = 128  # ... out of this many steps
     # Where compiled programs are kept for the next start; 'off': nowhere (`compilation`).
-    compilation_cache: str = compilation.DEFAULT
+    compilation_cache: str = field("nothing", compilation.DEFAULT)
     # Seconds before a phase counts as hanging (`watchdog`); 0 = no limit.
-    first_step_timeout: float = 7200.0  # with its compilation
-    step_timeout: float = 1800.0
-    evaluation_timeout: float = 3600.0  # of one batch: the first one compiles
-    checkpoint_timeout: float = 7200.0
+    first_step_timeout: float = field("nothing", 7200.0)  # with its compilation
+    step_timeout: float = field("nothing", 1800.0)
+    evaluation_timeout: float = field(
+        "nothing", 3600.0
+    )  # of one batch: the first compiles
+    checkpoint_timeout: float = field("nothing", 7200.0)
 
     def __post_init__(self):
         positive = ("num_steps", "batch_size", "num_microbatches", "log_every")
@@ -107,13 +115,27 @@ class Experiment:
     data: data.DataConfig
     train: TrainConfig
     optimizer: optimizer.OptimizerConfig
-    eval: EvalConfig
-    checkpoint: checkpoint.CheckpointConfig
-    metrics: metrics.MetricsConfig
-    mesh: str = "data"
+    eval: EvalConfig = field("nothing")  # what is measured
+    checkpoint: CheckpointConfig = field("nothing")  # when to save
+    metrics: MetricsConfig = field("nothing", local=True)  # where values go
+    mesh: str = field("rounding", "data")  # the same sums on other devices
 
 
 _SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"}
+
+
+def may_change() -> frozenset[str]:
+    """Return the fields, 'section.name', that may change while a run goes on (`fields`)."""
+    described = fields_lib.described(Experiment)
+    return frozenset(
+        name for name, (changes, _) in described.items() if changes != "numbers"
+    )
+
+
+def may_differ() -> frozenset[str]:
+    """Return the fields in which the processes of one run may differ."""
+    described = fields_lib.described(Experiment)
+    return frozenset(name for name, (_, local) in described.items() if local)
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -149,9 +149,9 @@ def _map_weights(
             return node
         if isinstance(node, dict):
             return {key: walk(node[key], specs[key], (*path, key)) for key in node}
-        if specs == "tables_kcf":
+        if specs == "tables":
             return function("tables", node)
-        if specs.startswith("kernel"):
+        if path[-1] == "kernel" and specs in ("columns", "rows"):
             return function("head" if path[0] == "head" else "dense", node)
         return node
 

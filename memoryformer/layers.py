@@ -4,7 +4,8 @@ Each reads like its equation and is written for one device. On a mesh with a `mo
 its last axis is a device's part: activations [.., D / n], tables [K, C, F / n]. A memory
 layer then sends only codes (1 or 2 bytes) and scores; a dense layer sends activations.
 
-Every parameter names the field of `sharding.ShardingSpecs` that places it (`spec=`).
+Every parameter says which field of `sharding.ShardingSpecs` splits it (`spec=`), and whether
+weight decay shrinks it (`decay=`): weights do, scales, biases and scalars do not.
 Start at `MemoryLayer`.
 """
 
@@ -62,11 +63,14 @@ class MemoryLayer(nnx.Module):
         self.temperature = temperature
         self.implementation = implementation
         self.dtype = dtype
-        self.tables = nnx.Param(_normal(rngs, shape, table_std), spec="tables_kcf")
+        self.tables = nnx.Param(
+            _normal(rngs, shape, table_std), spec="tables", decay=True
+        )
         self.bias = _bias(rngs, features, use_bias, bias_std)
-        if score == "learned":  # starts as the released code's score
-            self.beta = nnx.Param(jnp.full((), 2.0 / temperature), spec="scalar")
-            self.gamma = nnx.Param(jnp.ones(()), spec="scalar")
+        if hashing.is_learned(score):  # starts where beta is 2 / t and gamma 1
+            beta, gamma = jnp.full((), 2.0 / temperature), jnp.ones(())
+            self.beta = nnx.Param(beta, spec="whole", decay=False)
+            self.gamma = nnx.Param(gamma, spec="whole", decay=False)
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
@@ -101,7 +105,9 @@ class MemoryLayer(nnx.Module):
         return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
 
     def _learned(self):
-        return (self.beta[...], self.gamma[...]) if self.score == "learned" else None
+        if not hashing.is_learned(self.score):
+            return None
+        return self.beta[...], self.gamma[...]
 
     def _from_all_devices(self, codes, scores):
         """Gather what the other devices' parts of x hash to, in as few bytes as it takes."""
@@ -138,7 +144,8 @@ class Dense(nnx.Module):
         self.dtype = dtype
         self.kernel = nnx.Param(
             _normal(rngs, (in_features, *features), kernel_std),
-            spec="kernel_fd" if split_inputs else "kernel_df",
+            spec="rows" if split_inputs else "columns",
+            decay=True,
         )
         self.bias = _bias(rngs, features, use_bias, 0.0)
 
@@ -174,7 +181,7 @@ class Embed(nnx.Module):
     ):
         self.dtype = dtype
         self.embedding = nnx.Param(
-            _normal(rngs, (vocab_size, embed_dim), std), spec="embed_vd"
+            _normal(rngs, (vocab_size, embed_dim), std), spec="columns", decay=True
         )
 
     def __call__(self, tokens: Tokens) -> Activations:
@@ -211,7 +218,7 @@ class Head(nnx.Module):
     ):
         self.dtype = dtype
         self.kernel = nnx.Param(
-            _normal(rngs, (embed_dim, vocab_size), std), spec="kernel_df"
+            _normal(rngs, (embed_dim, vocab_size), std), spec="columns", decay=True
         )
 
     def __call__(self, x: Activations) -> Array:
@@ -230,7 +237,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, features: int, *, eps: float = 1e-8):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((features,)), spec="vector_d")
+        self.scale = nnx.Param(jnp.ones((features,)), spec="last_axis", decay=False)
 
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
@@ -245,8 +252,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, features: int, *, eps: float = 1e-5):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((features,)), spec="vector_d")
-        self.bias = nnx.Param(jnp.zeros((features,)), spec="vector_d")
+        self.scale = nnx.Param(jnp.ones((features,)), spec="last_axis", decay=False)
+        self.bias = nnx.Param(jnp.zeros((features,)), spec="last_axis", decay=False)
 
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
@@ -272,7 +279,8 @@ def run_blocks(
     blocks: Sequence[nnx.Module], x: Activations, seq: Any, remat: str, scan: bool
 ) -> Activations:
     """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.depth` says."""
-    graphs, params = zip(*(nnx.split(block) for block in blocks), strict=True)
+    split = (nnx.split(block, graph=False) for block in blocks)
+    graphs, params = zip(*split, strict=True)
 
     def as_function(graph):
         return lambda own, x: nnx.merge(graph, own)(x, seq)[0]
@@ -322,7 +330,7 @@ def _bias(rngs, features, use_bias, std):
     if not use_bias:
         return None
     value = _normal(rngs, features, std) if std else jnp.zeros(features)
-    return nnx.Param(value, spec="bias_f")
+    return nnx.Param(value, spec="last_axis", decay=False)
 
 
 def _align(vector: Array, ndim: int) -> Array:

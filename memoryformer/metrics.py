@@ -137,29 +137,6 @@ def comparable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in WALL_CLOCK}
 
 
-class Sums:
-    """Means as sums and counts, added up in float64 and divided once.
-
-    >>> sums = Sums()
-    >>> sums.add("val/loss", 6.0, 2.0)
-    >>> sums.add("val/loss", 4.0, 3.0)
-    >>> sums.means()
-    {'val/loss': 2.0}
-    """
-
-    def __init__(self):
-        self._totals: dict[str, tuple[float, float]] = {}
-
-    def add(self, name: str, total: Any, count: Any = 1.0) -> None:
-        """Add a sum over `count` things."""
-        old_total, old_count = self._totals.get(name, (0.0, 0.0))
-        self._totals[name] = (old_total + float(total), old_count + float(count))
-
-    def means(self) -> dict[str, float]:
-        """Return {name: sum / count}; 'nan' where nothing was counted."""
-        return {k: t / c if c else math.nan for k, (t, c) in self._totals.items()}
-
-
 def progress_line(
     step: int,
     num_steps: int,
@@ -173,13 +150,14 @@ def progress_line(
     data_fraction: float | None = None,
     mfu: float | None = None,
     memory_bytes: tuple[int, int] | None = None,
+    wall_seconds: float | None = None,
     eta_seconds: float | None = None,
     checkpoint_step: int | None = None,
 ) -> str:
     """Return the line of one log interval; what is None is left out.
 
     `step 1200/106418 (1.1%) loss 3.412 gnorm 0.82 lr 3.0e-3 tok/s 412k (51.5k/dev)
-    step 1.27s data 0.3% mfu 41.2% mem 61/80GiB eta 1d12h ckpt@1000`
+    step 1.27s data 0.3% mfu 41.2% mem 61/80GiB wall 26m00s eta 1d12h ckpt@1000`
     """
     parts = [f"step {step}/{num_steps} ({100 * step / max(num_steps, 1):.1f}%)"]
     if loss is not None:
@@ -203,6 +181,8 @@ def progress_line(
     if memory_bytes is not None:
         used, total = (x / 2**30 for x in memory_bytes)
         parts.append(f"mem {used:.3g}/{total:.3g}GiB")
+    if wall_seconds is not None:
+        parts.append(f"wall {short_time(wall_seconds)}")
     if eta_seconds is not None:
         parts.append(f"eta {short_time(eta_seconds)}")
     if checkpoint_step is not None:

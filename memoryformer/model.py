@@ -9,7 +9,6 @@ MemoryLayer(K chunks of tau+2 bits -> D). Its dense twin is Pythia's block.
 Start at `Transformer`; from outside, at `init` and `forward`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,139 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import config as config_lib
 from memoryformer import layers, mixers, recurrence
-from memoryformer.errors import ConfigError
+from memoryformer.model_config import ACTIVATIONS, NORMS, ModelConfig
 from memoryformer.notation import Activations, Array, Float, Params, Tokens
-from memoryformer.ops import hashing, lookup
-
-# What the repository of the released code turns off or on beside the paper is a field here;
-# docs/paper_differences.md has the whole list.
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A model's architecture; every field can be set as `--config.model.FIELD=...`."""
-
-    vocab_size: int
-    embed_dim: int  # D
-    num_layers: int
-    num_heads: int  # H
-    seq_len: int  # longest sequence trained on, and the default cache length
-    mixer: str = "softmax"
-    projection: str = "memory"  # memory | dense
-    # Memory layers.
-    code_bits: int = 8  # tau
-    extra_bits: int = 2  # the second feed-forward layer hashes tau + extra_bits bits
-    score: str = "softmax"  # paper: softmax; released code: l1_softmax
-    temperature: float = 1.0
-    lookup: str = "auto"
-    memory_bias: bool = False  # paper: none; released code: one per layer
-    # Block.
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-8
-    residual: str = "sequential"  # sequential | parallel | eq13 (Eq. 13 to the letter)
-    ffn_activation: str = "none"  # none | gelu | gelu_tanh; dense blocks need one
-    ffn_multiple: int = 4  # hidden width of a dense feed-forward layer over D
-    output_projection: bool = False  # W_O
-    rotary_fraction: float = 0.25
-    rotary_base: float = 10_000.0
-    tie_embeddings: bool = False
-    # Positions worked on at a time, recomputed for the gradient: same result. 0: whole rows.
-    sequence_chunk: int = 0
-    remat: str = "none"  # what layers keep for the gradient: see ops/depth.py
-    scan_layers: bool = False  # compile one layer and loop, instead of every layer
-    # Standard deviations at initialisation.
-    embed_std: float = 0.02
-    head_std: float = 0.02
-    mixer_std: float = 0.02  # Q, K, V
-    ffn_std: float = 0.02  # feed-forward layers
-    output_std: float = 0.02  # W_O and the second dense feed-forward layer
-    bias_std: float = 0.0  # biases of memory layers
-    causal: bool = True  # False, for encoders: see mixers.BIDIRECTIONAL
-    # Mixers, each field named after its mixer; see memoryformer/mixers.
-    attention: str = "xla"  # of softmax: xla | cudnn (GPU) | splash (TPU)
-    logit_transform: str = "none"  # of softmax: none | dape_v2
-    dape_width: int = 32
-    prefix_chunk: int = 64  # tokens per matrix product of the linear-time mixers
-    cosformer_max_len: int = 0  # M; 0: seq_len
-    trained_kernel_layers: int = 3
-    performer_features: int = 256
-    performer_redraw_every: int = 0  # training steps; 0: never
-    performer_seed: int = 0  # + the run's own seed
-    performer_draw: int = 0  # + the run's redraws
-    linformer_slots: int = 64
-    linformer_max_len: int = 0  # positions; 0: seq_len
-    luna_slots: int = 64  # also of conv_luna
-    conv_luna_filter: str = "conv"  # conv | pool
-    conv_luna_width: int = 4  # tokens
-    # A memory carried over chunks of the sequence; see memoryformer/recurrence.
-    recurrence: str = "none"  # none | rmt | memformer
-    recurrence_chunk: int = 0  # tokens; 0: a quarter of seq_len
-    recurrence_slots: int = 16
-    recurrence_bptt: int = 0  # chunks that gradients cross; 0: all
-    memformer_temperature: float = 0.5  # of writing
-    dtype: str = "float32"  # of the computation; parameters are float32
-
-    def __post_init__(self):
-        config_lib.choose(self.mixer, mixers.MIXERS, "model.mixer")
-        config_lib.choose(self.projection, ("memory", "dense"), "model.projection")
-        config_lib.choose(self.score, hashing.SCORES, "model.score")
-        config_lib.choose(self.lookup, lookup.IMPLEMENTATIONS, "model.lookup")
-        config_lib.choose(self.norm, NORMS, "model.norm")
-        config_lib.choose(self.residual, RESIDUALS, "model.residual")
-        config_lib.choose(self.ffn_activation, ACTIVATIONS, "model.ffn_activation")
-        config_lib.choose(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
-        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "seq_len")
-        for name in (*sizes, "prefix_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be >= 1.")
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide "
-                f"model.embed_dim={self.embed_dim}: choose a divisor."
-            )
-        if self.sequence_chunk < 0:
-            raise ConfigError(
-                f"model.sequence_chunk={self.sequence_chunk}: must be >= 0."
-            )
-        if self.projection == "memory":
-            self._check_memory()
-        mixers.validate(self)
-        layers.validate_stack(self)
-        recurrence.validate(self)
-
-    def _check_memory(self):
-        bits = self.code_bits
-        if not 1 <= bits <= 16 or not 0 <= self.extra_bits <= 16 - bits:
-            raise ConfigError(
-                f"model.code_bits={bits}, model.extra_bits={self.extra_bits}: need "
-                "1 <= code_bits and code_bits + extra_bits <= 16."
-            )
-        if self.embed_dim % bits:
-            below = self.embed_dim // bits * bits
-            raise ConfigError(
-                f"model.embed_dim={self.embed_dim} is not a multiple of "
-                f"model.code_bits={bits}: chunks of {bits} values cannot cover it; "
-                f"try embed_dim={below or bits} or {below + bits}."
-            )
-        if self.temperature <= 0:
-            raise ConfigError(f"model.temperature={self.temperature}: must be > 0.")
-
-    @classmethod
-    def from_config(cls, section: Any) -> "ModelConfig":
-        """Check a config section and freeze it; raises `ConfigError`."""
-        return config_lib.build(cls, section, "model")
-
-    @property
-    def head_dim(self) -> int:
-        """E."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def num_tables(self) -> int:
-        """K."""
-        return self.embed_dim // self.code_bits
 
 
 def make_norm(config: ModelConfig, features: int) -> nnx.Module:
@@ -347,24 +216,17 @@ class Transformer(nnx.Module):
         )
 
 
-NORMS = {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm}
-RESIDUALS = ("sequential", "parallel", "eq13")
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
-
 # --------------------------------------------------------------------------------------
-# Functions over a plain parameter tree.
+# Functions over a plain parameter tree. Modules are trees, never graphs with shared nodes:
+# `graph=False` wherever flax asks, and not for the process, which may hold other models.
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
     """Draw the parameters: a nested dict of float32 arrays with string keys."""
     model = Transformer(model_config, rngs=nnx.Rngs(jax.random.key(seed)))
-    return _rekey(nnx.to_pure_dict(nnx.state(model, nnx.Param)), str)
+    params = nnx.state(model, nnx.Param, graph=False)
+    return _rekey(nnx.to_pure_dict(params), str)
 
 
 def merge(model_config: ModelConfig, params: Params) -> Transformer:
@@ -372,15 +234,15 @@ def merge(model_config: ModelConfig, params: Params) -> Transformer:
     return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
 
 
-def with_tables_in(dtype: str, params: Params) -> Params:
-    """Narrow tables to `dtype`, in which the layers read them; wider ones stay."""
+def with_tables_as_read(model_config: ModelConfig, params: Params) -> Params:
+    """Narrow tables to the type in which the layers read them; wider types stay."""
+    dtype = jnp.dtype(model_config.dtype)
 
-    def narrow(path, p):
-        is_table = path[-1].key == "tables"
-        fewer = jnp.dtype(dtype).itemsize < p.dtype.itemsize
-        return p.astype(dtype) if is_table and fewer else p
+    def narrow(p, group):
+        narrower = group == "tables" and dtype.itemsize < p.dtype.itemsize
+        return p.astype(dtype) if narrower else p
 
-    return jax.tree.map_with_path(narrow, params)
+    return jax.tree.map(narrow, params, param_groups(model_config))
 
 
 def forward(
@@ -407,6 +269,11 @@ def param_specs(model_config: ModelConfig) -> dict[str, Any]:
     return _abstract(model_config)[1]
 
 
+def param_groups(model_config: ModelConfig) -> dict[str, Any]:
+    """Name the group of each parameter for `optimizer.make`: a tree of its `GROUPS`."""
+    return _abstract(model_config)[2]
+
+
 def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
     """Return the PartitionSpec of every parameter under `sharding.Sharding`.
 
@@ -418,15 +285,32 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(model_config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    model = nnx.eval_shape(lambda: Transformer(model_config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    specs = jax.tree.map(
-        lambda variable: variable.get_metadata()["spec"],
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+def _abstract(
+    model_config: ModelConfig,
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """The model without its numbers, and of each parameter the spec and the group."""
+    model = nnx.eval_shape(
+        lambda: Transformer(model_config, rngs=nnx.Rngs(0)),
+        graph=False,
+        graph_updates=False,
     )
-    return graphdef, _rekey(nnx.to_pure_dict(specs), str)
+    graphdef, state = nnx.split(model, graph=False)
+
+    def of_each(describe):
+        described = jax.tree.map(
+            lambda variable: describe(**variable.get_metadata()),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        return _rekey(nnx.to_pure_dict(described), str)
+
+    return graphdef, of_each(lambda spec, **_: spec), of_each(_group)
+
+
+def _group(spec, decay, **unused_metadata):
+    if spec == "tables":
+        return "tables"
+    return "decayed" if decay else "undecayed"
 
 
 def _rekey(tree: Any, key: Callable[[Any], Any]) -> Any:

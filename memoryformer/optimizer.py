@@ -6,8 +6,8 @@
     p  <- p - lr(t) * scale_p * (u + weight_decay_p * p)
 
 `scale_p` is `table_learning_rate_scale` for tables and 1 otherwise; `weight_decay_p` is 0
-for norms, biases and every other vector. Kingma & Ba (arXiv:1412.6980), Loshchilov &
-Hutter (arXiv:1711.05101).
+for what its module declares so (norms, biases, scalars), and without `decay_tables` for
+tables. Kingma & Ba (arXiv:1412.6980), Loshchilov & Hutter (arXiv:1711.05101).
 
 Tables are nearly all of a model, and their state can be kept leaner:
 
@@ -38,7 +38,7 @@ SECOND_MOMENTS = ("full", "row")
 MOMENT_DTYPES = ("float32", "bfloat16", "none")
 TABLE_DTYPES = ("float32", "bfloat16")
 ROUNDINGS = ("nearest", "stochastic")
-NOT_DECAYED = ("bias", "scale")
+GROUPS = ("tables", "decayed", "undecayed")  # of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,11 @@ class OptimizerConfig:
 
 
 def make(
-    config: OptimizerConfig, num_steps: int
+    config: OptimizerConfig, num_steps: int, groups: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Make the transformation of the module's equations.
 
+    `groups` is a tree like the parameters of names of `GROUPS` (`model.param_groups`).
     `update(grads, state, params, hyperparams=None)` takes the peak learning rate and the
     weight decay as traced scalars, `hyperparams(config)`, so that a sweep over them
     compiles once. Without them the config's numbers are compiled in. They are never
@@ -118,8 +119,8 @@ def make(
     shape = _shape(config, num_steps)
 
     def init(params):
-        moments = jax.tree.map_with_path(
-            lambda path, p: _no_moments(config, path, p), params
+        moments = jax.tree.map(
+            lambda p, group: _no_moments(config, group, p), params, groups
         )
         first, second = (
             jax.tree.map(lambda _, pair, i=i: pair[i], params, moments)
@@ -136,17 +137,17 @@ def make(
         number = optax.safe_increment(state.count)
         unbias = (1 - config.b1**number, 1 - config.b2**number)
 
-        def step(path, g, m, v, p):
+        def step(g, m, v, p, group):
             u, m, v = _adam(config, g, m, v, unbias)
             rate = learning_rate
-            if is_table(path):
+            if group == "tables":
                 rate = rate * config.table_learning_rate_scale
-            if is_decayed(path, p, config):
+            if group == "decayed" or (group == "tables" and config.decay_tables):
                 u = u + hyper["weight_decay"] * p
             return -rate * u, m, v
 
         grads = _clipped(grads, config.clip_norm)
-        stepped = jax.tree.map_with_path(step, grads, state.mu, state.nu, params)
+        stepped = jax.tree.map(step, grads, state.mu, state.nu, params, groups)
         updates, first, second = (
             jax.tree.map(lambda _, leaf, i=i: leaf[i], grads, stepped) for i in range(3)
         )
@@ -159,6 +160,7 @@ def apply(
     config: OptimizerConfig,
     params: Params,
     updates: Params,
+    groups: Any,
     seed: Array | int,
     step: Array,
 ) -> Params:
@@ -167,21 +169,19 @@ def apply(
     bfloat16 tables are rounded as `table_rounding` says; `seed` and `step` are all that
     stochastic rounding depends on.
     """
+    if config.table_rounding == "nearest":
+        return optax.apply_updates(params, updates)
     key = jax.random.fold_in(jax.random.key(seed), step)
+    keys = jax.random.split(key, len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
 
-    def add(path, index, p, u):
+    def add(p, u, group, key):
         total = p.astype(u.dtype) + u
-        if config.table_rounding == "nearest" or not is_table(path):
+        if group != "tables":
             return total.astype(p.dtype)
-        bits = jax.random.bits(jax.random.fold_in(key, index), p.shape, jnp.uint16)
-        return round_stochastically(total, bits)
+        return round_stochastically(total, jax.random.bits(key, p.shape, jnp.uint16))
 
-    leaves = enumerate(jax.tree.leaves_with_path(params))
-    added = [
-        add(path, index, p, u)
-        for (index, (path, p)), u in zip(leaves, jax.tree.leaves(updates), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), added)
+    return jax.tree.map(add, params, updates, groups, keys)
 
 
 def round_stochastically(x: Array, bits: Array) -> Array:
@@ -195,10 +195,12 @@ def round_stochastically(x: Array, bits: Array) -> Array:
     return jnp.where(good, cut, x).astype(jnp.bfloat16)
 
 
-def stored(config: OptimizerConfig, params: Params) -> Params:
+def stored(config: OptimizerConfig, params: Params, groups: Any) -> Params:
     """Tables in `table_dtype`, the rest as it is."""
-    return jax.tree.map_with_path(
-        lambda path, p: p.astype(config.table_dtype) if is_table(path) else p, params
+    return jax.tree.map(
+        lambda p, group: p.astype(config.table_dtype) if group == "tables" else p,
+        params,
+        groups,
     )
 
 
@@ -223,11 +225,11 @@ def norm(grads: Params) -> Array:
     return optax.tree.norm(jax.tree.map(_float32, grads))
 
 
-def _no_moments(config, path, p):
+def _no_moments(config, group, p):
     """(m, v) of a parameter that has seen no gradient."""
     first, second = p.shape, p.shape
     dtype = "float32"
-    if is_table(path):
+    if group == "tables":
         dtype = config.table_moment_dtype
         if dtype == "none":
             first, dtype = (1,) * p.ndim, "float32"
@@ -273,30 +275,6 @@ def count(opt_state: Any) -> Array:
     return optax.tree.get(opt_state, "count")
 
 
-def is_table(path: tuple) -> bool:
-    """Whether a parameter's key path ends in 'tables'."""
-    return _last(path) == "tables"
-
-
-def is_decayed(path: tuple, parameter: Array, config: OptimizerConfig) -> bool:
-    """Whether weight decay applies: to matrices and tables, not to norms and biases."""
-    if is_table(path):
-        return config.decay_tables
-    return parameter.ndim >= 2 and _last(path) not in NOT_DECAYED
-
-
-def groups(config: OptimizerConfig, params: Params) -> dict[str, str]:
-    """Return {parameter path: 'group, learning rate scale, decay'} to print or test."""
-    described = {}
-    for path, p in jax.tree.leaves_with_path(params):
-        name = "/".join(str(_key(k)) for k in path)
-        group = "tables" if is_table(path) else "rest"
-        scale = config.table_learning_rate_scale if is_table(path) else 1.0
-        decay = config.weight_decay if is_decayed(path, p, config) else 0.0
-        described[name] = f"{group}, scale {scale:g}, decay {decay:g}"
-    return described
-
-
 def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
     """Return `step -> learning rate / peak`."""
     horizon = config.decay_steps or num_steps
@@ -339,14 +317,6 @@ def _clipped(grads: Params, clip_norm: float) -> Params:
 def _float32(x: Array) -> Array:
     # `astype` on an abstract value would fail, and eval_shape calls us with those traced.
     return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
-
-
-def _last(path: tuple) -> Any:
-    return _key(path[-1]) if path else ""
-
-
-def _key(entry: Any) -> Any:
-    return getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))
 
 
 def _require(holds: bool, field: str, config: OptimizerConfig, wanted: str) -> None:

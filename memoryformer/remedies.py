@@ -74,14 +74,14 @@ def _to_fit(report, run, sharding):
     if not model.sequence_chunk and model.seq_len >= 1024:
         text = "model.sequence_chunk=256 recomputes attention and feed-forward layers"
         advice.append((report.activation_bytes, text))
-    elif getattr(model, "remat", "full") == "none":
+    elif model.remat == "none":
         advice.append(
             (report.activation_bytes, "model.remat=full recomputes every block")
         )
     more = state + held > report.device_bytes
     if more:
         advice.append(
-            (0, f"more devices: {report.num_devices} hold the state too thickly")
+            (0, f"more devices: the state is too much for {report.num_devices}")
         )
     for size, text in sorted(advice, key=lambda item: -item[0]):
         yield f"to fit: {text}" + (f": {size / GIB:.1f} GiB now." if size else ".")

@@ -43,19 +43,19 @@ TOKEN_AXES = ("data", "sequence")  # what splits the tokens of a batch: sums cro
 
 @dataclasses.dataclass(frozen=True)
 class ShardingSpecs:
-    """The place of every array; all-None (the default) runs anywhere.
+    """What is split over which axis; all-None (the default) runs anywhere.
 
     A parameter names its field. Extra axes of a parameter stand before the last one, such
     as the 3 of [K, C, 3, D], and are never split.
     """
 
-    tables_kcf: P = P(None, None, None)  # [K, C, F]
-    kernel_df: P = P(None, None)  # [D, F], split over outputs
-    kernel_fd: P = P(None, None)  # [F, D], split over inputs
-    embed_vd: P = P(None, None)  # [V, D]
-    bias_f: P = P(None)  # [F]
-    vector_d: P = P(None)  # [D]
-    scalar: P = P()  # []
+    tables: P = P(None, None, None)  # [K, C, F]: F over `model`, C over FSDP's `data`
+    columns: P = P(None, None)  # [D, F]: F over `model`, D over FSDP's `data`
+    rows: P = P(None, None)  # [F, D]: F over `model`, D over FSDP's `data`
+    last_axis: P = P(
+        None
+    )  # [.., F]: F over `model`, small enough to repeat over `data`
+    whole: P = P()  # not split
     batch_bl: P = P(None, None)  # [B, L]
 
 
@@ -274,13 +274,11 @@ def _specs(axes: set[str], *, fully: bool) -> ShardingSpecs:
     data, sequence, model = (axis if axis in axes else None for axis in AXES)
     rows = data if fully else None  # FSDP: the axis that `model` does not split
     return ShardingSpecs(
-        tables_kcf=P(None, rows, model),
-        kernel_df=P(rows, model),
-        kernel_fd=P(model, rows),
-        embed_vd=P(rows, model),
-        bias_f=P(model),
-        vector_d=P(model),
-        scalar=P(),
+        tables=P(None, rows, model),
+        columns=P(rows, model),
+        rows=P(model, rows),
+        last_axis=P(model),
+        whole=P(),
         batch_bl=P(data, sequence),
     )
 

@@ -1,10 +1,11 @@
-"""Accelerators to compile for on a machine that has none, and what each can do.
+"""Accelerators: what each can do, and how to compile for one on a machine without it.
 
     cpu  cpu:8          this machine's CPU, 8 virtual devices of it
     v5e:2x4  v6e:8x8    a TPU slice; needs `pip install 'jax[tpu]'`
-    h200  h200:64       GPUs, eight to a host; needs `pip install 'jax[cuda12]'`
+    h200  h100:64         GPUs, eight to a host: h200, h100 (80 GB), a100 (80 GB),
+                          rtx4090 (24 GB), rtx4060 (8 GB); needs `pip install 'jax[cuda12]'`
 
-Start at `parse`, then `Target.devices`.
+Start at `CHIPS`; to compile, at `parse`, then `Target.devices`.
 """
 
 import contextlib
@@ -26,57 +27,109 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """Rates of one device, per second; what `predict` divides by.
+class Gpu:
+    """What XLA wants to know of an NVIDIA GPU that it cannot ask; sizes in bytes."""
 
-    Every figure is the vendor's but for those of the H200's memory and matrix products,
-    which are measured. Links: bytes out of one device, of one ring, both directions of it.
+    capability: float  # compute capability
+    cores: int  # multiprocessors
+    clock_ghz: float
+    l2_bytes: int
+    shared_per_block: int  # opted in
+    shared_per_core: int
+    threads_per_core: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of device: the vendor's figures, rates per second.
+
+    Links: bytes out of one device, of one ring, both directions of it.
     """
 
     platform: str  # jax's name
     memory_bytes: int
-    matrix_flops: float  # bf16 products
+    matrix_flops: float  # bf16 products added up in float32, without sparsity
     memory_bandwidth: float
     link_bandwidth: float  # to the devices of one domain
     network_bandwidth: float  # beyond it
     domain: int  # devices
-    # Seconds of forward and both gradients, per token, table and output value of a lookup:
-    # estimates for 16384 tokens, K = 128, tau = 8, F = 1024 over their 2.147e9 sums.
-    lookup_seconds: float
+    device_kinds: tuple[str, ...] = ()  # how jax's `device_kind` begins
+    gpu: Gpu | None = None
+
+    @property
+    def capability(self) -> float | None:
+        """Compute capability of an NVIDIA GPU."""
+        return self.gpu.capability if self.gpu else None
 
 
-LOOKUP_SUMS = 16384 * 128 * 1024
+MIB = 2**20
+_HOPPER = Gpu(9.0, 132, 1.98, 50 * MIB, 232448, 233472)
 CHIPS = {
-    "cpu": Chip("cpu", 0, 0.0, 0.0, 0.0, 0.0, 1, 0.0),
-    # v5e and v5p: v6e's lookup, slowed down as their matrix units are.
-    "v5e": Chip("tpu", 16 * GIB, 197e12, 819e9, 100e9, 3.1e9, 256, 36e-3 / LOOKUP_SUMS),
+    "cpu": Chip("cpu", 0, 0.0, 0.0, 0.0, 0.0, 1),
+    "v5e": Chip(
+        "tpu", 16 * GIB, 197e12, 819e9, 100e9, 3.1e9, 256, ("TPU v5 lite", "TPU v5e")
+    ),
     "v6e": Chip(
-        "tpu", 32 * GIB, 918e12, 1638e9, 224e9, 12.5e9, 256, 7.7e-3 / LOOKUP_SUMS
+        "tpu", 32 * GIB, 918e12, 1638e9, 224e9, 12.5e9, 256, ("TPU v6 lite", "TPU v6e")
     ),
-    "v5p": Chip(
-        "tpu", 95 * GIB, 459e12, 2765e9, 200e9, 6e9, 8960, 15.4e-3 / LOOKUP_SUMS
-    ),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 2765e9, 200e9, 6e9, 8960, ("TPU v5",)),
     "h200": Chip(
-        "gpu", 150_754_820_096, 780e12, 4.3e12, 450e9, 50e9, 8, 4.5e-3 / LOOKUP_SUMS
+        "gpu", 143_771 * MIB, 989e12, 4.8e12, 450e9, 50e9, 8, ("NVIDIA H200",),
+        dataclasses.replace(_HOPPER, l2_bytes=60 * MIB),
     ),
-}
+    "h100": Chip(  # SXM, 80 GB
+        "gpu", 81_559 * MIB, 989e12, 3.35e12, 450e9, 50e9, 8, ("NVIDIA H100 80GB HBM3",),
+        _HOPPER,
+    ),
+    "a100": Chip(  # SXM, 80 GB
+        "gpu", 81_920 * MIB, 312e12, 2.039e12, 300e9, 25e9, 8, ("NVIDIA A100",),
+        Gpu(8.0, 108, 1.41, 40 * MIB, 166912, 167936),
+    ),
+    "rtx4090": Chip(  # 24 GB; PCIe and a slow network
+        "gpu", 24_564 * MIB, 165e12, 1008e9, 32e9, 1.25e9, 8,
+        ("NVIDIA GeForce RTX 4090",),
+        Gpu(8.9, 128, 2.52, 72 * MIB, 101376, 102400, 1536),
+    ),
+    "rtx4060": Chip(  # 8 GB; half the lanes
+        "gpu", 8_188 * MIB, 30e12, 272e9, 16e9, 1.25e9, 8, ("NVIDIA GeForce RTX 4060",),
+        Gpu(8.9, 24, 2.46, 24 * MIB, 101376, 102400, 1536),
+    ),
+}  # fmt: skip
 
-# What XLA wants to know of a GPU that it cannot ask: NVIDIA's figures for the H200 SXM.
-_H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+
+def gpu_description(name: str) -> str:
+    """Describe the GPU `name` of `CHIPS` as XLA reads it: a GpuTargetConfigProto as text."""
+    chip, gpu = CHIPS[name], CHIPS[name].gpu
+    major, minor = divmod(round(10 * gpu.capability), 10)
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {gpu.cores} fpus_per_core: 128 clock_rate_ghz: {gpu.clock_ghz}
+  threads_per_warp: 32 threads_per_block_limit: 1024
+  threads_per_core_limit: {gpu.threads_per_core}
   registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 l2_cache_size: 62914560
-  device_memory_size: 150754820096 memory_bandwidth: 4800000000000
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu.shared_per_block}
+  shared_memory_per_core: {gpu.shared_per_core} l2_cache_size: {gpu.l2_bytes}
+  device_memory_size: {chip.memory_bytes}
+  memory_bandwidth: {chip.memory_bandwidth:.0f}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{chip.device_kinds[0]}"
 """
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the chip that jax calls `device_kind`, such as 'NVIDIA H100 80GB HBM3', or None."""
+    matches = [
+        (len(prefix), chip)
+        for chip in CHIPS.values()
+        for prefix in chip.device_kinds
+        if device_kind.startswith(prefix)
+    ]
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +193,10 @@ class Target:
         hosts, devices = divmod(self.num_devices, self.chip.domain)
         shape = f"1x{hosts}x{self.chip.domain}" if hosts else f"1x1x{devices}"
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology=shape, target_config=_H200
+            platform="cuda",
+            topology_name="",
+            topology=shape,
+            target_config=gpu_description(self.chip_name),
         )
 
 
@@ -156,7 +212,7 @@ def parse(target: str) -> Target:
     topology = tuple(int(n) for n in shape.split("x")) if shape else (1,)
     parsed = Target(target, chip, topology)
     gpus, domain = parsed.num_devices, parsed.chip.domain
-    if not gpus or (chip == "h200" and gpus > domain and gpus % domain):
+    if not gpus or (parsed.chip.platform == "gpu" and gpus > domain and gpus % domain):
         raise ConfigError(
             f"--target={target!r}: {gpus} devices; give at least one, and whole hosts of "
             f"{domain} GPUs where more than one host is needed."

@@ -21,6 +21,7 @@ from memoryformer import (
     drift,
     evaluation,
     experiment,
+    implementations,
     metrics,
     mixers,
     optimizer,
@@ -51,10 +52,15 @@ class TrainState(NamedTuple):
 
 def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     """Return the state of step 0 with these parameters."""
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
-    params = optimizer.stored(run.optimizer, params)
+    tx = _transformation(run)
+    params = optimizer.stored(run.optimizer, params, model_lib.param_groups(run.model))
     history = spikes.init(run.train.spike_window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
+
+
+def _transformation(run):
+    groups = model_lib.param_groups(run.model)
+    return optimizer.make(run.optimizer, run.train.num_steps, groups)
 
 
 def train(
@@ -70,7 +76,8 @@ def train(
     Args:
       config: a whole config, see `experiment`.
       workdir: gets config.json, metrics.jsonl and checkpoints/. If it holds a checkpoint, the
-        run goes on from there, and its config must be the same but for `drift.FREE`.
+        run goes on from there, and its config must be the same but for what
+        `experiment.may_change`.
       allow: further fields that may differ.
       compiled: what an earlier run of this process left in the same dict, if this one
         differs from it in traced inputs only (seed, learning rate, weight decay).
@@ -93,7 +100,8 @@ def train(
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = _check_fit(run, sharding)
         dataset = data.open(run.data, run.model.vocab_size, stop=lambda: bool(stop))
-        processes.agree("the config", drift.shared(experiment.as_dict(run)))
+        common = drift.shared(experiment.as_dict(run), experiment.may_differ())
+        processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)
         with (
             sharding.activate(),
@@ -102,7 +110,7 @@ def train(
                 run.checkpoint,
                 run_config=experiment.as_dict(run),
                 data_fingerprint=dataset.fingerprint,
-                allow=allow,
+                allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
             ) as checkpointer,
         ):
@@ -123,10 +131,16 @@ class _Compiled(NamedTuple):
 def program(run: experiment.Experiment) -> Any:
     """Return what a run's compiled functions depend on: equal for runs that share them.
 
-    Seed, peak learning rate and weight decay are left out: they are inputs.
+    Seed, peak learning rate and weight decay are left out: they are inputs. So is what of
+    `train` changes nothing: it is the loop's.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
-    return run.model, recipe, dataclasses.replace(run.train, seed=0), run.mesh
+    loops = {
+        item.name: item.default
+        for item in dataclasses.fields(run.train)
+        if item.metadata.get("changes") == "nothing"
+    }
+    return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 
 
 def programs(run, sharding, specs=None, cache=None) -> _Compiled:
@@ -158,35 +172,10 @@ def make_train_step(
     devices and microbatches. Gradients cross the devices once a step. An update that is not
     finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
     """
-    tx = optimizer.make(run.optimizer, run.train.num_steps)
+    tx = _transformation(run)
 
-    def gradient_sums(params, batch, features):  # on one device, of its rows
-        # Tables are read in the model's type, and so are their gradients: half the bytes.
-        params = model_lib.with_tables_in(run.model.dtype, params)
-        params = sharding_lib.gather_params(params, specs)
-
-        def objective(params, batch):
-            nats = evaluation.batch_nats(run.model, params, batch, features)
-            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
-            # Each device along `model` computes the same sum: count it once.
-            return nats / collectives.axis_size("model"), (nats, weight)
-
-        def microbatch(_, batch):
-            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
-                params, batch
-            )
-            if run.train.num_microbatches > 1:  # many terms: not in bfloat16
-                grads = optax.tree.cast(grads, jnp.float32)
-            return grads, sums
-
-        grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
-        grads = sharding_lib.sum_gradients(grads, specs)
-        tokens = sharding_lib.TOKEN_AXES
-        return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
-
-    gradient_sums = sharding.shard_map(
-        gradient_sums, (specs, sharding.specs.batch_bl, P()), (specs, P())
-    )
+    groups = model_lib.param_groups(run.model)
+    gradient_sums = _make_gradient_sums(run, sharding, specs)
 
     def train_step(state, batch, hyper=None):
         features = _features(run, hyper, state.step)
@@ -197,7 +186,9 @@ def make_train_step(
             grads, state.opt_state, state.params, hyperparams=hyper
         )
         seed = run.train.seed if hyper is None else hyper["seed"]
-        params = optimizer.apply(run.optimizer, state.params, updates, seed, state.step)
+        params = optimizer.apply(
+            run.optimizer, state.params, updates, groups, seed, state.step
+        )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes.is_spike(
             state.spikes, loss, grad_norm, run.train.spike_sigmas
@@ -219,6 +210,38 @@ def make_train_step(
     # On CPU a donated state makes XLA copy arrays before it updates them in place.
     donated = () if sharding.platform == "cpu" else (0,)
     return jax.jit(train_step, donate_argnums=donated)
+
+
+def _make_gradient_sums(run, sharding, specs):
+    """`(params, batch, features) -> (gradients of the nats, (nats, weight))`, all of them sums."""
+
+    def gradient_sums(params, batch, features):  # on one device, of its rows
+        # Tables are read in the model's type, and so are their gradients: half the bytes.
+        params = model_lib.with_tables_as_read(run.model, params)
+        params = sharding_lib.gather_params(params, specs)
+
+        def objective(params, batch):
+            nats = evaluation.batch_nats(run.model, params, batch, features)
+            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
+            # Each device along `model` computes the same sum: count it once.
+            return nats / collectives.axis_size("model"), (nats, weight)
+
+        def microbatch(_, batch):
+            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
+                params, batch
+            )
+            if run.train.num_microbatches > 1:  # many terms: not in bfloat16
+                grads = optax.tree.cast(grads, jnp.float32)
+            return grads, sums
+
+        grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
+        grads = sharding_lib.sum_gradients(grads, specs)
+        tokens = sharding_lib.TOKEN_AXES
+        return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
+
+    return sharding.shard_map(
+        gradient_sums, (specs, sharding.specs.batch_bl, P()), (specs, P())
+    )
 
 
 def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
@@ -273,6 +296,7 @@ def init_state(
 
 
 def _check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> Any:
+    implementations.check(run.model, sharding.platform)
     specs = model_lib.partition_specs(run.model, sharding)
     shapes = jax.eval_shape(lambda: model_lib.init(run.model))
     sizes = (run.train.batch_size, run.eval.batch_size)

@@ -1,5 +1,11 @@
 """The training loop's log: metrics read one step late, one row every `log_every` steps.
 
+    train/mfu            training FLOPs of `accounting` over the devices' bf16 peak of `targets`
+    train/memory_bytes   the most that this process's first device has used so far
+    train/wall_seconds   since this start of the run, with all that is not a step
+
+The first two where the device is known and tells; on CPU neither.
+
 Reading a metric waits for the device. What is pushed at step n is read at step n + 1, when
 the next step is under way, so the device never waits for the host. Start at `TrainingLog`.
 """
@@ -11,7 +17,7 @@ from typing import Any
 
 import jax
 
-from memoryformer import experiment, metrics, optimizer
+from memoryformer import accounting, experiment, metrics, optimizer, targets
 from memoryformer.errors import NumericError
 from memoryformer.notation import Array
 
@@ -34,10 +40,14 @@ class TrainingLog:
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._schedule = optimizer.schedule(config.optimizer, config.train.num_steps)
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
+        counted = accounting.count(config.model)
+        self._flops_per_token = counted.training_flops_per_token
+        self._peak = _peak_flops() * num_devices  # 0: not known
         self._nonfinite = 0  # in a row
         self._compile_seconds: float | None = None  # of tracing and compiling the step
         self.saved: int | None = start or None
-        self._reset(time.perf_counter())
+        self._started = time.perf_counter()
+        self._reset(self._started)
 
     def timed(self, function: Callable[[], Any]) -> Any:
         """Call `function` and count its time as time spent on data."""
@@ -112,6 +122,12 @@ class TrainingLog:
         loss = self._nats / self._weight if self._weight else float("nan")
         updates = int(values["updates"])  # fewer than steps, if some were not taken
         learning_rate = float(self._schedule(max(updates - 1, 0)))
+        mfu = rate * self._flops_per_token / self._peak if self._peak else None
+        memory = _memory()
+        wall = now - self._started
+        known = {} if mfu is None else {"train/mfu": mfu}
+        if memory is not None:
+            known["train/memory_bytes"] = memory[0]
         self._writer.write(
             step,
             {
@@ -124,6 +140,8 @@ class TrainingLog:
                 "train/step_seconds": seconds,
                 "train/compile_seconds": self._compile_seconds or 0.0,
                 "train/data_fraction": self._data_seconds / elapsed,
+                "train/wall_seconds": wall,
+                **known,
             },
         )
         num_steps = self._train.num_steps
@@ -138,7 +156,9 @@ class TrainingLog:
                 num_devices=self._num_devices,
                 step_seconds=seconds,
                 data_fraction=self._data_seconds / elapsed,
-                memory_bytes=_memory(),
+                mfu=mfu,
+                memory_bytes=memory,
+                wall_seconds=wall,
                 eta_seconds=(num_steps - step) * seconds,
                 checkpoint_step=self.saved,
             )
@@ -151,7 +171,14 @@ class TrainingLog:
         self._nats = self._weight = self._data_seconds = self._away = 0.0
 
 
+def _peak_flops() -> float:
+    """Return the bf16 operations of one device a second, by its vendor; 0 if not known."""
+    chip = targets.chip_of(jax.devices()[0].device_kind)
+    return chip.matrix_flops if chip else 0.0
+
+
 def _memory() -> tuple[int, int] | None:
+    """Return (most bytes that a device has used so far, bytes it has), if it says."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None

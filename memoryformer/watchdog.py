@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memoryformer.errors import HangError
@@ -23,10 +23,14 @@ from memoryformer.errors import HangError
 class Watchdog:
     """A context manager: `enter(phase)` starts that phase's clock.
 
-    `limits` are seconds by phase; 0 or a phase without a limit is not watched.
+    `limits` are seconds by phase; 0 or a phase without a limit is not watched. `clock` tells
+    seconds, from any start.
     """
 
-    def __init__(self, limits: Mapping[str, float]):
+    def __init__(
+        self, limits: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+    ):
+        self._clock = clock
         self._limits = {phase: limit for phase, limit in limits.items() if limit}
         self._now: tuple[str, int, float] | None = None
         self._closed = threading.Event()
@@ -36,7 +40,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int = 0) -> None:
         """Leave the phase before and start this one. Costs less than a microsecond."""
-        self._now = (phase, step, time.monotonic())
+        self._now = (phase, step, self._clock())
 
     def __enter__(self) -> "Watchdog":
         if self._limits:
@@ -51,12 +55,16 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(1.0, min(self._limits.values()) / 10)
         while not self._closed.wait(pause):
-            if self._now is None:
-                continue
-            phase, step, since = self._now
-            seconds = time.monotonic() - since
-            if seconds > self._limits.get(phase, float("inf")):
-                self._give_up(phase, step, seconds)
+            self.look()
+
+    def look(self) -> None:
+        """End the process if the phase has outlasted its limit."""
+        if self._now is None:
+            return
+        phase, step, since = self._now
+        seconds = self._clock() - since
+        if seconds > self._limits.get(phase, float("inf")):
+            self._give_up(phase, step, seconds)
 
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads

@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def compute() -> dict:
-    """Train and return {'loss': 50 of them, 'grad_norm': likewise, 'validation'}."""
+    """Train and return 50 each of 'loss', 'grad_norm', 'learning_rate', and 'validation'."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         config = config_lib.load(
@@ -63,6 +63,7 @@ def compute() -> dict:
     return {
         "loss": [row["train/loss"] for row in steps],
         "grad_norm": [row["train/grad_norm"] for row in steps],
+        "learning_rate": [row["train/learning_rate"] for row in steps],
         "validation": rows[-1]["val/loss"],
     }
 

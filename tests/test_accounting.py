@@ -7,6 +7,7 @@ paper's FLOPs), MB is 1e6 bytes, values are fp16.
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ import pytest
 
 from memoryformer import accounting, errors, mixer_costs, mixers
 from memoryformer import model as model_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 GIGA, MEGA = 1e9, 1e6
 SIZES = {"tiny": (6, 512, 8), "small": (12, 768, 12), "base": (24, 1024, 16)}
@@ -241,11 +244,15 @@ def test_command_line_prints_the_same_counts():
     """`--json` is `count`. Red: `--value_bytes` not passed on."""
     command = [
         *(sys.executable, "-m", "memoryformer.accounting", "--json"),
-        *("--config=configs/quickstart.py", "--value_bytes=4"),
+        *(f"--config={ROOT}/configs/quickstart.py", "--value_bytes=4"),
         "--config.model.num_layers=2",
     ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    spec = importlib.util.spec_from_file_location("quickstart", "configs/quickstart.py")
+    output = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    spec = importlib.util.spec_from_file_location(
+        "quickstart", ROOT / "configs/quickstart.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     section = module.get_config().model

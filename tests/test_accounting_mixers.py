@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from flax import nnx
 
 from memoryformer import accounting, config, errors, mixer_costs, mixers, model, presets
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = {
     "vocab_size": 8,
     "embed_dim": 32,
@@ -65,7 +67,7 @@ TABLE_2 = {
 @pytest.mark.parametrize("name", TABLE_2)
 def test_table_2(name):
     """Red if a mixer's formula loses a factor; the matched sizes meet the paper's."""
-    section = config.load(f"configs/pythia_410m.py:{name}").model
+    section = config.load(f"{CONFIGS}/pythia_410m.py:{name}").model
     ours = accounting.count(section).block.total_paper / 1e9
     paper, expected = TABLE_2[name]
     assert ours == pytest.approx(expected, abs=0.006)
@@ -75,7 +77,7 @@ def test_table_2(name):
 
 def test_linear_mixers_keep_float32_sums_of_any_length():
     """Red if their state grows with the length, or is counted in 2 bytes."""
-    section = config.load("configs/memoryformer_tiny.py:performer").model
+    section = config.load(f"{CONFIGS}/memoryformer_tiny.py:performer").model
     short = accounting.count(section)
     assert short.decode_state_bytes == 4 * 6 * 8 * (256 * 65 + 1)
     with section.unlocked():
@@ -92,4 +94,4 @@ def test_fields_are_the_models():
 def test_unknown_mixer_of_a_config_is_one_line():
     """Red if the argument of a config is passed on unchecked."""
     with pytest.raises(errors.ConfigError, match="did you mean 'performer'"):
-        config.load("configs/pythia_410m.py:perfomer")
+        config.load(f"{CONFIGS}/pythia_410m.py:perfomer")

@@ -7,12 +7,12 @@ import lzma
 import subprocess
 import sys
 
+import data_helpers
 import pytest
 import tensorflow_datasets as tfds
 
 from memoryformer import data, errors
 from memoryformer.data import corpora, files, listing
-from tests import data_helpers
 
 
 def records(builder, split):

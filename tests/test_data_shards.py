@@ -9,27 +9,34 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import data_helpers
 import numpy as np
 import pytest
 
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress, shards
-from tests import data_helpers
 
-PREPARE = (
-    "import json, sys\n"
-    "from memoryformer import data\n"
-    "print(data.prepare(data.DataConfig(**json.loads(sys.argv[1]))))\n"
-)
+# Where a name is given, the process kills itself as it begins that file or directory.
+PREPARE = """
+import json, os, signal, sys
+from memoryformer import data
+
+def watch(event, arguments):
+    begins = event == "os.mkdir" or event == "open" and set(str(arguments[1])) & set("wax")
+    if begins and os.path.basename(os.fsdecode(arguments[0])) in sys.argv[2:]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+print(data.prepare(data.DataConfig(**json.loads(sys.argv[1]))))
+"""
 
 
-def start(config):
+def start(config, killed_at=""):
     fields = json.dumps({k: getattr(config, k) for k in config.__dataclass_fields__})
     return subprocess.Popen(
-        [sys.executable, "-c", PREPARE, fields],
+        [sys.executable, "-c", PREPARE, fields, *filter(None, [killed_at])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -175,19 +182,16 @@ def test_the_tokenizer_never_sees_validation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["records", "train.bin"])
 def test_a_killed_preparation_leaves_no_data_set(tmp_path, moment):
-    """SIGKILL. Red if files are written straight into the final directory."""
-    texts = ["\n".join(data_helpers.texts(400, seed=i)) for i in range(60)]
-    config = data_helpers.config(tmp_path, texts, tokenizer="bpe:600")
-    process = start(config)
+    """SIGKILL at the moment that a file is begun. Red if files are written straight into the
+    final directory."""
+    texts = data_helpers.texts(40)
+    config = data_helpers.config(tmp_path, texts, tokenizer="bpe:300")
     root = tmp_path / "cache"
-    deadline = time.monotonic() + 60
-    while not list(root.glob(f".tmp-*/{moment}")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start(config, killed_at=moment)
+    _, errors_told = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors_told
     assert not data.resolve_dir(config).exists()
-    assert list(root.glob(".tmp-*")), "killed too late to show anything"
+    assert list(root.glob(".tmp-*"))
     directory = data.prepare(config, progress=False)
     assert not list(root.glob(".tmp-*")), "debris stays"
     manifest_lib.read(directory, verify=True)

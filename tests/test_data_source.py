@@ -5,11 +5,11 @@ import json
 import subprocess
 import sys
 
+import data_helpers
 import numpy as np
 import pytest
 
 from memoryformer import data, errors
-from tests import data_helpers
 
 SEQ_LEN, BATCH = 32, 8
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import unicodedata
 
+import data_helpers
 import numpy as np
 import pytest
 import tokenizers
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 
 from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
-from tests import data_helpers
 
 TRICKY = [
     "",

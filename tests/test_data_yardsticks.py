@@ -10,11 +10,11 @@ import subprocess
 import sys
 import zlib
 
+import data_helpers
 import pytest
 
 from memoryformer import data
 from memoryformer.data import yardsticks
-from tests import data_helpers
 
 
 def oracle(train, text, max_order):

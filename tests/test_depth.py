@@ -4,12 +4,13 @@ import functools
 import re
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from memoryformer import errors, evaluation, model, sharding
+from memoryformer import errors, evaluation, mixers, model, sharding
 from memoryformer.ops import depth
 
 slow = pytest.mark.slow
@@ -132,3 +133,44 @@ def test_refused_in_one_line(fields, message):
         toy.model_config(**fields)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert depth.REMAT[0] == model.ModelConfig(8, 8, 1, 1, 8).remat == "none"
+
+
+def names_in(jaxpr):
+    """Every name that `depth.name` has given, inside loops and calls too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "name":
+            found.add(equation.params["name"])
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found |= names_in(inner)
+    return found
+
+
+@pytest.mark.parametrize("mixer", mixers.MIXERS)
+def test_what_is_kept_exists(mixer):
+    """Without a mesh too: keeping a name that nothing has would act as `full`, silently.
+
+    Mutation tried: `attended` named by ring attention alone (red for every mixer).
+    """
+    config = config_of("memory", mixer=mixer, num_layers=1)
+    params = jax.eval_shape(lambda: model.init(config))
+    tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
+    traced = jax.make_jaxpr(lambda p, t: model.forward(config, p, t))(params, tokens)
+    assert names_in(traced.jaxpr) == set(depth.NAMES)
+
+
+@pytest.mark.parametrize("remat", ["codes", "full"])
+def test_attention_is_kept_once(remat):
+    """`codes` keeps what a mixer read, [B, L, H, E], and `full` does not.
+
+    Mutation tried: "attended" left out of `_CODES`.
+    """
+    config = config_of("dense", remat, num_layers=1)
+    params = jax.eval_shape(lambda: model.init(config))
+    batch = toy.batch(config, batch_size=4)
+    kept = jax.eval_shape(
+        lambda p: jax.vjp(lambda p: evaluation.batch_nats(config, p, batch), p)[1],
+        params,
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert shapes.count((4, 12, 2, 8)) == (remat == "codes")

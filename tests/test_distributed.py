@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from world import free_port
 
-from memoryformer import distributed, drift, lifeline, processes
+from memoryformer import distributed, drift, experiment, lifeline, processes
 from memoryformer.errors import ConfigError, HangError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -346,8 +346,9 @@ def test_processes_that_differ_are_named(monkeypatch):
 
 
 def test_what_processes_may_differ_in():
-    """Where a host keeps its data is its own. Mutation: `own = ()`."""
+    """Where a host keeps its data is its own. Mutation: `local` ignored."""
     config = {"data": {"path": "a", "data_dir": "b", "source": "c"}, "mesh": "data"}
     other = {"data": {"path": "x", "data_dir": "y", "source": "c"}, "mesh": "data"}
-    assert drift.shared(config) == drift.shared(other)
-    assert drift.shared(config) != drift.shared(config | {"mesh": "fsdp"})
+    local = experiment.may_differ()
+    assert drift.shared(config, local) == drift.shared(other, local)
+    assert drift.shared(config, local) != drift.shared(config | {"mesh": "fsdp"}, local)

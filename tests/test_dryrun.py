@@ -24,15 +24,7 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
 
 B, L = 16, 64
-# Temporary memory of a device's step at the size below, in MiB: measured, and a fifth more.
-TEMPORARY_MIB = {
-    "single": 11.0,
-    "data": 0.95,
-    "fsdp": 69.0,  # the parameters joined, and their gradients
-    "tensor:model=4": 1.3,
-    "fsdp_tensor:model=4": 15.5,
-    "sequence": 1.2,
-}
+MESHES = ("single", "data", "fsdp", "tensor:model=4", "fsdp_tensor:model=4", "sequence")
 
 
 @functools.cache
@@ -53,15 +45,19 @@ def report_of(mesh):
     return dryrun.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
 
 
-@pytest.mark.parametrize("mesh", TEMPORARY_MIB)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_memory_of_a_step_is_bounded(mesh):
-    """Temporary memory of a device's step, as compiled, for every preset of meshes.
+    """Temporary memory of a device's step, as compiled, for every preset of meshes: less than
+    half of the rows that Q, K and V gather, [N, K, 3 D], and under FSDP the parameters joined,
+    their gradients, and these once more as they are summed.
 
     Mutations: `implementation='reference'`, which builds [N, K, F]; parameters gathered
     over `model` too; gradients of all microbatches kept apart.
     """
-    memory = report_of(mesh).memory
-    assert memory.temporary <= TEMPORARY_MIB[mesh] * 2**20
+    report, model = report_of(mesh), run_of(mesh).model
+    memory = report.memory
+    rows = 4 * B * L * model.num_tables * 3 * model.embed_dim // report.num_devices
+    assert 0 < memory.temporary <= rows / 2 + 3.5 * report.gathered_bytes
     assert memory.total >= memory.arguments >= abstract_state(mesh)
 
 
@@ -146,7 +142,7 @@ def test_abstract_meshes_of_any_number():
         "fsdp_tensor:model=4", **{"train.batch_size": 256, "eval.batch_size": 256}
     )
     place = abstract.device_sharding(run, range(512))
-    assert place.num_devices == 512 and abstract.is_abstract(place)
+    assert place.num_devices == 512 and place.platform == "abstract"
     state, step = abstract.trace(run, place)
     whole = sharding_lib.num_bytes(state.params)
     assert whole / 512 <= abstract.device_bytes(state.params) < 1.2 * whole / 512
@@ -219,9 +215,12 @@ def test_the_report_reads_and_stores():
         "checkpoint",
         "reduce-scatter",
         "compiler: temporary",
-        "warning: ",
     ):
-        assert wanted in text or wanted == "warning: "
+        assert wanted in text
+    assert "warning: " not in text and not report.warnings  # all is well with it
+    worrying = dataclasses.replace(report, warnings=["one thing", "another"])
+    told = dryrun.describe(worrying).splitlines()[-2:]
+    assert told == ["warning: one thing", "warning: another"]
     stored = json.loads(report.as_json())
     assert stored["memory"]["total"] == report.memory.total
     counted = stored["parameters"]

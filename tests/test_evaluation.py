@@ -175,3 +175,12 @@ def test_nats_of_padding_are_nothing():
     batch["weights"] = np.zeros_like(batch["weights"])
     nats = evaluation.batch_nats(config, params, batch)
     np.testing.assert_array_equal(nats, np.zeros((1, 12)))
+
+
+def test_a_mesh_that_does_not_fit_is_refused(toy_run):
+    """By the function itself, in one line. Mutation tried: `validate` not called."""
+    fields = {"mesh": "data", "eval.batch_size": 3}
+    config = toy.run_config(toy_run.parent, **fields)
+    with pytest.raises(ConfigError, match="batch_size=3 does not divide") as caught:
+        evaluation.evaluate_checkpoint(toy_run, None, config)
+    assert "\n" not in str(caught.value)

@@ -44,7 +44,7 @@ def test_any_config_is_refused_in_one_line_or_fits(changes):
 
     Mutation: drop the checks of `ModelConfig`, or `_checked` from `config.build`.
     """
-    config = json.loads(json.dumps({}))
+    config: dict = {}
     for name, value in (FLAT | changes).items():
         section, _, key = name.rpartition(".")
         (config.setdefault(section, {}) if section else config)[key] = value

@@ -11,6 +11,7 @@ from test_hashing import CASES, golden
 
 from memoryformer.ops import hashing, lookup, lookup_native
 
+HERE = [name for name in lookup.IMPLEMENTATIONS if name != "gpu"]  # see test_lookup_gpu
 IMPLEMENTATIONS = [
     pytest.param(
         name,
@@ -18,10 +19,10 @@ IMPLEMENTATIONS = [
             name == "native" and not lookup_native.available(), reason="no C++ compiler"
         ),
     )
-    for name in lookup.IMPLEMENTATIONS
+    for name in HERE
 ]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-WIDE = [p for p in lookup.IMPLEMENTATIONS if p != "native"]  # what takes float64
+WIDE = [p for p in HERE if p != "native"]  # what takes float64
 
 
 def relative(got, expected):

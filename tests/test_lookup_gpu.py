@@ -154,10 +154,10 @@ def shapes(N, K, C, F, dtype, mesh=None, specs=()):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_lowers_for_cuda(sharded):
-    """`implementation='gpu'` becomes three kernels for CUDA and none for CPU, also split
-    over F in a `shard_map`; the sizes of the reference problem.
+    """`implementation='gpu'` becomes three kernels for CUDA and is refused for CPU, also
+    split over F in a `shard_map`; the sizes of the reference problem.
 
-    Mutation: `default=lookup_gpu.gpu` in `lookup._gpu`.
+    Red if `_gpu` does not mark its codes: another lookup would be lowered in silence.
     """
     function, mesh, specs = value_and_gradients, None, ()
     if sharded:
@@ -173,8 +173,10 @@ def test_lowers_for_cuda(sharded):
     kernels = ("lookup_forward", "lookup_backward", "lookup_sum_runs")
     on_cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(kernel in on_cuda for kernel in kernels)
-    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert not any(kernel in on_cpu for kernel in kernels)
+    with pytest.raises(
+        ValueError, match="lookup 'gpu' cannot run: the platform is cpu"
+    ):
+        traced.lower(lowering_platforms=("cpu",))
 
 
 def test_mistakes_are_named():

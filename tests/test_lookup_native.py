@@ -404,3 +404,22 @@ def test_under_sanitizers(sanitizer, tmp_path):
     subprocess.run([*build, "-o", str(program)], check=True, timeout=300)
     result = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and result.stdout == "ok\n", result.stderr[-3000:]
+
+
+def test_a_failed_build_says_why(tmp_path, monkeypatch):
+    """The compiler's own words, or that it had none.
+
+    Mutation tried: `and` for `or` before 'no message'.
+    """
+    monkeypatch.setenv("MEMORYFORMER_CACHE", str(tmp_path))
+
+    for words, message in (("boom", "boom"), ("", "no message")):
+
+        def fails(command, words=words, **_):
+            broken = "--version" not in command
+            return subprocess.CompletedProcess(command, int(broken), "", words)
+
+        monkeypatch.setattr(lookup_native.subprocess, "run", fails)
+        with pytest.raises(OSError, match=f"failed on lookup_native.cc: {message}"):
+            lookup_native._build()
+    assert not list(tmp_path.rglob("*.so"))

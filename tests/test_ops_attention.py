@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from memoryformer import errors, model
 from memoryformer.ops import attention
@@ -57,19 +56,16 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled):
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-def test_fallback_is_loud_and_right(implementation, monkeypatch):
-    """Red if another form is taken in silence."""
-    warnings = []
-    monkeypatch.setattr(
-        logging, "log_first_n", lambda *args: warnings.append(args[1] % args[3:])
-    )
+def test_what_is_named_is_never_replaced(implementation):
+    """On CPU neither can run; 'auto' takes the plain form. Red if one falls back."""
     q, k, v = _qkv(8)
     segments = SEGMENTS[:, 46:54]
-    got = attention.fused(q, k, v, segments, implementation)
+    message = f"attention {implementation!r} cannot run: the platform is cpu"
+    with pytest.raises(ValueError, match=message):
+        attention.fused(q, k, v, segments, implementation)
+    got = attention.fused(q, k, v, segments, "auto")
     want = attention.fused(q, k, v, segments, "xla")
     np.testing.assert_array_equal(got, want)
-    assert len(warnings) == 1
-    assert f"attention {implementation!r} cannot run: the platform is" in warnings[0]
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])

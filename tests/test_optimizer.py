@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
 
-from memoryformer import optimizer
+from memoryformer import mixers, model, optimizer
 from memoryformer.errors import ConfigError
 from memoryformer.optimizer import OptimizerConfig
 
@@ -17,6 +18,29 @@ PARAMS = {
     "mixer": {"tables": (2, 4, 3), "bias": (2, 3), "kernel": (4, 2)},
     "norm": {"scale": (4,)},
 }
+
+
+GROUPS = {
+    "embed": {"embedding": "decayed"},
+    "mixer": {"tables": "tables", "bias": "undecayed", "kernel": "decayed"},
+    "norm": {"scale": "undecayed"},
+}
+
+
+PARAMETERS = [  # configs that have every parameter there is
+    {"projection": "memory", "score": "learned", "norm": "layernorm"},
+    {"projection": "dense", "recurrence": "memformer"},
+    {"projection": "dense", "recurrence": "rmt", "logit_transform": "dape_v2"},
+    *({"projection": "dense", "mixer": mixer} for mixer in mixers.MIXERS),
+]
+
+
+def by_path(tree):
+    """{'a.b.c': leaf} of a tree of dicts."""
+    return {
+        ".".join(entry.key for entry in path): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def random_tree(seed: int, size: float = 1.0):
@@ -77,7 +101,7 @@ def test_adamw_equals_its_equations(decay_tables, gradient_size):
     rates = [0.01, 0.02] + [
         0.02 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8))) for i in range(3)
     ]
-    tx = optimizer.make(config, num_steps=10)
+    tx = optimizer.make(config, 10, GROUPS)
     state = tx.init(params)
     update = jax.jit(tx.update)
     for grads in gradients:
@@ -93,15 +117,26 @@ def test_adamw_equals_its_equations(decay_tables, gradient_size):
 
 
 def test_groups_are_as_documented():
-    """Mutation: decide by ndim alone (biases of a fused projection are matrices)."""
-    config = OptimizerConfig(table_learning_rate_scale=4.0, decay_tables=False)
-    assert optimizer.groups(config, random_tree(0)) == {
-        "embed/embedding": "rest, scale 1, decay 0.1",
-        "mixer/tables": "tables, scale 4, decay 0",
-        "mixer/bias": "rest, scale 1, decay 0",
-        "mixer/kernel": "rest, scale 1, decay 0.1",
-        "norm/scale": "rest, scale 1, decay 0",
-    }
+    """What each module declares, beside the rule by name and shape that trained the models
+    on file: equal for every parameter that there is.
+
+    Mutations tried: `decay=True` for the biases; `decay=False` for Luna's slots.
+    """
+    declared, shapes = {}, {}
+    for fields in PARAMETERS:
+        config = toy.model_config(**fields, num_layers=1)
+        declared |= by_path(model.param_groups(config))
+        shapes |= by_path(jax.eval_shape(lambda c=config: model.init(c)))
+    for path, group in declared.items():
+        name = path.split(".")[-1]
+        matrix = len(shapes[path].shape) >= 2 and name not in ("bias", "scale")
+        decayed = "decayed" if matrix else "undecayed"
+        assert group == ("tables" if name == "tables" else decayed), path
+    assert declared["recurrence.bias"] == "undecayed"  # where Memformer's slots start
+    assert declared["recurrence.memory"] == "decayed"  # RMT's
+    assert declared["blocks.0.mixer.memory"] == "decayed"  # Luna's
+    assert declared["blocks.0.mixer.qkv.bias"] == "undecayed"
+    assert set(declared.values()) == set(optimizer.GROUPS)
 
 
 def test_schedules_at_their_corners():
@@ -137,11 +172,11 @@ def test_learning_rate_and_decay_share_one_compilation():
         return tx.update(grads, state, params, hyperparams=hyperparams)[0]
 
     first = OptimizerConfig(learning_rate=1e-3)
-    tx = optimizer.make(first, 10)
+    tx = optimizer.make(first, 10, GROUPS)
     jitted = jax.jit(lambda state, hyperparams: step(tx, state, hyperparams))
     for config in (first, OptimizerConfig(learning_rate=5e-3, weight_decay=0.7)):
         found = jitted(tx.init(params), optimizer.hyperparams(config))
-        own = optimizer.make(config, 10)
+        own = optimizer.make(config, 10, GROUPS)
         expected, _ = own.update(grads, own.init(params), params)
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9)
@@ -154,7 +189,7 @@ def test_moments_are_float32_and_nothing_more_is_kept():
     Mutation: init without the cast.
     """
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(0))
-    tx = optimizer.make(OptimizerConfig(), 10)
+    tx = optimizer.make(OptimizerConfig(), 10, GROUPS)
     state = jax.eval_shape(tx.init, params)
     leaves = jax.tree.leaves(state)
     assert len(leaves) == 2 * len(jax.tree.leaves(params)) + 1
@@ -181,4 +216,4 @@ def test_bad_values_are_refused(field, value):
 def test_warmup_that_does_not_fit_is_refused():
     """Mutation: compare with `>`."""
     with pytest.raises(ConfigError, match="warmup_steps=10: must be below"):
-        optimizer.make(OptimizerConfig(warmup_steps=10), num_steps=10)
+        optimizer.make(OptimizerConfig(warmup_steps=10), 10, GROUPS)

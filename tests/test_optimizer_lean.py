@@ -18,6 +18,9 @@ LEANEST = LEAN | {"table_dtype": "bfloat16", "table_rounding": "stochastic"}
 SHAPES = {"mixer": {"tables": (2, 4, 3, 5)}, "ffn": {"kernel": (4, 5)}}
 
 
+GROUPS = {"mixer": {"tables": "tables"}, "ffn": {"kernel": "decayed"}}
+
+
 def draw(seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -40,7 +43,7 @@ def test_tables_follow_their_equations(second, moment):
         table_second_moment=second, table_moment_dtype=moment,
     )  # fmt: skip
     params = draw(0)
-    tx = optimizer.make(config, 10)
+    tx = optimizer.make(config, 10, GROUPS)
     state, update = tx.init(params), jax.jit(tx.update)
     exact = {
         name: np.asarray(leaf, np.float64) for name, leaf in leaves(params).items()
@@ -49,7 +52,7 @@ def test_tables_follow_their_equations(second, moment):
     for t in range(1, 6):
         grads = draw(t)
         updates, state = update(grads, state, params)
-        params = optimizer.apply(config, params, updates, 0, jnp.int32(t))
+        params = optimizer.apply(config, params, updates, GROUPS, 0, jnp.int32(t))
         for name, g in leaves(grads).items():
             g, table = np.asarray(g, np.float64), "tables" in name
             squares = g**2
@@ -81,7 +84,9 @@ def test_bytes_of_an_entry():
     for fields, expected in sizes.items():
         config = OptimizerConfig(**dict(fields))
         assert config.table_entry_bytes == expected
-        kept = optimizer.stored(config, params), optimizer.make(config, 1).init(params)
+        groups = {"tables": "tables"}
+        tx = optimizer.make(config, 1, groups)
+        kept = optimizer.stored(config, params, groups), tx.init(params)
         taken = sum(x.nbytes for x in jax.tree.leaves(kept)) / params["tables"].size
         assert expected <= taken < expected + 0.02
 
@@ -122,17 +127,19 @@ def test_stochastic_rounding_keeps_the_mean():
 def test_rounding_depends_on_seed_and_step_only():
     """And each parameter draws its own bits.
 
-    Mutation: the key without `index`.
+    Mutation: one key for all.
     """
     config = OptimizerConfig(**LEANEST)
     params = {"a": {"tables": jnp.full((2, 4, 64), 1.001, jnp.float32)}}
     params["b"] = params["a"]
-    params = optimizer.stored(config, params)
+    groups = {"a": {"tables": "tables"}, "b": {"tables": "tables"}}
+    params = optimizer.stored(config, params, groups)
     updates = jax.tree.map(lambda p: jnp.full(p.shape, 0.0013, jnp.float32), params)
 
     def result(seed, step):
         return jax.tree.map(
-            np.asarray, optimizer.apply(config, params, updates, seed, jnp.int32(step))
+            np.asarray,
+            optimizer.apply(config, params, updates, groups, seed, jnp.int32(step)),
         )
 
     first = result(3, 5)
@@ -164,7 +171,8 @@ def test_a_moment_lies_where_its_parameter_does():
     config = OptimizerConfig(**LEAN)
     params = {"tables": jnp.zeros((2, 4, 8)), "kernel": jnp.zeros((4, 8))}
     specs = {"tables": P(None, "data", "model"), "kernel": P("data", "model")}
-    state = optimizer.make(config, 1).init(params)
+    groups = {"tables": "tables", "kernel": "decayed"}
+    state = optimizer.make(config, 1, groups).init(params)
     placed = optimizer.state_specs(state, params, specs)
     assert placed.count == P()
     assert placed.mu == specs
@@ -176,7 +184,7 @@ def test_gradients_of_tables_are_kept_in_the_type_they_are_read_in():
     """The traced step has no float32 array of the size of all tables' gradients, and the
     result is that of float32 gradients to the bit: the layer rounds them already.
 
-    Mutation: no `with_tables_in` in the step.
+    Mutation: no `with_tables_as_read` in the step.
     """
     config = toy.model_config(dtype="bfloat16")
     params = model.init(config, 0)
@@ -187,7 +195,7 @@ def test_gradients_of_tables_are_kept_in_the_type_they_are_read_in():
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
     wide = jax.jit(jax.grad(loss))(params)
-    narrow = jax.jit(jax.grad(loss))(model.with_tables_in("bfloat16", params))
+    narrow = jax.jit(jax.grad(loss))(model.with_tables_as_read(config, params))
     for (path, a), b in zip(
         jax.tree.leaves_with_path(wide), jax.tree.leaves(narrow), strict=True
     ):

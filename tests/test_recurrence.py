@@ -307,3 +307,24 @@ def test_a_sequence_axis_is_refused(mesh):
     """Red if every device runs a memory of its own over its part of the rows."""
     with pytest.raises(errors.ConfigError, match=r"cannot run over a 'sequence' axis"):
         model.partition_specs(_config("rmt", "memory"), sharding.make(mesh))
+
+
+def test_positions_of_a_chunk_count_its_real_tokens():
+    """From 0, or on from the tokens before; padding takes no place. A rotary code would not
+    notice a shift.
+
+    Mutation tried: `count + 1` for `count - 1` in `sequence`.
+    """
+    kind = toy.model_config("dense", recurrence="memformer", recurrence_chunk=4)
+    chunk = model.merge(kind, model.init(kind)).recurrence
+    ones = jnp.ones((2, 4), bool)
+    arange = np.broadcast_to(np.arange(4), (2, 4))
+    np.testing.assert_array_equal(chunk.sequence(ones).positions, arange)
+    np.testing.assert_array_equal(chunk.sequence(ones, 5).positions, 5 + arange)
+    tokens = jnp.array([0, 5])
+    later = np.array([[0], [5]]) + arange
+    np.testing.assert_array_equal(chunk.sequence(ones, tokens).positions, later)
+    padded = jnp.array([[True, False, True, False]])
+    seq = chunk.sequence(padded, 1)
+    assert seq.positions[0, ::2].tolist() == [1, 2]
+    assert seq.segment_ids.tolist() == [[1, 0, 1, 0]]

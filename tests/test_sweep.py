@@ -108,7 +108,7 @@ def test_directories_are_named_by_content(folder):
     """The same run has the same hash whatever it is called, another one another hash; what
     changes no number (here, where to log) changes no name.
 
-    Mutations: the label hashed; `optimizer.learning_rate` added to BOOKKEEPING.
+    Mutations: the label hashed; `optimizer.learning_rate` declared to change nothing.
     """
     plain = [p.workdir.name for p in expand(folder, "rate").points]
     named = expand(folder, "same_rates").points[0].workdir.name

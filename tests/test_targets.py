@@ -58,3 +58,35 @@ def test_shipped_configs_compile_for_their_target(path):
     report = dryrun.examine(run, target)
     print(f"\n{path.stem}: {target}, {report.verdict}, {report.seconds}")
     assert report.verdict.startswith("fits: "), report.warnings
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+    """One description for the dry run, the benchmarks and the log. Mutation: the shortest
+    name that fits, so that a v5e counts as a v5p."""
+    kinds = {
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA GeForce RTX 4060": "rtx4060",
+        "TPU v5 lite": "v5e",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+    }
+    for kind, name in kinds.items():
+        assert targets.chip_of(kind) is targets.CHIPS[name], kind
+    for kind in ("cpu", "NVIDIA H100 PCIe", "TPU v2"):  # others have other figures
+        assert targets.chip_of(kind) is None
+    assert targets.parse("h100:16").num_devices == 16
+
+
+@pytest.mark.parametrize("name", [n for n, c in targets.CHIPS.items() if c.gpu])
+def test_a_gpu_as_xla_reads_it(name):
+    """Every figure of the chip, under the name that XLA has for it."""
+    chip, text = targets.CHIPS[name], targets.gpu_description(name)
+    assert f"device_memory_size: {chip.memory_bytes}\n" in text
+    assert f"l2_cache_size: {chip.gpu.l2_bytes}\n" in text
+    major, minor = str(chip.capability).split(".")
+    assert f"cuda_compute_capability {{ major: {major} minor: {minor} }}" in text
+    assert f'device_description_str: "{chip.device_kinds[0]}"' in text
+    assert text.count("{") == text.count("}")

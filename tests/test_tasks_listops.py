@@ -1,6 +1,7 @@
 """ListOps: the answers are right, the batches reproducible, and a trunk learns."""
 
 import ast
+import pathlib
 import statistics
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from memoryformer import config, errors, model
 from memoryformer.tasks import listops
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TASK = listops.ListOpsConfig(num_steps=1, batch_size=4, learning_rate=1e-3)
 
 
@@ -60,7 +62,7 @@ def test_a_two_sided_trunk_learns(tmp_path):
 
     Flat lists of two digits: their first token decides most of the answer.
     """
-    experiment = config.load("configs/listops.py:conv_luna")
+    experiment = config.load(f"{CONFIGS}/listops.py:conv_luna")
     with experiment.unlocked():
         experiment.model.update(
             {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "seq_len": 8}
@@ -77,7 +79,7 @@ def test_a_two_sided_trunk_learns(tmp_path):
 @pytest.mark.parametrize("mixer", ["luna", "softmax"])
 def test_the_order_of_tokens_matters(mixer):
     """Mutation: a trunk without positions; luna then reads a bag of tokens."""
-    section = config.load(f"configs/listops.py:{mixer}").model
+    section = config.load(f"{CONFIGS}/listops.py:{mixer}").model
     model_config = model.ModelConfig.from_config(section)
     params = listops.init(model_config)
     params["classes"]["kernel"] += np.random.default_rng(0).normal(size=(128, 10))
@@ -93,6 +95,17 @@ def test_the_order_of_tokens_matters(mixer):
 
 def test_a_mixer_without_a_two_sided_form_is_refused():
     """Red if performer is run causally where the config says otherwise."""
-    experiment = config.load("configs/listops.py:performer")
+    experiment = config.load(f"{CONFIGS}/listops.py:performer")
     with pytest.raises(errors.ConfigError, match="has only a causal form"):
         listops.train(experiment, "unused")
+
+
+@pytest.mark.parametrize("warmup", [20, 21])
+def test_a_warmup_that_does_not_fit_is_refused(warmup, tmp_path):
+    """Mutation tried: the check dropped (optax's traceback), or `>` for `>=`."""
+    experiment = config.load(f"{CONFIGS}/listops.py:conv_luna")
+    with experiment.unlocked():
+        experiment.task.update({"num_steps": 20, "warmup_steps": warmup})
+    with pytest.raises(errors.ConfigError, match="must be below"):
+        listops.train(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

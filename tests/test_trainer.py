@@ -92,7 +92,16 @@ def test_what_a_run_writes(straight):
     assert all(row.keys() >= VALIDATION for row in validation)
     assert train[-1]["train/tokens"] == 20 * 8 * 16
     assert train[-1]["train/loss"] < train[0]["train/loss"] < 1.2 * np.log(toy.VOCAB)
-    assert any("utilisation" in key or "bucket" in key for key in validation[0])
+    layers = ("mixer.qkv", "ffn.up", "ffn.down")
+    figures = ("used_fraction", "entropy", "max_over_mean", "flip_rate")
+    tables = {f"utilisation/blocks.0.{a}/{b}" for a in layers for b in figures}
+    for row in validation:
+        assert {key for key in row if key.startswith("utilisation")} == tables
+        assert all(0 <= row[key] for key in tables)
+    seconds = [row["train/wall_seconds"] for row in train]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
+    # A CPU has no peak to compare with, and does not tell how much memory it took.
+    assert not any({"train/mfu", "train/memory_bytes"} & row.keys() for row in train)
     names = sorted(p.name for p in (straight / checkpoint.FOLDER).iterdir())
     assert names == ["15", "20", integrity.LEDGER]
 
@@ -136,7 +145,7 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
 def test_another_config_is_refused(folder, straight):
     """What would change the result, by field; a free field is not refused.
 
-    Mutation: 'model.*' in `drift.FREE`.
+    Mutation: `model.score` declared to change nothing.
     """
     before = rows(straight)
     for fields in ({"model.score": "l1"}, {"train.seed": 1}):

@@ -1,31 +1,56 @@
-"""The watchdog's clock; that it ends a process is in test_promises."""
+"""The watchdog's rule, on a clock of our own; that it ends a process is in the promises."""
 
 import threading
-import time
+
+import pytest
 
 from memoryformer import watchdog
 
 
-def test_each_phase_has_its_own_clock(monkeypatch):
+@pytest.fixture
+def world(monkeypatch):
+    """A watchdog that is asked by hand: its clock, and what it has given up on."""
+    seconds, given_up = [100.0], []
+    monkeypatch.setattr(
+        watchdog.Watchdog, "_give_up", lambda self, *what: given_up.append(what)
+    )
+    limits = {"step": 5.0, "evaluation": 60.0, "checkpoint": 0.0}
+    return watchdog.Watchdog(limits, lambda: seconds[0]), seconds, given_up
+
+
+def test_each_phase_has_its_own_clock(world):
     """A phase is told once it outlasts its limit; entering starts the clock again.
 
-    Mutation: `enter` keeps the time of the phase before; or one limit for all.
+    Mutations tried: `enter` keeps the time of the phase before; one limit for all; `>=`.
     """
-    told = []
-    monkeypatch.setattr(
-        watchdog.Watchdog, "_give_up", lambda self, *what: told.append(what[:2])
-    )
-    with watchdog.Watchdog({"step": 0.8, "evaluation": 60, "checkpoint": 0}) as watch:
-        for step in range(20):
-            watch.enter("step", step)
-            time.sleep(0.06)
-        for phase in ("evaluation", "checkpoint"):
-            watch.enter(phase, 20)
-            time.sleep(1)
-        assert not told
-        watch.enter("step", 21)
-        time.sleep(1.2)
-    assert set(told) == {("step", 21)}
+    watch, seconds, given_up = world
+    watch.look()  # before anything is entered
+    for step in range(20):
+        watch.enter("step", step)
+        seconds[0] += 4
+        watch.look()
+    for phase, longest in (("evaluation", 60), ("checkpoint", 1e6), ("unknown", 1e6)):
+        watch.enter(phase, 20)
+        seconds[0] += longest
+        watch.look()
+    assert not given_up
+    watch.enter("step", 21)
+    seconds[0] += 5
+    watch.look()
+    assert not given_up
+    seconds[0] += 0.5
+    watch.look()
+    assert given_up == [("step", 21, 5.5)]
+
+
+def test_the_thread_looks(monkeypatch):
+    """It asks by itself, and ends with the block. Mutation: the thread not started."""
+    looked = threading.Event()
+    monkeypatch.setattr(watchdog.Watchdog, "look", lambda self: looked.set())
+    before = threading.active_count()
+    with watchdog.Watchdog({"step": 0.01}):
+        assert looked.wait(60)
+    assert threading.active_count() == before
 
 
 def test_no_limits_no_thread():

@@ -73,6 +73,10 @@ class Model:
                 raise ValueError(
                     f"{name}={config[name]!r}: this reader has only {value!r}."
                 )
+        if config.get("projection") == "memory" and config["score"] not in _SCORES:
+            raise ValueError(
+                f"score={config['score']!r}: this reader has only {', '.join(_SCORES)}."
+            )
         self.config, self.params = config, params
 
     def logits(self, tokens):
@@ -136,13 +140,7 @@ class Model:
         size = np.abs(chunks)
         confidence = np.exp(gamma * -np.log1p(np.exp(-beta * size)).sum(-1))
         length = size.sum(-1)
-        return {
-            "softmax": lambda: confidence,
-            "l1_softmax": lambda: length * confidence,
-            "learned": lambda: length * confidence,
-            "l1": lambda: length,
-            "constant": lambda: np.ones_like(length),
-        }[kind]().astype(np.float32)
+        return _SCORES[kind](length, confidence).astype(np.float32)
 
     def _attention(self, name, x):
         c = self.config
@@ -203,6 +201,13 @@ def gelu_tanh(x):
     return x * np.float32(0.5) * (1 + np.tanh(inner))
 
 
+_SCORES = {  # of ||z|| and the exponential
+    "softmax": lambda length, confidence: confidence,
+    "l1_softmax": lambda length, confidence: length * confidence,
+    "learned": lambda length, confidence: length * confidence,
+    "l1": lambda length, confidence: length,
+    "constant": lambda length, confidence: np.ones_like(length),
+}
 _ACTIVATIONS = {"none": lambda x: x, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 

@@ -73,9 +73,11 @@ def import_run(
         draw = {"performer_draw": model_config.performer_draw}
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **draw))
     begun = mixers.with_draw(run.model, run.train.seed, 0)
-    if begun != model_config:
-        fields = vars(model_config)
-        name = next(n for n in fields if fields[n] != getattr(begun, n))
+    fields = vars(model_config)
+    free = {name.removeprefix("model.") for name in experiment.may_change()}
+    differing = [n for n in fields if n not in free and fields[n] != getattr(begun, n)]
+    if differing:
+        name = differing[0]
         raise ConfigError(
             f"--config: model.{name}={getattr(begun, name)!r}, but {directory} has "
             f"{fields[name]!r}."

@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from memoryformer import config as config_lib
-from memoryformer import errors, paths
+from memoryformer import errors, fields, paths
 
 SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
 
@@ -36,7 +36,8 @@ class DataConfig:
     """
 
     source: str = "stdlib"
-    path: str = ""
+    # The fingerprint says whether it is the same text, wherever it lies.
+    path: str = fields.field("nothing", "", local=True)
     name: str = ""
     text_field: str = "text"
     separator: str = ""
@@ -44,7 +45,7 @@ class DataConfig:
     validation_every: int = 20
     max_documents: int = 0
     tokenizer: str = "bpe:4096"
-    data_dir: str = ""
+    data_dir: str = fields.field("nothing", "", local=True)
     align_documents: int = 0
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ from flax import nnx
 from memoryformer import layers
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Activations, Array, Float, Int
-from memoryformer.ops import collectives, rotary
+from memoryformer.ops import collectives, depth, rotary
 
 State = Any  # a pytree of arrays of static shape
 Project = Callable[..., nnx.Module]
@@ -86,8 +86,15 @@ class MultiHead(nnx.Module):
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
     def join(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
-        """[B, L, H, E] -> [B, L, D]."""
-        y = y.reshape(*y.shape[:2], -1).astype(dtype)
+        """[B, L, H, E], what the heads read, -> [B, L, D]."""
+        return self._project_back(depth.name(y.astype(dtype), "attended"))
+
+    def join_kept(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
+        """The same of what is marked as read already (`ops.ring`): it is not kept twice."""
+        return self._project_back(y.astype(dtype))
+
+    def _project_back(self, y):
+        y = y.reshape(*y.shape[:2], -1)
         return y if self.out is None else self.out(y)
 
 

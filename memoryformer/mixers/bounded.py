@@ -56,9 +56,7 @@ class Linformer(base.MultiHead):
         std = sum(shape) ** -0.5  # as a Glorot initialiser with gain 1 / sqrt(2)
         for name in ("write_keys", "write_values"):
             value = std * jax.random.normal(rngs.params(), shape)
-            setattr(
-                self, name, nnx.Param(value, spec="scalar")
-            )  # whole on every device
+            setattr(self, name, nnx.Param(value, spec="whole", decay=True))
 
     @staticmethod
     def validate(config) -> None:
@@ -134,7 +132,7 @@ class Luna(base.MultiHead):
         self.causal = config.causal
         shape = (self.num_slots, config.embed_dim)
         p = jax.random.normal(rngs.params(), shape)
-        self.memory = nnx.Param(p, spec="bias_f")  # P: [m, D]
+        self.memory = nnx.Param(p, spec="last_axis", decay=True)  # P: [m, D]
 
     @staticmethod
     def validate(config) -> None:
@@ -241,14 +239,14 @@ class ConvLuna(Luna):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.filter_width = config.conv_luna_width
         self.kind = config.conv_luna_filter
-        self.log_tau = nnx.Param(jnp.zeros(()), spec="scalar")
-        self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="scalar")
+        self.log_tau = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
+        self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
         if self.kind == "conv":
             shape, bound = (self.filter_width, self.num_heads), self.filter_width**-0.5
             kernel = jax.random.uniform(
                 rngs.params(), shape, minval=-bound, maxval=bound
             )
-            self.kernel = nnx.Param(kernel, spec="bias_f")  # [W, H]
+            self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
 
     @staticmethod
     def validate(config) -> None:

@@ -35,9 +35,10 @@ class DapeV2(nnx.Module):
 
         first = uniform(fan_in, WINDOW, 2 * self.num_heads, hidden)
         second = uniform(WINDOW * hidden, WINDOW, hidden, self.num_heads)
-        self.first = nnx.Param(first, spec="scalar")  # whole on every device
-        self.first_bias = nnx.Param(uniform(fan_in, hidden), spec="scalar")
-        self.second = nnx.Param(second, spec="bias_f")  # [3, W, H]
+        first_bias = uniform(fan_in, hidden)
+        self.first = nnx.Param(first, spec="whole", decay=True)
+        self.first_bias = nnx.Param(first_bias, spec="whole", decay=False)
+        self.second = nnx.Param(second, spec="last_axis", decay=True)  # [3, W, H]
 
     def __call__(
         self,

@@ -158,16 +158,14 @@ class TrainedKernel(KernelAttention):
             return jax.random.normal(rngs.params(), shape) * shape[1] ** -0.5
 
         # Heads last: the axis that a device has its part of.
-        self.w = nnx.Param(
-            jnp.moveaxis(
-                random_features.orthogonal(rngs.params(), width, (self.depth, heads)),
-                1,
-                3,
-            ),
-            spec="bias_f",
-        )  # [depth, E, E, H]
-        self.a = nnx.Param(normal(self.depth, width, rank, heads), spec="bias_f")
-        self.b = nnx.Param(normal(self.depth, rank, width, heads), spec="bias_f")
+        shape = (self.depth, heads)
+        w = random_features.orthogonal(rngs.params(), width, shape)
+        w = jnp.moveaxis(w, 1, 3)  # [depth, E, E, H]
+        a = normal(self.depth, width, rank, heads)
+        b = normal(self.depth, rank, width, heads)
+        self.w, self.a, self.b = (
+            nnx.Param(weights, spec="last_axis", decay=True) for weights in (w, a, b)
+        )
 
     @staticmethod
     def validate(config) -> None:

@@ -72,7 +72,8 @@ class Softmax(base.MultiHead):
         if not self.causal:
             base.refuse_state(state)
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            return self.join(self._around(q, k, v, seq, state), x.dtype), None
+            y = self._around(q, k, v, seq, state)
+            return self.join_kept(y, x.dtype), None
         if state is None and self.implementation != "xla":
             y = attention.fused(q, k, v, seq.segment_ids, self.implementation)
             return self.join(y, x.dtype), None

@@ -5,6 +5,7 @@ reads the filled part of a cache. `fused` computes the same for whole rows witho
 
     cudnn     GPU, bf16: `jax.nn.dot_product_attention`
     splash    TPU, length a multiple of 128: Pallas splash attention
+    auto      the one that can run, else the plain form
 
 Start at `softmax`.
 """
@@ -14,12 +15,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from memoryformer.notation import Array, Float, Int
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash", "auto")
 SPLASH_BLOCK = 128
 CACHE_BLOCK = 32  # keys that `over_cache` reads at a time; caches hold whole blocks
 
@@ -135,14 +135,17 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
     return jnp.swapaxes(y, 1, 2).astype(narrow)
 
 
-def why_not(implementation: str, q: Float[Array, "B L H E"]) -> str:
-    """Say why `fused` cannot serve q here; '' if it can."""
-    backend, dtype, (_, length, _, width) = jax.default_backend(), q.dtype, q.shape
+def why_not(
+    implementation: str, q: Float[Array, "B L H E"], platform: str | None = None
+) -> str:
+    """Say why `fused` cannot serve q on a platform (None: this process's); '' if it can."""
+    backend, dtype = platform or jax.default_backend(), q.dtype
+    _, length, _, width = q.shape
     match implementation:
         case "cudnn" if backend != "gpu":
             return f"the platform is {backend}, not gpu"
         case "cudnn" if dtype != jnp.bfloat16:
-            return f"model.dtype is {dtype}, not bfloat16"
+            return f"the dtype is {dtype}, not bfloat16"
         case "cudnn" if width % 8 or width > 128:
             return f"the heads' width {width} is not a multiple of 8 up to 128"
         case "cudnn" if length % 2:  # its gradient, under a mask
@@ -163,18 +166,16 @@ def fused(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B L H E"]:
-    """Attend within whole rows by 'cudnn' or 'splash'; padding gets zeros.
+    """Attend within whole rows by one of `IMPLEMENTATIONS`; padding gets zeros.
 
-    Where `why_not` objects, the plain form takes its place, with a warning. `interpret`
-    runs splash attention on any platform, slowly.
+    Raises ValueError where `why_not` objects. `interpret` runs splash attention on any
+    platform, slowly.
     """
-    reason = "" if interpret else why_not(implementation, q)
-    if reason:
-        logging.log_first_n(
-            logging.WARNING, "attention %r cannot run: %s; using 'xla'.", 8,
-            implementation, reason,
-        )  # fmt: skip
-        implementation = "xla"
+    if implementation == "auto":
+        able = (name for name in ("cudnn", "splash") if not why_not(name, q))
+        implementation = next(able, "xla")
+    elif not interpret and (reason := why_not(implementation, q)):
+        raise ValueError(f"attention {implementation!r} cannot run: {reason}.")
     if implementation == "splash":
         y = _splash(q, k, v, segment_ids, interpret)
     else:

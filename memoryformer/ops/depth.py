@@ -3,8 +3,9 @@
     remat          kept between a layer's forward and backward pass
     none           everything the gradient reads
     projections    what projections put out, and what `codes` keeps
-    codes          codes and scores of memory layers, and what ring attention read: all
-                   that other devices had a part in, so that nothing is sent twice
+    codes          codes and scores of memory layers, and what mixers read along the
+                   sequence: all that other devices had a part in, so that nothing is
+                   sent twice
     full           the layer's input
 
 What is not kept is computed again; results are the same. Start at `apply`.
@@ -22,12 +23,15 @@ from memoryformer.notation import Array
 _CODES = ("codes", "scores", "attended")
 _KEPT = {"projections": (*_CODES, "projected"), "codes": _CODES, "full": ()}
 REMAT = ("none", *_KEPT)
+NAMES = _KEPT["projections"]  # everything that a policy may keep
 
 Layer = Callable[[Any, Array], Array]
 
 
 def name(x: Array, what: str) -> Array:
-    """Mark x as one of the things that a policy may keep."""
+    """Mark x as one of the things that a policy may keep: a name of `NAMES`."""
+    if what not in NAMES:
+        raise ValueError(f"{what!r}: no policy keeps it; known: {', '.join(NAMES)}.")
     return checkpoint_name(x, what)
 
 

@@ -15,9 +15,11 @@ firmly the chunk sits in that bucket (Eqs. 8-10). Every score is one formula,
 
 The index has no gradient and no straight-through estimator; the score has
 
-    ds/dz_i = sign(z_i) * q * (a + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
+    ds/dz_i = sign(z_i) * q * (a ||z||_1^(a-1) + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
 
-with q the exponential above. Start at `hash_codes` and `scores`.
+with q the exponential above. A new row works wherever a memory layer is computed: what has
+the formula in another language (`lookup_native.memory_layer`) serves the powers a that it
+lists, and XLA computes the rest. Start at `hash_codes` and `scores`.
 """
 
 import functools
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 
 from memoryformer.notation import Array, Chunks, Codes, Float, Scores
 
-# kind -> (a, gamma); None: trained.
+# kind -> (a, gamma); gamma None: it and beta are trained.
 SCORES = {
     "softmax": (0, 1),
     "l1_softmax": (1, 1),
@@ -59,6 +61,11 @@ def hash_codes(chunks: Chunks) -> Codes:
     return jnp.einsum("...i,i->...", bits, bit_weights)
 
 
+def is_learned(kind: str) -> bool:
+    """Whether a score has trained scalars (beta, gamma)."""
+    return SCORES[kind][1] is None
+
+
 def scores(
     chunks: Chunks,
     kind: str = "softmax",
@@ -67,14 +74,14 @@ def scores(
 ) -> Scores:
     """Score each chunk: [.., K, tau] -> float32 [.., K]; see the module's table.
 
-    `learned` holds the scalars (beta, gamma) of kind 'learned'; they are differentiated, and
-    left out they are (2/t, 1), where training begins: that is `l1_softmax`.
+    `learned` holds the scalars (beta, gamma) of a kind that trains them; they are
+    differentiated, and left out they are (2/t, 1), where training begins.
     """
     if kind not in SCORES:
         raise ValueError(f"score={kind!r}: unknown; known: {', '.join(SCORES)}.")
     power, gamma = SCORES[kind]
     beta = 2.0 / temperature
-    if kind == "learned":
+    if is_learned(kind):
         beta, gamma = (beta, 1) if learned is None else learned
     dtype = jnp.promote_types(chunks.dtype, jnp.float32)
     beta, gamma = jnp.asarray(beta, dtype), jnp.asarray(gamma, dtype)
@@ -97,9 +104,11 @@ def _score_bwd(power, residuals, dscores):
     magnitude = jnp.abs(chunks)
     log_sigmoid = jax.nn.log_sigmoid(beta * magnitude)
     sigmoid_of_minus = jax.nn.sigmoid(-beta * magnitude)
-    length = jnp.sum(magnitude, axis=-1) ** power  # ||z||_1^a  [.., K]
+    norm = jnp.sum(magnitude, axis=-1)  # ||z||_1  [.., K]
+    length = norm**power
+    growth = power if power in (0, 1) else (power * norm ** (power - 1))[..., None]
     confidence = jnp.exp(gamma * jnp.sum(log_sigmoid, axis=-1))  # q  [.., K]
-    slope = power + length[..., None] * gamma * beta * sigmoid_of_minus
+    slope = growth + length[..., None] * gamma * beta * sigmoid_of_minus
     dchunks = (dscores * confidence)[..., None] * jnp.sign(chunks) * slope
     weight = dscores * length * confidence
     dbeta = jnp.sum(weight * gamma * jnp.sum(magnitude * sigmoid_of_minus, axis=-1))

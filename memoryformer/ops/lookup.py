@@ -7,19 +7,25 @@ signature live one to a file and are chosen by one argument:
     xla         scans groups of tables; no array of shape [.., K, F], any platform
     onehot      the same sum as matrix products with one-hot codes: few bits, and TPU
     native      C++ on CPU, built on first use with the system compiler
-    gpu         Pallas on an NVIDIA GPU of capability 9.0 or more; elsewhere `xla`
+    gpu         Pallas on an NVIDIA GPU of capability 9.0 or more
     auto        `onehot` on TPU up to 10 bits, `native` on CPU where it builds, `gpu` on a
                 GPU that has it, else `xla`
 
-Start at `memory_layer`.
+Each takes scores as they are, whatever formula they come from. What is named and cannot run
+is refused, never replaced (`why_not`). Start at `memory_layer`.
 """
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from memoryformer.notation import Array, Codes, Float, Scores, Tables
-from memoryformer.ops import hashing, lookup_gpu, lookup_native, lookup_xla
+from memoryformer.ops import (
+    hashing,
+    lookup_gpu,
+    lookup_native,
+    lookup_xla,
+    only_on,
+)
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "onehot", "native", "gpu")
 ONEHOT_MAX_BITS_TPU = 10  # a one-hot product costs 2^tau times a row read
@@ -77,7 +83,8 @@ def lookup(
     Returns:
       [.., F], accumulated in float32 (float64 for float64 tables).
 
-    The gradients to tables and scores are exact and deterministic; codes have none.
+    The gradients to tables and scores are exact and deterministic; codes have none. Raises
+    ValueError where the implementation cannot run, at the latest when it is compiled.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -99,7 +106,7 @@ def lookup(
         "reference": _reference,
         "xla": lookup_xla.scan_tables,
         "onehot": lookup_xla.onehot_products,
-        "native": lookup_native.native,
+        "native": _native,
         "gpu": _gpu,
     }[implementation]
     return function(tables, codes, scores).reshape(*leading, tables.shape[-1])
@@ -127,18 +134,40 @@ def _auto(tables, codes, scores):
     )
 
 
+def _native(tables, codes, scores):
+    codes = only_on.platform(codes, "cpu", "lookup 'native'")
+    return lookup_native.native(tables, codes, scores)
+
+
 def _gpu(tables, codes, scores):
-    reason = lookup_gpu.why_not(tables, scores)
-    on_cuda = lookup_xla.scan_tables if reason else lookup_gpu.gpu
-    if jax.default_backend() != "gpu":  # it may yet be compiled for one
-        reason = f"the platform is {jax.default_backend()}"
-    if reason:
-        logging.log_first_n(
-            logging.WARNING, "lookup 'gpu' cannot run: %s; using 'xla'.", 8, reason
-        )
+    if reason := lookup_gpu.why_not(tables, scores):
+        raise ValueError(f"lookup 'gpu' cannot run: {reason}.")
+    codes = only_on.platform(codes, "gpu", "lookup 'gpu'")
+    # The other branch is for a machine without a GPU, whose kernels lower for CUDA only.
     return jax.lax.platform_dependent(
-        tables, codes, scores, cuda=on_cuda, default=lookup_xla.scan_tables
+        tables, codes, scores, cuda=lookup_gpu.gpu, default=lookup_xla.scan_tables
     )
+
+
+def why_not(
+    implementation: str, dtype: jnp.dtype, platform: str, capability: float | None
+) -> str:
+    """Say why an implementation cannot run for tables of `dtype`; '' if it can.
+
+    `platform` is jax's name (cpu, gpu, tpu), `capability` a GPU's, None where not known.
+    """
+    tables = jax.ShapeDtypeStruct((1, 2, 1), dtype)
+    scores = jax.ShapeDtypeStruct((1, 1), jnp.promote_types(dtype, jnp.float32))
+    wanted = {"native": "cpu", "gpu": "gpu"}.get(implementation, platform)
+    if platform != wanted:
+        return f"the platform is {platform}, not {wanted}"
+    if implementation == "native":
+        if not lookup_native.supports(tables, scores):
+            return f"it takes float32 or bfloat16, not {tables.dtype}"
+        return lookup_native.why_not_built()
+    if implementation == "gpu":
+        return lookup_gpu.why_not(tables, scores, capability)
+    return ""
 
 
 def _reference(tables, codes, scores):

@@ -54,18 +54,25 @@ def gpu(
     return forward(tables, codes, scores, interpret=interpret)
 
 
-def why_not(tables: Tables, scores: Scores) -> str:
-    """Say why `gpu` cannot serve this; '' if it can, on a GPU of capability 9.0."""
+def why_not(tables: Tables, scores: Scores, capability: float | None = None) -> str:
+    """Say why `gpu` cannot serve this; '' if it can, on a GPU of capability 9.0.
+
+    `capability` is that of the GPU to compile for; None asks the one that is here, if any.
+    """
     if not _supports(tables, scores):
         return f"it takes no {tables.dtype} tables with {scores.dtype} scores"
-    if jax.default_backend() == "gpu":
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        number = capability.replace(".", "", 1)  # AMD's is not one
-        if not number.isdecimal() or float(capability) < MIN_CAPABILITY:
-            return (
-                f"the GPU's compute capability is {capability}, below {MIN_CAPABILITY}"
-            )
+    if capability is None and jax.default_backend() == "gpu":
+        capability = own_capability()
+    if capability is not None and capability < MIN_CAPABILITY:
+        return f"the GPU's compute capability is {capability}, below {MIN_CAPABILITY}"
     return ""
+
+
+def own_capability() -> float:
+    """Return the compute capability of this process's first GPU; 0 if it is not NVIDIA's."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    number = capability.replace(".", "", 1)
+    return float(capability) if number.isdecimal() else 0.0
 
 
 def forward(

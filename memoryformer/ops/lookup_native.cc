@@ -213,5 +213,3 @@ extern "C" void memoryformer_configure(int threads, int instructions, int64_t re
   memoryformer::instruction_set = instructions;
   memoryformer::packing_reuse = reuse;
 }
-
-extern "C" int memoryformer_instruction_set() { return memoryformer::InstructionSet(); }

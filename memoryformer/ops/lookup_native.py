@@ -45,6 +45,7 @@ BUILD_SECONDS = 300  # a compiler that hangs must not hang the run
 TARGETS = ("lookup_forward", "lookup_backward", "memory_layer", "matrix_product")
 INT4_GROUP = 64  # 4-bit weights that share a scale
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+POWERS = (0, 1)  # of ||z||_1 in a score, that `memory_layer` computes
 PACKING_REUSE = 4  # tokens per bucket from which copying a table's slice pays
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +84,13 @@ def memory_layer(
 
     Tables are float32, bfloat16, or int8 with `scales`; `power`, beta and gamma are those of
     `hashing.SCORES`. Codes equal `hashing.hash_codes` bit for bit, scores to 1e-6.
+    Raises ValueError for a power that is not in `POWERS`.
     """
+    if power not in POWERS:
+        raise ValueError(
+            f"a score with the power {power} of |z|: the native memory layer has only "
+            f"{POWERS}; let XLA compute it."
+        )
     _library()
     knobs = jnp.stack([jnp.asarray(v, jnp.float32) for v in (beta, gamma)])
     y = jax.ShapeDtypeStruct((x.shape[0], tables.shape[2]), jnp.float32)
@@ -117,12 +124,14 @@ def supports(tables: Tables, scores: Scores) -> bool:
 
 def available() -> bool:
     """Whether the library is built and loaded; builds it, and warns once if it cannot."""
-    try:
-        _library()
-    except RuntimeError as error:
-        _warn_once(str(error))
-        return False
-    return True
+    if reason := why_not_built():
+        _warn_once(reason)
+    return not reason
+
+
+def why_not_built() -> str:
+    """Say why there is no library, after trying to build it; '' if there is one."""
+    return _load()[1]
 
 
 def configure(

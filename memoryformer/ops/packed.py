@@ -13,7 +13,6 @@ elsewhere, and where it cannot be built, they are widened in XLA. Start at `pack
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +112,8 @@ def memory_layer(
     bias = None if bias is None else bias.reshape(-1)
     power, gamma = hashing.SCORES[score]
     beta = 2.0 / temperature
-    if gamma is None:
-        beta, gamma = learned
+    if hashing.is_learned(score):
+        beta, gamma = (beta, 1) if learned is None else learned
 
     def native(x, values, scales, bias):
         return lookup_native.memory_layer(x, values, scales, bias, power, beta, gamma)
@@ -128,7 +127,8 @@ def memory_layer(
         y = lookup.lookup(values, codes, scores, "xla")
         return y if bias is None else y + bias[None]
 
-    y = _on_cpu(native, in_xla)(rows, values, tables.scales, bias)
+    function = _on_cpu(native, in_xla) if power in lookup_native.POWERS else in_xla
+    y = function(rows, values, tables.scales, bias)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -187,8 +187,3 @@ def _on_cpu(native, in_xla):
         return jax.lax.platform_dependent(*operands, cpu=native, default=in_xla)
 
     return run
-
-
-def num_bytes(tree) -> int:
-    """Bytes of all arrays of a tree, as stored."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -44,7 +44,9 @@ class Memformer(base.Recurrence):
         self.query = project(width, width)
         self.key_value = project(width, (2, width))
         bias = jax.random.normal(rngs.params(), (self.num_slots, width)) * width**-0.5
-        self.bias = nnx.Param(bias, spec="bias_f")  # [m, D]
+        # Not decayed: its direction is where slots start, and its length, against that of
+        # what is written, says how fast they forget. Zero would leave no start at all.
+        self.bias = nnx.Param(bias, spec="last_axis", decay=False)  # [m, D]
 
     def initial(self):
         """b / |b|."""

@@ -19,7 +19,8 @@ class RMT(base.Recurrence):
         self.before = self.num_slots
         shape = (self.num_slots, config.embed_dim)
         memory = config.embed_std * jax.random.normal(rngs.params(), shape)
-        self.memory = nnx.Param(memory, spec="bias_f")  # [m, D]
+        # Decayed as the embeddings are, which these tokens stand beside.
+        self.memory = nnx.Param(memory, spec="last_axis", decay=True)  # [m, D]
 
     def initial(self):
         """[m, D], trained."""

@@ -17,6 +17,7 @@ from memoryformer import (
     diagnostics,
     errors,
     experiment,
+    implementations,
     metrics,
 )
 
@@ -276,7 +277,7 @@ def _block_flops(width: int, length: int, projection: str) -> int:
 def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     """Count the codes of the newest checkpoint on the start of its validation text."""
     run, params, _ = experiment.load(workdir)
-    model_config = run.model
+    model_config = implementations.readable(run.model)
     dataset = data.open(run.data, model_config.vocab_size)
     batch_size = max(1, 8192 // model_config.seq_len)
     batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)

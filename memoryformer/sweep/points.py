@@ -20,10 +20,9 @@ PREFIX = "sweep_"
 LABEL = "label"
 SEED = "train.seed"
 DEFAULT_METRICS = ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
-# Fields that name no other experiment, unless the sweep itself is over them.
-BOOKKEEPING = tuple(
-    field for field in drift.FREE if field not in ("eval.*", "data.path")
-)
+# Fields that change no number and yet name another experiment: what is measured, and where
+# the text lies, the only name that a text has here.
+NAMING = ("eval.*", "data.path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,14 +209,14 @@ def _text(
     overrides: Mapping[str, Any],
     without: Collection[str] = (),
 ) -> str:
-    named = {
-        key: value
-        for key, value in flat.items()
-        if key in overrides or not any(fnmatch.fnmatchcase(key, p) for p in BOOKKEEPING)
+    unnamed = {
+        key
+        for key in experiment.may_change() - overrides.keys()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NAMING)
     }
-    return json.dumps(
-        {k: v for k, v in named.items() if k not in without}, sort_keys=True
-    )
+    unnamed |= set(without)
+    named = {key: value for key, value in flat.items() if key not in unnamed}
+    return json.dumps(named, sort_keys=True)
 
 
 def _refuse_twins(points: Sequence[Point]) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import losses, mixers
+from memoryformer import implementations, losses, mixers
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ class Scorer:
         if not model_config.causal:
             raise ConfigError("model.causal=False: an encoder predicts no next token.")
         devices = list(devices or jax.local_devices())
-        self.model_config = model_config
+        self.model_config = implementations.readable(model_config)
         self.batch_size = batch_size
         self.sharding = sharding_lib.make("data", devices)
         self.lengths = lengths(model_config.seq_len)

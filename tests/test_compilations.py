@@ -1,0 +1,131 @@
+"""What a run compiles, it compiles once: five evaluations cost the compilations of one."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import (
+    degradation,
+    diagnostics,
+    evaluation,
+    metrics,
+    mixers,
+    model,
+    recurrence,
+    sharding,
+    trainer,
+)
+
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"
+JIT = jax.jit
+CASES = {
+    **{name: {"mixer": name} for name in mixers.MIXERS},
+    "performer, redrawn": {"mixer": "performer", "performer_redraw_every": 1},
+    **{kind: {"recurrence": kind} for kind in recurrence.KINDS},
+    "rmt of luna": {"recurrence": "rmt", "mixer": "luna"},
+}
+SIZES = {
+    "luna_slots": 3,
+    "linformer_slots": 3,
+    "linformer_max_len": 16,
+    "performer_features": 8,
+    "recurrence_slots": 2,
+    "recurrence_chunk": 4,
+}
+
+
+@contextlib.contextmanager
+def counted(event):
+    """Yield a list that grows by one with every such event of jax."""
+    seen = []
+
+    def listen(name, *_, **__):
+        if name == event:
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def traced_only(function, **options):
+    """`jax.jit` without the compiler, which takes the time: results are ones."""
+    jitted = JIT(function, **options)
+
+    def call(*args, **kwargs):
+        results = jitted.trace(*args, **kwargs).out_info
+        return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), results)
+
+    return call
+
+
+def forget_steps():
+    """Empty the caches of compiled meters, where they have one."""
+    for make in (degradation.make_step, diagnostics.make_count_step):
+        getattr(make, "cache_clear", lambda: None)()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_five_evaluations_compile_once(case, monkeypatch):
+    """Of the loss, of the tables and of the slots, at five steps of a run: what jax does not
+    trace again, it does not compile again.
+
+    Mutation tried: `degradation.make_step` without its cache (red for luna, conv_luna and
+    every recurrence); `diagnostics.make_count_step` without its own (red for all).
+    """
+    config = toy.model_config("memory", **SIZES | {"num_layers": 1} | CASES[case])
+    single = sharding.make("single")
+    shapes = jax.eval_shape(lambda: model.init(config))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    monkeypatch.setattr(jax, "jit", traced_only)
+    forget_steps()
+    batches = [toy.batch(config, seed, batch_size=2) for seed in range(2)]
+    token_bytes = np.ones(config.vocab_size, np.int32)
+    eval_step = evaluation.make_eval_step(config, single)
+    counts = []
+    with counted(TRACED) as traced:
+        for step in range(1, 6):
+            features = mixers.draw(config, 0, step)
+            evaluation.evaluate(
+                eval_step, params, batches, token_bytes, single, features=features
+            )
+            evaluation.memories(config, params, batches, single, features)
+            counts.append(len(traced))
+    forget_steps()  # they only trace
+    assert counts[0] > 0, "nothing was counted: the event has another name"
+    assert counts == counts[:1] * 5
+
+
+def test_a_run_compiles_nothing_after_its_first_evaluation(tmp_path, monkeypatch):
+    """Five steps, each evaluated: neither the step nor a meter is compiled again.
+
+    Mutation tried: as above; `make_eval_step` called in the loop.
+    """
+    counts = []
+    with counted(COMPILED) as compiled:
+        write = metrics.MetricsWriter.write
+
+        def note(self, step, values):
+            if "val/loss" in values:
+                counts.append(len(compiled))
+            write(self, step, values)
+
+        monkeypatch.setattr(metrics.MetricsWriter, "write", note)
+        fields = {
+            "model.mixer": "luna",
+            "model.luna_slots": 3,
+            "train.num_steps": 6,
+            "train.log_every": 1,
+            "eval.every_steps": 1,
+            "checkpoint.every_steps": 0,
+        }
+        toy.corpus(tmp_path / "corpus")
+        trainer.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
+    # The first row of the log, and with it the schedule, is computed at the second step.
+    assert len(counts) == 6 and counts[1:] == counts[1:2] * 5

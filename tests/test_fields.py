@@ -1,0 +1,149 @@
+"""What may change while a run goes on: said at the field, and true of every field that says so."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import (
+    config,
+    drift,
+    evaluation,
+    experiment,
+    fields,
+    trainer,
+)
+from memoryformer.errors import ConfigError
+
+BASE = {"optimizer.schedule": "constant", "train.num_steps": 3, "eval.every_steps": 0}
+NOTHING = {
+    "checkpoint.every_minutes": 50.0,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 3,
+    "checkpoint.keep_every": 4,
+    "data.data_dir": "elsewhere",  # below
+    "data.path": "a copy",  # below
+    "eval.batch_size": 16,
+    "eval.every_steps": 2,
+    "eval.num_batches": 1,
+    "metrics.tensorboard": True,
+    "metrics.wandb": "",  # a service: not tried here
+    "train.checkpoint_timeout": 70.0,
+    "train.compilation_cache": "off",
+    "train.evaluation_timeout": 70.0,
+    "train.first_step_timeout": 700.0,
+    "train.log_every": 1,
+    "train.max_skipped": 2,
+    "train.nonfinite": "skip",
+    "train.step_timeout": 70.0,
+}
+ROUNDING = {
+    "mesh": "tensor:model=2",
+    "model.attention": "auto",
+    "model.lookup": "onehot",
+    "model.prefix_chunk": 8,  # of another mixer: below
+    "model.remat": "full",
+    "model.scan_layers": True,
+    "model.sequence_chunk": 4,
+    "train.num_microbatches": 2,
+}
+
+
+def flat(run):
+    return config.flatten(experiment.as_dict(run))
+
+
+def test_every_field_that_may_change_is_tried():
+    """A new one needs a line above. Mutation: `train.seed` declared to change nothing."""
+    described = fields.described(experiment.Experiment)
+    said = {
+        kind: {name for name, (changes, _) in described.items() if changes == kind}
+        for kind in fields.CHANGES
+    }
+    assert said["nothing"] == NOTHING.keys() and said["rounding"] == ROUNDING.keys()
+    assert set(described) == set(config.flatten(experiment.default_config()))
+    assert experiment.may_change() == said["nothing"] | said["rounding"]
+    assert {"train.seed", "model.score", "data.tokenizer", "optimizer.b1"} <= said[
+        "numbers"
+    ]
+    assert experiment.may_differ() == {
+        *("data.path", "data.data_dir", "metrics.tensorboard", "metrics.wandb")
+    }
+
+
+@pytest.mark.parametrize(
+    "name", sorted((NOTHING | ROUNDING).keys() - {"metrics.wandb"})
+)
+def test_each_alone_is_accepted_everywhere(name, tmp_path):
+    """On resume, and where it is of the model or the data, by evaluation and by sharing.
+
+    Mutation tried: a list of evaluation's own (attention and sequence_chunk were refused).
+    """
+    value = (NOTHING | ROUNDING)[name]
+    old = toy.run_config(tmp_path)
+    new = toy.run_config(tmp_path, **{name: value})
+    saved, run = experiment.as_dict(experiment.resolve(old)), experiment.resolve(new)
+    ours = experiment.as_dict(run)
+    changes = drift.check(saved, ours, experiment.may_change())
+    assert [change[0] for change in changes] == [name]
+    evaluation.check_same_model(saved, run)
+    shared = trainer.program(run) == trainer.program(experiment.resolve(old))
+    assert shared == (name in NOTHING)
+    with pytest.raises(ConfigError, match=name):
+        drift.check(saved, ours)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of three steps, and what the next three make of it if nothing changes."""
+    folder = tmp_path_factory.mktemp("fields")
+    toy.trained(folder, "begun", **BASE)
+    shutil.copytree(folder / "begun", folder / "straight")
+    toy.trained(folder, "straight", **BASE | {"train.num_steps": 6})
+    return folder
+
+
+def resumed(folder, name, **changed):
+    shutil.copytree(folder / "begun", folder / name)
+    toy.trained(folder, name, **BASE | {"train.num_steps": 6} | changed)
+    return experiment.load(folder / name)[1]
+
+
+def test_nothing_means_not_a_bit(begun):
+    """All of them changed at once, text and cache moved: the same parameters."""
+    shutil.copytree(begun / "corpus", begun / "moved" / "corpus")
+    shutil.copytree(begun / "cache", begun / "moved" / "cache")
+    places = {
+        "data.path": str(begun / "moved" / "corpus"),
+        "data.data_dir": str(begun / "moved" / "cache"),
+    }
+    got = resumed(begun, "nothing", **NOTHING | places)
+    want = experiment.load(begun / "straight")[1]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_rounding_means_rounding(begun):
+    """All of them changed at once, on another mesh; and evaluated under the change."""
+    plain = {k: v for k, v in ROUNDING.items() if k != "model.prefix_chunk"}
+    got = resumed(begun, "rounding", **plain)
+    want = experiment.load(begun / "straight")[1]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, got, want)
+    alone = evaluation.evaluate_checkpoint(begun / "straight")
+    changed = toy.run_config(begun, **plain | {"eval.batch_size": 8})
+    other = evaluation.evaluate_checkpoint(begun / "straight", None, changed)
+    assert other["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-5)
+
+
+def test_a_linear_mixer_goes_on_with_other_chunks(tmp_path):
+    """The one field that softmax does not read."""
+    linear = BASE | {"model.mixer": "linear", "model.prefix_chunk": 16}
+    workdir = toy.trained(tmp_path, **linear)
+    before = evaluation.evaluate_checkpoint(workdir)
+    other = linear | {"model.prefix_chunk": 4, "train.num_steps": 4}
+    changed = toy.run_config(tmp_path, **other)
+    after = evaluation.evaluate_checkpoint(workdir, None, changed)
+    assert after["val/loss"] == pytest.approx(before["val/loss"], rel=1e-5)
+    toy.trained(tmp_path, **other)

@@ -1,0 +1,153 @@
+"""What a config names and cannot have is refused; what is only read takes what there is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import (
+    decoding,
+    dryrun,
+    errors,
+    evaluation,
+    experiment,
+    implementations,
+    model,
+    sharding,
+    trainer,
+)
+from memoryformer.ops import lookup_native
+
+REFUSED = [
+    ({"lookup": "gpu"}, "cpu", "model.lookup='gpu' cannot run: the platform is cpu"),
+    ({"lookup": "gpu"}, "tpu", "the platform is tpu, not gpu"),
+    ({"lookup": "gpu"}, 8.0, "compute capability is 8.0, below 9.0"),
+    ({"lookup": "gpu", "dtype": "float64"}, 9.0, "it takes no float64 tables"),
+    (
+        {"lookup": "native"},
+        "gpu",
+        "model.lookup='native' cannot run: the platform is gpu",
+    ),
+    ({"lookup": "native", "dtype": "float64"}, "cpu", "not float64"),
+    (
+        {"attention": "cudnn"},
+        "cpu",
+        "model.attention='cudnn' cannot run: the platform is",
+    ),
+    ({"attention": "cudnn"}, 9.0, "the dtype is float32, not bfloat16"),
+    (
+        {"attention": "cudnn", "dtype": "bfloat16", "seq_len": 13},
+        9.0,
+        "length 13 is odd",
+    ),
+    ({"attention": "splash"}, "gpu", "the platform is gpu, not tpu"),
+    ({"attention": "splash"}, "tpu", "the length 12 is not a multiple of 128"),
+]
+
+
+@pytest.mark.parametrize("fields, where, message", REFUSED)
+def test_refused_in_one_line(fields, where, message):
+    """Mutation tried: a field left out of `_refusals`; the capability not passed on."""
+    config = toy.model_config("memory", **fields)
+    platform, capability = where, None
+    if isinstance(where, float):
+        platform, capability = "gpu", where
+    with pytest.raises(errors.ConfigError) as caught:
+        implementations.check(config, platform, capability)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    (field,) = {"lookup", "attention"} & fields.keys()
+    assert f"use model.{field}='auto'" in str(caught.value)
+    for anywhere in ("cpu", "gpu", "tpu"):  # and what it advises can run
+        implementations.check(dataclasses.replace(config, **{field: "auto"}), anywhere)
+
+
+def test_what_can_run_is_accepted():
+    """Also on platforms that are not here, and where nothing is known of one."""
+    able = {"dtype": "bfloat16", "seq_len": 128}
+    for fields, platform in (
+        ({"lookup": "gpu"}, "gpu"),
+        ({"lookup": "gpu"}, "cuda"),
+        ({"lookup": "onehot", "attention": "splash"}, "tpu"),
+        ({"attention": "cudnn"}, "gpu"),
+        ({"lookup": "gpu", "attention": "splash"}, "abstract"),
+    ):
+        config = toy.model_config("memory", **able | fields)
+        implementations.check(config, platform, 9.0)
+    dense = toy.model_config("dense", lookup="gpu")  # which looks nothing up
+    implementations.check(dense, "cpu")
+
+
+def test_without_a_compiler(monkeypatch):
+    """'native' says what is missing; 'auto' goes on without."""
+    monkeypatch.setattr(lookup_native, "_load", lambda: (None, "no C++ compiler found"))
+    with pytest.raises(
+        errors.ConfigError, match=r"'native' cannot run: no C\+\+ compiler"
+    ):
+        implementations.check(toy.model_config("memory", lookup="native"), "cpu")
+
+
+@pytest.mark.parametrize("field, value", [("lookup", "gpu"), ("attention", "cudnn")])
+def test_at_every_door(field, value, tmp_path, toy_run):
+    """Training, its dry run and an evaluation that asks for it refuse it; a run that was
+    trained with it elsewhere is evaluated and sampled all the same.
+
+    Mutation tried: `check` left out of `_check_fit`; `readable` left out of the generator.
+    """
+    fields = {f"model.{field}": value}
+    config = toy.run_config(toy_run.parent, **fields)
+    message = f"model.{field}='{value}' cannot run"
+    with pytest.raises(errors.ConfigError, match=message):
+        trainer.train(config, tmp_path / "run")
+    with pytest.raises(errors.ConfigError, match=message):
+        dryrun.examine(experiment.resolve(config), "cpu")
+    with pytest.raises(errors.ConfigError, match=message):
+        evaluation.evaluate_checkpoint(toy_run, None, config)
+    elsewhere = toy.model_config("memory", **{field: value})
+    params = model.init(elsewhere)
+    here = dataclasses.replace(elsewhere, **{field: "auto"})
+    outputs = [
+        decoding.Generator(c, params)._step(
+            params,
+            model.merge(here, params).init_state(1, 8),
+            jnp.zeros((1, 4), jnp.int32),
+            _seq(4),
+        )[0]
+        for c in (elsewhere, here)
+    ]
+    np.testing.assert_array_equal(*outputs)
+    assert dataclasses.asdict(implementations.readable(elsewhere))[field] == "auto"
+
+
+def _seq(length):
+    from memoryformer import mixers
+
+    return mixers.SeqInfo.of_tokens(jnp.zeros((1, length), jnp.int32))
+
+
+def test_a_run_of_another_machine_is_evaluated(toy_run, monkeypatch):
+    """Without a config of the reader's own. Mutation tried: `readable` left out."""
+    load = experiment.load
+
+    def of_a_gpu(workdir, step=None):
+        run, params, facts = load(workdir, step)
+        named = dataclasses.replace(run.model, lookup="gpu", attention="cudnn")
+        return dataclasses.replace(run, model=named), params, facts
+
+    want = evaluation.evaluate_checkpoint(toy_run)["val/loss"]
+    monkeypatch.setattr(experiment, "load", of_a_gpu)
+    got = evaluation.evaluate_checkpoint(toy_run)["val/loss"]
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_the_model_itself_refuses():
+    """Where no door was passed: as it is lowered, never another lookup in silence."""
+    config = toy.model_config("memory", lookup="gpu", num_layers=1)
+    params = model.init(config)
+    with pytest.raises(
+        ValueError, match="lookup 'gpu' cannot run: the platform is cpu"
+    ):
+        model.forward(config, params, jnp.zeros((1, 12), jnp.int32))
+    assert sharding.make("single").platform == jax.default_backend() == "cpu"
