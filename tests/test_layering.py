@@ -44,6 +44,7 @@ FLOOR = {
     for number, names in enumerate(re.split(r"\n(?! )", FLOORS.strip()))
     for name in names.split()
 }
+CIRCLE = {("errors", "config")}  # inside a function
 # What may be read alone, and so imports nothing of the model or of a run.
 APART = {"ops", "data", "metrics", "optimizer", "targets", "hlo"}
 APART_MAY = {"notation", "errors", "config", "fields", "ops", "paths", "console"}
