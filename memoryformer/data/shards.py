@@ -130,7 +130,7 @@ def _request(data_config: options.DataConfig) -> dict:
     if data_config.tokenizer != "bytes" and not tokenizer_lib.bpe_size(
         data_config.tokenizer
     ):
-        tokenizer = tokenizer_lib.load(data_config.tokenizer)
+        tokenizer = tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
         request["tokenizer"] = tokenizer.fingerprint
     return request
 
@@ -183,6 +183,7 @@ def _write(
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eot_id": tokenizer.eot_id,
+            "end_token": tokenizer.end_token,
         },
         "dtype": dtype,
         "splits": {},
@@ -192,6 +193,8 @@ def _write(
         manifest["splits"][name] = _write_split(
             directory / f"{name}.bin", corpus[name], tokenizer, skip, dtype, line
         )
+    if note := manifest_lib.byte_note(manifest):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     shutil.rmtree(directory / "records", ignore_errors=True)
     manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -292,7 +295,7 @@ def _tokenizer(
 ) -> tokenizer_lib.Tokenizer:
     size = tokenizer_lib.bpe_size(data_config.tokenizer)
     if not size:
-        return tokenizer_lib.load(data_config.tokenizer)
+        return tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
     # Spread over the corpus, which lies in file order.
     stride = max(1, -(-texts.num_bytes // BPE_TRAINING_BYTES))
 

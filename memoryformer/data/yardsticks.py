@@ -147,10 +147,11 @@ def _long_xz(text: bytes) -> int:
 def _split_bytes(split: data.Split, tokenizer: data.Tokenizer, limit: int) -> bytes:
     """The first `limit` bytes of a split's documents, joined."""
     parts, size = [], 0
+    begins = True  # whether the chunk begins a document
     for start in range(0, len(split.tokens), 1 << 20):
-        parts.append(
-            tokenizer.decode_bytes(split.tokens[start : start + (1 << 20)].tolist())
-        )
+        chunk = split.tokens[start : start + (1 << 20)].tolist()
+        parts.append(tokenizer.decode_bytes(chunk, begins))
+        begins = chunk[-1] == tokenizer.eot_id
         size += len(parts[-1])
         if size >= limit:
             break
