@@ -32,6 +32,8 @@ FREE = (
     "model.prefix_chunk",  # the same sum in other pieces: rounding
     "data.path",  # where the text lies: the fingerprint says whether it is the same
     "data.data_dir",
+    "data.tokenizer",  # by which name it was asked for: its sha256 says whether it is the same
+    "data.end_token",
 )
 ABSENT = "(absent)"
 
@@ -78,6 +80,23 @@ def check(
             f"start in a new --workdir, or go on regardless with --allow={fields}"
         )
     return changes
+
+
+def check_tokenizer(
+    saved: Mapping[str, str] | None, new: Mapping[str, str] | None, step: int
+) -> None:
+    """Raise `ConfigError` if a step was trained with another tokenizer.
+
+    Both are {'sha256', 'end_token'}, None where it is not known. Ids would mean other text:
+    nothing allows that.
+    """
+    if saved and new and dict(saved) != dict(new):
+        was, now = (f"{t['sha256'][:12]} ({t['end_token']})" for t in (saved, new))
+        raise ConfigError(
+            f"checkpoint {step} was trained with the tokenizer {was}, this data has {now}: "
+            "give the text that the run began with, or name the tokenizer.json of its "
+            "--workdir as data.tokenizer."
+        )
 
 
 def shared(config: Mapping[str, Any]) -> str:

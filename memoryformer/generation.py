@@ -26,6 +26,7 @@ from memoryformer import (
     experiment,
     inference,
     metrics,
+    run_tokenizer,
 )
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError
@@ -46,8 +47,8 @@ class Completion:
 class _Reply:
     """The text of one row so far, cut before the first stop string."""
 
-    def __init__(self, tokenizer: data.Tokenizer, stop: Sequence[str]):
-        self._stream = tokenizer.stream()
+    def __init__(self, tokenizer: data.Tokenizer, stop: Sequence[str], start: bool):
+        self._stream = tokenizer.stream(start)
         self._eot_id = tokenizer.eot_id
         self._stop = [string for string in stop if string]
         self.text, self.num_tokens, self.finish, self._shown = "", 0, "", 0
@@ -104,7 +105,7 @@ def complete(
     """
     start = [tokenizer.eot_id]
     tokens = [start + tokenizer.encode(prompt) for prompt in prompts]
-    replies = [_Reply(tokenizer, stop) for _ in prompts]
+    replies = [_Reply(tokenizer, stop, start=not prompt) for prompt in prompts]
     for row in generator.stream_batch(tokens, sampling):
         for reply, token in zip(replies, row, strict=True):
             reply.push(token)
@@ -161,9 +162,9 @@ def open_run(
     kinds: inference.WeightKinds | None = None,
 ) -> tuple[Generator, data.Tokenizer, experiment.Experiment]:
     """Load a checkpoint and its tokenizer for sampling, weights stored as `kinds` says."""
-    run, params, _ = experiment.load(workdir, step)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-    return Generator(run.model, params, kinds), dataset.tokenizer, run
+    run, params, facts = experiment.load(workdir, step)
+    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
+    return Generator(run.model, params, kinds), tokenizer, run
 
 
 def open_export(
@@ -171,9 +172,7 @@ def open_export(
 ) -> tuple[Generator, data.Tokenizer]:
     """Load what `python -m memoryformer.convert` wrote, for sampling."""
     model_config, params = export.load_export(directory)
-    tokenizer = export.load_tokenizer(directory)
-    if tokenizer is None:
-        raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
+    tokenizer = export.own_tokenizer(directory, model_config.vocab_size)
     return Generator(model_config, params, kinds), tokenizer
 
 
@@ -242,6 +241,10 @@ def _run_file(generator, tokenizer, sampling):
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if _OUTPUT.value:
+            if pathlib.Path(_OUTPUT.value).exists() and os.path.samefile(
+                _OUTPUT.value, _PROMPTS.value
+            ):
+                raise ConfigError(f"--output={_OUTPUT.value}: is the file of prompts.")
             out = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8"))
         for row in complete_file(
             generator,

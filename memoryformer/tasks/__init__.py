@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from memoryformer import config as config_lib
-from memoryformer import data, evaluation, experiment, generation
+from memoryformer import data, evaluation, experiment, generation, run_tokenizer
 from memoryformer import model as model_lib
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError
@@ -35,8 +35,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate one step of a run (None: the newest); `options` are those of `evaluate`."""
     run, params, facts = experiment.load(workdir, step)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-    result = evaluate(run.model, params, dataset.tokenizer, **options)
+    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
+    result = evaluate(run.model, params, tokenizer, **options)
     origin = {
         "workdir": os.fspath(workdir),
         "step": facts["step"],
@@ -49,11 +49,9 @@ def evaluate_checkpoint(
 def evaluate_export(directory: str | os.PathLike, **options: Any) -> dict[str, Any]:
     """Evaluate what `python -m memoryformer.convert` wrote, such as a Pythia model."""
     config, params = export.load_export(directory)
-    tokenizer = export.load_tokenizer(directory)
-    if tokenizer is None:
-        raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
+    tokenizer = export.own_tokenizer(directory, config.vocab_size)
     result = evaluate(config, params, tokenizer, **options)
-    source = export.read_config(directory)["source"]
+    source = export.source(directory).values
     origin = {
         "export": os.fspath(directory),
         "step": source.get("step"),
