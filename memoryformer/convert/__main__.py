@@ -27,7 +27,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 
 def main(argv):
     """Dispatch to the subcommand."""
-    from memoryformer.convert import export, gpt_neox, released, runs
+    from memoryformer.convert import export, folders, gpt_neox, released, runs
 
     if len(argv) != 4:
         raise errors.ConfigError(
@@ -47,6 +47,7 @@ def main(argv):
         runs.import_run(origin, target, _CONFIG.value)
     else:
         directory = runs.fetch(origin, _REVISION.value)
+        folders.check_free(target)
         if command == "gpt_neox":
             config, params = gpt_neox.load_gpt_neox(directory)
         else:
