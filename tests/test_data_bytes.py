@@ -75,10 +75,10 @@ def test_what_a_tokenizer_does_not_keep_is_said(dataset, tmp_path, capsys):
     assert manifest_lib.byte_note(manifest_lib.read(plain)) == ""
 
 
-def test_compressors_see_the_text_without_added_spaces(tmp_path):
+def test_compressors_see_the_text_without_added_spaces(tmp_path, monkeypatch):
     """A space before every document is the tokenizer's, not the text's.
 
-    Mutation: `decode_bytes(chunk, False)` without looking for ends of documents.
+    Mutations: `decode_bytes` without looking for ends of documents; `begins = False`.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -97,6 +97,7 @@ def test_compressors_see_the_text_without_added_spaces(tmp_path):
         tmp_path, texts, tokenizer=str(tmp_path / "tokenizer.json")
     )
     opened = data.open(config)
+    monkeypatch.setattr(yardsticks, "CHUNK_TOKENS", 1)  # each ends before a document
     for split in (opened.train, opened.validation):
         seen = yardsticks._split_bytes(split, opened.tokenizer, 1 << 30)
         info = opened.manifest["splits"][split.name]

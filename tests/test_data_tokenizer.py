@@ -234,7 +234,7 @@ def test_ids_that_only_pad_the_vocabulary_have_no_text():
     Mutations: `self.pieces[token]` whatever the token; `<=` for `<`.
     """
     padded = tokenizer_lib.byte_level()
-    ids = [*b"ab", padded.vocab_size, padded.vocab_size + 3, -1, *b"c"]
+    ids = [*b"ab", padded.vocab_size, padded.vocab_size + 3, -2, *b"c"]
     stream = padded.stream()
     assert padded.decode(ids) == "abc"
     assert "".join(map(stream.push, ids)) + stream.finish() == "abc"
@@ -275,7 +275,7 @@ def unigram():
     return trained(model, trainer, tokenizers.pre_tokenizers.Metaspace())
 
 
-def llama_like(specials_are_bytes):
+def llama_like(specials_are_bytes, change=lambda spec: None):
     """Byte fallback, a space before every text; `<0x..>` perhaps marked as special."""
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     special = ["<unk>", "<s>", "</s>", *(fallback if specials_are_bytes else [])]
@@ -288,6 +288,7 @@ def llama_like(specials_are_bytes):
         for byte in fallback:
             vocab.setdefault(byte, len(vocab))
         spec["model"]["byte_fallback"] = True
+        change(spec)
 
     split = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return trained(tokenizers.models.BPE(unk_token="<unk>"), trainer, split, edit)
@@ -308,6 +309,7 @@ SPECS = {
     "prefix": lambda: byte_bpe("</s>", add_prefix_space=True),
     "llama": lambda: llama_like(False),
     "llama, special bytes": lambda: llama_like(True),
+    "llama, nothing special": lambda: llama_like(True, not_special),
 }
 
 
@@ -316,10 +318,10 @@ def test_text_never_makes_a_special_token(name):
     """Whatever it spells, in whichever family, alone or inside a text.
 
     Mutations: `for_text` returns the spec as it is; the names hidden in added tokens
-    only; "special" not set there.
+    only; "special" not set for `<0x41>`, which then is the byte A.
     """
     tokenizer = made(SPECS[name]())
-    names = ["<|endoftext|>", "</s>", "<pad>", "<s>", tokenizer.end_token]
+    names = ["<|endoftext|>", "</s>", "<pad>", "<0x41>", tokenizer.end_token]
     for text in (*names, *(f"a {n} table{n}" for n in names)):
         ids = tokenizer.encode(text)
         unknown = {i for i in ids if not tokenizer.piece(i)}
@@ -344,6 +346,8 @@ def test_the_space_before_a_text_is_no_part_of_it(name):
         assert tokenizer.decode(ids) == expected
         goes_on = tokenizer.decode(ids, start=False)
         assert goes_on == " " + expected
+        unused = [tokenizer.vocab_size, *ids]  # nothing of the text was seen yet
+        assert tokenizer.decode(unused) == expected
         two = [tokenizer.eot_id, *ids, tokenizer.eot_id, *ids]
         assert tokenizer.decode(two, start=False) == expected * 2
         for start, whole in ((True, expected), (False, goes_on)):
@@ -393,7 +397,7 @@ def test_an_end_token_of_its_own():
 def test_odd_tokenizer_files(tmp_path):
     """A byte order mark is no content; an id that no table can hold, in one line.
 
-    Mutation: `size > MAX_ID` left out (gigabytes).
+    Mutation: `check_ids` left out (minutes and gigabytes).
     """
     path = tmp_path / "tokenizer.json"
     path.write_text("\ufeff" + json.dumps(byte_bpe("</s>")))

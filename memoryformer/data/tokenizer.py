@@ -34,8 +34,9 @@ class Tokenizer:
     def __init__(self, text: str, name: str, end_token: str = ""):
         self.name = name
         whole = _backend(text, name)
-        self.spec = json.loads(whole.to_str())
         vocab = whole.get_vocab(with_added_tokens=True)
+        vocabulary.check_ids(vocab, name)  # first: `to_str` goes through all up to them
+        self.spec = json.loads(whole.to_str())
         self.end_token = vocabulary.end_of_document(self.spec, vocab, end_token, name)
         self.eot_id = vocab[self.end_token]
         self.pieces = vocabulary.pieces(self.spec, vocab, self.end_token, name)

@@ -43,6 +43,15 @@ def end_of_document(
     )
 
 
+def check_ids(vocab: Mapping[str, int], name: str) -> None:
+    """Raise `DataError` for ids that no table can hold."""
+    largest = max(vocab.values(), default=0)
+    if largest >= MAX_ID:
+        raise errors.DataError(
+            f"data.tokenizer={name!r}: has the id {largest}; ids must be below {MAX_ID}."
+        )
+
+
 def known_end(vocab: Mapping[str, int]) -> str:
     """The first of the usual names that `vocab` holds; '' for none."""
     return next((token for token in END_TOKENS if token in vocab), "")
@@ -53,14 +62,9 @@ def pieces(
 ) -> list[bytes]:
     """The byte string of every id; b'' for special tokens and ids without a token.
 
-    Raises `ConfigError` for a family whose tokens have no bytes of their own, `DataError`
-    for ids that no table can hold.
+    Raises `ConfigError` for a family whose tokens have no bytes of their own.
     """
     size = max(vocab.values()) + 1
-    if size > MAX_ID:
-        raise errors.DataError(
-            f"data.tokenizer={name!r}: has the id {size - 1}; ids must be below {MAX_ID}."
-        )
     convert = _bytes_of_token(spec, name)
     special = {vocab[token] for token in special_tokens(spec, end_token)}
     added = {token["id"] for token in spec.get("added_tokens") or []}
@@ -110,9 +114,7 @@ def for_text(spec: Mapping[str, Any], end_token: str) -> str:
         token
         | {
             "content": hidden.get(token["content"], token["content"]),
-            "special": token["special"]
-            or token["content"] in hidden
-            or _stands_for_a_byte(spec, token["content"]),
+            "special": token["special"] or _stands_for_a_byte(spec, token["content"]),
         }
         for token in spec.get("added_tokens") or []
     ]
