@@ -54,24 +54,34 @@ def load(
 
 
 def keep(workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool) -> None:
-    """Write the run's tokenizer.json unless it is there; `begun`: with checkpoints.
-
-    Raises `ConfigError` if another one lies there that is not an abandoned start's.
-    """
+    """Write the run's tokenizer.json unless it is there; see `check`."""
+    check(workdir, tokenizer, begun=begun)
     path = pathlib.Path(workdir) / FILE
-    if path.exists():
-        if _fingerprint(path, tokenizer.end_token) == tokenizer.fingerprint:
-            return
-        if begun or not (path.parent / "config.json").exists():
-            raise ConfigError(
-                f"{path}: is not the tokenizer of this run; move it away, or name another "
-                "--workdir."
-            )
+    if _fingerprint(path, tokenizer.end_token) == tokenizer.fingerprint:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error}.") from error
+
+
+def check(
+    workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool
+) -> None:
+    """Raise `ConfigError` if another tokenizer.json lies in the run's folder.
+
+    Unless it is that of a start which was given up: a config.json beside it, and no
+    checkpoint yet (not `begun`).
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists() or (not begun and (path.parent / "config.json").exists()):
+        return
+    if _fingerprint(path, tokenizer.end_token) != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{path}: is not the tokenizer of this run; move it away, or name another "
+            "--workdir."
+        )
 
 
 def located(
@@ -86,7 +96,7 @@ def located(
 
 
 def _fingerprint(path: pathlib.Path, end_token: str) -> str:
-    """'' for a file that is no tokenizer with this end token."""
+    """'' where there is no tokenizer with this end token."""
     try:
         return tokenizer_lib.load(str(path), end_token).fingerprint
     except MemoryFormerError:

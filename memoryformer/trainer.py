@@ -383,9 +383,10 @@ class _Loop:
         if jax.process_index():
             return
         begun = bool(self.checkpointer.steps())
-        run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
+        run_tokenizer.check(self.workdir, self.dataset.tokenizer, begun=begun)
         config = experiment.as_dict(self.config)
         rundir.write_json(self.workdir / "config.json", config, indent=2)
+        run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
 
     def _evaluation_due(self, step):
         every = self.config.eval.every_steps

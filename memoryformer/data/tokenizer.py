@@ -88,8 +88,13 @@ class Tokenizer:
     def save(self, path: pathlib.Path) -> None:
         """Write tokenizer.json; killed halfway, the file before stays."""
         fresh = path.with_name(path.name + ".part")
-        fresh.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        fresh.replace(path)
+        text = json.dumps(self.spec, ensure_ascii=False)
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 class TextStream:
