@@ -202,7 +202,8 @@ def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
 def test_going_on_compares_the_tokenizer_by_content(grown, tmp_path):
     """Another is refused whatever is allowed; the same one under another path goes on.
 
-    Mutations: `drift.check_tokenizer` left out; "data.tokenizer" left out of `drift.FREE`.
+    Mutations: `drift.check_tokenizer` left out; "data.tokenizer" left out of `drift.FREE`;
+    `run_tokenizer.check` left out of the loop.
     """
     run, config, before = grown
     copy = tmp_path / "run"
@@ -215,6 +216,11 @@ def test_going_on_compares_the_tokenizer_by_content(grown, tmp_path):
     moved.data.tokenizer = str(copy / "tokenizer.json")
     trainer.train(moved, copy)
     assert text(copy)[0] == before
+    (tmp_path / "fresh").mkdir()
+    tokenizer_lib.byte_level().save(tmp_path / "fresh" / "tokenizer.json")
+    with pytest.raises(ConfigError, match="not the tokenizer of this run"):
+        trainer.train(moved, tmp_path / "fresh")
+    assert not (tmp_path / "fresh" / "config.json").exists()
     gone = experiment.resolve(moved).data
     gone = dataclasses.replace(gone, tokenizer=str(tmp_path / "gone.json"))
     assert run_tokenizer.located(gone, copy).tokenizer == str(copy / "tokenizer.json")
