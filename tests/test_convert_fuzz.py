@@ -1,6 +1,10 @@
 """Whatever a file of a model holds: it is read, or refused in one line."""
 
+import base64
+import contextlib
+import functools
 import json
+import operator
 
 import numpy as np
 import pytest
@@ -369,12 +373,27 @@ PLACES = [
 @settings(FAST, max_examples=80)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=2))
 def test_any_tokenizer_file(changes):
-    """Mutation: `except Exception` in `_refused` (a panic is none)."""
+    """Mutation: `_refused` without its `except`."""
     spec = json.loads(json.dumps(SPEC))
     for (*outer, key), value in changes:
-        node = spec
-        for name in outer:
-            node = node[name] if isinstance(node, dict | list) and node else {}
-        node[key] = value
+        with contextlib.suppress(LookupError, TypeError):  # changed away before
+            functools.reduce(operator.getitem, outer, spec)[key] = value
     text = json.dumps(spec)
     refused(lambda: tokenizer_lib.Tokenizer(text, "any").encode("a </s> b"))
+
+
+@pytest.mark.parametrize(
+    ("junk", "message"),
+    [(b"abc", "not a tokenizer.json"), (b"\4\0\0\0abcd", "cannot encode")],
+)
+def test_a_panic_of_the_tokenizers_is_one_line(junk, message):
+    """Of a file with a damaged table, when it is read or when it is used.
+
+    Mutation: `except Exception` in `_refused`: a panic is none.
+    """
+    table = base64.b64encode(junk).decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    text = json.dumps(SPEC | {"normalizer": normalizer})
+    with pytest.raises(errors.DataError, match=message) as caught:
+        tokenizer_lib.Tokenizer(text, "any")
+    assert "\n" not in str(caught.value)
