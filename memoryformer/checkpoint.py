@@ -61,7 +61,8 @@ class Checkpointer:
 
     `run_config` is the resolved config and `data_fingerprint` names the data; both are
     stored with every step, and a step written under others is refused (see `drift`)
-    unless `allow` holds the fields that differ; `complete` fills a stored config in with
+    unless `allow` holds the fields that differ, as is one of another `tokenizer` whatever
+    `allow` holds; `complete` fills a stored config in with
     the fields that it was written without. Every process makes one and calls the
     same methods at the same steps; process 0 writes manifests and deletes.
     """
@@ -73,6 +74,7 @@ class Checkpointer:
         *,
         run_config: Mapping[str, Any],
         data_fingerprint: str,
+        tokenizer: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
     ):
@@ -81,6 +83,7 @@ class Checkpointer:
         self._facts = {
             "config": drift.plain(run_config),
             "data_fingerprint": data_fingerprint,
+            "tokenizer": tokenizer,
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
         }
         self._allow = allow
@@ -331,8 +334,9 @@ class Checkpointer:
         return failure
 
     def _compare(self, step: int, abstract_state: Any) -> None:
-        """Raise `ConfigError` if `step` is of another config, data or model."""
+        """Raise `ConfigError` if `step` is of another config, data, tokenizer or model."""
         facts = self.facts(step)
+        drift.check_tokenizer(facts.get("tokenizer"), self._facts["tokenizer"], step)
         saved = self._complete(facts["config"])
         saved["data_fingerprint"] = facts["data_fingerprint"]
         ours = dict(self._facts["config"])

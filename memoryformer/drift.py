@@ -60,6 +60,23 @@ def check(
     return changes
 
 
+def check_tokenizer(
+    saved: Mapping[str, str] | None, new: Mapping[str, str] | None, step: int
+) -> None:
+    """Raise `ConfigError` if a step was trained with another tokenizer.
+
+    Both are {'sha256', 'end_token'}, None where it is not known. Ids would mean other text:
+    nothing allows that.
+    """
+    if saved and new and dict(saved) != dict(new):
+        was, now = (f"{t['sha256'][:12]} ({t['end_token']})" for t in (saved, new))
+        raise ConfigError(
+            f"checkpoint {step} was trained with the tokenizer {was}, this data has {now}: "
+            "give the text that the run began with, or name the tokenizer.json of its "
+            "--workdir as data.tokenizer."
+        )
+
+
 def shared(config: Mapping[str, Any], local: Collection[str]) -> str:
     """Return, as text, what every process of a run must agree in: all but `local` fields."""
     flat = config_lib.flatten(plain(config))

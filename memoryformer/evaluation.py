@@ -33,6 +33,7 @@ from memoryformer import (
     inference,
     losses,
     mixers,
+    run_tokenizer,
 )
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
@@ -115,6 +116,7 @@ def evaluate(
     """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
 
     `features` are `mixers.draw`'s of a step; None: those of the model's config.
+    `token_bytes` [V] are the bytes of text that a token counts for (`data.Dataset`).
     Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
     'val/seconds'}, or None if `stop()` said so between two batches.
     """
@@ -142,7 +144,7 @@ def evaluate(
         "val/perplexity": math.exp(min(loss, 700.0)),
         "val/bits_per_byte": nats / math.log(2) / num_bytes,
         "val/tokens": int(weight),
-        "val/bytes": int(num_bytes),
+        "val/bytes": round(num_bytes),
         "val/seconds": time.perf_counter() - started,
     }
 
@@ -196,13 +198,12 @@ def evaluate_checkpoint(
             performer_draw=run.model.performer_draw,
         )
         run = dataclasses.replace(given, model=given_model)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-    if dataset.fingerprint != facts["data_fingerprint"]:
-        raise DataError(
-            f"the data in {dataset.directory} has fingerprint "
-            f"{dataset.fingerprint[:12]}, the checkpoint was trained on "
-            f"{facts['data_fingerprint'][:12]}: point data.path or data.data_dir at it."
-        )
+    if config is None:
+        dataset = data.find(run.data, facts["data_fingerprint"], run.model.vocab_size)
+    else:
+        corpus = run_tokenizer.located(run.data, workdir)
+        dataset = data.open(corpus, run.model.vocab_size)
+        data.check(dataset, facts["data_fingerprint"])
     params, changed = inference.altered(run.model, params, kinds, density)
     if config is not None:  # what is asked for here, not what the run was trained with
         implementations.check(run.model, jax.default_backend())
@@ -218,9 +219,7 @@ def evaluate_checkpoint(
     with sharding.activate():
         placed = sharding.put(params, specs)
         step_fn = make_eval_step(run.model, sharding)
-        result = evaluate(
-            step_fn, placed, batches, dataset.tokenizer.token_bytes, sharding
-        )
+        result = evaluate(step_fn, placed, batches, dataset.token_bytes, sharding)
         result |= memories(run.model, placed, batches, sharding)
     return {
         "step": facts["step"],

@@ -27,6 +27,7 @@ from memoryformer import (
     inference,
     metrics,
     paths,
+    run_tokenizer,
 )
 from memoryformer.convert import export
 from memoryformer.data import blocks, jsonlines, names
@@ -49,9 +50,13 @@ class _Reply:
     """The text of one row so far, cut before its stop strings (see `_before`)."""
 
     def __init__(
-        self, tokenizer: data.Tokenizer, stop: Sequence[str], in_turn: bool = False
+        self,
+        tokenizer: data.Tokenizer,
+        stop: Sequence[str],
+        in_turn: bool = False,
+        start: bool = False,
     ):
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(start)
         self._eot_id = tokenizer.eot_id
         self._stop = [string for string in stop if string]
         self._in_turn = in_turn
@@ -140,7 +145,10 @@ def complete_tokens(
     in_turn: where stop strings overlap, the text is cut before the first of `stop`, and what
       is left before the next, as the lm-evaluation-harness does.
     """
-    replies = [_Reply(tokenizer, stop, in_turn) for _ in prompts]
+    replies = [
+        _Reply(tokenizer, stop, in_turn, start=set(prompt) <= {tokenizer.eot_id})
+        for prompt in prompts
+    ]
     for row in generator.stream_batch(prompts, sampling):
         for reply, token in zip(replies, row, strict=True):
             reply.push(token)
@@ -223,9 +231,9 @@ def open_run(
     kinds: inference.WeightKinds | None = None,
 ) -> tuple[Generator, data.Tokenizer, experiment.Experiment]:
     """Load a checkpoint and its tokenizer for sampling, weights stored as `kinds` says."""
-    run, params, _ = experiment.load(workdir, step)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-    return Generator(run.model, params, kinds), dataset.tokenizer, run
+    run, params, facts = experiment.load(workdir, step)
+    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
+    return Generator(run.model, params, kinds), tokenizer, run
 
 
 def open_export(
@@ -233,9 +241,7 @@ def open_export(
 ) -> tuple[Generator, data.Tokenizer]:
     """Load what `python -m memoryformer.convert` wrote, for sampling."""
     model_config, params = export.load_export(directory)
-    tokenizer = export.load_tokenizer(directory)
-    if tokenizer is None:
-        raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
+    tokenizer = export.own_tokenizer(directory, model_config.vocab_size)
     return Generator(model_config, params, kinds), tokenizer
 
 

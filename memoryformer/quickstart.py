@@ -19,9 +19,9 @@ DENSE_SUFFIX = "-dense"
 
 def summary(workdir: pathlib.Path) -> str:
     """Return a table of bits per byte, and where everything is."""
-    saved = checkpoint.facts(workdir)["config"]
-    run = experiment.resolve(saved)
-    dataset = data.open(run.data)
+    facts = checkpoint.facts(workdir)
+    run = experiment.resolve(facts["config"])
+    dataset = data.find(run.data, facts["data_fingerprint"])
     memory = workdir.with_name(workdir.name.removesuffix(DENSE_SUFFIX))
     dense = memory.with_name(memory.name + DENSE_SUFFIX)
     rows = []

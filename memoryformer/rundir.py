@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from memoryformer import processes
-from memoryformer.errors import StorageError
+from memoryformer.errors import ConfigError, StorageError
 
 LOCK = "lock"
 # What file systems say that cannot lock: there, nobody is kept out.
@@ -41,6 +41,20 @@ def only_one(workdir: str | os.PathLike, patience: float = 0.0) -> Iterator[None
         return
     with _held(pathlib.Path(workdir), time.monotonic() + patience):
         yield
+
+
+def refuse_foreign(workdir: str | os.PathLike) -> None:
+    """Raise `ConfigError` if the config.json in `workdir` is no run's: an export's, say."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        config = read_json(path)
+    except StorageError:  # none, or damaged: a run writes its own anew
+        return
+    if not {"model", "data", "train"} <= config.keys():
+        raise ConfigError(
+            f"--workdir={workdir}: {path} is of another model, which training would "
+            "write over; name another directory."
+        )
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], **style: Any) -> None:

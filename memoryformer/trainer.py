@@ -29,6 +29,7 @@ from memoryformer import (
     paths,
     preemption,
     processes,
+    run_tokenizer,
     rundir,
     spikes,
     training_log,
@@ -75,8 +76,8 @@ def train(
 
     Args:
       config: a whole config, see `experiment`.
-      workdir: gets config.json, metrics.jsonl and checkpoints/. If it holds a checkpoint, the
-        run goes on from there, and its config must be the same but for what
+      workdir: gets config.json, tokenizer.json, metrics.jsonl and checkpoints/. If it holds a
+        checkpoint, the run goes on from there, and its config must be the same but for what
         `experiment.may_change`.
       allow: further fields that may differ.
       compiled: what an earlier run of this process left in the same dict, if this one
@@ -89,6 +90,7 @@ def train(
     """
     run = experiment.resolve(config)
     workdir = paths.workdir(workdir)
+    rundir.refuse_foreign(workdir)
     with (
         rundir.only_one(workdir, patience),
         outcome.recorded(workdir),
@@ -99,7 +101,8 @@ def train(
         striped = mixers.takes_any_order(run.model)
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = _check_fit(run, sharding)
-        dataset = data.open(run.data, run.model.vocab_size, stop=lambda: bool(stop))
+        corpus = run_tokenizer.located(run.data, workdir)
+        dataset = data.open(corpus, run.model.vocab_size, stop=lambda: bool(stop))
         common = drift.shared(experiment.as_dict(run), experiment.may_differ())
         processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)
@@ -110,6 +113,7 @@ def train(
                 run.checkpoint,
                 run_config=experiment.as_dict(run),
                 data_fingerprint=dataset.fingerprint,
+                tokenizer=run_tokenizer.identity(dataset.tokenizer),
                 allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
             ) as checkpointer,
@@ -412,8 +416,11 @@ class _Loop:
     def _write_config(self):
         if jax.process_index():
             return
+        begun = bool(self.checkpointer.steps())
+        run_tokenizer.check(self.workdir, self.dataset.tokenizer, begun=begun)
         config = experiment.as_dict(self.config)
         rundir.write_json(self.workdir / "config.json", config, indent=2)
+        run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
 
     def _evaluation_due(self, step):
         every = self.config.eval.every_steps
@@ -444,7 +451,7 @@ class _Loop:
             self.eval_step,
             params,
             batches,
-            self.dataset.tokenizer.token_bytes,
+            self.dataset.token_bytes,
             self.sharding,
             features=features,
             num_batches=run.eval.num_batches,

@@ -29,6 +29,7 @@ _TESTS = {
     "data/shards": ("test_data_shards.py", "test_data_source.py"),
     "data/source": ("test_data_source.py", "test_data_layout.py"),
     "data/tokenizer": ("test_data_tokenizer.py", "test_convert_export.py"),
+    "data/vocabulary": ("test_data_tokenizer.py", "test_data_bytes.py"),
     "data/yardsticks": ("test_data_yardsticks.py",),
     "decoding": (
         "test_generation.py",
@@ -36,7 +37,7 @@ _TESTS = {
         "test_mixers_training.py",
         "test_recurrence.py",
     ),
-    "drift": ("test_checkpoint.py", "test_trainer.py"),
+    "drift": ("test_fields.py", "test_checkpoint.py", "test_trainer.py"),
     "evaluation": ("test_evaluation.py", "test_trainer.py"),
     "integrity": ("test_ledger.py", "test_checkpoint.py", "test_trainer.py"),
     "layers": ("test_layers.py", "test_model.py", "test_sharding.py"),
@@ -62,6 +63,7 @@ _TESTS = {
     "ops/lookup_gpu": ("test_lookup_gpu.py",),
     "ops/lookup_native": ("test_lookup_native.py", "test_packed.py"),
     "ops/lookup_xla": ("test_lookup.py", "test_lookup_native.py"),
+    "ops/only_on": ("test_implementations.py", "test_lookup.py"),
     "ops/packed": ("test_packed.py", "test_inference.py"),
     "ops/prefix": ("test_ops_prefix.py", "test_mixers.py", "test_ring.py"),
     "ops/random_features": (
@@ -72,7 +74,7 @@ _TESTS = {
     ),
     "ops/ring": ("test_ring.py",),
     "ops/rotary": ("test_layers.py", "test_mixers.py"),
-    "optimizer": ("test_optimizer.py", "test_trainer.py"),
+    "optimizer": ("test_optimizer.py", "test_optimizer_lean.py", "test_trainer.py"),
     "paths": ("test_paths.py",),
     "recurrence/__init__": _RECURRENCE,
     "recurrence/base": _RECURRENCE,

@@ -93,6 +93,7 @@ def test_vocabulary_and_special_tokens(three):
     assert three["bpe"].vocab_size == 320
     file = three["file"]
     assert file.eot_id == 0 and file.token_bytes[0] == 0
+    assert file.token_bytes[1] == 0 and file.decode([1]) == ""  # <|padding|>
     four_spaces = file.encode("    ")
     assert file.token_bytes[four_spaces].tolist() == [4]
     assert file.token_bytes.dtype == np.int32
@@ -132,6 +133,7 @@ def test_sentencepiece_style_files(tmp_path):
     assert tokenizer.decode(ids) == " abé"
     assert tokenizer.token_bytes[ids].tolist() == [2, 1, 1, 1]
     assert tokenizer.eot_id == 1
+    assert tokenizer.token_bytes[0] == 0 and tokenizer.decode([0]) == ""  # <unk>
 
 
 def test_bad_tokenizers_are_one_line(tmp_path):
@@ -229,10 +231,184 @@ def test_hub_names_are_downloaded(tmp_path):
 def test_ids_that_only_pad_the_vocabulary_have_no_text():
     """A model may sample one: its vocabulary is rounded up, the tokenizer's is not.
 
-    Mutation: `self.pieces[token]` whatever the token.
+    Mutations: `self.pieces[token]` whatever the token; `<=` for `<`.
     """
     padded = tokenizer_lib.byte_level()
-    ids = [*b"ab", padded.vocab_size + 3, *b"c"]
+    ids = [*b"ab", padded.vocab_size, padded.vocab_size + 3, -2, *b"c"]
     stream = padded.stream()
     assert padded.decode(ids) == "abc"
     assert "".join(map(stream.push, ids)) + stream.finish() == "abc"
+
+
+def trained(model, trainer, pre_tokenizer, edit=None):
+    """The parsed tokenizer.json of a small tokenizer."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.train_from_iterator(data_helpers.texts(30), trainer)
+    spec = json.loads(backend.to_str())
+    if edit:
+        edit(spec)
+    return spec
+
+
+def byte_bpe(*special, edit=None, **options):
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    split = tokenizers.pre_tokenizers.ByteLevel(**options)
+    return trained(tokenizers.models.BPE(), trainer, split, edit)
+
+
+def unigram():
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=80,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list("</s>pad"),
+        show_progress=False,
+    )
+    model = tokenizers.models.Unigram()
+    return trained(model, trainer, tokenizers.pre_tokenizers.Metaspace())
+
+
+def llama_like(specials_are_bytes, change=lambda spec: None):
+    """Byte fallback, a space before every text; `<0x..>` perhaps marked as special."""
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>", *(fallback if specials_are_bytes else [])]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False
+    )
+
+    def edit(spec):
+        vocab = spec["model"]["vocab"]
+        for byte in fallback:
+            vocab.setdefault(byte, len(vocab))
+        spec["model"]["byte_fallback"] = True
+        change(spec)
+
+    split = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return trained(tokenizers.models.BPE(unk_token="<unk>"), trainer, split, edit)
+
+
+def not_special(spec):
+    for token in spec["added_tokens"]:
+        token["special"] = False
+
+
+def made(spec, end_token=""):
+    return tokenizer_lib.Tokenizer(json.dumps(spec), "made", end_token)
+
+
+SPECS = {
+    "not special": lambda: byte_bpe("<|endoftext|>", "<pad>", edit=not_special),
+    "unigram": unigram,
+    "prefix": lambda: byte_bpe("</s>", add_prefix_space=True),
+    "llama": lambda: llama_like(False),
+    "llama, special bytes": lambda: llama_like(True),
+    "llama, nothing special": lambda: llama_like(True, not_special),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_text_never_makes_a_special_token(name):
+    """Whatever it spells, in whichever family, alone or inside a text.
+
+    Mutations: `for_text` returns the spec as it is; the names hidden in added tokens
+    only; "special" not set for `<0x41>`, which then is the byte A.
+    """
+    tokenizer = made(SPECS[name]())
+    names = ["<|endoftext|>", "</s>", "<pad>", "<0x41>", tokenizer.end_token]
+    for text in (*names, *(f"a {n} table{n}" for n in names)):
+        ids = tokenizer.encode(text)
+        unknown = {i for i in ids if not tokenizer.piece(i)}
+        assert tokenizer.eot_id not in ids
+        if name == "unigram":  # it has no other way to say what it does not know
+            assert unknown <= {tokenizer.spec["model"]["unk_id"]}
+        else:
+            assert not unknown and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["prefix", "llama", "llama, special bytes"])
+def test_the_space_before_a_text_is_no_part_of_it(name):
+    """Dropped where a document begins, kept where a text goes on; streams the same.
+
+    Mutations: `removeprefix` always, or never; `ended` left out of `bytes_of`.
+    """
+    tokenizer = made(SPECS[name]())
+    assert tokenizer.prefix == b" "
+    for text in ("table hash", "日本 x", "  two"):
+        ids = tokenizer.encode(text)
+        expected = text.removeprefix(" ")  # of two spaces, one looks like the prefix
+        assert tokenizer.decode(ids) == expected
+        goes_on = tokenizer.decode(ids, start=False)
+        assert goes_on == " " + expected
+        unused = [tokenizer.vocab_size, *ids]  # nothing of the text was seen yet
+        assert tokenizer.decode(unused) == expected
+        two = [tokenizer.eot_id, *ids, tokenizer.eot_id, *ids]
+        assert tokenizer.decode(two, start=False) == expected * 2
+        for start, whole in ((True, expected), (False, goes_on)):
+            stream = tokenizer.stream(start)
+            assert "".join(map(stream.push, ids)) + stream.finish() == whole
+    assert tokenizer_lib.byte_level().prefix == b""
+
+
+def test_names_outside_the_byte_alphabet_stand_for_themselves():
+    """As `tokenizers` decodes them.
+
+    Mutation: `to_byte[char]` for every token (a KeyError).
+    """
+
+    def edit(spec):
+        spec["model"]["vocab"]["<unused 1>"] = len(spec["model"]["vocab"])
+
+    tokenizer = made(byte_bpe("<|endoftext|>", edit=edit))
+    unused = tokenizer.vocab_size - 1
+    assert tokenizer.piece(unused) == b"<unused 1>"
+    assert tokenizer.decode(tokenizer.encode("a <unused 1>")) == "a <unused 1>"
+    assert unused not in tokenizer.encode("a <unused 1>")
+
+
+def test_an_end_token_of_its_own():
+    """Named by data.end_token; another end makes another fingerprint.
+
+    Mutation: the end token left out of the fingerprint.
+    """
+    spec = byte_bpe("<BOS_TOKEN>", "<EOS_TOKEN>")
+    with pytest.raises(errors.DataError, match=r"data\.end_token=TOKEN \(it has <BOS_"):
+        made(spec)
+    named = made(spec, "<EOS_TOKEN>")
+    assert named.eot_id == 1 and named.end_token == "<EOS_TOKEN>"
+    assert named.decode([0, 1]) == ""
+    with pytest.raises(errors.ConfigError, match="did you mean '<EOS_TOKEN>'"):
+        made(spec, "<EOS_TOKN>")
+    with pytest.raises(errors.ConfigError, match=r"data\.end_token='a'"):
+        made(spec, "a")  # text needs it
+    both = byte_bpe("</s>", "<|endoftext|>")
+    usual, other = made(both), made(both, "</s>")
+    assert usual.end_token == "<|endoftext|>" and other.end_token == "</s>"
+    assert made(both, "<|endoftext|>").fingerprint == usual.fingerprint
+    assert other.fingerprint != usual.fingerprint
+
+
+def test_odd_tokenizer_files(tmp_path):
+    """A byte order mark is no content; an id that no table can hold, in one line.
+
+    Mutation: `check_ids` left out (minutes and gigabytes).
+    """
+    path = tmp_path / "tokenizer.json"
+    path.write_text("\ufeff" + json.dumps(byte_bpe("</s>")))
+    assert tokenizer_lib.load(str(path)).eot_id == 0
+
+    def edit(spec):
+        spec["model"]["vocab"]["zz"] = 4_000_000_000
+
+    with pytest.raises(errors.DataError, match="has the id 4000000000") as caught:
+        made(byte_bpe("</s>", edit=edit))
+    assert "\n" not in str(caught.value)
+    path.write_text("[" * 100_000)
+    with pytest.raises(errors.DataError, match=r"not a tokenizer\.json"):
+        tokenizer_lib.load(str(path))

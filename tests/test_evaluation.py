@@ -22,7 +22,7 @@ def opened(toy_run):
     return run, jax.tree.map(jax.numpy.asarray, params), data.open(run.data)
 
 
-def evaluate(opened, batch_size, mesh="single", **options):
+def evaluate(opened, batch_size, mesh="single", share=1, **options):
     run, params, dataset = opened
     made = sharding.make(mesh)
     specs = model.partition_specs(run.model, made)
@@ -31,7 +31,7 @@ def evaluate(opened, batch_size, mesh="single", **options):
             evaluation.make_eval_step(run.model, made),
             made.put(params, specs),
             dataset.validation.eval_batches(run.model.seq_len, batch_size),
-            dataset.tokenizer.token_bytes,
+            dataset.token_bytes * share,
             made,
             **options,
         )
@@ -88,10 +88,12 @@ def test_equals_a_plain_loop(opened, by_eights):
 def test_a_few_batches_and_a_stop(opened, by_eights):
     """`num_batches` are spread over the text; more than there are, all; a stop: None.
 
+    Bytes that a share of each token's adds up to are whole ones.
+
     Mutations: `batches[i]`; `stop` asked only before the first batch; bytes of the
-    inputs for the targets'.
+    inputs for the targets'; `int(num_bytes)`.
     """
-    few = evaluate(opened, 8, num_batches=2)
+    few = evaluate(opened, 8, num_batches=2, share=1 - 1e-9)
     assert few["val/tokens"] == 2 * 8 * 16
     dataset = opened[2]
     stream = np.asarray(dataset.validation.tokens, np.int64)

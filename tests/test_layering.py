@@ -27,7 +27,7 @@ config
 ops
 compilation data drift hlo integrity leaves lifeline metrics optimizer preemption processes
     spikes targets watchdog
-checkpoint distributed layers losses mixer_costs rundir sharding traced
+checkpoint distributed layers losses mixer_costs run_tokenizer rundir sharding traced
 mixers outcome recurrence_costs
 accounting recurrence
 model_config

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv):
     """Dispatch to the subcommand."""
-    from memoryformer.convert import export, gpt_neox, released, runs
+    from memoryformer.convert import export, folders, gpt_neox, released, runs
 
     if len(argv) != 4:
         raise errors.ConfigError(
@@ -58,6 +58,7 @@ def _run(argv):
         runs.import_run(origin, target, flags.FLAGS.config)
     else:
         directory = runs.fetch(origin, flags.FLAGS.revision)
+        folders.check_free(target)
         if command == "gpt_neox":
             config, params = gpt_neox.load_gpt_neox(directory)
         else:

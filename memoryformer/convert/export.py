@@ -28,8 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from memoryformer import config as config_lib
-from memoryformer import model
-from memoryformer.convert import reference_reader, safetensors_file, trees
+from memoryformer import data, model
+from memoryformer.convert import folders, reference_reader, safetensors_file, trees
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
@@ -48,15 +48,14 @@ def save_export(
     tables: str = "float32",
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `params` to `directory`, which must hold no other model.
+    """Write `params` to `directory`, which must be new or empty.
 
     `source` says where the model comes from and is kept as it is in config.json. Raises
-    `ConfigError` for an unknown table type, `DataError` for parameters of another model.
+    `ConfigError` for an unknown table type and for a directory that holds anything,
+    `DataError` for parameters of another model.
     """
     config_lib.choose(tables, TABLE_TYPES, "--tables")
-    directory = pathlib.Path(directory)
-    trees.check(config, params, directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    trees.check(config, params, pathlib.Path(directory))
     arrays: dict[str, np.ndarray] = {}
     for path, array in trees.flatten(params).items():
         if path.split(".")[-1] == "tables":
@@ -67,14 +66,17 @@ def save_export(
         "model": dataclasses.asdict(config),
         "tables": tables,
         "tokenizer": "tokenizer.json" if tokenizer else "",
+        "tokenizer_sha256": tokenizer.fingerprint if tokenizer else "",
+        "end_token": tokenizer.end_token if tokenizer else "",
         "source": dict(source or {}),
     }
-    safetensors_file.write(directory / "model.safetensors", arrays, {"format": "np"})
-    if tokenizer:
-        tokenizer.save(directory / "tokenizer.json")
-    shutil.copyfile(reference_reader.__file__, directory / "reader.py")
-    # Last: a directory with a config.json is complete.
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    with folders.fill(directory, last="config.json") as folder:
+        safetensors_file.write(folder / "model.safetensors", arrays, {"format": "np"})
+        if tokenizer:
+            tokenizer.save(folder / "tokenizer.json")
+        shutil.copyfile(reference_reader.__file__, folder / "reader.py")
+        text = json.dumps(fields, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params]:
@@ -83,17 +85,27 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     Raises `DataError` for missing or damaged files.
     """
     directory = pathlib.Path(directory)
-    fields = read_config(directory)
-    config = model.ModelConfig.from_config(fields["model"])
+    fields = _read_fields(directory)
+    config = model.ModelConfig.from_config(fields.section("model").values)
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)
         for path in sorted(arrays)
         if not path.endswith(SCALE)
     }
+    if config.num_layers > len(flat):  # a model of so many might never be laid out
+        raise DataError(
+            f"{directory}: model.num_layers={config.num_layers}, but there are "
+            f"{len(flat)} parameters."
+        )
     params = trees.unflatten(flat)
     trees.check(config, params, directory)
     return config, params
+
+
+def source(directory: str | os.PathLike) -> folders.Fields:
+    """Where an export says that its model comes from."""
+    return _read_fields(directory).section("source")
 
 
 def load_tokenizer(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None:
@@ -102,21 +114,46 @@ def load_tokenizer(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | No
     return tokenizer_lib.load(str(path)) if path.is_file() else None
 
 
+def tokenizer_of(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None:
+    """Read the tokenizer that an export was written with, or that was put there later.
+
+    None where there is none. Raises `DataError` if another was put in its place.
+    """
+    fields = _read_fields(directory)
+    end_token, written = (
+        fields.text("end_token", ""),
+        fields.text("tokenizer_sha256", ""),
+    )
+    path = pathlib.Path(directory) / "tokenizer.json"
+    if written and path.is_file():
+        return tokenizer_lib.load_recorded(path, written, end_token, "this export")
+    return load_tokenizer(directory)
+
+
+def own_tokenizer(
+    directory: str | os.PathLike, vocab_size: int
+) -> tokenizer_lib.Tokenizer:
+    """`tokenizer_of`; raises `ConfigError` if there is none, or it is larger than V."""
+    tokenizer = tokenizer_of(directory)
+    if tokenizer is None:
+        raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
+    data.check_vocab_size(tokenizer.vocab_size, vocab_size, tokenizer.name)
+    return tokenizer
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """Read config.json of an export; raises `DataError` if it is none."""
-    path = pathlib.Path(directory) / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}).") from error
-    found = {key: fields.get(key) for key in _FORMAT}
-    if found["format"] != _FORMAT["format"]:
-        raise ConfigError(f"{path}: not an export of this package.")
-    if found != _FORMAT:
+    return _read_fields(directory).values
+
+
+def _read_fields(directory: str | os.PathLike) -> folders.Fields:
+    fields = folders.read_fields(pathlib.Path(directory) / "config.json")
+    if fields.values.get("format") != _FORMAT["format"]:
+        raise ConfigError(f"{fields.source}: not an export of this package.")
+    version = fields.integer("version")
+    if version != _FORMAT["version"]:
         raise ConfigError(
-            f"{path}: version={found['version']!r}: this code reads version "
+            f"{fields.source}: version={version}: this code reads version "
             f"{_FORMAT['version']}."
         )
     return fields
@@ -137,7 +174,8 @@ def _narrow(path: str, table: np.ndarray, kind: str) -> dict[str, np.ndarray]:
 def _widen(path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     array = arrays[path]
     if array.dtype == np.int8:
-        if path + SCALE not in arrays:
-            raise DataError(f"{path}: lacks {path + SCALE}.")
-        return array * np.asarray(arrays[path + SCALE])[..., None]
+        scale = arrays.get(path + SCALE)
+        if scale is None or scale.shape != array.shape[:-1]:
+            raise DataError(f"{path}: lacks {path + SCALE}, one scale for each row.")
+        return array * np.asarray(scale, np.float32)[..., None]
     return np.asarray(array, np.float32)

@@ -11,9 +11,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from memoryformer import model
-from memoryformer.convert import safetensors_file, torch_file, trees
+from memoryformer.convert import folders, safetensors_file, torch_file, trees
+from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
 
@@ -34,74 +36,98 @@ def load_gpt_neox(directory: str | os.PathLike) -> tuple[model.ModelConfig, Para
     missing or damaged files.
     """
     directory = pathlib.Path(directory)
-    fields = _read_json(directory / "config.json")
-    config = model_config(fields, directory)
+    fields = folders.read_fields(directory / "config.json")
+    config = model_config(fields)
+    weights = _read_weights(directory)
+    _check_size(config, weights, directory)
     tensors = {  # a state_dict() of transformers 5 names the head otherwise
         name.replace("lm_head.", "embed_out."): tensor
-        for name, tensor in _read_weights(directory).items()
+        for name, tensor in weights.items()
         if not name.endswith(_BUFFERS)
     }
     if config.tie_embeddings:  # some writers store the shared matrix twice
         tensors.pop("embed_out.weight", None)
-    if not fields.get("attention_bias", True):
+    if not fields.flag("attention_bias", True):
         tensors |= _zero_biases(config)
     return config, trees.read(_entries(config), tensors, config, directory)
 
 
 def save_gpt_neox(
-    directory: str | os.PathLike, config: model.ModelConfig, params: Params
+    directory: str | os.PathLike,
+    config: model.ModelConfig,
+    params: Params,
+    *,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> None:
-    """Write the dense twin so that `GPTNeoXForCausalLM.from_pretrained` reads it."""
-    fields = their_config(config)
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    """Write the dense twin so that `GPTNeoXForCausalLM.from_pretrained` reads it.
+
+    With a `tokenizer`, `AutoTokenizer` reads that: it puts the end-of-document token
+    before a prompt, as documents begin here, and `generate` stops at it. `directory` must
+    be new or empty. Raises `ConfigError` if it is not, and for a model that they lack.
+    """
+    fields = their_config(config, None if tokenizer is None else tokenizer.eot_id)
     tensors = trees.write(_entries(config), params, config)
-    safetensors_file.write(directory / "model.safetensors", tensors, {"format": "pt"})
+    with folders.fill(directory, last="config.json") as folder:
+        safetensors_file.write(folder / "model.safetensors", tensors, {"format": "pt"})
+        if tokenizer is not None:
+            _save_tokenizer(folder, tokenizer, config.seq_len)
+        _write_json(folder / "config.json", fields)
 
 
-def model_config(fields: dict[str, Any], source: Any) -> model.ModelConfig:
+def model_config(fields: folders.Fields) -> model.ModelConfig:
     """Translate their config.json; raises `ConfigError` for what we lack."""
-    kind = fields.get("model_type")
+    source = fields.source
+    kind = fields.text("model_type", "(none)")
     if kind != "gpt_neox":
         raise ConfigError(f"{source}: model_type={kind!r}: only 'gpt_neox' is read.")
-    activation = fields.get("hidden_act", "gelu")
+    if "quantization_config" in fields:
+        raise ConfigError(
+            f"{source}: quantization_config: quantised weights are not read."
+        )
+    activation = fields.text("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise ConfigError(
             f"{source}: hidden_act={activation!r}: unsupported; known: "
             f"{', '.join(ACTIVATIONS)}."
         )
-    fraction, base = _rotary(fields, source)
-    width = fields["hidden_size"]
-    hidden = fields.get("intermediate_size", 4 * width)
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden = fields.integer("intermediate_size", 4 * width)
     if hidden % width:
         raise ConfigError(
             f"{source}: intermediate_size={hidden}: must be a multiple of "
             f"hidden_size={width}."
         )
+    if width % heads:
+        raise ConfigError(
+            f"{source}: hidden_size={width}: must be a multiple of "
+            f"num_attention_heads={heads}."
+        )
+    fraction, base = _rotary(fields, width // heads)
+    parallel = fields.flag("use_parallel_residual", True)
     return model.ModelConfig(
-        vocab_size=fields["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         embed_dim=width,
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        seq_len=fields["max_position_embeddings"],
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=heads,
+        seq_len=fields.integer("max_position_embeddings"),
         projection="dense",
         norm="layernorm",
-        norm_eps=float(fields.get("layer_norm_eps", 1e-5)),
-        residual=(
-            "parallel" if fields.get("use_parallel_residual", True) else "sequential"
-        ),
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        residual="parallel" if parallel else "sequential",
         ffn_activation=ACTIVATIONS[activation],
         ffn_multiple=hidden // width,
         output_projection=True,
-        rotary_fraction=float(fraction),
-        rotary_base=float(base),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        rotary_fraction=fraction,
+        rotary_base=base,
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
 
 
-def their_config(config: model.ModelConfig) -> dict[str, Any]:
-    """Translate our config; raises `ConfigError` if it is no GPT-NeoX model."""
+def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any]:
+    """Translate our config; raises `ConfigError` if it is no GPT-NeoX model.
+
+    Documents begin and end with the token `eot_id`; without one, nothing ends a text.
+    """
     wanted = {
         "mixer": "softmax",
         "projection": "dense",
@@ -123,6 +149,11 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
             f"model.residual={config.residual!r}, model.ffn_activation="
             f"{config.ffn_activation!r}: a GPT-NeoX checkpoint cannot hold them."
         )
+    if int(config.head_dim * config.rotary_fraction) % 2:
+        raise ConfigError(
+            f"model.rotary_fraction={config.rotary_fraction}: turns an odd number of the "
+            f"{config.head_dim} values of each head, which a GPT-NeoX checkpoint cannot."
+        )
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -140,26 +171,36 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": True,
         "torch_dtype": "float32",
+        "bos_token_id": eot_id,  # their defaults are 0 and 2, whatever the vocabulary
+        "eos_token_id": eot_id,
     }
 
 
-def _rotary(fields: dict[str, Any], source: Any) -> tuple[float, float]:
+def _rotary(fields: folders.Fields, head_dim: int) -> tuple[float, float]:
     """(fraction, base): transformers has moved these twice."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    given = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+    scaling = fields.section(given)
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind != "default":
         raise ConfigError(
-            f"{source}: rope_type={kind!r}: rescaled rotary positions are unsupported."
+            f"{fields.source}: rope_type={kind!r}: rescaled rotary positions are "
+            "unsupported."
         )
-    names = ("rotary_pct", "partial_rotary_factor")
-    fraction = next((d[n] for d in (scaling, fields) for n in names if n in d), 0.25)
-    names = ("rope_theta", "rotary_emb_base")
-    base = next((d[n] for d in (scaling, fields) for n in names if n in d), 10_000)
-    turned = int(fields["hidden_size"] // fields["num_attention_heads"] * fraction)
+
+    def first(names: tuple[str, str], default: float) -> float:
+        places = ((where, n) for where in (scaling, fields) for n in names)
+        found = next(((where, n) for where, n in places if n in where), None)
+        return found[0].number(found[1]) if found else default
+
+    fraction = first(("rotary_pct", "partial_rotary_factor"), 0.25)
+    base = first(("rope_theta", "rotary_emb_base"), 10_000.0)
+    if fraction > 1:
+        raise ConfigError(f"{fields.source}: rotary_pct={fraction}: must be at most 1.")
+    turned = int(head_dim * fraction)
     if turned % 2:
         raise ConfigError(
-            f"{source}: rotary_pct={fraction}: turns {turned} values of each head; "
-            "only pairs are supported."
+            f"{fields.source}: rotary_pct={fraction}: turns {turned} values of each "
+            "head; only pairs are supported."
         )
     return fraction, base
 
@@ -232,21 +273,60 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
         "pytorch_model.bin": torch_file.read,
     }
     for name, reader in readers.items():
-        if (directory / name).is_file():
-            return dict(reader(directory / name))
         index = directory / f"{name}.index.json"
-        if index.is_file():
-            tensors: dict[str, np.ndarray] = {}
-            for part in sorted(set(_read_json(index)["weight_map"].values())):
-                tensors |= reader(directory / part)
-            return tensors
+        if (directory / name).is_file():
+            parts = [name]
+        elif index.is_file():
+            weight_map = folders.read_fields(index).section("weight_map")
+            names = weight_map.values.values()
+            parts = sorted({folders.plain_name(n, weight_map.source) for n in names})
+            if not parts:
+                raise DataError(f"{weight_map.source}: names no file.")
+        else:
+            continue
+        tensors: dict[str, np.ndarray] = {}
+        for part in parts:
+            tensors |= trees.named_arrays(reader(directory / part), directory / part)
+        return tensors
     raise DataError(f"{directory}: holds neither {' nor '.join(readers)}.")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}).") from error
+def _check_size(config, weights, directory) -> None:
+    """Raise `DataError` for a config of far more than there is: it may never end."""
+    if config.num_layers > len(weights):
+        raise DataError(
+            f"{directory}: num_hidden_layers={config.num_layers}, but the weights hold "
+            f"{len(weights)} tensors."
+        )
+    wanted = (config.vocab_size, config.embed_dim)
+    found = weights.get("gpt_neox.embed_in.weight")
+    if found is not None and found.shape != wanted:
+        raise DataError(
+            f"{directory}: 'gpt_neox.embed_in.weight' is {found.shape}, the config's "
+            f"vocab_size and hidden_size are {wanted}."
+        )
+
+
+def _save_tokenizer(folder, tokenizer, seq_len) -> None:
+    """tokenizer.json and what transformers wants beside it."""
+    end, eot_id = tokenizer.end_token, tokenizer.eot_id
+    begin = tokenizers.processors.TemplateProcessing(
+        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, eot_id)]
+    )
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.spec))
+    theirs.post_processor = begin
+    theirs.save(str(folder / "tokenizer.json"), pretty=False)
+    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
+    names = {"bos_token": end, "eos_token": end, "pad_token": end}
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # as here: text that spells one is text
+    }
+    _write_json(folder / "tokenizer_config.json", options | names)
+    _write_json(folder / "generation_config.json", {"do_sample": False} | ids)
+
+
+def _write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -21,12 +21,15 @@ import numpy as np
 import yaml
 
 from memoryformer import model
-from memoryformer.convert import torch_file, trees
+from memoryformer.convert import folders, torch_file, trees
+from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
 
 EXTRA_BITS = 2  # fixed in the released code
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_IN_ONE_FILE = re.compile(r"sequential\.(\d+)\.(.+)")
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _STATES = "mp_rank_00_model_states.pt"
 
 
@@ -60,12 +63,14 @@ def save_released(
     step: int = 0,
     dtype: str = "float16",
     layer_files: bool = True,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> None:
     """Write `DIR/global_step{step}` as the released code does, and `DIR/latest`.
 
     float16, theirs, rounds: exact for what was float16 before; 'float32' is exact.
-    `layer_files=False` puts everything into one file. Raises `ConfigError` for a model
-    that the released code cannot run, `DataError` for values beyond float16.
+    `layer_files=False` puts everything into one file. DIR must be new or empty. Raises
+    `ConfigError` if it is not and for a model that the released code cannot run,
+    `DataError` for values beyond float16.
     """
     fields = their_config(config)
     pieces: dict[int, dict[str, np.ndarray]] = {}
@@ -77,10 +82,6 @@ def save_released(
             raise DataError(f"{name} of layer {index}: not finite in {dtype}.")
         pieces.setdefault(int(index), {})[name] = narrow
 
-    directory = pathlib.Path(directory)
-    target = directory / f"global_step{step}"
-    (target / "configs").mkdir(parents=True, exist_ok=True)
-    (target / "configs" / "memoryformer.yml").write_text(json.dumps(fields, indent=2))
     states: dict[str, Any] = {
         "module": None,
         "iteration": step,
@@ -93,52 +94,61 @@ def save_released(
             "model_parallel_size": 1,
         },
     }
-    if layer_files:
-        for index, piece in pieces.items():
-            name = f"layer_{index:02d}-model_00-model_states.pt"
-            torch_file.write(target / name, piece)
-    else:
-        states["module"] = {
-            f"sequential.{index}.{name}": tensor
-            for index, piece in sorted(pieces.items())
-            for name, tensor in piece.items()
-        }
-    torch_file.write(target / _STATES, states)
-    (directory / "latest").write_text(target.name)
+    with folders.fill(directory, last="latest") as folder:
+        target = folder / f"global_step{step}"
+        (target / "configs").mkdir(parents=True)
+        yml = json.dumps(fields, indent=2)
+        (target / "configs" / "memoryformer.yml").write_text(yml, encoding="utf-8")
+        if layer_files:
+            for index, piece in pieces.items():
+                name = f"layer_{index:02d}-model_00-model_states.pt"
+                torch_file.write(target / name, piece)
+        else:
+            states["module"] = {
+                f"sequential.{index}.{name}": tensor
+                for index, piece in sorted(pieces.items())
+                for name, tensor in piece.items()
+            }
+        torch_file.write(target / _STATES, states)
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer.json")
+        (folder / "latest").write_text(target.name, encoding="utf-8")
 
 
 def model_config(
-    fields: dict[str, Any], pieces: dict[int, dict[str, np.ndarray]], source: Any
+    fields: folders.Fields, pieces: dict[int, dict[str, np.ndarray]], source: Any
 ) -> model.ModelConfig:
     """Translate their yml; the sizes come from the tensors themselves."""
-    memory = fields.get("attn_memory_config") or {}
-    given = fields | {f"attn_memory_config.{k}": v for k, v in memory.items()}
+    memory = fields.section("attn_memory_config")
+    inside = {f"attn_memory_config.{k}": v for k, v in memory.values.items()}
+    given = fields.values | inside
     for name, (value, default) in _REQUIRED.items():
         if given.get(name, default) != value:
             raise ConfigError(
-                f"{source}: {name}={given.get(name, default)!r}: only {value!r} is "
+                f"{source}: {name}={given.get(name, default)!r:.60}: only {value!r} is "
                 "supported."
             )
-    if 0 not in pieces or "word_embeddings.weight" not in pieces[0]:
-        raise DataError(f"{source}: lacks word_embeddings.weight.")
+    embedding = pieces.get(0, {}).get("word_embeddings.weight")
+    if embedding is None or embedding.ndim != 2:
+        raise DataError(f"{source}: lacks word_embeddings.weight [V, D].")
     blocks = [p for p in pieces.values() if "attention.query_proj.tables" in p]
     if not blocks:
         raise DataError(f"{source}: lacks attention.query_proj.tables.")
-    vocab_size, embed_dim = pieces[0]["word_embeddings.weight"].shape
+    vocab_size, embed_dim = embedding.shape
+    longest = "max_position_embeddings"
     return model.ModelConfig(
         vocab_size=vocab_size,
         embed_dim=embed_dim,
         num_layers=len(blocks),
-        num_heads=_need(fields, "num_attention_heads", source),
-        seq_len=fields.get("max_position_embeddings")
-        or _need(fields, "seq_length", source),
-        code_bits=_need(memory, "code_length", source),
+        num_heads=fields.integer("num_attention_heads"),
+        seq_len=fields.integer(longest if longest in fields else "seq_length"),
+        code_bits=memory.integer("code_length"),
         extra_bits=EXTRA_BITS,
         score="l1_softmax",
         memory_bias=True,
-        norm_eps=float(fields.get("rms_norm_epsilon", 1e-8)),
-        rotary_fraction=float(fields.get("rotary_pct", 1.0)),
-        rotary_base=float(fields.get("rotary_emb_base", 10_000)),
+        norm_eps=fields.number("rms_norm_epsilon", 1e-8),
+        rotary_fraction=fields.number("rotary_pct", 1.0),
+        rotary_base=fields.number("rotary_emb_base", 10_000.0),
     )
 
 
@@ -273,7 +283,11 @@ def _entries(config: model.ModelConfig) -> list[trees.Entry]:
 def _step_directory(directory: pathlib.Path) -> pathlib.Path:
     latest = directory / "latest"
     if latest.is_file():
-        return directory / latest.read_text().strip()
+        try:
+            name = latest.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{latest}: cannot be read ({error}).") from error
+        return directory / folders.plain_name(name, latest)
     if not directory.is_dir():
         raise DataError(f"{directory}: there is no such directory.")
     return directory
@@ -289,16 +303,19 @@ def _read_pieces(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
         ranks.add(f"mp_rank_{match[2]}_model_states.pt")
         piece = torch_file.read(path)
         if piece:
-            pieces[int(match[1])] = dict(piece)
+            pieces[int(match[1])] = trees.named_arrays(piece, path)
     if ranks - {_STATES}:
         raise DataError(
             f"{directory}: was split over {len(ranks)} model-parallel ranks; merge "
             "them with the tools of GPT-NeoX first."
         )
     if not pieces and (directory / _STATES).is_file():
-        for name, tensor in (_states(directory).get("module") or {}).items():
-            _, index, name = name.split(".", 2)
-            pieces.setdefault(int(index), {})[name] = tensor
+        module = _states(directory).get("module") or {}
+        for name, tensor in trees.named_arrays(module, directory / _STATES).items():
+            match = _IN_ONE_FILE.fullmatch(name)
+            if match is None:
+                raise DataError(f"{directory / _STATES}: {name!r:.60}: unknown name.")
+            pieces.setdefault(int(match[1]), {})[match[2]] = tensor
     if not pieces:
         raise DataError(
             f"{directory}: holds no layer_*-model_00-model_states.pt and no {_STATES} "
@@ -309,10 +326,13 @@ def _read_pieces(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
 
 def _states(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / _STATES
-    return torch_file.read(path) if path.is_file() else {}
+    states = torch_file.read(path)
+    if not isinstance(states, dict):
+        raise DataError(f"{path}: holds no values by name.")
+    return states
 
 
-def _read_config(directory: pathlib.Path, config_file: Any) -> dict[str, Any]:
+def _read_config(directory: pathlib.Path, config_file: Any) -> folders.Fields:
     files = [pathlib.Path(config_file)] if config_file else []
     files = files or sorted(directory.glob("configs/*.yml"))
     for folder in (directory, directory.parent):
@@ -326,14 +346,18 @@ def _read_config(directory: pathlib.Path, config_file: Any) -> dict[str, Any]:
     for file in files:
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{file}: cannot be read ({reason}).") from error
-        fields |= {key.replace("-", "_"): value for key, value in loaded.items()}
-    return fields
+        values = folders.Fields(loaded, file).values
+        fields |= {
+            str(key).replace("-", "_"): _number_or_same(value)
+            for key, value in values.items()
+        }
+    return folders.Fields(fields, directory)
 
 
-def _need(fields: dict[str, Any], name: str, source: Any) -> Any:
-    if name not in fields:
-        raise ConfigError(f"{source}: its yml lacks {name}.")
-    return fields[name]
+def _number_or_same(value: Any) -> Any:
+    """A number that YAML 1.1 takes for a string, 1e-8 for want of a dot, as a number."""
+    number = isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return float(value) if number else value

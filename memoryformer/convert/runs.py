@@ -4,6 +4,7 @@ Start at `export_run` and `import_run`.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -12,8 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memoryformer import checkpoint, data, experiment, mixers, trainer
-from memoryformer.convert import export, gpt_neox, released
+from memoryformer import (
+    checkpoint,
+    data,
+    experiment,
+    mixers,
+    run_tokenizer,
+    trainer,
+)
+from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.errors import ConfigError, DataError
 
 FORMATS = ("safetensors", "gpt_neox", "released")
@@ -28,26 +36,28 @@ def export_run(
     form: str = "safetensors",
     tables: str = "float32",
 ) -> None:
-    """Write a checkpoint of a run (None: the newest) in another format.
+    """Write a checkpoint of a run (None: the newest), with its tokenizer, in another format.
 
-    Raises `ConfigError` for a model that the format cannot hold.
+    `directory` must be new or empty. Raises `ConfigError` for a model that the format
+    cannot hold.
     """
+    target = folders.check_free(directory)
+    checkpoints = pathlib.Path(workdir, checkpoint.FOLDER).resolve()
+    if target.resolve().is_relative_to(checkpoints):
+        raise ConfigError(f"{target}: lies among the run's checkpoints; name another.")
     run, params, facts = experiment.load(workdir, step)
+    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     if form == "gpt_neox":
-        gpt_neox.save_gpt_neox(directory, run.model, params)
+        gpt_neox.save_gpt_neox(directory, run.model, params, tokenizer=tokenizer)
         return
     if form == "released":
-        released.save_released(directory, run.model, params, step=facts["step"])
+        released.save_released(
+            directory, run.model, params, step=facts["step"], tokenizer=tokenizer
+        )
         return
     source = {name: facts[name] for name in ("step", "config", "data_fingerprint")}
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
     export.save_export(
-        directory,
-        run.model,
-        params,
-        tokenizer=dataset.tokenizer,
-        tables=tables,
-        source=source,
+        directory, run.model, params, tokenizer=tokenizer, tables=tables, source=source
     )
 
 
@@ -59,16 +69,20 @@ def import_run(
     """Make an export the step 0 of a run, with a fresh optimizer, to evaluate or train on.
 
     Without `config` the run that was exported goes on; an export that comes from another
-    code needs one, whose `model` is the export's. Raises `ConfigError` if they differ or
-    if `workdir` holds a run already.
+    code needs one, whose `model` and tokenizer are the export's. Raises `ConfigError` if
+    they differ or if `workdir` holds anything.
     """
+    if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
+        raise ConfigError(f"--workdir={workdir}: holds checkpoints; name a new one.")
+    folders.check_free(workdir)
     model_config, params = export.load_export(directory)
-    source = export.read_config(directory)["source"]
+    source = export.source(directory)
     if config is None and "config" not in source:
         raise ConfigError(
             f"{directory}: does not say how to train or evaluate it; give --config=FILE."
         )
-    run = experiment.resolve(source["config"] if config is None else config)
+    stored = source.section("config").values
+    run = experiment.resolve(stored if config is None else config)
     if config is None:  # what is random at its step 0 is what the export has
         draw = {"performer_draw": model_config.performer_draw}
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **draw))
@@ -83,20 +97,44 @@ def import_run(
             f"{fields[name]!r}."
         )
     if config is None:
-        data_fingerprint = source["data_fingerprint"]
+        data_fingerprint = source.text("data_fingerprint")
+        tokenizer = export.own_tokenizer(directory, model_config.vocab_size)
     else:
         dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
-        data_fingerprint = dataset.fingerprint
-    if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
-        raise ConfigError(f"--workdir={workdir}: holds checkpoints; name a new one.")
+        data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
+        _check_same_tokens(directory, tokenizer)
     state = trainer.new_state(run, jax.tree.map(jnp.asarray, params))
     with checkpoint.Checkpointer(
         workdir,
         run.checkpoint,
         run_config=experiment.as_dict(run),
         data_fingerprint=data_fingerprint,
+        tokenizer=run_tokenizer.identity(tokenizer),
     ) as checkpointer:
+        run_tokenizer.keep(workdir, tokenizer, begun=False)
         checkpointer.save(0, state, wait=True)
+
+
+def _check_same_tokens(directory: str | os.PathLike, ours: data.Tokenizer) -> None:
+    """Raise `ConfigError` if the export's tokens are not those of the data.
+
+    Published files of one tokenizer differ in what makes no difference here, so bytes and
+    the end of a document are compared, not fingerprints.
+    """
+    theirs = export.tokenizer_of(directory)
+    if theirs is None:
+        return
+    pairs = enumerate(itertools.zip_longest(theirs.pieces, ours.pieces, fillvalue=b""))
+    differs = next((i for i, (old, new) in pairs if old != new), -1)
+    if differs >= 0 or theirs.eot_id != ours.eot_id:
+        what = f"token {differs} is" if differs >= 0 else "the end of a document is"
+        old, new = (
+            repr(t.piece(differs)) if differs >= 0 else t.eot_id for t in (theirs, ours)
+        )
+        raise ConfigError(
+            f"--config: data.tokenizer is not the tokenizer of {directory}: {what} {new}, "
+            f"there {old}."
+        )
 
 
 def fetch(source: str, revision: str = "") -> pathlib.Path:

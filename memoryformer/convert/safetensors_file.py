@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from memoryformer.convert import folders
 from memoryformer.errors import DataError
 
 DTYPES = {
@@ -32,6 +33,7 @@ DTYPES = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
+_LONGEST_HEADER = 100_000_000  # the reference reader's limit
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -44,20 +46,26 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
                 raise DataError(f"{path}: not a safetensors file, or cut short.")
-            header = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: its safetensors header is damaged.") from error
-    metadata = header.pop("__metadata__", {})
+    header = folders.parse_object(text, f"{path}: its safetensors header")
+    metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     # An empty array cannot be mapped.
     data = np.memmap(path, np.uint8, "r", start) if size > start else np.zeros(0, "u1")
-    arrays = {name: _array(path, name, entry, data) for name, entry in header.items()}
+    arrays, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, span = _layout(path, name, entry)
+        if span[1] > len(data):
+            raise DataError(
+                f"{path}: {name} does not fit the file, which is cut short."
+            )
+        arrays[name] = data[slice(*span)].view(dtype).reshape(shape)
+        spans.append(span)
+    _check_tiling(path, spans, len(data))
     return arrays, metadata
 
 
@@ -97,12 +105,35 @@ def write(
     temporary.replace(path)
 
 
-def _array(path, name, entry, data: np.ndarray) -> np.ndarray:
-    if entry["dtype"] not in DTYPES:
-        raise DataError(f"{path}: {name} has the unknown type {entry['dtype']}.")
-    dtype = np.dtype(DTYPES[entry["dtype"]])
-    begin, end = entry["data_offsets"]
-    expected = math.prod(entry["shape"]) * dtype.itemsize
-    if not 0 <= begin <= end <= len(data) or end - begin != expected:
-        raise DataError(f"{path}: {name} does not fit the file, which is cut short.")
-    return data[begin:end].view(dtype).reshape(entry["shape"])
+def _layout(path, name, entry) -> tuple[np.dtype, list[int], tuple[int, int]]:
+    """The type, shape and byte span that a header gives a tensor."""
+    odd = DataError(f"{path}: the header's entry of {name!r:.60} is damaged.")
+    if not isinstance(entry, dict):
+        raise odd
+    kind, shape = entry.get("dtype"), entry.get("shape")
+    span = entry.get("data_offsets")
+    if not isinstance(kind, str) or not _naturals(shape) or not _naturals(span):
+        raise odd
+    if kind not in DTYPES:
+        raise DataError(f"{path}: {name} has the unknown type {kind:.20}.")
+    dtype = np.dtype(DTYPES[kind])
+    if len(span) != 2 or span[1] - span[0] != math.prod(shape) * dtype.itemsize:
+        raise odd
+    return dtype, shape, (span[0], span[1])
+
+
+def _naturals(value) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _check_tiling(path, spans, size) -> None:
+    """The arrays lie one after another and fill the file, as the format wants it."""
+    end = 0
+    for begin, after in sorted(spans):
+        if begin != end:
+            raise DataError(
+                f"{path}: its arrays overlap or leave holes at byte {begin}."
+            )
+        end = after
+    if end != size:
+        raise DataError(f"{path}: holds {size - end} bytes that belong to no array.")

@@ -63,11 +63,11 @@ def read(
         unused.difference_update(entry.theirs)
         try:
             array = entry.read(config, *(tensors[name] for name in entry.theirs))
-        except ValueError as error:
+            flat[entry.ours] = np.ascontiguousarray(array, dtype=np.float32)
+        except (ValueError, IndexError, TypeError) as error:
             raise DataError(
                 f"{source}: {entry.theirs[0]!r} has the wrong shape ({error})."
             ) from error
-        flat[entry.ours] = np.ascontiguousarray(array, dtype=np.float32)
     if unused:
         raise DataError(
             f"{source}: {len(unused)} tensors have no place in this model, such as "
@@ -91,6 +91,16 @@ def write(
     return tensors
 
 
+def named_arrays(tensors: Any, source: Any) -> dict[str, np.ndarray]:
+    """Return what a file of weights holds; raises `DataError` if not arrays by name."""
+    if not isinstance(tensors, Mapping):
+        raise DataError(f"{source}: holds no tensors by name.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise DataError(f"{source}: its entry {name!r:.60} is no tensor.")
+    return dict(tensors)
+
+
 def flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
     """{'a': {'b': x}} -> {'a.b': x}."""
     flat = {}
@@ -103,13 +113,17 @@ def flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
-    """{'a.b': x} -> {'a': {'b': x}}."""
+    """{'a.b': x} -> {'a': {'b': x}}; raises `DataError` if 'a' is there as well."""
     params: dict[str, Any] = {}
     for path, array in flat.items():
         *parents, last = path.split(".")
         node = params
         for key in parents:
             node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise DataError(f"{path!r}: {key!r} is a parameter itself.")
+        if last in node:
+            raise DataError(f"{path!r}: holds parameters and is one.")
         node[last] = array
     return params
 

@@ -16,6 +16,8 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
+
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data.options import DataConfig, cache_root
@@ -33,6 +35,9 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "cache_root",
+    "check",
+    "check_vocab_size",
+    "find",
     "open",
     "open_directory",
     "prepare",
@@ -55,6 +60,12 @@ class Dataset:
         """sha256 of contents and tokenizer; equal data has equal fingerprints."""
         return self.manifest["fingerprint"]
 
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of the validation text that each token counts for: [V]."""
+        validation = self.manifest["splits"]["validation"]
+        return manifest_lib.text_bytes(validation, self.tokenizer.token_bytes)
+
 
 def open(
     data_config: DataConfig,
@@ -73,6 +84,35 @@ def open(
     )
 
 
+def find(
+    data_config: DataConfig, fingerprint: str, expected_vocab_size: int = 0
+) -> Dataset:
+    """Open the data that a run was trained on, known by its fingerprint.
+
+    Taken from the cache if it is there, whatever has become of the corpus and of
+    data.tokenizer; else read anew. Raises `DataError` if that gives other data.
+    """
+    root = cache_root(data_config)
+    directory = manifest_lib.directory_of(root, fingerprint)
+    if directory is not None and data_config.source != "prepared":
+        return open_directory(
+            directory, expected_vocab_size, align=data_config.align_documents
+        )
+    dataset = open(data_config, expected_vocab_size)
+    check(dataset, fingerprint)
+    return dataset
+
+
+def check(dataset: Dataset, fingerprint: str) -> None:
+    """Raise `DataError` unless this is the data of a checkpoint's fingerprint."""
+    if dataset.fingerprint != fingerprint:
+        raise errors.DataError(
+            f"the data in {dataset.directory} has fingerprint "
+            f"{dataset.fingerprint[:12]}, the checkpoint was trained on "
+            f"{fingerprint[:12]}: point data.path or data.data_dir at it."
+        )
+
+
 def open_directory(
     directory: pathlib.Path | str,
     expected_vocab_size: int = 0,
@@ -83,12 +123,7 @@ def open_directory(
     directory = pathlib.Path(directory)
     manifest = manifest_lib.read(directory, verify=verify)
     vocab_size = manifest["tokenizer"]["vocab_size"]
-    if expected_vocab_size and vocab_size > expected_vocab_size:
-        raise errors.ConfigError(
-            f"model.vocab_size={expected_vocab_size}: the tokenizer "
-            f"{manifest['tokenizer']['name']!r} has {vocab_size} tokens; set "
-            f"--config.model.vocab_size={vocab_size} or more."
-        )
+    check_vocab_size(vocab_size, expected_vocab_size, manifest["tokenizer"]["name"])
     splits = {
         name: Split(
             name=name,
@@ -103,3 +138,12 @@ def open_directory(
     }
     tokenizer = manifest_lib.load_tokenizer(directory, manifest)
     return Dataset(directory, manifest, tokenizer, **splits)
+
+
+def check_vocab_size(vocab_size: int, expected: int, name: str) -> None:
+    """Raise `ConfigError` if a tokenizer has more tokens than a model (0: any)."""
+    if expected and vocab_size > expected:
+        raise errors.ConfigError(
+            f"model.vocab_size={expected}: the tokenizer {name!r} has {vocab_size} "
+            f"tokens; set --config.model.vocab_size={vocab_size} or more."
+        )

@@ -27,6 +27,7 @@ from absl import flags
 
 from memoryformer import config as config_lib
 from memoryformer import data, errors
+from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import yardsticks
 
 # Which flags each command looks at.
@@ -101,6 +102,8 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
             f"({ratio:.3f} bytes/token); dropped {split['empty_dropped']} empty, "
             f"{split['duplicates_of_validation_dropped']} also in validation"
         )
+    if note := manifest_lib.byte_note(manifest):
+        print(f"note         {note}")
     _print_frequencies(dataset)
     seq_len = _number(config, "model", "seq_len", 256)
     batch_size = _number(config, "train", "batch_size", 4)
@@ -149,7 +152,7 @@ def _print_row(batch: data.Batch, row: int, tokenizer: data.Tokenizer) -> None:
     for segment in np.unique(segment_ids[segment_ids > 0]):
         where = np.flatnonzero(segment_ids == segment)
         inputs = batch["inputs"][row, where]
-        text = tokenizer.decode(inputs)
+        text = tokenizer.decode(inputs, start=False)
         first = "<eot> " if inputs[0] == tokenizer.eot_id else "... "
         last = _show(tokenizer, batch["targets"][row, where[-1]])
         shown = repr(text) if len(text) <= 160 else f"{text[:100]!r} .. {text[-50:]!r}"
@@ -161,7 +164,11 @@ def _print_row(batch: data.Batch, row: int, tokenizer: data.Tokenizer) -> None:
 
 
 def _show(tokenizer: data.Tokenizer, token: int) -> str:
-    return "<eot>" if token == tokenizer.eot_id else repr(tokenizer.decode([token]))
+    return (
+        "<eot>"
+        if token == tokenizer.eot_id
+        else repr(tokenizer.decode([token], start=False))
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def read(directory: pathlib.Path, verify: bool = False) -> dict:
             f"{directory}: holds no manifest.json; not prepared data."
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         splits = manifest["splits"]
         sound = manifest["fingerprint"] == fingerprint(manifest)
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
@@ -85,12 +85,11 @@ def _wrong_field(manifest: dict) -> str:
 
 def load_tokenizer(directory: pathlib.Path, manifest: dict) -> tokenizer_lib.Tokenizer:
     """The tokenizer that made the shards, checked against the manifest."""
-    tokenizer = tokenizer_lib.load(str(directory / "tokenizer.json"))
-    if tokenizer.fingerprint != manifest["tokenizer"]["sha256"]:
-        raise errors.DataError(
-            f"{directory / 'tokenizer.json'}: is not the tokenizer of these shards; "
-            "delete the directory and prepare it again."
-        )
+    path, recorded = directory / "tokenizer.json", manifest["tokenizer"]
+    end_token = recorded.get("end_token", "")
+    tokenizer = tokenizer_lib.load_recorded(
+        path, recorded["sha256"], end_token, "these shards"
+    )
     tokenizer.name = manifest["tokenizer"]["name"]
     return tokenizer
 
@@ -104,6 +103,45 @@ def fingerprint(manifest: dict) -> str:
         "splits": manifest["splits"],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def directory_of(root: pathlib.Path, wanted: str) -> pathlib.Path | None:
+    """The prepared directory under `root` whose fingerprint is `wanted`, if there is one.
+
+    Whatever else lies there, damaged or not, is passed over.
+    """
+    for path in sorted(root.glob("*/manifest.json")):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            found = manifest["fingerprint"]
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
+            continue
+        if found == wanted:
+            return path.parent
+    return None
+
+
+def text_bytes(split: dict, token_bytes: np.ndarray) -> np.ndarray:
+    """Bytes of a split's text for each token: [V]; their sum over the split is exact.
+
+    A tokenizer that adds a space, drops pieces or changes the text has tokens of other
+    bytes than the text's: each then counts in proportion.
+    """
+    if split["bytes"] == split["token_bytes"] or not split["token_bytes"]:
+        return token_bytes
+    return token_bytes * (split["bytes"] / split["token_bytes"])
+
+
+def byte_note(manifest: dict) -> str:
+    """One line on the bytes that the tokenizer does not keep; '' where it keeps them all."""
+    splits = manifest["splits"].values()
+    text, tokens = (sum(s[key] for s in splits) for key in ("bytes", "token_bytes"))
+    if text == tokens:
+        return ""
+    return (
+        f"data.tokenizer={manifest['tokenizer']['name']!r} does not keep every byte: the "
+        f"text has {text:,}, its tokens stand for {tokens:,}; bits per byte count the text's."
+    )
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:

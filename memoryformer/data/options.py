@@ -30,6 +30,8 @@ class DataConfig:
         padding, as model.recurrence needs (0: packed as they lie).
     max_documents: read only this many documents (0: all).
     tokenizer: bytes | bpe:VOCAB_SIZE | path/to/tokenizer.json | hub:owner/name[@revision]
+    end_token: the token of a tokenizer.json that ends a document ('': the first of <eot>,
+        <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|eot|> that it has).
     data_dir: the cache; '' means $MEMORYFORMER_DATA, else ~/.cache/memoryformer.
 
     Raises `ConfigError` for a field that its source cannot use.
@@ -44,7 +46,9 @@ class DataConfig:
     validation_path: str = ""
     validation_every: int = 20
     max_documents: int = 0
-    tokenizer: str = "bpe:4096"
+    # By which name it was asked for: its hash says whether it is the same.
+    tokenizer: str = fields.field("nothing", "bpe:4096")
+    end_token: str = fields.field("nothing", "")
     data_dir: str = fields.field("nothing", "", local=True)
     align_documents: int = 0
 
@@ -89,6 +93,13 @@ class DataConfig:
         if self.align_documents < 0:
             raise errors.ConfigError(
                 f"data.align_documents={self.align_documents}: must be 0 (off) or more."
+            )
+        own_end = self.tokenizer == "bytes" or self.tokenizer.startswith("bpe:")
+        if self.end_token and (own_end or self.source == "prepared"):
+            raise errors.ConfigError(
+                f"data.end_token={self.end_token!r}: names the end of a tokenizer.json; "
+                f"data.source={self.source!r} with data.tokenizer={self.tokenizer!r} has "
+                "its own; leave it ''."
             )
         if not self.text_field:
             raise errors.ConfigError(

@@ -124,7 +124,7 @@ def _request(data_config: options.DataConfig) -> dict:
     if tokenizer_lib.bpe_size(data_config.tokenizer):
         request["sample"] = _SAMPLE
     elif data_config.tokenizer != "bytes":
-        tokenizer = tokenizer_lib.load(data_config.tokenizer)
+        tokenizer = tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
         request["tokenizer"] = tokenizer.fingerprint
     return request
 
@@ -201,6 +201,7 @@ def _write(
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eot_id": tokenizer.eot_id,
+            "end_token": tokenizer.end_token,
         },
         "dtype": dtype,
         "splits": {},
@@ -210,6 +211,8 @@ def _write(
         manifest["splits"][name] = _write_split(
             directory / f"{name}.bin", corpus[name], tokenizer, skip, dtype, line
         )
+    if note := manifest_lib.byte_note(manifest):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     shutil.rmtree(directory / "records", ignore_errors=True)
     manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -319,7 +322,7 @@ def _tokenizer(
 ) -> tokenizer_lib.Tokenizer:
     size = tokenizer_lib.bpe_size(data_config.tokenizer)
     if not size:
-        return tokenizer_lib.load(data_config.tokenizer)
+        return tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
 
     def accept(text: str) -> bool:
         line.check()

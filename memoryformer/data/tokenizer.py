@@ -9,102 +9,120 @@ Start at `load` and `Tokenizer`.
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
 
 from memoryformer import errors, paths
+from memoryformer.data import vocabulary
 
-EOT = "<eot>"
 _WORD = 1024
 _MAX_BPE = 1 << 20  # room for as many is taken before training begins
-_EOT_NAMES = (EOT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot|>")
 
 
 class Tokenizer:
     """Byte-level or sentencepiece-style tokenizer over a `tokenizers.Tokenizer`.
 
-    vocab_size: largest id + 1.  eot_id: the end-of-document token.
+    vocab_size: largest id + 1.  eot_id: the end-of-document token, named `end_token`.
     token_bytes: int32 [V], UTF-8 bytes that each token stands for; 0 for special tokens.
-    fingerprint: sha256 of the canonical tokenizer.json.
+    prefix: what it puts before every text, b" " or b"".
+    fingerprint: sha256 of the canonical tokenizer.json (and of an end token of its own).
     """
 
-    def __init__(self, text: str, name: str):
-        try:
-            self._backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise errors.DataError(
-                f"data.tokenizer={name!r}: not a tokenizer.json ({error})."
-            ) from error
-        # A file may carry the settings of whoever saved it, and these would silently
-        # cut documents, pad them, or turn their text into special tokens.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+    def __init__(self, text: str, name: str, end_token: str = ""):
         self.name = name
-        self.spec = json.loads(self._backend.to_str())
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
-        self.eot_id = next((vocab[e] for e in _EOT_NAMES if e in vocab), -1)
-        if self.eot_id < 0:
-            raise errors.DataError(
-                f"data.tokenizer={name!r}: has no end-of-document token "
-                f"(one of {', '.join(_EOT_NAMES)})."
-            )
-        self.pieces = _pieces(self.spec, vocab, self.vocab_size, self.eot_id, name)
+        whole = _backend(text, name)
+        vocab = whole.get_vocab(with_added_tokens=True)
+        vocabulary.check_ids(vocab, name)  # first: `to_str` goes through all up to them
+        self.spec = json.loads(whole.to_str())
+        self.end_token = vocabulary.end_of_document(self.spec, vocab, end_token, name)
+        self.eot_id = vocab[self.end_token]
+        self.pieces = vocabulary.pieces(self.spec, vocab, self.end_token, name)
+        self.vocab_size = len(self.pieces)
         self.token_bytes = np.array([len(p) for p in self.pieces], np.int32)
+        self._backend = _backend(vocabulary.for_text(self.spec, self.end_token), name)
+        spoken = b"".join(map(self.piece, self.encode("a")))
+        self.prefix = b" " if spoken.startswith(b" ") else b""
         canonical = json.dumps(self.spec, sort_keys=True)
+        if self.end_token != vocabulary.known_end(vocab):
+            canonical += self.end_token
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; never the end-of-document token."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`; never a special token that `text` spells."""
+        with _refused(f"data.tokenizer={self.name!r}: cannot encode text"):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        encodings = self._backend.encode_batch_fast(
-            list(texts), add_special_tokens=False
-        )
+        with _refused(f"data.tokenizer={self.name!r}: cannot encode text"):
+            encodings = self._backend.encode_batch_fast(
+                list(texts), add_special_tokens=False
+            )
         return [encoding.ids for encoding in encodings]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of these tokens; nothing for special tokens and unused ids."""
-        return b"".join(map(self.piece, map(int, ids)))
+    def decode_bytes(self, ids: Iterable[int], start: bool = True) -> bytes:
+        """The bytes of these tokens; nothing for special tokens and unused ids.
+
+        Where a document begins, behind an end token and, with `start`, at the first id,
+        the `prefix` that encoding has put there is left out.
+        """
+        if not self.prefix:
+            return b"".join(map(self.piece, map(int, ids)))
+        return b"".join(map(TextStream(self, start).bytes_of, map(int, ids)))
 
     def piece(self, token: int) -> bytes:
         """The bytes of one id; nothing for ids that only pad a model's vocabulary."""
-        return self.pieces[token] if token < len(self.pieces) else b""
+        return self.pieces[token] if 0 <= token < len(self.pieces) else b""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; a cut-off character shows as U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], start: bool = True) -> str:
+        """Text of `ids`; a cut-off character shows as U+FFFD. See `decode_bytes`."""
+        return self.decode_bytes(ids, start).decode("utf-8", errors="replace")
 
-    def stream(self) -> "TextStream":
-        """A decoder that takes one token at a time."""
-        return TextStream(self)
+    def stream(self, start: bool = False) -> "TextStream":
+        """A decoder that takes one token at a time, of text that goes on (see `start`)."""
+        return TextStream(self, start)
 
     def save(self, path: pathlib.Path) -> None:
-        """Write tokenizer.json."""
-        path.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+        """Write tokenizer.json; killed halfway, the file before stays."""
+        fresh = path.with_name(path.name + ".part")
+        text = json.dumps(self.spec, ensure_ascii=False)
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 class TextStream:
     """Decode token by token, holding back a character until all its bytes are there.
 
-    The pieces of a sequence joined, `finish()` included, equal `decode` of the whole.
+    The pieces of a sequence joined, `finish()` included, equal `decode` of the whole with
+    the same `start`: whether the first token begins a document.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._piece = tokenizer.piece
+    def __init__(self, tokenizer: Tokenizer, start: bool):
+        self._tokenizer = tokenizer
+        self._start = start  # of a document: nothing of its text was seen
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that this token completes, perhaps ''."""
-        return self._decoder.decode(self._piece(int(token)))
+        return self._decoder.decode(self.bytes_of(int(token)))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that this token adds, whole characters or not."""
+        piece = self._tokenizer.piece(token)
+        shown = piece.removeprefix(self._tokenizer.prefix) if self._start else piece
+        ended = token == self._tokenizer.eot_id
+        self._start = ended or (self._start and not piece)
+        return shown
 
     def finish(self) -> str:
         """What was held back."""
@@ -113,7 +131,7 @@ class TextStream:
 
 def byte_level() -> Tokenizer:
     """Ids 0..255 are the bytes, 256 is the end-of-document token."""
-    to_char = _byte_chars()
+    to_char = vocabulary.byte_chars()
     model = tokenizers.models.BPE(
         vocab={to_char[byte]: byte for byte in range(256)}, merges=[]
     )
@@ -123,7 +141,7 @@ def byte_level() -> Tokenizer:
         add_prefix_space=False, use_regex=False
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens([EOT])
+    backend.add_special_tokens([vocabulary.EOT])
     return Tokenizer(backend.to_str(), "bytes")
 
 
@@ -143,7 +161,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOT],
+        special_tokens=[vocabulary.EOT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -171,8 +189,11 @@ def bpe_size(spec: str) -> int:
     return number
 
 
-def load(spec: str) -> Tokenizer:
-    """'bytes', a path of a tokenizer.json or of its folder, or 'hub:owner/name[@rev]'."""
+def load(spec: str, end_token: str = "") -> Tokenizer:
+    """'bytes', a path of a tokenizer.json or of its folder, or 'hub:owner/name[@rev]'.
+
+    end_token: the token that ends a document, '' for the first of the known names.
+    """
     if spec == "bytes":
         return byte_level()
     if spec.startswith("hub:"):
@@ -187,12 +208,38 @@ def load(spec: str) -> Tokenizer:
             "hub:owner/name."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise errors.DataError(
             f"data.tokenizer={spec!r}: cannot be read ({error})."
         ) from error
-    return Tokenizer(text, spec)
+    return Tokenizer(text, spec, end_token)
+
+
+def load_recorded(
+    path: pathlib.Path, sha256: str, end_token: str, whose: str
+) -> Tokenizer:
+    """The tokenizer.json at `path` if it is the one that was written down.
+
+    Raises `DataError`, saying that it is not `whose`.
+    """
+    try:
+        tokenizer = load(str(path), end_token)
+    except errors.MemoryFormerError as error:
+        raise errors.DataError(
+            f"{path}: is not the tokenizer of {whose}: {error}"
+        ) from (error)
+    if tokenizer.fingerprint != sha256:
+        raise errors.DataError(
+            f"{path}: is not the tokenizer of {whose}: its sha256 is "
+            f"{tokenizer.fingerprint[:12]}, not {sha256[:12]}; put that one back."
+        )
+    return tokenizer
+
+
+def is_file(spec: str) -> bool:
+    """Whether data.tokenizer names a tokenizer.json, here or on the hub."""
+    return spec != "bytes" and not bpe_size(spec)
 
 
 def _from_hub(spec: str) -> pathlib.Path:
@@ -223,43 +270,24 @@ def _from_hub(spec: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def _byte_chars() -> dict[int, str]:
-    """The byte-level alphabet of GPT-2: each byte as one printable character."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    chars = {byte: chr(byte) for byte in printable}
-    others = (byte for byte in range(256) if byte not in chars)
-    return chars | {byte: chr(256 + n) for n, byte in enumerate(others)}
+def _backend(text: str, name: str) -> tokenizers.Tokenizer:
+    with _refused(f"data.tokenizer={name!r}: not a tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_str(text)
+    # A file may carry the settings of whoever saved it, and these would silently
+    # cut documents, pad them, or turn their text into special tokens.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
-def _pieces(
-    spec: dict, vocab: dict[str, int], vocab_size: int, eot_id: int, name: str
-) -> list[bytes]:
-    """The byte string of every id; b'' for special tokens and ids without a token."""
-    text = json.dumps([spec.get(key) for key in ("pre_tokenizer", "decoder")])
-    whole = json.dumps([spec.get("normalizer"), text, spec["model"]["type"]])
-    if "ByteLevel" in text:
-        to_byte = {char: byte for byte, char in _byte_chars().items()}
-
-        def convert(token: str) -> bytes:
-            return bytes(to_byte[char] for char in token)
-
-    elif "Metaspace" in text or "\\u2581" in whole or "ByteFallback" in text:
-
-        def convert(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token[-1] == ">":
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode("utf-8")
-
-    else:
-        raise errors.ConfigError(
-            f"data.tokenizer={name!r}: neither byte-level nor sentencepiece-style, so "
-            "its tokens have no fixed bytes (and text no exact bits per byte)."
-        )
-    added = {token["id"]: token for token in spec.get("added_tokens", [])}
-    pieces = [b""] * vocab_size
-    for token, index in vocab.items():
-        if index == eot_id or (index in added and added[index]["special"]):
-            continue
-        # Added tokens are matched in the raw text: their content is what they stand for.
-        pieces[index] = token.encode("utf-8") if index in added else convert(token)
-    return pieces
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever the Rust side raises, a bare Exception or a panic, as one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, errors.MemoryFormerError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise errors.DataError(f"{what} ({reason}).") from error

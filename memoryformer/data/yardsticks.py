@@ -30,6 +30,7 @@ VERSION = 1
 MAX_ORDER = 7  # seven bytes fit one uint64 with a byte to spare
 TRAIN_LIMIT = 32 << 20  # bytes of train and of validation that are looked at
 VALIDATION_LIMIT = 16 << 20
+CHUNK_TOKENS = 1 << 20  # decoded at a time
 
 
 def measure(dataset: data.Dataset, cache: bool = True) -> dict[str, float]:
@@ -148,10 +149,11 @@ def _long_xz(text: bytes) -> int:
 def _split_bytes(split: data.Split, tokenizer: data.Tokenizer, limit: int) -> bytes:
     """The first `limit` bytes of a split's documents, joined."""
     parts, size = [], 0
-    for start in range(0, len(split.tokens), 1 << 20):
-        parts.append(
-            tokenizer.decode_bytes(split.tokens[start : start + (1 << 20)].tolist())
-        )
+    begins = True  # whether the chunk begins a document
+    for start in range(0, len(split.tokens), CHUNK_TOKENS):
+        chunk = split.tokens[start : start + CHUNK_TOKENS].tolist()
+        parts.append(tokenizer.decode_bytes(chunk, begins))
+        begins = chunk[-1] == tokenizer.eot_id
         size += len(parts[-1])
         if size >= limit:
             break

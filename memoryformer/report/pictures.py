@@ -276,9 +276,9 @@ def _block_flops(width: int, length: int, projection: str) -> int:
 
 def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     """Count the codes of the newest checkpoint on the start of its validation text."""
-    run, params, _ = experiment.load(workdir)
+    run, params, facts = experiment.load(workdir)
     model_config = implementations.readable(run.model)
-    dataset = data.open(run.data, model_config.vocab_size)
+    dataset = data.find(run.data, facts["data_fingerprint"], model_config.vocab_size)
     batch_size = max(1, 8192 // model_config.seq_len)
     batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
     number = -(-max_tokens // (batch_size * model_config.seq_len)) or None

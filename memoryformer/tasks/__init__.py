@@ -20,7 +20,14 @@ from typing import Any
 import jax
 
 from memoryformer import config as config_lib
-from memoryformer import data, evaluation, experiment, generation, inference
+from memoryformer import (
+    data,
+    evaluation,
+    experiment,
+    generation,
+    inference,
+    run_tokenizer,
+)
 from memoryformer import model as model_lib
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError
@@ -97,23 +104,21 @@ def evaluate_checkpoint(
     """Evaluate one step of a run (None: the newest); `options` are fields of `Options`."""
     asked = Options(**options)
     run, params, facts = experiment.load(workdir, step)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     origin = {
         "workdir": os.fspath(workdir),
         "step": facts["step"],
         "data_fingerprint": facts["data_fingerprint"],
     }
-    return _evaluate(run.model, params, dataset.tokenizer, asked, origin)
+    return _evaluate(run.model, params, tokenizer, asked, origin)
 
 
 def evaluate_export(directory: str | os.PathLike, **options: Any) -> dict[str, Any]:
     """Evaluate what `python -m memoryformer.convert` wrote, such as a Pythia model."""
     asked = Options(**options)
     config, params = export.load_export(directory)
-    tokenizer = export.load_tokenizer(directory)
-    if tokenizer is None:
-        raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
-    source = export.read_config(directory)["source"]
+    tokenizer = export.own_tokenizer(directory, config.vocab_size)
+    source = export.source(directory).values
     origin = {
         "export": os.fspath(directory),
         "step": source.get("step"),

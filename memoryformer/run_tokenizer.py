@@ -1,0 +1,103 @@
+"""The tokenizer of a run lies in its folder, and whatever reads the run uses that one.
+
+    workdir/tokenizer.json                 written once, when training starts
+    workdir/checkpoints/<step>/MANIFEST    its sha256 and end token, with every step
+
+Runs of before there was such a file: the data of the recorded fingerprint has it.
+Start at `load` (to read a run) and `keep` (to train).
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from memoryformer import data
+from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.errors import ConfigError, DataError, MemoryFormerError, StorageError
+
+FILE = "tokenizer.json"
+
+
+def identity(tokenizer: data.Tokenizer) -> dict[str, str]:
+    """What a checkpoint's manifest says of its tokenizer: {'sha256', 'end_token'}."""
+    return {"sha256": tokenizer.fingerprint, "end_token": tokenizer.end_token}
+
+
+def load(
+    workdir: str | os.PathLike,
+    data_config: data.DataConfig,
+    facts: Mapping[str, Any],
+    vocab_size: int,
+) -> data.Tokenizer:
+    """The tokenizer that a checkpoint was trained with; `facts` are of its manifest.
+
+    Needs no corpus where the folder holds it. Raises `DataError` if it is there no longer,
+    or is another one, `ConfigError` if it has more tokens than `vocab_size`.
+    """
+    path = pathlib.Path(workdir) / FILE
+    recorded = facts.get("tokenizer")
+    if recorded is None:  # written before runs kept theirs
+        return data.find(data_config, facts["data_fingerprint"], vocab_size).tokenizer
+    if not path.is_file():
+        try:
+            found = data.find(data_config, facts["data_fingerprint"], vocab_size)
+        except MemoryFormerError as error:
+            raise DataError(f"{path}: is missing; put it back ({error})") from error
+        return found.tokenizer
+    tokenizer = tokenizer_lib.load_recorded(
+        path, recorded["sha256"], recorded["end_token"], "this run"
+    )
+    data.check_vocab_size(tokenizer.vocab_size, vocab_size, str(path))
+    return tokenizer
+
+
+def keep(workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool) -> None:
+    """Write the run's tokenizer.json unless it is there; see `check`."""
+    check(workdir, tokenizer, begun=begun)
+    path = pathlib.Path(workdir) / FILE
+    if _fingerprint(path, tokenizer.end_token) == tokenizer.fingerprint:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error}.") from error
+
+
+def check(
+    workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool
+) -> None:
+    """Raise `ConfigError` if another tokenizer.json lies in the run's folder.
+
+    Unless it is that of a start which was given up: a config.json beside it, and no
+    checkpoint yet (not `begun`).
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists() or (not begun and (path.parent / "config.json").exists()):
+        return
+    if _fingerprint(path, tokenizer.end_token) != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{path}: is not the tokenizer of this run; move it away, or name another "
+            "--workdir."
+        )
+
+
+def located(
+    data_config: data.DataConfig, workdir: str | os.PathLike
+) -> data.DataConfig:
+    """`data_config`, with the run's own tokenizer.json for one that has been moved away."""
+    own, spec = pathlib.Path(workdir) / FILE, data_config.tokenizer
+    local = tokenizer_lib.is_file(spec) and not spec.startswith("hub:")
+    if not local or not own.is_file() or pathlib.Path(spec).expanduser().exists():
+        return data_config
+    return dataclasses.replace(data_config, tokenizer=str(own))
+
+
+def _fingerprint(path: pathlib.Path, end_token: str) -> str:
+    """'' where there is no tokenizer with this end token."""
+    try:
+        return tokenizer_lib.load(str(path), end_token).fingerprint
+    except MemoryFormerError:
+        return ""
