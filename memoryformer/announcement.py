@@ -1,6 +1,7 @@
 """What a run is about to do, told at its start: its config, and what is new in it.
 
     model: vocab_size=4096 embed_dim=128 num_layers=3 ...
+    tables: 12,976,128 entries of 12 bytes with their moments, 156 MB
     changed from configs/quickstart.py:
       train.seed: 0 -> 1
     changed since the last run in runs/mine:
@@ -14,8 +15,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from memoryformer import accounting, drift, experiment, rundir
 from memoryformer import config as config_lib
-from memoryformer import drift, experiment, rundir
 from memoryformer.errors import ConfigError, StorageError
 
 WIDTH = 100
@@ -35,12 +36,25 @@ def text(config: Mapping[str, Any], preset: str, workdir: pathlib.Path | str) ->
         lines += textwrap.wrap(
             f"{section}: {shown}", WIDTH, subsequent_indent="  ", break_long_words=False
         )
+    lines += _tables(experiment.resolve(config))
     # As written: the file alone may lack what the command line must give.
     lines += _changes(config_lib.load(preset), config, f"from {preset}")
     last = _last(pathlib.Path(workdir))
     if last is not None:
         lines += _changes(last, resolved, f"since the last run in {workdir}")
     return "\n".join(lines)
+
+
+def _tables(run: experiment.Experiment) -> list[str]:
+    """What most of the state is."""
+    entries = accounting.count(run.model).parameters.tables
+    if not entries:
+        return []
+    each = run.optimizer.table_entry_bytes
+    megabytes = entries * each / 1e6
+    return [
+        f"tables: {entries:,} entries of {each} bytes with their moments, {megabytes:,.0f} MB"
+    ]
 
 
 def dump(config: Mapping[str, Any]) -> str:

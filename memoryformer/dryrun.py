@@ -1,7 +1,7 @@
 """What a run would need, without running it: state, memory, messages, before any device.
 
     python -m memoryformer.dryrun --config=configs/memoryformer_base.py \\
-        --target=v6e:8x8 --config.mesh=fsdp_tensor:model=4 [--json=FILE] [--compile=full]
+        --target=v6e:8x8 --config.mesh=fsdp_tensor:model=4 [--json] [--output=FILE] [--compile=full]
 
 It traces and lowers the very train step that `trainer` runs, from abstract arrays, and
 compiles it for the target (`targets`): all of it, or by default, where there are many blocks,
@@ -13,6 +13,7 @@ but not the target's memory. Start at `examine`.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import time
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from memoryformer import (
@@ -34,8 +36,10 @@ from memoryformer import (
     traced,
 )
 from memoryformer import config as config_lib
+from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer import targets as targets_lib
+from memoryformer.ops import lookup
 from memoryformer.targets import GIB
 
 HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
@@ -90,6 +94,7 @@ class Report:
     compiled: str = ""  # for what, and how much of the step
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     memory: Memory | None = None
+    plan_bytes: int = 0  # `memory.total`: all of one device, by its compiler
     device_bytes: int = 0  # 0: not known
     verdict: str = "not compiled"  # the compiler's, one line
     collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
@@ -97,7 +102,7 @@ class Report:
 
     def as_json(self) -> str:
         """Return the report as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def examine(
@@ -129,6 +134,8 @@ def examine(
         elif how == "blocks":
             found = _compile_blocks(compiled_run, sharding)
     memory, capacity = found.get("memory"), wanted.chip.memory_bytes
+    if memory:
+        found["plan_bytes"] = memory.total
     if memory and capacity and not missing:
         found["verdict"] = _verdict(memory, capacity)
     report = dataclasses.replace(
@@ -149,10 +156,18 @@ def examine(
 
 def _without_device_kernels(run, chosen):
     """The run with what is only chosen, or only built, on its own device left out."""
-    model = run.model
-    if model.attention != "xla":  # see `remedies`
-        model = dataclasses.replace(model, attention="xla")
-    model = implementations.readable(model, chosen.chip.platform)
+    model, chip = run.model, chosen.chip
+    fused = (
+        model.attention == "cudnn" and chip.platform == "gpu"
+    )  # compiles without one
+    attention = "cudnn" if fused else "xla"  # see `remedies`
+    model = implementations.readable(model, chip.platform)
+    model = dataclasses.replace(model, attention=attention)
+    unable = lookup.why_not(
+        "gpu", jnp.dtype(model.dtype), chip.platform, chip.capability
+    )
+    if model.lookup == "auto" and chip.platform == "gpu" and unable:
+        model = dataclasses.replace(model, lookup="xla")
     return dataclasses.replace(run, model=model)
 
 
@@ -162,7 +177,13 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     counted = accounting.count(model)
     tokens = train.batch_size * model.seq_len
     params = abstract.device_bytes(state.params)
-    whole = sharding_lib.num_bytes(state.params) // sharding.axis_size("model")
+    # Tables are joined, and their gradients kept, in the type that layers read.
+    read = jax.eval_shape(
+        lambda p: model_lib.with_tables_as_read(model, p), state.params
+    )
+    whole = sharding_lib.num_bytes(read) // sharding.axis_size("model")
+    values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    summed = 4 * values // sharding.axis_size("model")
     mesh = abstract.mesh_shape(sharding)
     return Report(
         config=experiment.as_dict(run),
@@ -176,8 +197,10 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
         optimizer_bytes=abstract.device_bytes((state.opt_state, state.spikes)),
-        gathered_bytes=whole if "fsdp" in run.mesh and params < whole else 0,
-        gradient_bytes=max(whole, params),
+        gathered_bytes=whole
+        if "fsdp" in run.mesh and sharding.axis_size("data") > 1
+        else 0,
+        gradient_bytes=whole if train.num_microbatches == 1 else summed,
         activation_bytes=abstract.activation_bytes(compiled_run, sharding),
         messages=traced.collectives(step.jaxpr, mesh),
     )
@@ -275,7 +298,8 @@ def define_flags() -> None:
     config_lib.define_flag()
     flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
     flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
-    paths.define_flag("json", "Write the whole report to this file.")
+    flags.DEFINE_bool("json", False, "Print the whole report as one JSON object.")
+    paths.define_flag("output", "Also write that object to this file.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,9 +317,10 @@ def _run(argv: Sequence[str]) -> None:
     report = examine(
         experiment.resolve(config), flags.FLAGS.target, flags.FLAGS.compile
     )
-    print(describe(report))
-    if flags.FLAGS.json:
-        pathlib.Path(flags.FLAGS.json).write_text(report.as_json(), encoding="utf-8")
+    print(report.as_json() if flags.FLAGS.json else describe(report))
+    if flags.FLAGS.output:
+        path = pathlib.Path(flags.FLAGS.output)
+        path.write_text(report.as_json() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

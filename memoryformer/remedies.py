@@ -19,10 +19,9 @@ def find(
     """Yield one line for each thing to change, what saves most first."""
     if "does not fit" in report.verdict:
         yield from _to_fit(report, run, sharding)
-    if (
-        run.model.attention != "xla"
-        and target.missing() + target.chip.platform != "cpu"
-    ):
+    fused = run.model.attention == "cudnn" and not target.missing()  # compiled as it is
+    elsewhere = target.missing() or target.chip.platform != "cpu"
+    if run.model.attention != "xla" and elsewhere and not fused:
         yield (
             f"model.attention={run.model.attention!r} is counted as 'xla', which takes "
             "more memory: the fused kernel is chosen on its own device only."

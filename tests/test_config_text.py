@@ -91,7 +91,7 @@ def test_the_miniature_reads_no_text_twice():
 def test_announcement(tmp_path):
     """The whole config, what the command line changed, what changed since the last run.
 
-    Mutations: old and new swapped; `experiment.complete(config_lib.load(preset))`; an unreadable config.json not survived.
+    Mutations: old and new swapped; the bytes of dense parameters; `experiment.complete(config_lib.load(preset))`; an unreadable config.json not survived.
     """
     preset = str(toy.config_file(tmp_path))
     config = config_lib.load(preset, **{"train.seed": 5})
@@ -99,6 +99,8 @@ def test_announcement(tmp_path):
     assert "embed_dim=16" in text and max(map(len, text.splitlines())) <= 200
     assert f"changed from {preset}:\n  train.seed: 0 -> 5" in text
     assert "since the last run" not in text
+    entries = accounting.count(config.model).parameters.tables
+    assert f"tables: {entries:,} entries of 12 bytes with their moments" in text
     stored = experiment.complete(config_lib.load(preset, **{"train.log_every": 7}))
     (tmp_path / "config.json").write_text(json.dumps(stored))
     text = announcement.text(config_lib.load(preset), preset, tmp_path)

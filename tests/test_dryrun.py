@@ -222,7 +222,40 @@ def test_the_report_reads_and_stores():
     told = dryrun.describe(worrying).splitlines()[-2:]
     assert told == ["warning: one thing", "warning: another"]
     stored = json.loads(report.as_json())
-    assert stored["memory"]["total"] == report.memory.total
+    assert stored["memory"]["total"] == stored["plan_bytes"] == report.memory.total
     counted = stored["parameters"]
     params = jax.eval_shape(lambda: model_lib.init(run_of().model))
     assert counted["total"] == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_tables_are_joined_in_the_type_they_are_read_in():
+    """bfloat16 models join and differentiate tables at 2 bytes; microbatches add up at 4.
+
+    Mutation: `whole` of the stored parameters.
+    """
+    small = {"model.dtype": "bfloat16"}
+    reports = [
+        dryrun.examine(run_of("fsdp", **fields), "cpu:8", "none")
+        for fields in (small, small | {"train.num_microbatches": 2}, {})
+    ]
+    counted = reports[0].parameters
+    values, tables = counted["total"], counted["tables"]
+    narrow, whole = 4 * values - 2 * tables, 4 * values
+    assert [r.gathered_bytes for r in reports] == [narrow, narrow, whole]
+    assert [r.gradient_bytes for r in reports] == [narrow, whole, whole]
+
+
+def test_the_command_prints_json(tmp_path, capsys):
+    """`--json` alone on standard output; `--output` holds the same.
+
+    Mutation: `describe` printed as well.
+    """
+    config = str(toy.config_file(tmp_path))
+    path = tmp_path / "report.json"
+    words = ["dryrun", f"--config={config}", "--compile=none", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        dryrun.main([*words, f"--output={path}"])
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(path.read_text())
+    assert printed["plan_bytes"] == 0 and printed["verdict"] == "not compiled"

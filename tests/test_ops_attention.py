@@ -57,14 +57,19 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled):
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
 def test_what_is_named_is_never_replaced(implementation):
-    """On CPU neither can run; 'auto' takes the plain form. Red if one falls back."""
-    q, k, v = _qkv(8)
-    segments = SEGMENTS[:, 46:54]
-    message = f"attention {implementation!r} cannot run: the platform is cpu"
-    with pytest.raises(ValueError, match=message):
-        attention.fused(q, k, v, segments, implementation)
-    got = attention.fused(q, k, v, segments, "auto")
-    want = attention.fused(q, k, v, segments, "xla")
+    """On CPU neither can run; 'auto' takes the plain form. Red if one falls back.
+
+    Both are traced, for a program may be compiled for another platform; `why_not` is asked
+    about shapes first.
+    """
+    q, k, v = (x.astype(jnp.bfloat16) for x in _qkv(128))
+    trace = jax.jit(attention.fused, static_argnums=4).trace
+    with pytest.raises(ValueError, match=f"attention {implementation!r} cannot run: "):
+        trace(q, k, v, SEGMENTS, implementation).lower()  # for this CPU
+    with pytest.raises(ValueError, match=f"{implementation!r} cannot run: the "):
+        trace(*(x[:, :9, :, :7] for x in (q, k, v)), SEGMENTS[:, :9], implementation)
+    got = attention.fused(q, k, v, SEGMENTS, "auto")
+    want = attention.fused(q, k, v, SEGMENTS, "xla")
     np.testing.assert_array_equal(got, want)
 
 

@@ -11,6 +11,7 @@ Start at `softmax`.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from memoryformer.notation import Array, Float, Int
+from memoryformer.ops import only_on
 
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # with one of them cuDNN is there
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "auto")
 SPLASH_BLOCK = 128
 CACHE_BLOCK = 32  # keys that `over_cache` reads at a time; caches hold whole blocks
@@ -174,8 +178,14 @@ def fused(
     if implementation == "auto":
         able = (name for name in ("cudnn", "splash") if not why_not(name, q))
         implementation = next(able, "xla")
-    elif not interpret and (reason := why_not(implementation, q)):
-        raise ValueError(f"attention {implementation!r} cannot run: {reason}.")
+    elif implementation in PLATFORMS and not interpret:
+        platform, what = PLATFORMS[implementation], f"attention {implementation!r}"
+        reason = why_not(implementation, q, platform)
+        if platform == "gpu" and not any(map(importlib.util.find_spec, _CUDA)):
+            reason = reason or "jax's CUDA plugin, which brings cuDNN, is not installed"
+        if reason:
+            raise ValueError(f"{what} cannot run: {reason}.")
+        segment_ids = only_on.platform(segment_ids, platform, what)
     if implementation == "splash":
         y = _splash(q, k, v, segment_ids, interpret)
     else:
