@@ -9,6 +9,7 @@ Start at `run_main`.
 """
 
 import contextlib
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -202,7 +203,9 @@ def _override_error(argv: Sequence[str]) -> ConfigError | None:
     """Name the first `--config.KEY` that the config file does not have."""
     from memoryformer import config as config_lib  # it imports this module
 
-    files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    words = [f"-{a}" if a.startswith("-config") else a for a in argv]
+    files = [a.partition("=")[2] for a in words if a.startswith("--config=")]
+    files += [b for a, b in itertools.pairwise(words) if a == "--config"]
     if not files:
         return None
     try:

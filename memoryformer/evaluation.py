@@ -198,15 +198,14 @@ def evaluate_checkpoint(
             performer_draw=run.model.performer_draw,
         )
         run = dataclasses.replace(given, model=given_model)
-    if config is None:
-        dataset = data.find(run.data, facts["data_fingerprint"], run.model.vocab_size)
-    else:
+        # What is asked for here, not what the run was trained with.
+        implementations.check(run.model, jax.default_backend())
         corpus = run_tokenizer.located(run.data, workdir)
         dataset = data.open(corpus, run.model.vocab_size)
         data.check(dataset, facts["data_fingerprint"])
+    else:
+        dataset = run_tokenizer.dataset(workdir, run.data, facts, run.model.vocab_size)
     params, changed = inference.altered(run.model, params, kinds, density)
-    if config is not None:  # what is asked for here, not what the run was trained with
-        implementations.check(run.model, jax.default_backend())
     run = dataclasses.replace(run, model=implementations.readable(run.model))
     compilation.use_cache(run.train.compilation_cache, required=False)
     striped = mixers.takes_any_order(run.model)

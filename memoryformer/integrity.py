@@ -92,7 +92,10 @@ def read_ledger(parent: pathlib.Path) -> set[int]:
     Raises `DamagedError`.
     """
     path = parent / LEDGER
-    return set(_unsealed(path)) if path.exists() else set()
+    steps = _unsealed(path) if path.exists() else []
+    if not isinstance(steps, list) or not all(type(step) is int for step in steps):
+        raise DamagedError(f"{path}: is no list of steps.")
+    return set(steps)
 
 
 def remove(directory: pathlib.Path) -> None:
@@ -107,7 +110,12 @@ def size(directory: pathlib.Path) -> int:
 
 
 def _read(directory: pathlib.Path) -> dict[str, Any]:
-    return _unsealed(directory / MANIFEST)
+    path = directory / MANIFEST
+    manifest = _unsealed(path)
+    parts = manifest if isinstance(manifest, dict) else {}
+    if not all(isinstance(parts.get(name), dict) for name in ("facts", "files")):
+        raise DamagedError(f"{path}: is no manifest.")
+    return manifest
 
 
 def _seal(path: pathlib.Path, value: Any) -> None:
@@ -128,7 +136,10 @@ def _unsealed(path: pathlib.Path) -> Any:
         raise DamagedError(f"{path}: missing or unreadable.") from error
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise DamagedError(f"{path}: changed since it was written.")
-    return json.loads(body)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: is no JSON.") from error
 
 
 def _files(directory: pathlib.Path) -> list[str]:

@@ -26,6 +26,7 @@ import jax
 
 from memoryformer.errors import ConfigError, StorageError
 
+MAX_STEP = 2**53  # beyond it a float has no neighbour one step away
 WALL_CLOCK = frozenset(
     {
         "train/tokens_per_second",
@@ -277,8 +278,10 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None  # the writer was killed in the middle of this line
     try:
         row = json.loads(line)
-        whole = isinstance(row["step"], int) and all(map(_is_value, row.items()))
-    except (ValueError, RecursionError, TypeError, KeyError):
+        step = row["step"]
+        whole = isinstance(step, int) and 0 <= step < MAX_STEP
+        whole = whole and all(map(_is_value, row.items()))
+    except (ValueError, RecursionError, TypeError, KeyError, OverflowError):
         return None
     return row if whole else None
 
@@ -328,8 +331,6 @@ class _Tracker:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except ConfigError:
-            raise
         except Exception as error:
             self._target = None
             reason = " ".join(str(error).split())[:200] or "no reason given"

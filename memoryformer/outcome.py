@@ -46,8 +46,9 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
     except (Preempted, HangError):
         raise
     except Exception as error:
-        if before and isinstance(error, ConfigError):
-            _write(path, before)  # refused: the run that is there stays what it was
+        if isinstance(error, ConfigError) and (before or _has_begun(path.parent)):
+            if before:  # refused: the run that is there stays what it was
+                _write(path, before)
             raise
         ours = as_ours(error)  # as the process will end
         code = ours.exit_code if ours else 1
@@ -55,6 +56,11 @@ def recorded(workdir: str | os.PathLike) -> Iterator[None]:
         _write(path, {"state": "failed", "exit_code": code, "error": text})
         raise
     _write(path, {"state": "done"})
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    """Whether a run lies there that was killed, so that it has no outcome."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any] | None:

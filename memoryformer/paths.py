@@ -33,9 +33,9 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     where = f"{name}={_shown(text)}"
-    if not text:
-        raise ConfigError(f"{name}='': an empty path; name a file or folder.")
-    if _STORE.match(text):
+    if not text.strip():
+        raise ConfigError(f"{where}: an empty path; name a file or folder.")
+    if _STORE.match(text.lstrip()):
         raise ConfigError(
             f"{where}: only folders of this machine are read and written; mount the store "
             "(gcsfuse, s3fs, ...) and give the path without its scheme."
@@ -45,7 +45,8 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
             f"{where}: holds a character that is not text; rename it, or use a link."
         )
     try:
-        return pathlib.Path(text).expanduser()
+        path = pathlib.Path(text)  # it drops a ./ before a ~
+        return path.expanduser() if text.startswith("~") else path
     except RuntimeError as error:
         raise ConfigError(
             f"{where}: has no such home folder; write the path in full."

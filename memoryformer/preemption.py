@@ -1,4 +1,4 @@
-"""Stopping politely: SIGTERM and SIGINT ask, a second one insists.
+"""Stopping politely: SIGTERM, SIGINT and SIGHUP ask, a second one insists.
 
 A launcher that takes a machine away sends SIGTERM and waits a while. `StopRequest` only sets
 a flag; the training loop looks at it between steps (and evaluation between batches), saves
@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -23,7 +23,8 @@ class StopRequest:
         return bool(self.name)
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        self._previous = {s: signal.signal(s, self._on_signal) for s in heard}
         return self
 
     def __exit__(self, *unused_exception: Any) -> None:

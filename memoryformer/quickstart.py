@@ -4,13 +4,20 @@ Reads `eval.json` of the run and of its dense twin (if that was trained), and co
 yardsticks on the same validation text. Start at `summary`.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
-from memoryformer import checkpoint, data, errors, experiment, metrics, paths
+from memoryformer import (
+    checkpoint,
+    errors,
+    experiment,
+    metrics,
+    paths,
+    run_tokenizer,
+    rundir,
+)
 from memoryformer.data import yardsticks
 from memoryformer.errors import DataError
 
@@ -21,7 +28,7 @@ def summary(workdir: pathlib.Path) -> str:
     """Return a table of bits per byte, and where everything is."""
     facts = checkpoint.facts(workdir)
     run = experiment.resolve(facts["config"])
-    dataset = data.find(run.data, facts["data_fingerprint"])
+    dataset = run_tokenizer.dataset(workdir, run.data, facts)
     memory = workdir.with_name(workdir.name.removesuffix(DENSE_SUFFIX))
     dense = memory.with_name(memory.name + DENSE_SUFFIX)
     rows = []
@@ -49,11 +56,15 @@ def summary(workdir: pathlib.Path) -> str:
 
 
 def _bits(path: pathlib.Path) -> float:
-    return json.loads(path.read_text(encoding="utf-8"))["val/bits_per_byte"]
+    bits = rundir.read_json(path).get("val/bits_per_byte")
+    if not isinstance(bits, float):
+        raise DataError(f"{path}: holds no val/bits_per_byte; run eval.py again.")
+    return bits
 
 
 def _training(workdir: pathlib.Path) -> str:
-    rows = [row for row in metrics.read(workdir) if "train/tokens" in row]
+    wanted = {"train/tokens", "train/tokens_per_second"}
+    rows = [row for row in metrics.read(workdir) if wanted <= row.keys()]
     if not rows:
         raise DataError(f"{workdir}/metrics.jsonl: no training rows; was it trained?")
     tokens = metrics.short_number(rows[-1]["train/tokens"])

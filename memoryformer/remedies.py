@@ -20,7 +20,7 @@ def find(
     if "does not fit" in report.verdict:
         yield from _to_fit(report, run, sharding)
     fused = run.model.attention == "cudnn" and not target.missing()  # compiled as it is
-    elsewhere = target.missing() or target.chip.platform != "cpu"
+    elsewhere = target.chip.platform != "cpu"
     if run.model.attention != "xla" and elsewhere and not fused:
         yield (
             f"model.attention={run.model.attention!r} is counted as 'xla', which takes "

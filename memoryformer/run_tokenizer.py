@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from memoryformer import data
+from memoryformer import data, paths
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError, StorageError
 
@@ -39,13 +39,12 @@ def load(
     path = pathlib.Path(workdir) / FILE
     recorded = facts.get("tokenizer")
     if recorded is None:  # written before runs kept theirs
-        return data.find(data_config, facts["data_fingerprint"], vocab_size).tokenizer
+        return dataset(workdir, data_config, facts, vocab_size).tokenizer
     if not path.is_file():
         try:
-            found = data.find(data_config, facts["data_fingerprint"], vocab_size)
+            return dataset(workdir, data_config, facts, vocab_size).tokenizer
         except MemoryFormerError as error:
             raise DataError(f"{path}: is missing; put it back ({error})") from error
-        return found.tokenizer
     tokenizer = tokenizer_lib.load_recorded(
         path, recorded["sha256"], recorded["end_token"], "this run"
     )
@@ -90,9 +89,27 @@ def located(
     """`data_config`, with the run's own tokenizer.json for one that has been moved away."""
     own, spec = pathlib.Path(workdir) / FILE, data_config.tokenizer
     local = tokenizer_lib.is_file(spec) and not spec.startswith("hub:")
-    if not local or not own.is_file() or pathlib.Path(spec).expanduser().exists():
+    if not local or not own.is_file() or _is_there(spec):
         return data_config
     return dataclasses.replace(data_config, tokenizer=str(own))
+
+
+def dataset(
+    workdir: str | os.PathLike,
+    data_config: data.DataConfig,
+    facts: Mapping[str, Any],
+    vocab_size: int | None = None,
+) -> data.Dataset:
+    """The data that a checkpoint was trained on, wherever its tokenizer lies by now."""
+    there = located(data_config, workdir)
+    return data.find(there, facts["data_fingerprint"], vocab_size)
+
+
+def _is_there(spec: str) -> bool:
+    try:
+        return paths.local(spec, "data.tokenizer").exists()
+    except (ConfigError, OSError):  # data preparation says what is wrong with it
+        return False
 
 
 def _fingerprint(path: pathlib.Path, end_token: str) -> str:

@@ -24,6 +24,7 @@ from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 
 GIB = 2**30
+MAX_DEVICES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,8 @@ def parse(target: str) -> Target:
     topology = tuple(int(n) for n in shape.split("x")) if shape else (1,)
     parsed = Target(target, chip, topology)
     gpus, domain = parsed.num_devices, parsed.chip.domain
+    if gpus > MAX_DEVICES:
+        raise ConfigError(f"--target={target!r}: more than {MAX_DEVICES} devices.")
     if not gpus or (parsed.chip.platform == "gpu" and gpus > domain and gpus % domain):
         raise ConfigError(
             f"--target={target!r}: {gpus} devices; give at least one, and whole hosts of "

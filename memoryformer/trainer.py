@@ -173,8 +173,8 @@ def make_train_step(
     `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.
 
     loss = sum of nats / sum of weights over the whole batch, whatever its division into
-    devices and microbatches. Gradients cross the devices once a step. An update that is not
-    finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
+    devices and microbatches. Gradients cross the devices once a step. A step whose loss or
+    gradient is not finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
     """
     tx = _transformation(run)
 

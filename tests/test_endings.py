@@ -212,6 +212,7 @@ def test_a_tracker_may_fail(tmp_path, monkeypatch, capsys, fails):
 def test_rows_that_are_no_rows_are_left_out(tmp_path):
     """Mutation: any JSON object taken for a row."""
     lines = ['{"step": 1, "train/loss": 2.0}', '{"step": 2, "train/loss": null}', "7"]
+    lines += [f'{{"step": 6, "train/loss": 1{"0" * 400}}}', f'{{"step": 1{"0" * 400}}}']
     lines += ['{"step": "x"}', "[" * 100_000, '{"step": 3, "train/loss": "nan"}', "{}"]
     lines += [
         '{"step": 4, "val/loss": [1]}',

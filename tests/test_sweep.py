@@ -108,7 +108,8 @@ def test_directories_are_named_by_content(folder):
     """The same run has the same hash whatever it is called, another one another hash; what
     changes no number (here, where to log) changes no name.
 
-    Mutations: the label hashed; `optimizer.learning_rate` declared to change nothing.
+    Mutations: the label hashed; `optimizer.learning_rate` declared to change nothing;
+    `data.tokenizer` out of `NAMING`.
     """
     plain = [p.workdir.name for p in expand(folder, "rate").points]
     named = expand(folder, "same_rates").points[0].workdir.name
@@ -116,8 +117,9 @@ def test_directories_are_named_by_content(folder):
     assert len({name[-8:] for name in plain}) == 4
     quiet = expand(folder, "rate", **{"train.log_every": 3})
     assert [p.workdir.name for p in quiet.points] == plain
-    other = expand(folder, "rate", **{"train.batch_size": 16})
-    assert not {p.workdir.name for p in other.points} & set(plain)
+    for changed in ({"train.batch_size": 16}, {"data.tokenizer": "bpe:300"}):
+        other = expand(folder, "rate", **changed)
+        assert not {p.workdir.name for p in other.points} & set(plain)
 
 
 def test_what_another_sweep_trained_is_not_trained_again(folder, tmp_path):

@@ -39,6 +39,8 @@ def _run(argv):
     if words[0] not in PICTURES and not paths.local(words[0], "report").exists():
         near = config.suggest(words[0], PICTURES)
         raise errors.ConfigError(f"report {words[0]!r}: no such directory{near}.")
+    if words[0] != "utilisation":
+        errors.refuse_flags(["workdir", "max_tokens"], "is of report utilisation")
     if words[0] in PICTURES:
         from memoryformer.report import pictures  # with matplotlib
 

@@ -13,12 +13,13 @@ import numpy as np
 from memoryformer import (
     accounting,
     config,
-    data,
     diagnostics,
     errors,
     experiment,
     implementations,
     metrics,
+    paths,
+    run_tokenizer,
 )
 
 matplotlib.use("Agg")  # no display needed; before pyplot is imported
@@ -278,7 +279,7 @@ def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     """Count the codes of the newest checkpoint on the start of its validation text."""
     run, params, facts = experiment.load(workdir)
     model_config = implementations.readable(run.model)
-    dataset = data.find(run.data, facts["data_fingerprint"], model_config.vocab_size)
+    dataset = run_tokenizer.dataset(workdir, run.data, facts, model_config.vocab_size)
     batch_size = max(1, 8192 // model_config.seq_len)
     batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
     number = -(-max_tokens // (batch_size * model_config.seq_len)) or None
@@ -365,7 +366,7 @@ def _no_more(argv: Sequence[str], subcommand: str) -> None:
 
 
 def _existing(name: str) -> pathlib.Path:
-    path = pathlib.Path(name)
+    path = paths.local(name, "report")
     if not path.is_dir():
         raise errors.DataError(f"{name}: there is no such run directory.")
     return path

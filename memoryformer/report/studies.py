@@ -85,8 +85,9 @@ class Study:
 
     @functools.cached_property
     def varying(self) -> list[str]:
-        """The fields in which runs differ, but for their seeds."""
-        return [field for field in differing(self.runs) if field != points.SEED]
+        """The fields in which runs differ, but for seeds and bookkeeping."""
+        same = {points.SEED, *points.bookkeeping()}
+        return [field for field in differing(self.runs) if field not in same]
 
     @functools.cached_property
     def variants(self) -> dict[str, list[Run]]:
@@ -151,8 +152,9 @@ def load(directories: Sequence[pathlib.Path]) -> list[Study]:
             raise DataError(f"{directory}: there is no such directory.")
         found = [p.parent for p in _below(directory, files.MANIFEST)]
         for sweep in found:
-            runs = [run for run in _of_sweep(sweep, damaged) if run]
-            seen |= {run.workdir.resolve() for run in runs}
+            of_points = _of_sweep(sweep, damaged)
+            seen |= {(sweep / name).resolve() for name in of_points}
+            runs = [run for run in of_points.values() if run]
             if runs:
                 studies.append(Study(sweep.name, runs))
         for path in _below(directory, "metrics.jsonl"):
@@ -183,18 +185,23 @@ def _below(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
     return [path for pattern in patterns for path in sorted(directory.glob(pattern))]
 
 
-def _of_sweep(directory: pathlib.Path, damaged: list[StorageError]) -> list[Run | None]:
+def _of_sweep(
+    directory: pathlib.Path, damaged: list[StorageError]
+) -> dict[str, Run | None]:
+    """The runs of a sweep by the name of their folder, None for one that cannot be read."""
     path = directory / files.MANIFEST
     try:
         points = rundir.read_json(path)["points"]
         labels = {str(name): str(point["label"]) for name, point in points.items()}
     except StorageError as error:
         damaged.append(error)
-        return []
+        return {}
     except (AttributeError, KeyError, TypeError):
         damaged.append(StorageError(f"{path}: is no list of a sweep's points."))
-        return []
-    return [_run(directory / name, damaged, label) for name, label in labels.items()]
+        return {}
+    return {
+        name: _run(directory / name, damaged, label) for name, label in labels.items()
+    }
 
 
 def _run(

@@ -10,6 +10,14 @@ from memoryformer import config as config_lib
 from memoryformer import errors, paths
 
 ROOT = "runs/sweeps"
+# Which flags each command looks at, beside those of every one.
+LOOKED_AT = {
+    "list": (),
+    "check": (),
+    "print": ("index", "todo"),
+    "run": ("parallel", "retry_failed"),
+    "collect": ("baseline", "best_over"),
+}
 
 
 def define_flags() -> None:
@@ -39,6 +47,9 @@ def _run(argv):
     errors.check_arguments(argv[:1], config=flags.FLAGS.config)
     from memoryformer.sweep import commands
 
+    for name in sorted(set().union(*LOOKED_AT.values())):
+        if name not in LOOKED_AT.get(argv[1] if len(argv) > 1 else "", (name,)):
+            errors.refuse_flags([name], f"{argv[1]} does not look at it")
     config = flags.FLAGS["config"]
     names = [f.name for f in dataclasses.fields(commands.Options)]
     options = commands.Options(**{name: flags.FLAGS[name].value for name in names})

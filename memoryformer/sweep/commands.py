@@ -7,7 +7,14 @@ from typing import Any
 
 import jax
 
-from memoryformer import abstract, accounting, console, metrics, trainer
+from memoryformer import (
+    abstract,
+    accounting,
+    console,
+    implementations,
+    metrics,
+    trainer,
+)
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.sweep import best, files, points, runner, tables
@@ -63,9 +70,12 @@ def check(sweep: Sweep, unused_options: Options) -> int:
 def _sizes(point: Point) -> tuple[int, ...]:
     """Parameters, and the bytes of a device: state, gradients, activations."""
     try:
-        made = abstract.device_sharding(point.run, jax.devices())
-        state = abstract.state(point.run, made)
-        activations = abstract.activation_bytes(point.run, made)
+        # This machine need not have what the points will be trained with.
+        readable = implementations.readable(point.run.model)
+        run = dataclasses.replace(point.run, model=readable)
+        made = abstract.device_sharding(run, jax.devices())
+        state = abstract.state(run, made)
+        activations = abstract.activation_bytes(run, made)
     except ConfigError as error:
         name = f"point {point.index} ({point.workdir.name})"
         raise ConfigError(f"{name}: {error}") from error

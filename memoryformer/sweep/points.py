@@ -20,9 +20,9 @@ PREFIX = "sweep_"
 LABEL = "label"
 SEED = "train.seed"
 DEFAULT_METRICS = ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
-# Fields that change no number and yet name another experiment: what is measured, and where
-# the text lies, the only name that a text has here.
-NAMING = ("eval.*", "data.path")
+# Fields that change no number and yet name another experiment: what is measured, where the
+# text lies and what reads it, the only names that they have here.
+NAMING = ("eval.*", "data.path", "data.tokenizer", "data.end_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,15 @@ def expand(
         metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
     points = tuple(_named_apart(points))
     return Sweep(config, tuple(names), base, directory, metrics, points)
+
+
+def bookkeeping() -> set[str]:
+    """Fields in which two runs of one experiment may differ."""
+    return {
+        key
+        for key in experiment.may_change()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NAMING)
+    }
 
 
 def identity(point: Point, without: Collection[str] = (SEED,)) -> str:
@@ -209,12 +218,7 @@ def _text(
     overrides: Mapping[str, Any],
     without: Collection[str] = (),
 ) -> str:
-    unnamed = {
-        key
-        for key in experiment.may_change() - overrides.keys()
-        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NAMING)
-    }
-    unnamed |= set(without)
+    unnamed = (bookkeeping() - overrides.keys()) | set(without)
     named = {key: value for key, value in flat.items() if key not in unnamed}
     return json.dumps(named, sort_keys=True)
 

@@ -1,0 +1,33 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+
+import pytest
+
+from memoryformer import preemption
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda n: n.name)
+def test_a_signal_is_heard_once(number):
+    """A closed terminal (SIGHUP) asks as a launcher does; what was there before comes back.
+
+    Mutations: SIGHUP left out; no `signal.signal` in `__exit__`.
+    """
+    before = signal.getsignal(number)
+    with preemption.StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.name == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_respected():
+    """A signal that is ignored already stays so. Mutation: every signal heard."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemption.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
