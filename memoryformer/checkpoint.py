@@ -5,10 +5,11 @@
                                            every leaf, config, data fingerprint, versions
     workdir/checkpoints/LEDGER             the steps that had a manifest and were not deleted
 
-A manifest is written once a leaf of every kind was read back as a restart reads it. A step counts once its manifest is there, and is restored only if every file still agrees
-with it; one that the ledger lists and that has none is damaged. Orbax alone restores most
-flipped bits without a word, reports a save that failed on a full disk as done, and forgets a
-save that was not waited for.
+A manifest is written once a leaf of every kind was read back through Orbax. A step counts
+once its manifest is there, and is restored only if every file still agrees with it; one that
+the ledger lists and that has none is damaged. Orbax alone restores most flipped bits without
+a word, reports a save that failed on a full disk as done, and forgets a save that was not
+waited for.
 
 Start at `Checkpointer` (training) or `load` (everything else).
 """

@@ -39,8 +39,9 @@ def check(
     """Return the changes that are allowed; raise `ConfigError` on any other.
 
     `allow` holds the names of fields, or patterns ('optimizer.*'): those that change no
-    number (`experiment.may_change`), and those that the user answers for. `train.num_steps` is free where no schedule hangs on it: with
-    `optimizer.decay_steps` set on both sides or a constant schedule.
+    number (`experiment.may_change`), and those that the user answers for. `train.num_steps`
+    is free where no schedule hangs on it: with `optimizer.decay_steps` set on both sides or
+    a constant schedule.
     """
     changes = drift(saved, new)
     free = tuple(allow)

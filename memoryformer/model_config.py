@@ -93,7 +93,7 @@ class ModelConfig:
     recurrence_slots: int = 16
     recurrence_bptt: int = 0  # chunks that gradients cross; 0: all
     memformer_temperature: float = 0.5  # of writing
-    dtype: str = "float32"  # of the computation; parameters are float32
+    dtype: str = "float32"  # of the computation; parameters have their own
 
     def __post_init__(self):
         config_lib.choose(self.mixer, mixers.MIXERS, "model.mixer")

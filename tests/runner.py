@@ -2,7 +2,8 @@
 
 A server imports jax and the package once, starts no backend, and forks for every run; the
 child applies a fault and a mutation by name (`faults`, `mutations`) and executes the program
-as a command would. A patch that does not work ends it with `UNBOUND` (`patching`). Everything a run can do to itself - be killed, fill a disk, exit - stays in the child.
+as a command would. A patch that does not work ends it with `UNBOUND` (`patching`). All that a
+run can do to itself - be killed, fill a disk, exit - stays in the child.
 `python tests/runner.py` is the server: requests on stdin, answers on stdout, JSON lines.
 """
 

@@ -57,7 +57,8 @@ def list_files(
 
     The key of a file is its path relative to the folder, as UTF-8, so it does not depend
     on where the corpus lies. With `json_only` only JSON lines count. `note` is told what
-    was followed and what was left out. Raises `DataError` if nothing is left, or a folder cannot be read.
+    was followed and what was left out. Raises `DataError` if nothing is left, or a folder
+    cannot be read.
     """
     try:
         base = paths.local(path, field)

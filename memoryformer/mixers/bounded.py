@@ -230,9 +230,9 @@ class ConvLuna(Luna):
         f_t = sum_{i < W} w_i x_{t-W+1+i}     or     max_{i < W} x_{t-i}
 
     on c and pack, one kernel of W weights a head, inside a document and never ahead of t
-    (the published 'same' padding looks ahead; with causal=False this one is centred). tau = exp(log tau) for reading and for
-    writing, both 1 at first, as in the published code, where the one for reading is never
-    learned, by mistake.
+    (the published 'same' padding looks ahead; with causal=False this one is centred).
+    tau = exp(log tau) for reading and for writing, both 1 at first, as in the published code,
+    where the one for reading is never learned, by mistake.
     """
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):

@@ -1,7 +1,8 @@
 """Softmax attention: o_i = sum_j softmax_j(q_i . k_j / sqrt(E)) v_j over the allowed j.
 
 `softmax` is the plain form, for every platform: logits and softmax in float32. `over_cache`
-reads the filled part of a cache. `fused` computes the same for whole rows without storing the logits:
+reads the filled part of a cache. `fused` computes the same for whole rows without storing
+the logits:
 
     cudnn     GPU, bf16: `jax.nn.dot_product_attention`
     splash    TPU, length a multiple of 128: Pallas splash attention
