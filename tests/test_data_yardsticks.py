@@ -173,7 +173,7 @@ def test_the_commands(tmp_path):
     corpus.rename(tmp_path / "gone")
     for arguments, code, words in (
         (["inspect", f"--config={config}"], 46, "no such file or folder"),
-        (["inspect", "--config=missing.py"], 2, "no such file"),
+        (["inspect", "--config=missing.py"], 2, "there is no file"),
         (["prepare", "--json"], 2, "--json: prepare does not look at it"),
     ):
         failed = command(*arguments)
