@@ -28,6 +28,7 @@ from memoryformer import (
     metrics,
     paths,
     run_tokenizer,
+    rundir,
 )
 from memoryformer.convert import export
 from memoryformer.data import blocks, jsonlines, names
@@ -278,6 +279,10 @@ def _run(argv):
     if bool(flags.FLAGS.workdir) == bool(flags.FLAGS.export):
         raise ConfigError("name one of --workdir=DIR and --export=DIR.")
     _refuse_unused_flags()
+    prompts, output = flags.FLAGS.prompts, flags.FLAGS.output
+    if output:
+        folder = flags.FLAGS.workdir or flags.FLAGS.export
+        rundir.check_output(output, [prompts], [folder])
     sampling = SamplingConfig(
         flags.FLAGS.max_tokens,
         flags.FLAGS.temperature,
@@ -292,9 +297,9 @@ def _run(argv):
         generator, tokenizer, _ = open_run(flags.FLAGS.workdir, step, kinds)
     # A shell passes \n on as two characters.
     stop = [names.unescaped(string) for string in flags.FLAGS.stop]
-    if flags.FLAGS.prompts:
-        files = (flags.FLAGS.prompts, flags.FLAGS.output)
-        _run_file(generator, tokenizer, sampling, stop, *files, flags.FLAGS.batch_size)
+    if prompts:
+        size = flags.FLAGS.batch_size
+        _run_file(generator, tokenizer, sampling, stop, prompts, output, size)
         return
     if not flags.FLAGS.repl:
         _run_prompt(generator, tokenizer, flags.FLAGS.prompt, sampling, stop)
@@ -356,10 +361,6 @@ def _run_prompt(generator, tokenizer, prompt, sampling, stop):
 def _run_file(generator, tokenizer, sampling, stop, path, output, batch_size):
     started, count = time.perf_counter(), 0
     rows = complete_file(generator, tokenizer, path, sampling, stop, batch_size)
-    if output and os.path.exists(output) and os.path.samefile(path, output):
-        raise ConfigError(
-            f"--output={output}: is the file of prompts; name another file."
-        )
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if output:

@@ -1,16 +1,13 @@
 """Exports go to new or empty folders, whole or not at all, and carry their tokenizer."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import tokenizers
 import toy
 
-from memoryformer import checkpoint, convert, errors, model
+from memoryformer import checkpoint, convert, errors, generation, model
 from memoryformer.convert import __main__ as command
 from memoryformer.convert import export, folders, gpt_neox, runs
 from memoryformer.data import tokenizer as tokenizer_lib
@@ -165,30 +162,23 @@ def test_an_import_compares_the_tokens(toy_run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_prompts_are_not_written_over(tmp_path):
-    """--output on the file of --prompts, also through a link.
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    """--output on the file of --prompts, also through a link, and on the model's own.
 
-    Mutation: `os.path.samefile` left out: the prompts are gone.
+    Mutation: `rundir.check_output` not called: the prompts are gone, or the model.
     """
     save, _ = make("safetensors")
     save(tmp_path / "out")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
+    before = (tmp_path / "out" / "config.json").read_bytes()
     (tmp_path / "link.jsonl").symlink_to(prompts)
-    command = [sys.executable, "-m", "memoryformer.generation"]
-    command += [
-        f"--export={tmp_path / 'out'}",
-        f"--prompts={prompts}",
-        "--max_tokens=1",
-    ]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path / 'link.jsonl'}"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-    )
-    assert done.returncode == 2 and "is the file of prompts" in done.stderr
+    words = [f"--export={tmp_path / 'out'}", f"--prompts={prompts}", "--max_tokens=1"]
+    for output in (tmp_path / "link.jsonl", tmp_path / "out" / "config.json"):
+        assert generation_command(*words, f"--output={output}") == 2
+        assert "which would be written over" in capsys.readouterr().err
     assert prompts.read_text() == "one\n"
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
 
 
 def with_end(name):
@@ -216,8 +206,16 @@ def test_any_end_token_goes_out_and_comes_in(tmp_path, end):
 
 
 def convert_command(*words):
+    return code_of(command.main, "convert", *words)
+
+
+def generation_command(*words):
+    return code_of(generation.main, "generation", *words)
+
+
+def code_of(main, *words):
     with pytest.raises(SystemExit) as ended:
-        command.main(["convert", *map(str, words)])
+        main(list(map(str, words)))
     return ended.value.code or 0
 
 

@@ -152,3 +152,12 @@ def test_where_no_file_can_be_written(tmp_path):
         with pytest.raises(errors.ConfigError, match=r"--output=.*no file"):
             output.Output(str(path))
     output.Output("/dev/null").give({})
+    rows = tmp_path / "piqa.jsonl"
+    rows.write_text("{}")
+    (tmp_path / "own.yaml").write_text("task: own")
+    files = catalogue.files_read(["piqa"], str(tmp_path))
+    assert [path.name for path in files] == ["piqa.jsonl", "own.yaml"]
+    for path in (*files, tmp_path / "config.json"):
+        with pytest.raises(errors.ConfigError, match="would be written over"):
+            output.Output(str(path), files, [tmp_path])
+    assert rows.read_text() == "{}"
