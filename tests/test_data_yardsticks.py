@@ -14,7 +14,7 @@ import zlib
 import data_helpers
 import pytest
 
-from memoryformer import data
+from memoryformer import data, errors
 from memoryformer.data import __main__ as data_command
 from memoryformer.data import yardsticks
 
@@ -172,11 +172,17 @@ def test_the_commands(tmp_path):
     measured = command("yardsticks", f"--config={config}", "--json")
     assert json.loads(measured.stdout) == yardsticks.measure(dataset)
 
-    corpus.rename(tmp_path / "gone")
+    broken = tmp_path / "broken.py"
+    broken.write_text(CONFIG.format(path=str(tmp_path / "gone"), cache=str(tmp_path)))
     for arguments, code, words in (
-        (["inspect", f"--config={config}"], 46, "no such file or folder"),
+        (["inspect", f"--config={broken}"], 46, "no such file or folder"),
         (["inspect", "--config=missing.py"], 2, "there is no file"),
         (["prepare", "--json"], 2, "--json: prepare does not look at it"),
+        (
+            ["inspect", f"--config={config}", "--config.train.seed=-5"],
+            2,
+            "seed=-5: must",
+        ),
         (["inspect", "--json", "--rows=3"], 2, "--rows: --json prints no rows"),
     ):
         failed = command(*arguments)
@@ -227,6 +233,12 @@ def test_a_damaged_file_of_yardsticks_is_replaced(tmp_path, content):
     path.write_text(content)
     result = yardsticks.measure(dataset)
     assert json.loads(path.read_text())["bits_per_byte"] == result
+
+
+def test_no_text_to_measure_is_told():
+    """Mutation: the check left out: a division by zero."""
+    with pytest.raises(errors.DataError, match="validation: holds no bytes"):
+        yardsticks.compute(b"some text", b"")
 
 
 def test_a_train_split_shorter_than_a_window():

@@ -43,6 +43,18 @@ def test_every_metric_group_and_filter_is_there():
     kept = summary.kept(RESULTS)
     assert kept == json.loads(json.dumps(kept))
     assert "configs" not in kept
+    odd = [
+        np.datetime64("2024-01-02"),
+        np.longdouble(0.5),
+        np.bytes_(b"x"),
+        np.bool_(1),
+    ]
+    assert json.loads(json.dumps(summary.plain(odd))) == [
+        "2024-01-02",
+        0.5,
+        "b'x'",
+        True,
+    ]
     found = summary.flat(kept)
     assert found["part"] == {
         "acc": 0.25,

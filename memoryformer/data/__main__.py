@@ -107,6 +107,8 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     seq_len = _number(config, "model", "seq_len", 256)
     batch_size = _number(config, "train", "batch_size", 4)
     seed = _number(config, "train", "seed", 0)
+    if not 0 <= seed < 2**31:
+        raise errors.ConfigError(f"train.seed={seed}: must be in [0, 2^31).")
     batches = dataset.train.batches(seq_len, batch_size, seed)
     print(
         f"\nfirst batch: {batch_size} x {seq_len}, seed {seed}, "
