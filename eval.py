@@ -40,7 +40,10 @@ def main(argv):
     _refuse_unused_flags()
     from memoryformer import evaluation, inference, tasks
 
-    out, kinds = tasks.Output(_OUTPUT.value or ""), inference.kinds_from_flags()
+    files = tasks.files_read(_TASKS.value, _TASKS_PATH.value or "")
+    folder = _WORKDIR.value or _EXPORT.value
+    out = tasks.Output(_OUTPUT.value or "", files, [folder])
+    kinds = inference.kinds_from_flags()
     step = None if _STEP.value < 0 else _STEP.value
     if not _TASKS.present:
         given = (step, flags.FLAGS.config, kinds, _DENSITY.value)

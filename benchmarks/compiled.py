@@ -3,7 +3,6 @@
 Compiles the lookup's forward and backward on a machine with only a CPU, and prints temporary
 memory, and for GPU kernels registers and spills, for TPU programs the largest fusions:
 
-    export PYTHONPATH=.                            # at the root of the repository
     python -m benchmarks.compiled gpu              # pip install "jax[cuda12]" (or cuda13)
     python -m benchmarks.compiled tpu --topology=v5p:2x2x1      # pip install "jax[tpu]"
 

@@ -56,6 +56,13 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     parser.add_argument("--output", type=pathlib.Path, default="gpu.json")
     flags = parser.parse_args(arguments)
+    cases = TOY_CASES if flags.check else CASES
+    chosen = flags.cases.split(",") if flags.cases else list(cases)
+    kinds = flags.kinds.split(",")
+    for flag, values, known in (("cases", chosen, cases), ("kinds", kinds, KINDS)):
+        for value in values:
+            if value not in known:
+                parser.error(f"--{flag}: {value!r}: known: {', '.join(known)}")
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu and not flags.check:
         raise SystemExit(f"the platform is {jax.default_backend()}, not gpu: --check")
@@ -69,10 +76,9 @@ def main(arguments: list[str] | None = None) -> dict:
     if on_gpu:
         flags.output.with_suffix(".target.txt").write_text(target_config())
     print(json.dumps(results["ceilings"], indent=2))
-    cases = TOY_CASES if flags.check else CASES
-    for name in flags.cases.split(",") if flags.cases else cases:
+    for name in chosen:
         case = Case(**cases[name], interpret=not on_gpu)
-        for kind in flags.kinds.split(","):
+        for kind in kinds:
             failures = {}
             peers = checked(case, kind, getattr(case, kind)(), failures)
             times = measure(case, peers, flags.rounds if on_gpu else 1, on_gpu)

@@ -37,11 +37,12 @@ from memoryformer import (
     experiment,
     model,
     sharding,
+    targets,
     trainer,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
-PEAK_FLOPS = 989e12  # bf16 products of an H100 or H200 SXM, NVIDIA's figure
+PEAK_FLOPS = targets.CHIPS["h100"].matrix_flops  # an H200's too
 PEERS = {"tiny": "pythia_70m", "small": "pythia_160m"}
 Row = dict[str, object]
 

@@ -41,7 +41,9 @@ class SamplingConfig:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens}: must be >= 1.")
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: must be >= 0.")
+            raise ConfigError(
+                f"temperature={self.temperature}: must be a finite number >= 0."
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be in (0, 1].")
         if not -(2**31) <= self.seed < 2**31:

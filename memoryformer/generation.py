@@ -28,6 +28,7 @@ from memoryformer import (
     metrics,
     paths,
     run_tokenizer,
+    rundir,
 )
 from memoryformer.convert import export
 from memoryformer.data import blocks, jsonlines, names
@@ -175,17 +176,19 @@ def complete_file(
     the batch size. The file is read at once: raises `ConfigError` where it is no such file.
     """
     prompts = _read_prompts(path)
-    return _complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
+    _check_seeds(sampling, prompts)
+    return complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
 
 
-def _complete_all(
+def complete_all(
     generator: Generator,
     tokenizer: data.Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig,
-    stop: Sequence[str],
-    batch_size: int,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
 ) -> Iterator[dict[str, Any]]:
+    """Continue these prompts, `batch_size` at a time; yields as `complete_file`."""
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         now = dataclasses.replace(sampling, seed=sampling.seed + start)
@@ -213,6 +216,15 @@ def _read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ConfigError(f"--prompts: {names.shown(path)}: holds no prompts.")
     return prompts
+
+
+def _check_seeds(sampling: SamplingConfig, prompts: Sequence[str]) -> None:
+    """Raise `ConfigError` if the last prompt's seed would be no seed."""
+    if sampling.seed + len(prompts) > 2**31:
+        raise ConfigError(
+            f"--seed={sampling.seed}: prompt i of {len(prompts)} has seed + i, which must "
+            f"stay below 2^31; use at most {2**31 - len(prompts)}."
+        )
 
 
 def _check_text(prompts: Sequence[str]) -> None:
@@ -278,6 +290,10 @@ def _run(argv):
     if bool(flags.FLAGS.workdir) == bool(flags.FLAGS.export):
         raise ConfigError("name one of --workdir=DIR and --export=DIR.")
     _refuse_unused_flags()
+    output = flags.FLAGS.output
+    if output:
+        folder = flags.FLAGS.workdir or flags.FLAGS.export
+        rundir.check_output(output, [flags.FLAGS.prompts], [folder])
     sampling = SamplingConfig(
         flags.FLAGS.max_tokens,
         flags.FLAGS.temperature,
@@ -285,6 +301,10 @@ def _run(argv):
         flags.FLAGS.seed,
     )
     kinds = inference.kinds_from_flags()
+    # Read before the model, which takes longer.
+    path = flags.FLAGS.prompts
+    prompts = _read_prompts(path) if path else []
+    _check_seeds(sampling, prompts)
     if flags.FLAGS.export:
         generator, tokenizer = open_export(flags.FLAGS.export, kinds)
     else:
@@ -292,9 +312,9 @@ def _run(argv):
         generator, tokenizer, _ = open_run(flags.FLAGS.workdir, step, kinds)
     # A shell passes \n on as two characters.
     stop = [names.unescaped(string) for string in flags.FLAGS.stop]
-    if flags.FLAGS.prompts:
-        files = (flags.FLAGS.prompts, flags.FLAGS.output)
-        _run_file(generator, tokenizer, sampling, stop, *files, flags.FLAGS.batch_size)
+    if prompts:
+        size = flags.FLAGS.batch_size
+        _run_file(generator, tokenizer, sampling, stop, prompts, output, size)
         return
     if not flags.FLAGS.repl:
         _run_prompt(generator, tokenizer, flags.FLAGS.prompt, sampling, stop)
@@ -353,13 +373,9 @@ def _run_prompt(generator, tokenizer, prompt, sampling, stop):
     )
 
 
-def _run_file(generator, tokenizer, sampling, stop, path, output, batch_size):
+def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size):
     started, count = time.perf_counter(), 0
-    rows = complete_file(generator, tokenizer, path, sampling, stop, batch_size)
-    if output and os.path.exists(output) and os.path.samefile(path, output):
-        raise ConfigError(
-            f"--output={output}: is the file of prompts; name another file."
-        )
+    rows = complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if output:

@@ -13,7 +13,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 from memoryformer import processes
@@ -21,6 +21,16 @@ from memoryformer.errors import ConfigError, StorageError
 
 LOCK = "lock"
 # What file systems say that cannot lock: there, nobody is kept out.
+# What makes a folder a run or an exported model: lost, nothing else in it can be read.
+_OWN_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "model.safetensors",
+    "reader.py",
+    "metrics.jsonl",
+    "outcome.json",
+    LOCK,
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -57,17 +67,42 @@ def refuse_foreign(workdir: str | os.PathLike) -> None:
         )
 
 
+def check_output(
+    output: str | os.PathLike,
+    files: Iterable[str | os.PathLike] = (),
+    folders: Iterable[str | os.PathLike] = (),
+) -> None:
+    """Raise `ConfigError` if writing to `output` would lose what the command reads.
+
+    files: those that it reads.  folders: runs and exported models, for which their own
+    files count. Links are followed.
+    """
+    own = [pathlib.Path(folder, name) for folder in folders for name in _OWN_FILES]
+    for read in (*map(pathlib.Path, files), *own):
+        same = os.path.realpath(output) == os.path.realpath(read)
+        if not same and os.path.exists(output) and read.exists():
+            same = os.path.samefile(output, read)
+        if same:
+            raise ConfigError(
+                f"--output={output}: is {read}, which would be written over; name "
+                "another file."
+            )
+
+
 def write_json(path: pathlib.Path, value: Mapping[str, Any], **style: Any) -> None:
     """Write a JSON file, its directory too; killed halfway, the file before stays.
 
     Raises `StorageError`.
     """
-    fresh = path.with_suffix(".json.tmp")
+    # Of this file and process alone: a.json and a.txt, or two evaluations, at once.
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(json.dumps(value, **style) + "\n", encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk has not even room for half
+            fresh.unlink()
         raise StorageError(f"{path}: cannot be written: {error}.") from error
 
 

@@ -5,7 +5,8 @@ if an assertion about the promise then failed. Where a patch does not work, is n
 makes the program crash, nothing is known about the test: an error of the harness.
 Prints the table, writes it to build/mutants.md and .json, and exits with
 
-    0 all caught · 1 one was not caught · 99 the harness itself is wrong
+    0 all caught · 1 one was not caught · 99 the harness itself is wrong, or nothing has
+    such a name
 """
 
 import json
@@ -91,8 +92,8 @@ def _last_line(failure) -> str:
 
 
 def exit_code(verdicts) -> int:
-    """The worst that a verdict says."""
-    return max((CODES[v.outcome] for v in verdicts), default=0)
+    """The worst that a verdict says; of no verdict that the harness is wrong."""
+    return max((CODES[v.outcome] for v in verdicts), default=UNBOUND)
 
 
 def table(verdicts) -> str:
@@ -107,19 +108,30 @@ def table(verdicts) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def chosen(wanted) -> list[tuple[str, str]]:
+    """(promise, mutation) of each whose names contain one of `wanted`; all for none."""
+    return [
+        (promise, mutation)
+        for promise, mutation in promises.MUTANTS
+        if any(part in f"{promise} {mutation}" for part in wanted or ("",))
+    ]
+
+
 def main(*wanted: str) -> int:
-    """Run all mutants whose promise or name contains one of `wanted`; all for none."""
+    """Run the `chosen` mutants."""
+    if unknown := [part for part in wanted if not chosen([part])]:
+        print(f"{unknown[0]!r}: no promise and no mutation has that in its name")
+        return UNBOUND
     verdicts = []
     with (
         tempfile.TemporaryDirectory() as folder,
         World(pathlib.Path(folder)) as world,
     ):
         world.runner.patience = 240.0  # some mistakes are to wait for ever
-        for promise, mutation in promises.MUTANTS:
-            if any(part in f"{promise} {mutation}" for part in wanted or ("",)):
-                verdict = judge(world, promises.CHECKS[promise], mutation, promise)
-                verdicts.append(verdict)
-                print(table([verdict]).splitlines()[-1], flush=True)
+        for promise, mutation in chosen(wanted):
+            verdict = judge(world, promises.CHECKS[promise], mutation, promise)
+            verdicts.append(verdict)
+            print(table([verdict]).splitlines()[-1], flush=True)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "mutants.md").write_text(table(verdicts), encoding="utf-8")
     rows = [v._asdict() for v in verdicts]

@@ -49,7 +49,7 @@ class Session:
             if not (again and row["outcome"] in LEFT)
         }
         known = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
-        self.equivalent = {(e["path"], e["before"], e["after"]) for e in known}
+        self.equivalent = {key for entry in known for key in ids_of(entry)}
         code = hashlib.sha256()
         for folder in ("memoryformer", "tests"):
             for path in sorted((ROOT / folder).rglob("*.py")):
@@ -85,7 +85,7 @@ class Session:
     def judge(self, tree, mutant):
         """Run one mutant in the copy `tree` and return its row."""
         row = mutant.described()
-        if (row["path"], row["before"], row["after"]) in self.equivalent:
+        if mutant.id in self.equivalent:
             return row | {"outcome": "equivalent", "by": "", "cpu": 0.0, "wall": 0.0}
         seconds = self.baseline(tree, mutant.path)
         file = tree / mutant.path
@@ -142,6 +142,21 @@ class Session:
         return "\n".join(text) + "\n"
 
 
+def ids_of(entry) -> list[str]:
+    """Ids of the mutants that an entry of equivalent.json names: it should be one.
+
+    An entry is a place and a change: `path`, the whole `source` line in which the mutant
+    begins, stripped, and `before` and `after`.
+    """
+    lines = (ROOT / entry["path"]).read_text(encoding="utf-8").splitlines()
+    return [
+        mutant.id
+        for mutant in mutate.find(ROOT, entry["path"])
+        if (mutant.before, mutant.after) == (entry["before"], entry["after"])
+        and lines[mutant.line - 1].strip() == entry["source"]
+    ]
+
+
 def told(row) -> str:
     """One line about a mutant."""
     return (
@@ -149,6 +164,13 @@ def told(row) -> str:
         f"`{row['before']}` -> `{row['after']}` {row['by'] or row.get('message', '')} "
         f"({row['cpu']} s)"
     )
+
+
+def wait_for(children) -> None:
+    """Wait for child processes; raises `SystemExit` if one has failed, at the end."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if any(codes):
+        raise SystemExit(f"jobs ended with {codes}: not every mutant was judged")
 
 
 def main() -> int:
@@ -161,17 +183,25 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="those that survived")
     flags = parser.parse_args()
     prefixes = tuple(name for name in flags.modules.split(",") if name)
+    for prefix in prefixes:
+        if not scope.paths((prefix,)):
+            parser.error(f"--modules: no module's path begins with {prefix!r}")
+    if flags.count < 1 or flags.jobs < 1:
+        parser.error("--count and --jobs: at least 1")
     session = Session(flags.seed, flags.count, prefixes, flags.again)
     forks.import_libraries(OUTPUT / "jax")
     children = []
     for part in range(1, flags.jobs):
         if not (pid := os.fork()):
-            session.run(part, flags.jobs)
-            os._exit(0)
+            code = 1
+            try:
+                session.run(part, flags.jobs)
+                code = 0
+            finally:  # never back into the parent's code
+                os._exit(code)
         children.append(pid)
     session.run(0, flags.jobs)
-    for pid in children:
-        os.waitpid(pid, 0)
+    wait_for(children)
     table = session.table()
     session.file.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)

@@ -75,6 +75,16 @@ def test_benchmark_checks_itself(tmp_path, monkeypatch):
         benchmark.checked(case, "forward", wrong, {})
 
 
+@pytest.mark.parametrize("flag", ["--cases=none", "--kinds=forward,none"])
+def test_cases_that_are_none_are_told(tmp_path, monkeypatch, capsys, flag):
+    """Mutation: no check: a KeyError, or an AttributeError after the ceilings."""
+    gpu = load("gpu", monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--check", flag, f"--output={tmp_path / 'x.json'}"])
+    assert ended.value.code == 2
+    assert f"{flag.split('=')[0]}: 'none': known: " in capsys.readouterr().err
+
+
 def test_a_stored_onehot_is_seen(monkeypatch):
     """In a program that stores one, and not in one that has the same columns elsewhere.
 

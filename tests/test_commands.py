@@ -266,7 +266,7 @@ def test_no_override_ends_in_a_traceback(runner, folder, word):
     check_end(start(runner, folder, "memoryformer.accounting", words), words)
 
 
-@pytest.mark.parametrize("environment", SURROUNDINGS, ids=lambda e: str(len(str(e))))
+@pytest.mark.parametrize("environment", SURROUNDINGS, ids=lambda e: next(reversed(e)))
 def test_no_variable_ends_in_a_traceback(runner, folder, environment):
     """Half a launcher's variables, folders that are none: one line that names them.
 

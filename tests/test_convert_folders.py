@@ -1,16 +1,15 @@
 """Exports go to new or empty folders, whole or not at all, and carry their tokenizer."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+import tokenizers
 import toy
 
-from memoryformer import checkpoint, convert, errors, model
-from memoryformer.convert import export, folders, runs
+from memoryformer import checkpoint, convert, errors, generation, model
+from memoryformer.convert import __main__ as command
+from memoryformer.convert import export, folders, gpt_neox, runs
 from memoryformer.data import tokenizer as tokenizer_lib
 
 RELEASED = {"score": "l1_softmax", "memory_bias": True}
@@ -111,10 +110,10 @@ def test_an_export_is_whole_or_not_there(tmp_path, form, monkeypatch):
 
 @pytest.mark.parametrize("target", ["", "gs://bucket/x", "s3://bucket/x", "file"])
 def test_targets_that_are_no_folders(tmp_path, monkeypatch, target):
-    """Mutation: `"://" in name` left out: a folder called gs: is made."""
+    """Mutation: `pathlib.Path` for `paths.local`: a folder called gs: is made."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("file").write_text("mine")
-    with pytest.raises(errors.ConfigError, match="name a"):
+    with pytest.raises(errors.ConfigError, match=r"TO='.*name a|mount|is a file"):
         folders.check_free(target)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -163,27 +162,111 @@ def test_an_import_compares_the_tokens(toy_run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_prompts_are_not_written_over(tmp_path):
-    """--output on the file of --prompts, also through a link.
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    """--output on the file of --prompts, also through a link, and on the model's own.
 
-    Mutation: `os.path.samefile` left out: the prompts are gone.
+    Mutation: `rundir.check_output` not called: the prompts are gone, or the model.
     """
     save, _ = make("safetensors")
     save(tmp_path / "out")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
+    before = (tmp_path / "out" / "config.json").read_bytes()
     (tmp_path / "link.jsonl").symlink_to(prompts)
-    command = [sys.executable, "-m", "memoryformer.generation"]
-    command += [
-        f"--export={tmp_path / 'out'}",
-        f"--prompts={prompts}",
-        "--max_tokens=1",
-    ]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path / 'link.jsonl'}"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-    )
-    assert done.returncode == 2 and "is the file of prompts" in done.stderr
+    words = [f"--export={tmp_path / 'out'}", f"--prompts={prompts}", "--max_tokens=1"]
+    for output in (tmp_path / "link.jsonl", tmp_path / "out" / "config.json"):
+        assert generation_command(*words, f"--output={output}") == 2
+        assert "which would be written over" in capsys.readouterr().err
     assert prompts.read_text() == "one\n"
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+
+def with_end(name):
+    """A tokenizer of bytes whose documents end with the added token `name`."""
+    spec = json.loads(json.dumps(tokenizer_lib.byte_level().spec))
+    known = tokenizer_lib.byte_level().end_token
+    return tokenizer_lib.Tokenizer(json.dumps(spec).replace(known, name), "own", name)
+
+
+@pytest.mark.parametrize("end", ["<end of text>", "<e:t>", "$end", "END"])
+def test_any_end_token_goes_out_and_comes_in(tmp_path, end):
+    """Mutations: the token's own name in the template; `end_token` not handed on."""
+    save, fields, _ = SAVE["gpt_neox"]
+    config = model.ModelConfig(
+        vocab_size=257, embed_dim=16, num_layers=1, num_heads=2, seq_len=16, **fields
+    )
+    tokenizer = with_end(end)
+    save(tmp_path / "theirs", config, model.init(config), tokenizer=tokenizer)
+    written = (tmp_path / "theirs" / "tokenizer.json").read_text()
+    theirs = tokenizers.Tokenizer.from_str(written)
+    assert theirs.encode("ab").tokens == [end, "a", "b"]
+    assert theirs.encode("a", "b").tokens == [end, "a", end, "b"]
+    assert convert_command("gpt_neox", tmp_path / "theirs", tmp_path / "out") == 0
+    assert export.own_tokenizer(tmp_path / "out", 257).end_token == end
+
+
+def convert_command(*words):
+    return code_of(command.main, "convert", *words)
+
+
+def generation_command(*words):
+    return code_of(generation.main, "generation", *words)
+
+
+def code_of(main, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    return ended.value.code or 0
+
+
+def test_where_the_end_of_a_document_is_named(tmp_path):
+    """tokenizer_config.json, a string or a token of its own, then an added token's number.
+
+    Mutation: the number taken where it is no added token's: transformers' default is 2.
+    """
+    tokenizer = with_end("<mine>")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    beside, config = tmp_path / "tokenizer_config.json", tmp_path / "config.json"
+    for number, found in ((tokenizer.eot_id, "<mine>"), (2, ""), (None, "")):
+        config.write_text(json.dumps({"eos_token_id": number}))
+        assert gpt_neox.end_token(tmp_path) == found
+    config.write_text(json.dumps({"eos_token_id": tokenizer.eot_id}))
+    for value, found in (("x", "x"), ({"content": "y"}, "y"), (None, "<mine>")):
+        beside.write_text(json.dumps({"eos_token": value}))
+        assert gpt_neox.end_token(tmp_path) == found
+    beside.write_text(json.dumps({"eos_token": 3}))
+    with pytest.raises(errors.DataError, match="eos_token=3: expected a string"):
+        gpt_neox.end_token(tmp_path)
+
+
+def test_the_flag_wins_over_the_files(tmp_path, capsys):
+    """Mutation: the files' token first."""
+    save, _ = make("gpt_neox")
+    save(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"eos_token": "none"}')
+    words = ("gpt_neox", tmp_path / "theirs", tmp_path / "out")
+    assert convert_command(*words) == 2
+    told = capsys.readouterr().err
+    assert "--end_token='none'" in told and "data.end_token" not in told
+    end = tokenizer_lib.byte_level().end_token
+    assert convert_command(*words, f"--end_token={end}") == 0
+    assert export.own_tokenizer(tmp_path / "out", 257).end_token == end
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpt_neox", "x", "y", "--step=1"], "--step: gpt_neox does not look at it"),
+        (["gpt_neox", "x", "y", "--released_config=z"], "--released_config: gpt_neox"),
+        (["released", "x", "y", "--to=gpt_neox"], "--to: released does not"),
+        (["released", "x", "y", "--revision=a"], "--revision: is of a hub repository"),
+        (["export", "x", "y", "--end_token=a"], "--end_token: export does not"),
+        (["export", "x", "y", "--to=gpt_neox", "--tables=int8"], "--tables: only"),
+        (["import", "x", "y", "--tables=int8"], "--tables: import does not"),
+    ],
+)
+def test_flags_that_would_be_ignored(tmp_path, monkeypatch, capsys, words, message):
+    """Mutation: `_refuse_unused_flags` not called."""
+    monkeypatch.chdir(tmp_path)
+    assert convert_command(*words) == 2
+    assert message in capsys.readouterr().err

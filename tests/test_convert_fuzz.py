@@ -25,7 +25,9 @@ ODD = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 70),
-    st.sampled_from([0, -1, 2**31, 2**63, 10**30, 1e-300, 1e300, "8", "gelu", "NaN"]),
+    st.sampled_from(
+        [0, -1, 2**31, 2**63, 10**30, 1e-300, 1e300, 10**400, "8", "gelu", "NaN"]
+    ),
     st.floats(),
     st.text(max_size=4),
     st.lists(st.integers(-1, 9), max_size=3),
@@ -124,6 +126,8 @@ def test_any_config_of_gpt_neox(neox, changes):
         ({"vocab_size": 10**9}, "vocab_size and hidden_size are"),
         ({"layer_norm_eps": -1.0}, r"layer_norm_eps=-1\.0: expected a number above 0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps=10*.*expected a number above 0"),
+        ({"rotary_emb_base": 10**309}, "rotary_emb_base=10*.*expected a number"),
         ({"hidden_act": ["gelu"]}, "hidden_act=.*expected a string"),
         ({"num_attention_heads": 3}, "multiple of num_attention_heads=3"),
         ({"rotary_pct": 2}, "rotary_pct=2.0: must be at most 1"),
@@ -255,6 +259,12 @@ TWO = {"a": ENTRY, "b": ENTRY | {"data_offsets": [4, 8]}}
         ({"a": ENTRY | {"shape": [2**62, 4]}}, b"0000", "entry of 'a' is damaged"),
         ({"a": ENTRY | {"data_offsets": [0, 4, 8]}}, b"0000", "is damaged"),
         ({"a": ENTRY | {"data_offsets": [4, 0]}}, b"0000", "is damaged"),
+        (
+            {"a": {**ENTRY, "shape": [0, 2**62, 4], "data_offsets": [0, 0]}},
+            b"",
+            "shape",
+        ),
+        ({"a": ENTRY | {"shape": [1] * 99}}, b"0000", "a has a shape of none"),
         (TWO, b"0000", "cut short"),
         (TWO | {"b": ENTRY}, b"0" * 4, "overlap or leave holes at byte 0"),
         (TWO | {"b": ENTRY | {"data_offsets": [8, 12]}}, b"0" * 12, "holes at byte 8"),

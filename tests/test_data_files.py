@@ -1,8 +1,10 @@
 """Files to documents: lines, marks, separators, fields, and never a file held whole."""
 
+import collections
 import gzip
 import json
 import lzma
+import re
 import tracemalloc
 
 import pytest
@@ -54,8 +56,45 @@ def test_pieces_do_not_depend_on_the_blocks(text, sizes, size):
 @pytest.mark.parametrize("separator", ["a", "aa", "ab", "aba", "abab"])
 def test_separators_are_found_over_the_blocks(separator, text, sizes):
     """Mutation: `edge` a character shorter."""
-    found = list(files._between(in_parts(text, sizes), separator))
-    assert found == text.split(separator)
+    assert between(in_parts(text, sizes), separator) == text.split(separator)
+
+
+def between(parts, separator):
+    """The documents of `files._between`, each put together."""
+    found = collections.defaultdict(str)
+    for number, part in files._between(parts, separator):
+        found[number] += part
+    return list(found.values())
+
+
+@given(st.text(alphabet="a\r\n-", max_size=30), SIZES)
+@pytest.mark.parametrize("separator", ["\n", "\n\n", "\n-\n", "-\n", "\r\n-"])
+def test_a_line_end_of_a_separator_is_either(separator, text, sizes):
+    """Mutations: `longest` without the carriage returns; `\\n` in the pattern."""
+    either = separator.replace("\r\n", "\n").replace("\n", "\r?\n")
+    assert between(in_parts(text, sizes), separator) == re.split(either, text)
+
+
+def test_long_documents_between_separators_are_cut():
+    """A separator that never comes; line ends inside stay, those at the ends do not.
+
+    Mutations: `cut` left out of `split`; every piece stripped.
+    """
+    lines = "".join(f"line {i}\r\n" for i in range(100))
+    text = f"\n\n{lines}\r\n@@\r\nshort\n@@ \n"
+    for sizes in ([7], [50, 3], [5000]):
+        *pieces, last = files.split(in_parts(text, sizes), "@@", 40)
+        assert last == "short" and "".join(pieces) == lines.rstrip()
+        assert len(pieces) > 10 and max(map(len, pieces)) <= 80
+    held = []
+
+    def endless():
+        for _ in range(1000):
+            held.append(0)
+            yield "words of a line\n" * 10
+
+    next(files.split(endless(), "@@", 400))
+    assert len(held) < 20  # nothing waits for the end of the text
 
 
 def test_a_separator_makes_documents(tmp_path, capsys):
@@ -85,6 +124,16 @@ def test_a_separator_makes_documents(tmp_path, capsys):
     newline = data.DataConfig(path=str(tmp_path / "in"), separator="\\n", **fields)
     same = data.DataConfig(path=str(tmp_path / "in"), separator="\n", **fields)
     assert data.resolve_dir(newline) == data.resolve_dir(same)
+    (tmp_path / "held.jsonl").write_text('{"text": "held out"}\n')
+    for path, held_out in (("in", "held.jsonl"), ("held.jsonl", "in")):
+        places = [str(tmp_path / name) for name in (path, held_out)]
+        fields |= {"path": places[0], "validation_path": places[1]}
+        counts = data.open(
+            data.DataConfig(separator="<|endoftext|>", **fields)
+        ).manifest
+        found = {split["documents"] for split in counts["splits"].values()}
+        assert found == {1, len(stories)}  # lines of JSON beside it have no separator
+    del fields["path"], fields["validation_path"]
     for path, message in (("in", "1 document .split at.*'@@'"), ("j.jsonl", "JSON li")):
         (tmp_path / "j.jsonl").write_text('{"text": "a"}\n')
         config = data.DataConfig(path=str(tmp_path / path), separator="@@", **fields)

@@ -69,7 +69,9 @@ def test_patterns_mean_what_glob_says(paths, parts):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         pattern = os.path.join(root, *parts)
-        if parts[-1] == "**":
+        if os.path.isdir(pattern):  # a folder and all below it
+            want = glob.glob(os.path.join(pattern, "**", "*"), recursive=True)
+        elif parts[-1] == "**":
             want = glob.glob(os.path.join(pattern, "*"), recursive=True)
         else:
             want = glob.glob(pattern, recursive=True)
@@ -123,12 +125,18 @@ def test_folders_of_our_own_are_no_corpus(tmp_path):
         directory = data.prepare(config)
         rundir.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
         (corpus / "runs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+        exported = corpus / "exported"
+        exported.mkdir()
+        for name in ("model.safetensors", "reader.py", "config.json"):
+            (exported / name).write_text("{}")
         assert data.resolve_dir(config) == directory
     assert data.prepare(config) == directory
     notes = []
     assert len(keys(corpus, note=notes.append)) == 20
     [note] = notes
-    assert note.startswith("2 folders of a run or of prepared data left out (cache/")
+    assert note.startswith(
+        "3 folders of a run, a model or prepared data left out (cache/"
+    )
     (corpus / "lock").write_text("not a process")  # somebody's own file of this name
     (corpus / "deep").mkdir()
     (corpus / "deep" / "lock").write_text("a poem about locks")
@@ -146,7 +154,7 @@ def test_folders_of_our_own_are_no_corpus(tmp_path):
     ],
 )
 def test_paths_that_name_nothing(path, message):
-    with pytest.raises((errors.ConfigError, errors.DataError), match=message) as caught:
+    with pytest.raises(errors.MemoryFormerError, match=message) as caught:
         listing.list_files(path)
     assert "\n" not in str(caught.value)
 

@@ -265,6 +265,10 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
     def cut(path):
         os.truncate(path, path.stat().st_size - 2)
 
+    def train_with(manifest, change):
+        splits = manifest["splits"]
+        return splits | {"train": splits["train"] | change}
+
     def sign(path, **fields):
         manifest = json.loads(path.read_text()) | fields
         manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
@@ -297,6 +301,24 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             False,
         ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
+        ("manifest.json", lambda p: sign(p, source=["x"]), "source.kind is No", False),
+        *(
+            (
+                "manifest.json",
+                lambda p, change=change: sign(
+                    p, splits=train_with(dataset.manifest, change)
+                ),
+                f"splits.train.{next(iter(change))} is",
+                False,
+            )
+            for change in (
+                {"token_bytes": "x"},
+                {"token_bytes": 10**400},
+                {"ends_of_document": None},
+                {"empty_dropped": -1},
+                {"duplicates_of_validation_dropped": 1.5},
+            )
+        ),
     ]
     for number, (name, damage, message, verify) in enumerate(cases):
         copy = tmp_path / str(number)

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import io
 import json
 import math
 import pathlib
@@ -13,7 +14,8 @@ import zlib
 import data_helpers
 import pytest
 
-from memoryformer import data
+from memoryformer import data, errors
+from memoryformer.data import __main__ as data_command
 from memoryformer.data import yardsticks
 
 
@@ -170,16 +172,44 @@ def test_the_commands(tmp_path):
     measured = command("yardsticks", f"--config={config}", "--json")
     assert json.loads(measured.stdout) == yardsticks.measure(dataset)
 
-    corpus.rename(tmp_path / "gone")
+    broken = tmp_path / "broken.py"
+    broken.write_text(CONFIG.format(path=str(tmp_path / "gone"), cache=str(tmp_path)))
     for arguments, code, words in (
-        (["inspect", f"--config={config}"], 46, "no such file or folder"),
+        (["inspect", f"--config={broken}"], 46, "no such file or folder"),
         (["inspect", "--config=missing.py"], 2, "there is no file"),
         (["prepare", "--json"], 2, "--json: prepare does not look at it"),
+        (
+            ["inspect", f"--config={config}", "--config.train.seed=-5"],
+            2,
+            "seed=-5: must",
+        ),
+        (["inspect", "--json", "--rows=3"], 2, "--rows: --json prints no rows"),
     ):
         failed = command(*arguments)
         assert failed.returncode == code, failed.stderr
         assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
         assert words in failed.stderr
+
+
+@pytest.mark.parametrize("out", ["ascii", "closed"])
+def test_any_text_is_shown_on_any_terminal(tmp_path, monkeypatch, out):
+    """French text on a terminal of ASCII; a standard output that is closed.
+
+    Mutation: `sys.stdout.reconfigure(errors="surrogateescape")` in the command.
+    """
+    texts = [f"été à Noël, document {i}. " * 40 for i in range(30)]
+    corpus = data_helpers.folder(tmp_path / "corpus", texts)
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(path=str(corpus), cache=str(tmp_path / "cache")))
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii") if out == "ascii" else None
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as ended:
+        data_command.main(["data", "inspect", f"--config={config}"])
+    assert not ended.value.code
+    if stream:
+        stream.flush()
+        assert b"\\xe9t\\xe9 \\xe0 No\\xebl" in written.getvalue()
 
 
 def test_data_that_cannot_be_written_are_measured_too(tmp_path, monkeypatch):
@@ -203,6 +233,12 @@ def test_a_damaged_file_of_yardsticks_is_replaced(tmp_path, content):
     path.write_text(content)
     result = yardsticks.measure(dataset)
     assert json.loads(path.read_text())["bits_per_byte"] == result
+
+
+def test_no_text_to_measure_is_told():
+    """Mutation: the check left out: a division by zero."""
+    with pytest.raises(errors.DataError, match="validation: holds no bytes"):
+        yardsticks.compute(b"some text", b"")
 
 
 def test_a_train_split_shorter_than_a_window():

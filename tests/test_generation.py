@@ -223,8 +223,9 @@ def test_stop_strings(said, stop, text, finish, num_tokens):
 )
 def test_sampling_out_of_range(fields):
     """Red when not-a-number is taken for greedy, or a seed overflows while sampling."""
-    (name,) = fields
-    with pytest.raises(errors.ConfigError, match=f"^{name}="):
+    ((name, value),) = fields.items()
+    reason = "finite" if value == float("inf") else ""
+    with pytest.raises(errors.ConfigError, match=f"^{name}=.*{reason}"):
         generation.SamplingConfig(**fields)
 
 
@@ -383,21 +384,22 @@ def test_a_prompt_that_is_not_utf8_is_refused():
         )
 
 
-def test_prompts_are_never_written_over(tmp_path):
-    """Nor is an output, by prompts that cannot be read. Mutation: open the output first."""
+@pytest.mark.parametrize(
+    ("content", "seed", "message"),
+    [
+        (b"\xff\n", 0, r"p.txt:1: not UTF-8"),
+        (b"a\nb\n", 2**31 - 1, f"--seed=.* 2 has seed . i, .* at most {2**31 - 2}"),
+    ],
+    ids=["bytes", "seeds"],
+)
+def test_prompts_are_read_before_anything(tmp_path, capsys, content, seed, message):
+    """Before the model, and before an output is touched. Mutation: read by `_run_file`."""
     path, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
-    path.write_text("one\ntwo\n")
     output.write_text("kept")
-    tokenizer, sampling = tokenizer_lib.byte_level(), generation.SamplingConfig()
-    (tmp_path / "same").symlink_to(path)
-    for target in (path, tmp_path / "same"):
-        with pytest.raises(errors.ConfigError, match="is the file of prompts"):
-            generation._run_file(
-                Script(b"ab"), tokenizer, sampling, [], str(path), str(target), 1
-            )
-    path.write_bytes(b"\xff\n")
-    with pytest.raises(errors.ConfigError, match=r"p.txt:1: not UTF-8"):
-        generation._run_file(
-            Script(b"ab"), tokenizer, sampling, [], str(path), str(output), 1
-        )
-    assert path.read_bytes() == b"\xff\n" and output.read_text() == "kept"
+    path.write_bytes(content)
+    words = [f"--export={tmp_path}", f"--prompts={path}", f"--output={output}"]
+    with pytest.raises(SystemExit) as ended:
+        generation.main(["generation", *words, f"--seed={seed}"])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert output.read_text() == "kept"

@@ -75,3 +75,10 @@ def test_a_catch_names_its_assertion(world):
     assert [mutants.exit_code([v]) for v in (caught, unseen, deaf)] == [0, 99, 1]
     for verdict in (caught, unseen, deaf):
         assert verdict.outcome in mutants.table([verdict])
+
+
+def test_no_mutant_is_no_success(capsys):
+    """Mutation: 0 for no verdict; a misspelt name then says that all were caught."""
+    assert mutants.main("errors_exit_0", "no such mutation") == mutants.UNBOUND
+    assert "'no such mutation'" in capsys.readouterr().out
+    assert mutants.exit_code([]) == mutants.UNBOUND

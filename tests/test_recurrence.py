@@ -294,7 +294,7 @@ def test_bad_combinations_are_refused(name):
 def test_formats_without_a_memory_refuse_it():
     """Red if a checkpoint of another format is written without the memory."""
     with pytest.raises(errors.ConfigError, match=r"recurrence='rmt'"):
-        gpt_neox.their_config(_config("rmt", "dense"))
+        gpt_neox.their_config(_config("rmt", "dense"), None)
     fields = {"score": "l1_softmax", "memory_bias": True, "extra_bits": 2}
     with pytest.raises(errors.ConfigError, match=r"recurrence='memformer'"):
         released.their_config(_config("memformer", "memory", **fields))

@@ -202,7 +202,7 @@ def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
 def test_going_on_compares_the_tokenizer_by_content(grown, tmp_path):
     """Another is refused whatever is allowed; the same one under another path goes on.
 
-    Mutations: `drift.check_tokenizer` left out; "data.tokenizer" left out of `drift.FREE`;
+    Mutations: `drift.check_tokenizer` left out; `data.tokenizer` no longer a field that names nothing;
     `run_tokenizer.check` left out of the loop.
     """
     run, config, before = grown

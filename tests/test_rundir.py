@@ -9,7 +9,7 @@ import time
 import pytest
 
 from memoryformer import outcome, rundir
-from memoryformer.errors import StorageError
+from memoryformer.errors import ConfigError, StorageError
 
 HOLD = (
     "import sys, time\n"
@@ -110,3 +110,42 @@ def test_an_outcome_that_makes_no_sense_is_none(tmp_path, content):
     """Mutations: catch JSONDecodeError only; return whatever JSON holds."""
     (tmp_path / outcome.FILE).write_bytes(content)
     assert outcome.read(tmp_path) is None
+
+
+def test_what_is_read_is_no_output(tmp_path):
+    """A file by any of its names, a model's or a run's own; another beside them is fine.
+
+    Mutations: `samefile` left out (a hard link); `realpath` left out (a link whose file is
+    not there yet); the folders' own files not looked at.
+    """
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    model.mkdir()
+    prompts.write_text("one")
+    (tmp_path / "soft").symlink_to(prompts)
+    (tmp_path / "hard").hardlink_to(prompts)
+    (tmp_path / "linked").symlink_to(model)
+    (model / "config.json").write_text("{}")
+    refused = ["prompts.txt", "soft", "hard", "model/../prompts.txt"]
+    refused += ["model/config.json", "linked/reader.py", "model/model.safetensors"]
+    refused += ["model/tokenizer.json", "model/metrics.jsonl", "model/outcome.json"]
+    for name in refused:
+        with pytest.raises(ConfigError, match=r"--output=.* would be written over"):
+            rundir.check_output(tmp_path / name, [prompts], [model])
+    for name in ("new.jsonl", "model/results.json", "config.json"):
+        rundir.check_output(tmp_path / name, [prompts], [model])
+
+
+def test_files_of_one_stem_do_not_share_a_temporary(tmp_path, monkeypatch):
+    """Mutation: `path.with_suffix(".json.tmp")`, which a.json and a.txt share."""
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(a), replace(a, b)))
+    for name in ("a.json", "a.txt"):
+        rundir.write_json(tmp_path / name, {})
+    assert [path.name for path in moved] == [
+        f".{name}.{os.getpid()}.tmp" for name in ("a.json", "a.txt")
+    ]
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28)))
+    with pytest.raises(StorageError):
+        rundir.write_json(tmp_path / "b.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.txt"]

@@ -135,12 +135,42 @@ def test_a_fork_says_what_failed(tmp_path):
 
 
 def test_equivalent_mutants_are_there_and_say_why():
-    """Mutation: an entry whose line has been rewritten stays in the list."""
+    """Each entry names one mutant. Mutation: an entry whose line has been rewritten stays."""
     for entry in json.loads(sampled_mutants.EQUIVALENT.read_text(encoding="utf-8")):
         assert entry["reason"].strip()
-        same = [
-            mutant
-            for mutant in mutate.find(ROOT, entry["path"])
-            if (mutant.before, mutant.after) == (entry["before"], entry["after"])
-        ]
-        assert same, entry
+        assert len(sampled_mutants.ids_of(entry)) == 1, entry
+
+
+def test_an_equivalent_mutant_is_known_by_its_place(monkeypatch, tmp_path):
+    """Mutation: the source line not compared, so that one excuse serves the whole file."""
+    text = "def f(x):\n    if x < 4:\n        return 1\n    if x < 4:  # again\n        return 2\n"
+    (tmp_path / "module.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sampled_mutants, "ROOT", tmp_path)
+    change = {"path": "module.py", "before": "x < 4", "after": "(x <= 4)"}
+    first, second = (
+        sampled_mutants.ids_of(change | {"source": line})
+        for line in ("if x < 4:", "if x < 4:  # again")
+    )
+    assert len(first) == len(second) == 1 and first != second
+    assert not sampled_mutants.ids_of(change | {"source": "if x < 5:"})
+
+
+@pytest.mark.parametrize("flags", ["--modules=ops/,no_such", "--count=0", "--jobs=0"])
+def test_a_draw_of_nothing_is_refused(monkeypatch, capsys, flags):
+    """Mutation: no check, and a misspelt module is a success of 0 mutants."""
+    monkeypatch.setattr(sys, "argv", ["sampled_mutants", flags])
+    with pytest.raises(SystemExit) as error:
+        sampled_mutants.main()
+    assert error.value.code == 2 and flags.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_job_that_fails_is_told():
+    """Mutation: the children's exit codes not read."""
+    children = [
+        subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+        for code in (0, 3)
+    ]
+    with pytest.raises(SystemExit, match=r"\[0, 3\]"):
+        sampled_mutants.wait_for([child.pid for child in children])
+    for child in children:
+        child.returncode = 0  # waited for above

@@ -1,7 +1,9 @@
 """The paper's six tasks: their rows from files, without the harness."""
 
+import gzip
 import hashlib
 import json
+import lzma
 
 import pytest
 
@@ -27,6 +29,21 @@ def test_rows_of_a_folder(tmp_path, name):
     (tmp_path / "piqa.train.jsonl").write_text(text)
     assert catalogue.local_rows("piqa", str(tmp_path))["train"] == [ROW]
     assert catalogue.local_rows("piqa", "") == {}
+
+
+@pytest.mark.parametrize("name", ["piqa.jsonl.gz", "piqa.json.XZ"])
+def test_rows_of_a_compressed_file(tmp_path, name):
+    """Red when it is passed over, and the published rows are downloaded instead."""
+    pack = gzip.compress if name.endswith("gz") else lzma.compress
+    (tmp_path / name).write_bytes(pack(json.dumps(ROW).encode()))
+    assert catalogue.local_rows("piqa", str(tmp_path)) == {"test": [ROW]}
+
+
+def test_examples_alone_are_no_task(tmp_path):
+    """Red when they are left out without a word."""
+    (tmp_path / "piqa.train.jsonl").write_text(json.dumps(ROW))
+    with pytest.raises(errors.DataError, match=r"piqa.train.jsonl without piqa.jsonl"):
+        catalogue.local_rows("piqa", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def test_options_of_a_task():
         {"temperature": -1},
         {"temperature": "hot"},
         {"temperature": math.nan},
+        {"temperature": 10**400},
+        {"max_gen_toks": 10**400},
         {"top_p": 7},
         {"top_p": math.nan},
         {"do_sample": "maybe"},

@@ -14,6 +14,7 @@ import pytest
 
 from memoryformer import convert, errors, generation, model
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.data import vocabulary
 from memoryformer.tasks import scoring
 
 REQUESTS = 300  # of every kind
@@ -68,8 +69,8 @@ def adapters(tmp_path_factory):
     )
     backend = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers_of(tokenizer),
-        bos_token=tokenizer_lib.EOT,
-        eos_token=tokenizer_lib.EOT,
+        bos_token=vocabulary.EOT,
+        eos_token=vocabulary.EOT,
     )
     network = transformers.GPTNeoXForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
@@ -328,7 +329,7 @@ def test_an_empty_prompt(adapters):
         asked = [request("generate_until", context, o) for o in copy.deepcopy(options)]
         return adapter.generate_until(asked, disable_tqdm=True)
 
-    expected, actual = generate(theirs, tokenizer_lib.EOT), generate(ours, "")
+    expected, actual = generate(theirs, vocabulary.EOT), generate(ours, "")
     assert len(actual) == REQUESTS and len(set(actual)) > 10
     assert actual == expected
 

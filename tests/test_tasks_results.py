@@ -43,6 +43,18 @@ def test_every_metric_group_and_filter_is_there():
     kept = summary.kept(RESULTS)
     assert kept == json.loads(json.dumps(kept))
     assert "configs" not in kept
+    odd = [
+        np.datetime64("2024-01-02"),
+        np.longdouble(0.5),
+        np.bytes_(b"x"),
+        np.bool_(1),
+    ]
+    assert json.loads(json.dumps(summary.plain(odd))) == [
+        "2024-01-02",
+        0.5,
+        "b'x'",
+        True,
+    ]
     found = summary.flat(kept)
     assert found["part"] == {
         "acc": 0.25,
@@ -152,3 +164,12 @@ def test_where_no_file_can_be_written(tmp_path):
         with pytest.raises(errors.ConfigError, match=r"--output=.*no file"):
             output.Output(str(path))
     output.Output("/dev/null").give({})
+    rows = tmp_path / "piqa.jsonl"
+    rows.write_text("{}")
+    (tmp_path / "own.yaml").write_text("task: own")
+    files = catalogue.files_read(["piqa"], str(tmp_path))
+    assert [path.name for path in files] == ["piqa.jsonl", "own.yaml"]
+    for path in (*files, tmp_path / "config.json"):
+        with pytest.raises(errors.ConfigError, match="would be written over"):
+            output.Output(str(path), files, [tmp_path])
+    assert rows.read_text() == "{}"

@@ -16,6 +16,15 @@ from absl import flags
 from memoryformer import config as config_lib
 from memoryformer import errors, paths
 
+# Which flags each command looks at.
+_COMMANDS = {
+    "gpt_neox": ("tables", "revision", "end_token"),
+    "released": ("tables", "revision", "end_token", "released_config"),
+    "export": ("step", "to", "tables"),
+    "import": ("config",),
+}
+_FLAGS = ("config", "tables", "step", "to", "revision", "end_token", "released_config")
+
 
 def define_flags() -> None:
     """Define the flags of the command."""
@@ -24,6 +33,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     flags.DEFINE_string("to", "safetensors", "The format to export to.")
     flags.DEFINE_string("revision", "", "Of a hub repository.")
+    flags.DEFINE_string(
+        "end_token", "", "What ends a document; '': what SOURCE's files say."
+    )
     paths.define_flag(
         "released_config", "The yml of a released checkpoint that carries none."
     )
@@ -46,8 +58,8 @@ def _run(argv):
     command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
     if not origin.startswith("hub:"):
         origin = str(paths.local(origin, "FROM"))
-    known = ("gpt_neox", "released", "export", "import")
-    config_lib.choose(command, known, "subcommand")
+    config_lib.choose(command, _COMMANDS, "subcommand")
+    _refuse_unused_flags(command, origin)
     config_lib.choose(flags.FLAGS.tables, export.TABLE_TYPES, "--tables")
     config_lib.choose(flags.FLAGS.to, runs.FORMATS, "--to")
     if command == "export":
@@ -68,7 +80,7 @@ def _run(argv):
             target,
             config,
             params,
-            tokenizer=export.load_tokenizer(directory),
+            tokenizer=_tokenizer(command, directory),
             tables=flags.FLAGS.tables,
             source={
                 "format": command,
@@ -77,6 +89,33 @@ def _run(argv):
             },
         )
     print(f"{origin} -> {target}")
+
+
+def _refuse_unused_flags(command, origin):
+    unused = [name for name in _FLAGS if name not in _COMMANDS[command]]
+    errors.refuse_flags(unused, f"{command} does not look at it; leave it out")
+    if flags.FLAGS.to != "safetensors":
+        errors.refuse_flags(["tables"], "only --to=safetensors stores tables narrower")
+    if not origin.startswith("hub:"):
+        errors.refuse_flags(["revision"], "is of a hub repository: FROM=hub:owner/name")
+
+
+def _tokenizer(command, directory):
+    """The tokenizer beside the weights; --end_token wins over what its files say."""
+    from memoryformer.convert import export, gpt_neox
+
+    end_token = flags.FLAGS.end_token
+    if command == "gpt_neox" and not end_token:
+        end_token = gpt_neox.end_token(directory)
+    try:
+        tokenizer = export.load_tokenizer(directory, end_token)
+    except errors.MemoryFormerError as error:  # there is no config here to name it in
+        message = str(error).replace("--config.data.end_token", "--end_token")
+        raise type(error)(message.replace("data.end_token", "--end_token")) from error
+    if tokenizer is None:
+        reason = f"{directory} holds no tokenizer.json"
+        errors.refuse_flags(["end_token"], reason)
+    return tokenizer
 
 
 if __name__ == "__main__":

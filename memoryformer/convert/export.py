@@ -108,10 +108,15 @@ def source(directory: str | os.PathLike) -> folders.Fields:
     return _read_fields(directory).section("source")
 
 
-def load_tokenizer(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None:
-    """Read the tokenizer beside a model, or None where there is none."""
+def load_tokenizer(
+    directory: str | os.PathLike, end_token: str = ""
+) -> tokenizer_lib.Tokenizer | None:
+    """Read the tokenizer beside a model, or None where there is none.
+
+    end_token: the token that ends a document, '' for the first of the known names.
+    """
     path = pathlib.Path(directory) / "tokenizer.json"
-    return tokenizer_lib.load(str(path)) if path.is_file() else None
+    return tokenizer_lib.load(str(path), end_token) if path.is_file() else None
 
 
 def tokenizer_of(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None:
@@ -127,7 +132,7 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizer_lib.Tokenizer | None
     path = pathlib.Path(directory) / "tokenizer.json"
     if written and path.is_file():
         return tokenizer_lib.load_recorded(path, written, end_token, "this export")
-    return load_tokenizer(directory)
+    return load_tokenizer(directory, end_token)
 
 
 def own_tokenizer(

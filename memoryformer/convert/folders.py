@@ -5,13 +5,14 @@ Start at `fill` (to write one) and `read_fields` (its config.json).
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memoryformer import paths
 from memoryformer.errors import ConfigError, DataError
 
 _UNFINISHED = ".unfinished"  # what a killed export leaves; the next one takes it away
@@ -23,10 +24,7 @@ def check_free(directory: str | os.PathLike) -> pathlib.Path:
 
     Raises `ConfigError` for one that holds anything, such as a run or another model.
     """
-    name = os.fspath(directory)
-    if not name or "://" in name:
-        raise ConfigError(f"{name!r}: name a local folder to write to.")
-    path = pathlib.Path(directory)
+    path = paths.local(directory, "TO")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; name a new folder.")
     held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
@@ -121,7 +119,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._value(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 

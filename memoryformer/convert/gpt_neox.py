@@ -74,6 +74,29 @@ def save_gpt_neox(
         _write_json(folder / "config.json", fields)
 
 
+def end_token(directory: str | os.PathLike) -> str:
+    """The token that ends a document, as the files beside the weights say; '' if none does.
+
+    tokenizer_config.json names it, else config.json numbers it: an added token, for the
+    number that transformers puts there by default is that of some piece of text.
+    """
+    directory = pathlib.Path(directory)
+    if (path := directory / "tokenizer_config.json").is_file():
+        fields = folders.read_fields(path)
+        if isinstance(fields.values.get("eos_token"), dict):
+            return fields.section("eos_token").text("content")
+        if "eos_token" in fields:
+            return fields.text("eos_token")
+    if not (path := directory / "tokenizer.json").is_file():
+        return ""
+    number = folders.read_fields(directory / "config.json").values.get("eos_token_id")
+    added = folders.read_fields(path).values.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and number is not None and token.get("id") == number:
+            return folders.Fields(token, f"{path}: added_tokens").text("content")
+    return ""
+
+
 def model_config(fields: folders.Fields) -> model.ModelConfig:
     """Translate their config.json; raises `ConfigError` for what we lack."""
     source = fields.source
@@ -310,8 +333,11 @@ def _check_size(config, weights, directory) -> None:
 def _save_tokenizer(folder, tokenizer, seq_len) -> None:
     """tokenizer.json and what transformers wants beside it."""
     end, eot_id = tokenizer.end_token, tokenizer.eot_id
+    # In a template a token's own name could hold a blank, a colon or a `$`.
     begin = tokenizers.processors.TemplateProcessing(
-        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, eot_id)]
+        single="END $A",
+        pair="END $A END $B",
+        special_tokens=[{"id": "END", "ids": [eot_id], "tokens": [end]}],
     )
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.spec))
     theirs.post_processor = begin

@@ -63,7 +63,10 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]
             raise DataError(
                 f"{path}: {name} does not fit the file, which is cut short."
             )
-        arrays[name] = data[slice(*span)].view(dtype).reshape(shape)
+        try:
+            arrays[name] = data[slice(*span)].view(dtype).reshape(shape)
+        except (ValueError, OverflowError) as error:  # of more axes than numpy has, say
+            raise DataError(f"{path}: {name} has a shape of none: {error}.") from error
         spans.append(span)
     _check_tiling(path, spans, len(data))
     return arrays, metadata

@@ -18,7 +18,6 @@ default corpus is meant. Where documents come from is --config.data.source:
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 
 import ml_collections
@@ -62,11 +61,11 @@ def _run(argv: Sequence[str]) -> None:
     for flag in ("verify", "json", "rows"):
         if flags.FLAGS[flag].present and flag not in _COMMANDS[command]:
             raise errors.ConfigError(f"--{flag}: {command} does not look at it.")
+    if flags.FLAGS.json:
+        errors.refuse_flags(["rows"], "--json prints no rows; leave one of them out")
     config = flags.FLAGS.config or ml_collections.ConfigDict()
     data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
     directory = data.prepare(data_config)
-    # A name of a file that is not UTF-8 is printed as its bytes.
-    sys.stdout.reconfigure(errors="surrogateescape")
     if command == "prepare":
         print(directory)
         return
@@ -108,6 +107,8 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     seq_len = _number(config, "model", "seq_len", 256)
     batch_size = _number(config, "train", "batch_size", 4)
     seed = _number(config, "train", "seed", 0)
+    if not 0 <= seed < 2**31:
+        raise errors.ConfigError(f"train.seed={seed}: must be in [0, 2^31).")
     batches = dataset.train.batches(seq_len, batch_size, seed)
     print(
         f"\nfirst batch: {batch_size} x {seq_len}, seed {seed}, "

@@ -20,7 +20,7 @@ from memoryformer.data.names import shown
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
-_HEAD = 8192
+HEAD = 8192  # bytes that are looked at to tell what a file is
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 COMPRESSED = (*_OPENERS, ".zst")
 
@@ -90,7 +90,7 @@ def text_lines(path: pathlib.Path) -> Iterator[str]:
 
 def head(path: pathlib.Path) -> bytes:
     """The first bytes of the content; raises whatever its decompressor raises."""
-    return next(_raw(path, _HEAD), b"").removeprefix(BOM)[:_HEAD]
+    return next(_raw(path, HEAD), b"").removeprefix(BOM)[:HEAD]
 
 
 def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:

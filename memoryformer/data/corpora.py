@@ -270,13 +270,18 @@ class TextFiles(_LocalDocuments):
                     "data.text_field."
                 )
             files = [(key, file) for key, file in files if key not in skipped]
-        lines = [blocks.is_json_lines(file) for _, file in files]
-        if config.separator and all(lines):
-            raise errors.ConfigError(
-                f"data.separator={config.separator!r}: {names.shown(path)} holds JSON "
-                "lines only, which have no separator; leave it out."
-            )
         return files
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
+        config = self.builder_config
+        paths = [path for path in (config.path, config.validation_path) if path]
+        files = [file for path in paths for _, file in self._list(path)]
+        if config.separator and all(map(blocks.is_json_lines, files)):
+            raise errors.ConfigError(
+                f"data.separator={config.separator!r}: {names.shown(config.path)} holds "
+                "JSON lines only, which have no separator; leave it out."
+            )
+        return super()._split_generators(dl_manager)
 
     def _reason(self, file: pathlib.Path) -> str:
         """Why a file among others is no part of the corpus, or ''."""

@@ -12,7 +12,9 @@ import codecs
 import dataclasses
 import hashlib
 import itertools
+import operator
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 
 from memoryformer import errors
@@ -22,7 +24,6 @@ from memoryformer.data.names import shown
 
 MAX_CHARS = 1 << 20
 SMALL_CORPUS = 256 << 20  # bytes up to which a fingerprint reads every file
-_HEAD = 8192  # bytes in which a zero byte tells a binary file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]
                 yield f"{key}:{line}", text, index
             continue
         if how.separator:
-            documents = split(read_text(path), how.separator)
+            documents = split(read_text(path), how.separator, MAX_CHARS)
         else:
             documents = cut(read_text(path), how.piece_chars)
         for number, text in enumerate(documents):
@@ -119,7 +120,7 @@ def read_text(path: pathlib.Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = num_lines = num_chars = 0  # before the block that is looked at
     for block in itertools.chain(blocks.read(path), [b""]):
-        if not num_bytes and b"\0" in block[:_HEAD]:
+        if not num_bytes and b"\0" in block[: blocks.HEAD]:
             raise errors.DataError(
                 f"{shown(path)}: a binary file, not text; give data.path a glob that "
                 "skips it."
@@ -168,29 +169,41 @@ def cut(parts: Iterable[str], size: int) -> Iterator[str]:
         start = end
 
 
-def split(parts: Iterable[str], separator: str) -> Iterator[str]:
+def split(parts: Iterable[str], separator: str, size: int) -> Iterator[str]:
     """Split a text that comes in parts at a separator; line ends beside it belong to it.
 
-    Documents of white space alone are left out.
+    A line end of the separator is \\n or \\r\\n in the text. Documents far longer than
+    `size` are cut as by `cut`; what is white space alone is left out.
     """
-    for document in _between(parts, separator):
-        document = document.strip("\r\n")
-        if not document.isspace() and document:
-            yield document
+    numbered = _between(parts, separator)
+    for _, of_document in itertools.groupby(numbered, operator.itemgetter(0)):
+        pieces = cut((part for _, part in of_document), size)
+        held = next(pieces, "").lstrip("\r\n")
+        for piece in pieces:
+            if held.strip():
+                yield held
+            held = piece
+        held = held.rstrip("\r\n")
+        if held.strip():
+            yield held
 
 
-def _between(parts: Iterable[str], separator: str) -> Iterator[str]:
-    held: list[str] = []
+def _between(parts: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
+    """Yield (number of the document, a part of it), nothing held but one part."""
+    lines = separator.replace("\r\n", "\n").split("\n")
+    pattern = re.compile(r"\r?\n".join(map(re.escape, lines)))
+    longest = sum(map(len, lines)) + 2 * (len(lines) - 1)
+    number = 0
     edge = ""  # what may be the beginning of a separator
     for part in parts:
-        *documents, last = (edge + part).split(separator)
+        *documents, last = pattern.split(edge + part)
         for document in documents:
-            yield "".join([*held, document])
-            held = []
-        at = max(len(last) - len(separator) + 1, 0)
-        held.append(last[:at])
+            yield number, document
+            number += 1
+        at = max(len(last) - longest + 1, 0)
+        yield number, last[:at]
         edge = last[at:]
-    yield "".join([*held, edge])
+    yield number, edge
 
 
 def _end(text: str, start: int, size: int) -> int:

@@ -2,7 +2,8 @@
 
 A folder is the pattern `FOLDER/**`. Links to folders are followed, and every folder is
 read once, however many ways lead to it: folders come before links to them, and links in
-the order of their names. Hidden files, the folders of runs and prepared data are left out.
+the order of their names. Hidden files are left out, and so are the folders of runs, exported
+models and prepared data.
 
 Start at `list_files`.
 """
@@ -139,7 +140,7 @@ class _Walk:
             (self._followed, "link to folders followed"),
             (self._again, "link to folders that are read already"),
             (self._dangling, "link to nothing"),
-            (self._ours, "folder of a run or of prepared data left out"),
+            (self._ours, "folder of a run, a model or prepared data left out"),
         ):
             if links:
                 note(counted(links, what))
@@ -175,6 +176,8 @@ class _Walk:
 def _is_ours(folder: pathlib.Path, names: set[str]) -> bool:
     """Whether this package made the folder: a run changes while it is read."""
     if {"manifest.json", "tokenizer.json", "train.bin"} <= names:
+        return True
+    if {"model.safetensors", "reader.py"} <= names:  # an exported model
         return True
     if "lock" not in names:
         return False

@@ -17,6 +17,16 @@ from memoryformer.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
 DTYPES = ("uint16", "uint32")
+_COUNTS = (  # of a split
+    "tokens",
+    "bytes",
+    "token_bytes",
+    "documents",
+    "ends_of_document",
+    "empty_dropped",
+    "duplicates_of_validation_dropped",
+)
+_LARGEST = 1 << 63
 
 
 def read(directory: pathlib.Path, verify: bool = False) -> dict:
@@ -67,15 +77,17 @@ def read(directory: pathlib.Path, verify: bool = False) -> dict:
 def _wrong_field(manifest: dict) -> str:
     """Name the first field that is not what `shards` writes; '' if all are."""
     tokenizer = {"name": str, "sha256": str, "vocab_size": int, "eot_id": int}
-    split = {"file": str, "tokens": int, "bytes": int, "documents": int, "sha256": str}
+    split = {"file": str, "sha256": str} | dict.fromkeys(_COUNTS, int)
+    source = {"kind": str, "name": str, "path": str, "licence": str}
     kinds = {"tokenizer": tokenizer, "splits.train": split, "splits.validation": split}
+    kinds["source"] = source
     for section, fields in kinds.items():
         values = manifest
         for name in section.split("."):
             values = values.get(name) if isinstance(values, dict) else None
         for field, kind in fields.items():
             value = values.get(field) if isinstance(values, dict) else None
-            if type(value) is not kind or (kind is int and value < 0):
+            if type(value) is not kind or (kind is int and not 0 <= value < _LARGEST):
                 return f"{section}.{field} is {value!r}"
     for name, info in manifest["splits"].items():
         if name not in ("train", "validation") or info["file"] != f"{name}.bin":

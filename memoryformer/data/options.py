@@ -65,10 +65,14 @@ class DataConfig:
             "validation_path": ("text", "c4"),
             "separator": ("text",),
             "name": ("tfds",),
+            "text_field": ("text", "c4", "tfds"),
+            "max_documents": ("stdlib", "text", "c4", "tfds"),
+            "validation_every": ("stdlib", "text", "c4", "tfds"),
         }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for field, sources in users.items():
             value = getattr(self, field)
-            if value and self.source not in sources:
+            if value != defaults[field] and self.source not in sources:
                 raise errors.ConfigError(
                     f"data.{field}={value!r}: data.source={self.source!r} does not use "
                     f"it; set data.source to one of {', '.join(sources)}."

@@ -141,7 +141,9 @@ def _local_identity(data_config: options.DataConfig) -> dict:
         files = files + held_out
     if data_config.separator:
         identity["separator"] = names.unescaped(data_config.separator)
-    elif any(_may_be_cut(path) for _, path in files):
+        if "\n" in identity["separator"]:
+            identity["line_ends"] = "\\n or \\r\\n"
+    if any(_may_be_cut(path) for _, path in files):
         identity["max_chars"] = files_lib.MAX_CHARS
     return identity
 

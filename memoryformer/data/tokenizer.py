@@ -228,7 +228,7 @@ def load_recorded(
     except errors.MemoryFormerError as error:
         raise errors.DataError(
             f"{path}: is not the tokenizer of {whose}: {error}"
-        ) from (error)
+        ) from error
     if tokenizer.fingerprint != sha256:
         raise errors.DataError(
             f"{path}: is not the tokenizer of {whose}: its sha256 is "

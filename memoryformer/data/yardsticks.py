@@ -24,7 +24,7 @@ import zlib
 
 import numpy as np
 
-from memoryformer import data
+from memoryformer import data, errors
 
 VERSION = 1
 MAX_ORDER = 7  # seven bytes fit one uint64 with a byte to spare
@@ -53,7 +53,11 @@ def measure(dataset: data.Dataset, cache: bool = True) -> dict[str, float]:
 
 
 def compute(train: bytes, validation: bytes) -> dict[str, float]:
-    """The yardsticks of one pair of texts."""
+    """The yardsticks of one pair of texts; raises `DataError` if there is nothing to measure."""
+    if not validation:
+        raise errors.DataError(
+            "validation: holds no bytes of text; nothing to measure."
+        )
     scale = 8 / len(validation)
     # Compressors release the interpreter's lock, so they run beside the n-grams.
     with concurrent.futures.ThreadPoolExecutor() as pool:

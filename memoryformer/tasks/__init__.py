@@ -33,6 +33,7 @@ from memoryformer.convert import export
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError
 from memoryformer.notation import Params
 from memoryformer.tasks import catalogue, scoring, summary
+from memoryformer.tasks.catalogue import files_read
 from memoryformer.tasks.output import Output
 from memoryformer.tasks.summary import table
 
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "evaluate_export",
+    "files_read",
     "table",
 ]
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import pathlib
 import urllib.request
+from collections.abc import Iterable
 from typing import Any
 
 from memoryformer.data import blocks, jsonlines
@@ -114,26 +115,49 @@ def with_rows(
 
 
 def local_rows(name: str, tasks_path: str) -> dict[str, list[dict[str, Any]]]:
-    """Read `name.jsonl` and `name.train.jsonl` of a folder; {} if it lacks the first.
+    """Read `name.jsonl` and `name.train.jsonl` of a folder; {} if it has neither.
 
-    Other endings of JSON lines will do, in upper case too.
+    Other endings of JSON lines will do, compressed or in upper case too. Raises
+    `DataError` for two files of one split, and for examples without what is asked.
     """
-    if not tasks_path:
-        return {}
     rows = {}
-    for split, stem in (("test", name), ("train", f"{name}.train")):
-        wanted = {stem + ending for ending in blocks.JSON_SUFFIXES}
-        paths = sorted(
-            path
-            for path in pathlib.Path(tasks_path).iterdir()
-            if path.name.lower() in wanted and path.is_file()
-        )
+    for split, paths in local_files(name, tasks_path).items():
         if len(paths) > 1:
             listed = ", ".join(path.name for path in paths)
             raise DataError(f"task {name}: {tasks_path} holds {listed}; leave one.")
         if paths:
             rows[split] = _read_jsonl(paths[0])
-    return rows if "test" in rows else {}
+    if rows.keys() == {"train"}:
+        raise DataError(
+            f"task {name}: {tasks_path} holds {name}.train.jsonl without {name}.jsonl, "
+            "which is what would be asked; add it."
+        )
+    return rows
+
+
+def local_files(name: str, tasks_path: str) -> dict[str, list[pathlib.Path]]:
+    """The files of a folder that hold a task's rows: {'test': [..], 'train': [..]}."""
+    if not tasks_path:
+        return {}
+    held = sorted(path for path in pathlib.Path(tasks_path).iterdir() if path.is_file())
+    endings = [
+        ending + compression
+        for ending in blocks.JSON_SUFFIXES
+        for compression in ("", *blocks.COMPRESSED)
+    ]
+    return {
+        split: [p for p in held if p.name.lower() in {stem + end for end in endings}]
+        for split, stem in (("test", name), ("train", f"{name}.train"))
+    }
+
+
+def files_read(names: Iterable[str], tasks_path: str) -> list[pathlib.Path]:
+    """The files of `tasks_path` that these tasks may be made of: rows and YAML."""
+    if not tasks_path or not pathlib.Path(tasks_path).is_dir():
+        return []
+    rows = (local_files(name, tasks_path).values() for name in names)
+    named = [path for splits in rows for paths in splits for path in paths]
+    return named + sorted(pathlib.Path(tasks_path).rglob("*.yaml"))
 
 
 def logiqa_rows(

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from memoryformer import rundir
@@ -17,10 +17,16 @@ from memoryformer.errors import ConfigError
 class Output:
     """Standard output, and the file `path` unless it is ''.
 
-    Raises `ConfigError` where no file can be written, before anything is computed.
+    Raises `ConfigError` where no file can be written, or one of `files` or of the runs and
+    exports `folders` would be written over, before anything is computed.
     """
 
-    def __init__(self, path: str):
+    def __init__(
+        self,
+        path: str,
+        files: Iterable[str | os.PathLike] = (),
+        folders: Iterable[str | os.PathLike] = (),
+    ):
         self._path = pathlib.Path(path) if path else None
         self._unfinished: dict[str, Any] = {}
         if self._path is None:
@@ -30,6 +36,7 @@ class Output:
         usable = folder.is_dir() and os.access(folder, os.W_OK)
         if self._path.is_dir() or not usable:
             raise ConfigError(f"--output={path}: no file can be written there.")
+        rundir.check_output(path, files, folders)
 
     def keep(self, results: dict[str, Any]) -> None:
         """Write what the harness returned so far; nothing was made of it yet."""

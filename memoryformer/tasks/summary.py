@@ -16,7 +16,6 @@ from memoryformer.tasks import catalogue
 
 # What the harness returns and is kept; the rest describes its own settings.
 KEPT = ("results", "group_subtasks", "versions", "n-shot", "n-samples")
-_NAMES = ("name", "alias", "sample_len")  # entries of a result that are no metrics
 
 
 def plain(value: Any) -> Any:
@@ -25,7 +24,9 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
         return [plain(item) for item in value]
-    if isinstance(value, np.generic):
+    if isinstance(value, np.floating):  # item() of a wide one is no Python number
+        return float(value)
+    if isinstance(value, np.integer | np.bool_ | np.str_):
         return value.item()
     return value if isinstance(value, str | int | float | None) else str(value)
 
@@ -51,7 +52,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {}
     for key, value in values.items():
         metric, comma, variant = key.partition(",")
-        if not comma or key in _NAMES or value == "N/A":
+        if not comma or value == "N/A":
             continue
         value = float(value) if isinstance(value, int | float) else value
         metrics[metric if variant == "none" else key] = value
