@@ -108,6 +108,11 @@ MISTAKES = {
         "there is no directory",
     ),
     "eval_no_step": ((*EVAL, "--step=7"), STORAGE, "no step 7; there are 15, 20"),
+    "eval_over_its_run": (
+        (*EVAL, "--output={folder}/run/metrics.jsonl"),
+        CONFIG,
+        "metrics.jsonl, which would be written over",
+    ),
     "eval_another_config": (
         (*EVAL, "--config={folder}/toy_config.py:dense"),
         CONFIG,
