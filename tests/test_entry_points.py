@@ -142,7 +142,7 @@ MISTAKES = {
 # The rest repeats a path through the code that one of these takes.
 QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
 QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
-QUICK += ("file_as_workdir", "unwritable_output", "two_prompts")
+QUICK += ("file_as_workdir", "unwritable_output", "two_prompts", "eval_over_its_run")
 
 
 @pytest.mark.parametrize(
