@@ -108,6 +108,11 @@ MISTAKES = {
         "there is no directory",
     ),
     "eval_no_step": ((*EVAL, "--step=7"), STORAGE, "no step 7; there are 15, 20"),
+    "eval_over_its_run": (
+        (*EVAL, "--output={folder}/run/metrics.jsonl"),
+        CONFIG,
+        "metrics.jsonl, which would be written over",
+    ),
     "eval_another_config": (
         (*EVAL, "--config={folder}/toy_config.py:dense"),
         CONFIG,
@@ -137,7 +142,7 @@ MISTAKES = {
 # The rest repeats a path through the code that one of these takes.
 QUICK = ("unknown_key", "width_and_bits", "missing_data", "vocabulary")
 QUICK += ("another_config", "missing_config", "no_workdir", "eval_another_config")
-QUICK += ("file_as_workdir", "unwritable_output", "two_prompts")
+QUICK += ("file_as_workdir", "unwritable_output", "two_prompts", "eval_over_its_run")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ python -m memoryformer.convert export WORKDIR DIR [--to=FORMAT]    run -> export
 python -m memoryformer.convert import DIR WORKDIR [--config=FILE]  export -> run
 
 SOURCE is a directory or hub:owner/name; T is float32, bfloat16 or int8; FORMAT is
-safetensors (an export), gpt_neox or released.
+safetensors (an export), gpt_neox or released. What ends a document is read from the files
+of a gpt_neox SOURCE; --end_token=TOKEN says it where they do not.
 """
 
 from collections.abc import Sequence
