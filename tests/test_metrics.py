@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from memoryformer import metrics
-from memoryformer.errors import ConfigError, StorageError
+from memoryformer.errors import StorageError
 from memoryformer.metrics import MetricsConfig, MetricsWriter
 
 QUIET = MetricsConfig(tensorboard=False)
@@ -157,15 +157,19 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert b"train/loss" in content and b"note" not in content
 
 
-def test_wandb_is_one_run_over_restarts(tmp_path, monkeypatch):
-    """The id is kept in the workdir, rows carry their own step; missing: a clear error.
+def test_wandb_is_one_run_over_restarts(tmp_path, monkeypatch, capsys):
+    """The id is kept in the workdir, rows carry their own step; missing, it is done without,
+    in one line.
 
     Mutation: a new id at each start.
     """
     config = MetricsConfig(tensorboard=False, wandb="project")
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
-        MetricsWriter(tmp_path, config)
+    with MetricsWriter(tmp_path / "without", config) as writer:
+        writer.write(1, {"train/loss": 2.0})
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "pip install wandb" in said
+    assert [row["step"] for row in metrics.read(tmp_path / "without")] == [1]
 
     started, logged = [], []
     run = types.SimpleNamespace(
