@@ -536,7 +536,9 @@ def test_failed_save_is_reported_at_its_step(tmp_path):
     assert last.startswith(
         f"error: {tmp_path / checkpoint.FOLDER / '2'}: saving failed: "
     ), err
-    assert "File too large" in last and err.count("error: ") == 1, err
+    # The middle of a long message is cut out, and the words may stand there.
+    assert "File too large" in last or "os_error_code='27'" in last, err
+    assert err.count("error: ") == 1, err
     assert "StorageError" not in err, err  # no traceback of ours
     assert 0 < len(out.splitlines()) < 2900, out
     assert steps_on_disk(tmp_path) == [1]
