@@ -43,6 +43,16 @@ REFUSED = [
         9.0,
         "length 13 is odd",
     ),
+    (
+        {"attention": "cudnn", "dtype": "bfloat16", "embed_dim": 24},
+        9.0,
+        "width 12 is not a multiple of 8 up to 128",
+    ),
+    (
+        {"attention": "cudnn", "dtype": "bfloat16", "embed_dim": 272},
+        9.0,
+        "width 136 is not a multiple of 8 up to 128",
+    ),
     ({"attention": "splash"}, "gpu", "the platform is gpu, not tpu"),
     ({"attention": "splash"}, "tpu", "the length 12 is not a multiple of 128"),
 ]

@@ -415,7 +415,8 @@ def test_a_failed_build_says_why(tmp_path, monkeypatch):
 
     for words, message in (("boom", "boom"), ("", "no message")):
 
-        def fails(command, words=words, **_):
+        def fails(command, words=words, **options):
+            assert options["capture_output"] and options["text"]
             broken = "--version" not in command
             return subprocess.CompletedProcess(command, int(broken), "", words)
 

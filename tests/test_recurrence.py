@@ -10,7 +10,15 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import diagnostics, errors, generation, mixers, model, sharding
+from memoryformer import (
+    diagnostics,
+    errors,
+    generation,
+    mixers,
+    model,
+    recurrence,
+    sharding,
+)
 from memoryformer.convert import gpt_neox, reference_reader, released
 
 B, L, S = 4, 16, 4
@@ -307,6 +315,17 @@ def test_a_sequence_axis_is_refused(mesh):
     """Red if every device runs a memory of its own over its part of the rows."""
     with pytest.raises(errors.ConfigError, match=r"cannot run over a 'sequence' axis"):
         model.partition_specs(_config("rmt", "memory"), sharding.make(mesh))
+
+
+def test_only_rmt_takes_places_of_the_trunk():
+    """Its slots stand before and behind a chunk, memformer's beside the trunk.
+
+    Mutation: a place more, or fewer, for either.
+    """
+    for name, more in (("rmt", 6), ("memformer", 0)):
+        fields = {"recurrence_chunk": 4, "recurrence_slots": 3}
+        config = toy.model_config("dense", recurrence=name, **fields)
+        assert recurrence.capacity(config) == 4 + more
 
 
 def test_positions_of_a_chunk_count_its_real_tokens():
