@@ -24,7 +24,11 @@ _TESTS = {
     "data/listing": ("test_data_listing.py", "test_data_files.py"),
     "data/manifest": ("test_data_shards.py", "test_data_source.py"),
     "data/names": ("test_data_files.py", "test_data_corpora.py"),
-    "data/options": ("test_data_source.py", "test_data_corpora.py"),
+    "data/options": (
+        "test_data_shards.py",
+        "test_data_source.py",
+        "test_data_corpora.py",
+    ),
     "data/progress": ("test_data_documents.py", "test_data_shards.py"),
     "data/shards": ("test_data_shards.py", "test_data_source.py"),
     "data/source": ("test_data_source.py", "test_data_layout.py"),
@@ -60,7 +64,12 @@ _TESTS = {
     ),
     "mixers/softmax": (*_MIXERS, "test_ops_attention.py", "test_ring.py"),
     "model_config": ("test_config.py", "test_model.py", "test_mixers.py"),
-    "model": ("test_model.py", "test_model_chunks.py", "test_config.py"),
+    "model": (
+        "test_model.py",
+        "test_optimizer_lean.py",
+        "test_model_chunks.py",
+        "test_config.py",
+    ),
     "ops/attention": (
         "test_ops_attention.py",
         "test_implementations.py",
