@@ -42,6 +42,19 @@ def test_the_builders_are_tfds_builders(tmp_path):
     assert list(splits["train"]) == sorted(splits["train"]), "order of the files lost"
 
 
+def test_of_equals_the_first_is_held_out(tmp_path):
+    """Where the rule holds out none, the smallest remainder does, and of several the first.
+
+    Mutation: `<=` for `<`, another validation split for the same text.
+    """
+    texts = [t for t in data_helpers.texts(30) if not files.in_validation(t, 2)][:4]
+    corpus = data_helpers.folder(tmp_path / "corpus", texts)
+    config = corpora.TextConfig(name="mine", path=str(corpus), validation_every=2)
+    builder = corpora.TextFiles(config=config, data_dir=str(tmp_path / "tfds"))
+    builder.download_and_prepare()
+    assert list(records(builder, "validation").values()) == texts[:1]
+
+
 def test_stdlib_is_the_default_and_leaves_tests_out(tmp_path):
     """Red if the split goes by content, or a test directory slips in."""
     found = dict(listing.stdlib_files())

@@ -317,6 +317,14 @@ def test_a_sequence_axis_is_refused(mesh):
         model.partition_specs(_config("rmt", "memory"), sharding.make(mesh))
 
 
+def test_only_a_memory_goes_from_past_to_future():
+    """A model without one may look both ways. Mutation: no early return in `validate`."""
+    both_ways = {"mixer": "luna", "causal": False}
+    assert not toy.model_config("dense", **both_ways).causal
+    with pytest.raises(errors.ConfigError, match=r"model\.causal=False"):
+        toy.model_config("dense", **both_ways, recurrence="rmt")
+
+
 def test_only_rmt_takes_places_of_the_trunk():
     """Its slots stand before and behind a chunk, memformer's beside the trunk.
 
