@@ -524,7 +524,7 @@ def test_failed_save_is_reported_at_its_step(tmp_path):
     """Over the file size limit: one line, within the loop, and the rest stays whole.
 
     When several writes of a save fail at once, TensorStore may print tracebacks of its own
-    before that line (docs/reliability.md); ours is the last one and the only `error:`.
+    around that line (docs/reliability.md); ours is the only `error:`.
 
     Mutation: `check` does nothing; or `_finalise` swallows the error; or cut the message
     at its end; or let Orbax's traceback through.
@@ -532,13 +532,13 @@ def test_failed_save_is_reported_at_its_step(tmp_path):
     process = child("runs_out_of_space", tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == StorageError.exit_code, err
-    last = err.splitlines()[-1].strip()  # behind half a line of another thread
-    assert last.startswith(
+    # It may stand behind half a line of another thread, or before its last words.
+    (line,) = (words.strip() for words in err.splitlines() if "error: " in words)
+    assert line.startswith(
         f"error: {tmp_path / checkpoint.FOLDER / '2'}: saving failed: "
     ), err
     # The middle of a long message is cut out, and the words may stand there.
-    assert "File too large" in last or "os_error_code='27'" in last, err
-    assert err.count("error: ") == 1, err
+    assert "File too large" in line or "os_error_code='27'" in line, err
     assert "StorageError" not in err, err  # no traceback of ours
     assert 0 < len(out.splitlines()) < 2900, out
     assert steps_on_disk(tmp_path) == [1]

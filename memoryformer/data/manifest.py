@@ -89,6 +89,9 @@ def _wrong_field(manifest: dict) -> str:
             value = values.get(field) if isinstance(values, dict) else None
             if type(value) is not kind or (kind is int and not 0 <= value < _LARGEST):
                 return f"{section}.{field} is {value!r}"
+    end_token = manifest["tokenizer"].get("end_token", "")  # older ones lack it
+    if not isinstance(end_token, str):
+        return f"tokenizer.end_token is {end_token!r}"
     for name, info in manifest["splits"].items():
         if name not in ("train", "validation") or info["file"] != f"{name}.bin":
             return f"splits.{name} is in another file"
