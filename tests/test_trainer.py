@@ -15,6 +15,7 @@ import toy
 
 from memoryformer import (
     checkpoint,
+    data,
     experiment,
     integrity,
     metrics,
@@ -173,6 +174,9 @@ def test_no_space_for_the_config(folder):
 
     Mutation: `_write_config` lets the OSError through.
     """
+    if not (folder / "corpus").exists():
+        toy.corpus(folder / "corpus")
+    data.prepare(experiment.resolve(toy.run_config(folder)).data)  # has its space
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
