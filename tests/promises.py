@@ -14,17 +14,17 @@ PARTS = (promises_restart, promises_numbers, promises_processes)
 CHECKS = {name: check for part in PARTS for name, check in part.CHECKS.items()}
 
 
-def cases(part):
-    """The promises of a part as parameters of a test; some are left to the slow tests."""
-    slow = {name: pytest.mark.slow for name in part.SLOW}
-    return [pytest.param(name, marks=slow.get(name, [])) for name in part.CHECKS]
+# (promise, mutation) for every mistake that must break one of the promises.
+MUTANTS = [
+    (name, mutation)
+    for part in PARTS
+    for name, those in part.MUTANTS.items()
+    for mutation in those
+]
 
 
-def mutants(part):
-    """(promise, mutation) for every mistake that must break one of a part's promises."""
-    return [
-        (name, mutation) for name, those in part.MUTANTS.items() for mutation in those
-    ]
-
-
-MUTANTS = [pair for part in PARTS for pair in mutants(part)]
+def cases():
+    """The promises as parameters of a test; some are left to the slow tests."""
+    slow = {name for part in PARTS for name in part.SLOW}
+    marks = {name: pytest.mark.slow for name in slow}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in CHECKS]

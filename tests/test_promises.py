@@ -12,6 +12,20 @@ def test_every_promise_and_every_mutation_is_tried():
     assert {mutation for _, mutation in promises.MUTANTS} == mutations.MUTATIONS.keys()
 
 
+@pytest.mark.parametrize("promise", promises.cases())
+def test_promise(world, promise):
+    """The check asserts. Mutations: `promises.MUTANTS`, tried by `test_mutant_is_caught`."""
+    promises.CHECKS[promise](world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promise, mutation", promises.MUTANTS)
+def test_mutant_is_caught(world, promise, mutation):
+    """Mutation: the one named; an assertion of the promise must fail under it."""
+    verdict = mutants.judge(world, promises.CHECKS[promise], mutation, promise)
+    assert verdict.outcome == "caught", verdict
+
+
 def no_steps(world):
     """A promise that costs little: a run of no steps is refused in one line."""
     result = world.run(world.workdir(), 2, **{"train.num_steps": 0})
