@@ -27,7 +27,8 @@ def text(config: Mapping[str, Any], preset: str, workdir: pathlib.Path | str) ->
 
     `preset` is FILE[:ARGUMENT]. Raises `ConfigError` for a config that cannot be.
     """
-    resolved = experiment.complete(config)
+    run = experiment.resolve(config)
+    resolved = experiment.as_dict(run)
     lines = []
     for section, fields in resolved.items():
         shown = str(fields)
@@ -36,7 +37,7 @@ def text(config: Mapping[str, Any], preset: str, workdir: pathlib.Path | str) ->
         lines += textwrap.wrap(
             f"{section}: {shown}", WIDTH, subsequent_indent="  ", break_long_words=False
         )
-    lines += _tables(experiment.resolve(config))
+    lines += _tables(run)
     # As written: the file alone may lack what the command line must give.
     lines += _changes(config_lib.load(preset), config, f"from {preset}")
     last = _last(pathlib.Path(workdir))

@@ -157,10 +157,9 @@ def examine(
 def _without_device_kernels(run, chosen):
     """The run with what is only chosen, or only built, on its own device left out."""
     model, chip = run.model, chosen.chip
-    fused = (
-        model.attention == "cudnn" and chip.platform == "gpu"
-    )  # compiles without one
-    attention = "cudnn" if fused else "xla"  # see `remedies`
+    # cuDNN's attention is compiled without a GPU, other fused kernels are not (`remedies`).
+    fused = model.attention == "cudnn" and chip.platform == "gpu"
+    attention = "cudnn" if fused else "xla"
     model = implementations.readable(model, chip.platform)
     model = dataclasses.replace(model, attention=attention)
     unable = lookup.why_not(
@@ -181,9 +180,10 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     read = jax.eval_shape(
         lambda p: model_lib.with_tables_as_read(model, p), state.params
     )
-    whole = sharding_lib.num_bytes(read) // sharding.axis_size("model")
+    joined = sharding_lib.num_bytes(read) // sharding.axis_size("model")
     values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    summed = 4 * values // sharding.axis_size("model")
+    summed = 4 * values // sharding.axis_size("model")  # over microbatches, in float32
+    fsdp = "fsdp" in run.mesh and sharding.axis_size("data") > 1
     mesh = abstract.mesh_shape(sharding)
     return Report(
         config=experiment.as_dict(run),
@@ -197,10 +197,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
         optimizer_bytes=abstract.device_bytes((state.opt_state, state.spikes)),
-        gathered_bytes=whole
-        if "fsdp" in run.mesh and sharding.axis_size("data") > 1
-        else 0,
-        gradient_bytes=whole if train.num_microbatches == 1 else summed,
+        gathered_bytes=joined if fsdp else 0,
+        gradient_bytes=joined if train.num_microbatches == 1 else summed,
         activation_bytes=abstract.activation_bytes(compiled_run, sharding),
         messages=traced.collectives(step.jaxpr, mesh),
     )

@@ -140,9 +140,8 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes pages of INFO
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a path need not have this terminal's letters
+        # A path need not have this terminal's letters.
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main(argv) or 0

@@ -52,7 +52,7 @@ class TrainConfig:
     step_timeout: float = field("nothing", 1800.0)
     evaluation_timeout: float = field(
         "nothing", 3600.0
-    )  # of one batch: the first compiles
+    )  # of a batch; the first compiles
     checkpoint_timeout: float = field("nothing", 7200.0)
 
     def __post_init__(self):

@@ -122,10 +122,7 @@ def make(
         moments = jax.tree.map(
             lambda p, group: _no_moments(config, group, p), params, groups
         )
-        first, second = (
-            jax.tree.map(lambda _, pair, i=i: pair[i], params, moments)
-            for i in range(2)
-        )
+        first, second = _unzipped(moments, params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), first, second)
 
     def update(grads, state, params, *, hyperparams=None, **unused_extra):
@@ -148,9 +145,7 @@ def make(
 
         grads = _clipped(grads, config.clip_norm)
         stepped = jax.tree.map(step, grads, state.mu, state.nu, params, groups)
-        updates, first, second = (
-            jax.tree.map(lambda _, leaf, i=i: leaf[i], grads, stepped) for i in range(3)
-        )
+        updates, first, second = _unzipped(stepped, params)
         return updates, optax.ScaleByAdamState(number, first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -223,6 +218,11 @@ def state_specs(state: Any, params: Params, specs: Any) -> Any:
 def norm(grads: Params) -> Array:
     """The Euclidean norm over all leaves, in float32 whatever they are kept in."""
     return optax.tree.norm(jax.tree.map(_float32, grads))
+
+
+def _unzipped(tuples, params):
+    """A tree of tuples in the place of parameters -> a tuple of trees."""
+    return jax.tree.transpose(jax.tree.structure(params), None, tuples)
 
 
 def _no_moments(config, group, p):

@@ -54,10 +54,10 @@ def load(
 
 def keep(workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool) -> None:
     """Write the run's tokenizer.json unless it is there; see `check`."""
-    check(workdir, tokenizer, begun=begun)
     path = pathlib.Path(workdir) / FILE
     if _fingerprint(path, tokenizer.end_token) == tokenizer.fingerprint:
         return
+    check(workdir, tokenizer, begun=begun)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)

@@ -52,9 +52,7 @@ class ShardingSpecs:
     tables: P = P(None, None, None)  # [K, C, F]: F over `model`, C over FSDP's `data`
     columns: P = P(None, None)  # [D, F]: F over `model`, D over FSDP's `data`
     rows: P = P(None, None)  # [F, D]: F over `model`, D over FSDP's `data`
-    last_axis: P = P(
-        None
-    )  # [.., F]: F over `model`, small enough to repeat over `data`
+    last_axis: P = P(None)  # [.., F]: F over `model`; small, and repeated over `data`
     whole: P = P()  # not split
     batch_bl: P = P(None, None)  # [B, L]
 

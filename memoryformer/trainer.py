@@ -21,6 +21,7 @@ from memoryformer import (
     drift,
     evaluation,
     experiment,
+    fields,
     implementations,
     metrics,
     mixers,
@@ -139,10 +140,11 @@ def program(run: experiment.Experiment) -> Any:
     `train` changes nothing: it is the loop's.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
+    described = fields.described(experiment.TrainConfig)
     loops = {
         item.name: item.default
         for item in dataclasses.fields(run.train)
-        if item.metadata.get("changes") == "nothing"
+        if described[item.name][0] == "nothing"
     }
     return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 

@@ -31,9 +31,8 @@ class Point:
 
     index: int
     overrides: Mapping[str, Any]  # of the config file's, without the label
-    label: (
-        str  # shared by points of one config but for the seed; '' if only that differs
-    )
+    # Shared by points of one config but for the seed; '' if only that differs.
+    label: str
     run: experiment.Experiment
     workdir: pathlib.Path
 
