@@ -302,6 +302,14 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
         ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
         ("manifest.json", lambda p: sign(p, source=["x"]), "source.kind is No", False),
+        (
+            "manifest.json",
+            lambda p: sign(
+                p, tokenizer=dataset.manifest["tokenizer"] | {"end_token": [1]}
+            ),
+            "tokenizer.end_token is",
+            False,
+        ),
         *(
             (
                 "manifest.json",
