@@ -48,7 +48,8 @@ test-optimised: $(VENV)/.dev
 test-peers: $(VENV)/.peers
 	$(RUN) -m pytest tests/test_convert_gpt_neox.py tests/test_convert_released.py \
 	    tests/test_convert_export.py tests/test_run_tokenizer.py \
-	    tests/test_tasks_harness.py tests/test_tasks_hf.py tests/test_tasks_yaml.py
+	    tests/test_tasks_harness.py tests/test_tasks_hf.py tests/test_tasks_yaml.py \
+	    tests/test_names.py
 
 # Every promise of reliability, and a mistake that its test must notice.
 mutants: $(VENV)/.dev
