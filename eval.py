@@ -2,22 +2,21 @@
 
 With --tasks, on benchmarks: python eval.py --workdir=DIR --tasks=piqa,winogrande,wsc. With
 --export=DIR --tasks=.., a converted model (`python -m memoryformer.convert`). JSON goes to
-standard output and to --output=FILE, which after each of --tasks holds what the harness
-returned so far.
+standard output and to --output=FILE, which holds what --tasks returned so far.
 """
 
 import sys
 
 from absl import flags
 
-from memoryformer import config, errors, paths
+from memoryformer import cli, errors
 
-_WORKDIR = paths.define_flag("workdir", "The run's directory.")
-_EXPORT = paths.define_flag("export", "An exported model, instead of a run.")
+_WORKDIR = cli.define_path_flag("workdir", "The run's directory.")
+_EXPORT = cli.define_path_flag("export", "An exported model, instead of a run.")
 _STEP = flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
-_OUTPUT = paths.define_flag("output", "Also write the JSON to this file.")
+_OUTPUT = cli.define_path_flag("output", "Also write the JSON to this file.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness.")
-_TASKS_PATH = paths.define_flag("tasks_path", "Folder of local task files.")
+_TASKS_PATH = cli.define_path_flag("tasks_path", "Folder of local task files.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task; 0 is all.", 0)
 _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot",
@@ -36,18 +35,20 @@ _DENSITY = flags.DEFINE_float("density", 1.0, "Prune dense layers to this share.
 
 def main(argv):
     """Check the command line, evaluate and print JSON."""
-    errors.check_arguments(argv, config=flags.FLAGS.config, required=False)
+    cli.check_arguments(argv, config=flags.FLAGS.config, required=False)
     _refuse_unused_flags()
-    from memoryformer import evaluation, inference, tasks
+    from memoryformer.harness import tasks as tasks_lib
+    from memoryformer.model import narrow
+    from memoryformer.training import evaluate_run
 
-    files = tasks.files_read(_TASKS.value, _TASKS_PATH.value or "")
+    files = tasks_lib.files_read(_TASKS.value, _TASKS_PATH.value or "")
     folder = _WORKDIR.value or _EXPORT.value
-    out = tasks.Output(_OUTPUT.value or "", files, [folder])
-    kinds = inference.kinds_from_flags()
+    out = tasks_lib.Output(_OUTPUT.value or "", files, [folder])
+    kinds = narrow.kinds_from_flags()
     step = None if _STEP.value < 0 else _STEP.value
     if not _TASKS.present:
         given = (step, flags.FLAGS.config, kinds, _DENSITY.value)
-        out.give(evaluation.evaluate_checkpoint(_WORKDIR.value, *given))
+        out.give(evaluate_run.evaluate_checkpoint(_WORKDIR.value, *given))
         return
     options = {"tasks": _TASKS.value, "tasks_path": _TASKS_PATH.value or ""}
     options |= {"limit": _LIMIT.value, "num_fewshot": _NUM_FEWSHOT.value}
@@ -55,11 +56,11 @@ def main(argv):
     options |= {"kinds": kinds, "density": _DENSITY.value, "keep": out.keep}
     with out.unfinished():
         if _EXPORT.value:
-            result = tasks.evaluate_export(_EXPORT.value, **options)
+            result = tasks_lib.evaluate_export(_EXPORT.value, **options)
         else:
-            result = tasks.evaluate_checkpoint(_WORKDIR.value, step, **options)
+            result = tasks_lib.evaluate_checkpoint(_WORKDIR.value, step, **options)
     out.give(result)
-    print(tasks.table(result), file=sys.stderr)
+    print(tasks_lib.table(result), file=sys.stderr)
 
 
 def _refuse_unused_flags():
@@ -68,12 +69,12 @@ def _refuse_unused_flags():
     if _EXPORT.value and not _TASKS.present:
         raise errors.ConfigError("--export: holds no validation text; give --tasks.")
     if _EXPORT.value:
-        errors.refuse_flags(["step"], "an export holds one step; leave it out")
+        cli.refuse_flags(["step"], "an export holds one step; leave it out")
     if _TASKS.present:
-        errors.refuse_flags(["config"], "tasks are scored with the model's own config")
+        cli.refuse_flags(["config"], "tasks are scored with the model's own config")
     else:
-        errors.refuse_flags(_OF_TASKS, "says how to evaluate --tasks; give those too")
+        cli.refuse_flags(_OF_TASKS, "says how to evaluate --tasks; give those too")
 
 
 if __name__ == "__main__":
-    errors.run_main(main, config.define_flag)
+    cli.run_main(main, cli.define_config_flag)

@@ -3,9 +3,11 @@
 from absl import flags
 from ml_collections import config_flags
 
-from memoryformer import config, console, errors, paths
+from memoryformer import cli
+from memoryformer.files import paths
+from memoryformer.runs import console
 
-_WORKDIR = paths.define_flag("workdir", "Where the run lives.", required=True)
+_WORKDIR = cli.define_path_flag("workdir", "Where the run lives.", required=True)
 _ALLOW = flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -26,11 +28,12 @@ _INIT_TIMEOUT = flags.DEFINE_float(
 
 def main(argv):
     """Check the command line, find the other processes and train."""
-    errors.check_arguments(argv, config=flags.FLAGS.config)
+    cli.check_arguments(argv, config=flags.FLAGS.config)
     paths.workdir(_WORKDIR.value)
-    from memoryformer import announcement, distributed, processes, trainer
+    from memoryformer.cluster import processes, roll_call
+    from memoryformer.training import banner, loop
 
-    others = distributed.start(
+    others = roll_call.start(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,
@@ -39,10 +42,10 @@ def main(argv):
     with console.unbroken(), others:
         preset = config_flags.get_config_filename(flags.FLAGS["config"])
         if processes.is_chief():
-            text = announcement.text(flags.FLAGS.config, preset, _WORKDIR.value)
+            text = banner.text(flags.FLAGS.config, preset, _WORKDIR.value)
             print(text, flush=True)
-        trainer.train(flags.FLAGS.config, _WORKDIR.value, allow=_ALLOW.value)
+        loop.train(flags.FLAGS.config, _WORKDIR.value, allow=_ALLOW.value)
 
 
 if __name__ == "__main__":
-    errors.run_main(main, config.define_flag)
+    cli.run_main(main, cli.define_config_flag)

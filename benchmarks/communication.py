@@ -13,7 +13,7 @@
                  by an all-reduce behind attention and feed-forward layer (arXiv 1909.08053)
 
 Forward is the evaluation step's (of megatron: the function's), backward what the step with
-gradients sends beyond it. The target's compiler must be installed (`memoryformer.targets`).
+gradients sends beyond it. The target's compiler must be installed (`memoryformer.accounting.targets`).
 """
 
 import argparse
@@ -31,14 +31,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import abstract, experiment, hlo, presets, targets
+from memoryformer import presets
 from memoryformer import sharding as sharding_lib
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.dryrun import hlo_messages, lowering
+from memoryformer.training import experiment
 
 MESH = "tensor:data=2,model=4"
 ROWS, LENGTH, WIDTH, HEADS = 8, 256, 1024, 16
 TOKENS = ROWS // 2 * LENGTH  # of one device
 Pair = tuple[
-    list[hlo.Collective], list[hlo.Collective]
+    list[hlo_messages.Collective], list[hlo_messages.Collective]
 ]  # forward, forward and backward
 
 
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", default="")
     options = parser.parse_args(argv)
     jax.config.update("jax_enable_compilation_cache", False)  # none for such devices
-    devices = targets.parse(options.target).devices()
+    devices = targets_lib.parse(options.target).devices()
     memory = presets.memoryformer("base")
     memory.model.lookup = options.lookup
     programs = {
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{name:<10} " + "  ".join(f"{k} {v:,.0f}" for k, v in row.items()), end=""
         )
         print(f"   megatron's are {ratio:.2f} times as many")
-        print(hlo.table(pairs[name][1]) + "\n")
+        print(hlo_messages.table(pairs[name][1]) + "\n")
     if options.json:
         listed = {n: [dataclasses.asdict(c) for c in p[1]] for n, p in pairs.items()}
         text = json.dumps({"bytes": rows, "collectives": listed}, indent=2)
@@ -80,10 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def per_token(
-    forward: list[hlo.Collective], both: list[hlo.Collective]
+    forward: list[hlo_messages.Collective], both: list[hlo_messages.Collective]
 ) -> dict[str, float]:
     """Wire bytes per token."""
-    ahead, total = (hlo.wire_bytes(c, "model") / TOKENS for c in (forward, both))
+    ahead, total = (
+        hlo_messages.wire_bytes(c, "model") / TOKENS for c in (forward, both)
+    )
     return {"forward": ahead, "backward": total - ahead, "total": total}
 
 
@@ -102,7 +107,9 @@ def one_block(config: Any, devices: Sequence[jax.Device]) -> Pair:
     one, two = (
         _model_collectives(_resolved(config, layers), devices) for layers in (1, 2)
     )
-    return hlo.difference(two[0], one[0]), hlo.difference(two[1], one[1])
+    return hlo_messages.difference(two[0], one[0]), hlo_messages.difference(
+        two[1], one[1]
+    )
 
 
 def _resolved(config, num_layers):
@@ -111,14 +118,14 @@ def _resolved(config, num_layers):
 
 
 def _model_collectives(run, devices) -> Pair:
-    sharding = abstract.device_sharding(run, devices)
-    steps = (abstract.trace_forward(run, sharding), abstract.trace(run, sharding)[1])
-    lowered = (abstract.lower(step, sharding) for step in steps)
+    sharding = lowering.device_sharding(run, devices)
+    steps = (lowering.trace_forward(run, sharding), lowering.trace(run, sharding)[1])
+    lowered = (lowering.lower(step, sharding) for step in steps)
     return tuple(_across(low, sharding.mesh) for low in lowered)
 
 
-def _across(lowered, mesh) -> list[hlo.Collective]:
-    found = hlo.collectives(lowered.compile().as_text(), dict(mesh.shape))
+def _across(lowered, mesh) -> list[hlo_messages.Collective]:
+    found = hlo_messages.collectives(lowered.compile().as_text(), dict(mesh.shape))
     return [c for c in found if "model" in c.axes]
 
 

@@ -30,8 +30,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memoryformer import targets
-from memoryformer.ops import lookup_gpu, lookup_xla
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import xla as lookup_xla
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             "",
             platform="cuda",
             topology="1x1x1",
-            target_config=targets.gpu_description("h200"),
+            target_config=targets_lib.gpu_description("h200"),
         )
         functions = {"gpu": lookup_gpu.gpu, "xla": lookup_xla.scan_tables}
     else:

@@ -33,8 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from memoryformer import convert, generation, inference, model, presets
-from memoryformer.ops import packed
+from memoryformer import convert, model, presets
+from memoryformer.generation import sampler
+from memoryformer.model import narrow
+from memoryformer.ops.lookup import narrow as narrow_rows
 
 SIZES = {"small": "160m", "base": "410m"}
 PEERS = (
@@ -153,10 +155,10 @@ def make_peers(size: str, names: list[str], batch_size: int) -> dict[str, Peer]:
             peers[name] = their_peer(theirs, kind, batch_size)
             continue
         if family == "dense":
-            kinds = inference.WeightKinds(head=kind, dense=kind)
+            kinds = narrow.WeightKinds(head=kind, dense=kind)
             config, params = dense
         else:
-            kinds = inference.WeightKinds(tables=kind, head=kind)
+            kinds = narrow.WeightKinds(tables=kind, head=kind)
             config = memoryformer_config(size)
             params = random_params(config, kinds)
         peers[name] = our_peer(config, params, kinds, batch_size)
@@ -173,7 +175,7 @@ def memoryformer_config(size: str) -> model.ModelConfig:
     return dataclasses.replace(config, dtype="float32")
 
 
-def random_params(config: model.ModelConfig, kinds: inference.WeightKinds) -> dict:
+def random_params(config: model.ModelConfig, kinds: narrow.WeightKinds) -> dict:
     """Draw parameters, tables already packed: float32 ones of base would take 27 GB."""
     random_numbers = np.random.default_rng(0)
     block = random_numbers.standard_normal(1 << 22, np.float32)
@@ -182,11 +184,11 @@ def random_params(config: model.ModelConfig, kinds: inference.WeightKinds) -> di
         if kinds.tables == "int8":
             values = random_numbers.integers(-127, 128, shape, np.int8)
             scales = np.full(shape[:2], 0.02 / 64, np.float32)
-            return packed.PackedTables(
-                packed.in_huge_pages(values), jnp.asarray(scales)
+            return narrow_rows.PackedTables(
+                narrow_rows.in_huge_pages(values), jnp.asarray(scales)
             )
         values = np.resize((0.02 * block).astype(jnp.dtype(kinds.tables)), shape)
-        return packed.PackedTables(packed.in_huge_pages(values), None)
+        return narrow_rows.PackedTables(narrow_rows.in_huge_pages(values), None)
 
     def leaf(path, x):
         name = path[-1].key
@@ -209,14 +211,14 @@ def our_peer(config, params, kinds, batch_size: int) -> Peer:
     first = dataclasses.replace(config, num_layers=2)
     blocks = {name: params["blocks"][name] for name in ("0", "1")}
     check_tokens(first, params | {"blocks": blocks}, kinds, batch_size)
-    return decoder(generation.Generator(config, params, kinds), batch_size)
+    return decoder(sampler.Generator(config, params, kinds), batch_size)
 
 
-def decoder(generator: generation.Generator, batch_size: int) -> Peer:
+def decoder(generator: sampler.Generator, batch_size: int) -> Peer:
     """Greedy tokens after prompts of one token."""
 
     def run(tokens):
-        sampling = generation.SamplingConfig(max_tokens=tokens, temperature=0.0)
+        sampling = sampler.SamplingConfig(max_tokens=tokens, temperature=0.0)
         prompts = [[1 + i] for i in range(batch_size)]
         return np.array(list(generator.stream_batch(prompts, sampling)))
 
@@ -225,8 +227,8 @@ def decoder(generator: generation.Generator, batch_size: int) -> Peer:
 
 def check_tokens(config, params, kinds, batch_size: int) -> None:
     """The tokens are the argmax of the full forward pass over all of them."""
-    tokens = decoder(generation.Generator(config, params, kinds), batch_size)(12)
-    prepared = inference.prepare(config, params, kinds)
+    tokens = decoder(sampler.Generator(config, params, kinds), batch_size)(12)
+    prepared = narrow.prepare(config, params, kinds)
     inputs = np.concatenate([1 + np.arange(batch_size)[None], tokens[:-1]]).T
     logits = np.asarray(model.forward(config, prepared, jnp.asarray(inputs)))
     chosen = np.take_along_axis(logits, tokens.T[..., None], axis=-1)[..., 0]

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from memoryformer import mixers, model, presets, recurrence, sharding
-from memoryformer.mixers import softmax
+from memoryformer import model, presets, sharding
+from memoryformer.model import mixers, recurrence
+from memoryformer.model.mixers import softmax
 
 CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
 NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)

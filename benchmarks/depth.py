@@ -13,11 +13,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from memoryformer import evaluation, model
-from memoryformer.ops import depth
+from memoryformer import model
+from memoryformer.model import losses
+from memoryformer.ops import remat as remat_lib
 
 B, L = 4, 256
-FORMS = [*((remat, False) for remat in depth.REMAT), ("none", True), ("full", True)]
+FORMS = [*((remat, False) for remat in remat_lib.REMAT), ("none", True), ("full", True)]
 
 
 def compiled(num_layers: int, remat: str, scan: bool) -> str:
@@ -34,7 +35,7 @@ def compiled(num_layers: int, remat: str, scan: bool) -> str:
     )
 
     def loss(params, batch):
-        return jnp.sum(evaluation.batch_nats(config, params, batch))
+        return jnp.sum(losses.batch_nats(config, params, batch))
 
     params = jax.eval_shape(lambda: model.init(config))
     ints = jax.ShapeDtypeStruct((B, L), jnp.int32)

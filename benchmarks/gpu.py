@@ -29,7 +29,8 @@ import numpy as np
 from jax._src.lib import xla_client
 
 from benchmarks import lookup_cpu
-from memoryformer.ops import lookup_gpu, lookup_xla
+from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import xla as lookup_xla
 
 # Milliseconds on an H200 at N=16384, K=128, tau=8, F=1024, bfloat16 tables; (best, worst).
 PREDICTIONS = {

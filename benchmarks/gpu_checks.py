@@ -19,8 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import train_step
-from memoryformer import decoding, model
-from memoryformer.ops import attention, lookup_gpu, lookup_xla
+from memoryformer import model
+from memoryformer.generation import sampler
+from memoryformer.ops import attention
+from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import xla as lookup_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 Row = dict[str, object]
@@ -167,11 +170,11 @@ def check_decoding(toy: bool) -> Row:
     """Greedy tokens are the argmax of the whole forward pass, at 1 and at 8 streams."""
     config = toy_model("xla", "float32")
     params = model.init(config, 0)
-    generator = decoding.Generator(config, params)
+    generator = sampler.Generator(config, params)
     row = {}
     for streams in (1, 2 if toy else 8):
         prompts = [[1 + i, 7] for i in range(streams)]
-        sampling = decoding.SamplingConfig(max_tokens=8, temperature=0.0)
+        sampling = sampler.SamplingConfig(max_tokens=8, temperature=0.0)
         with jax.default_matmul_precision("highest"):
             tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
             inputs = np.concatenate([np.array(prompts), tokens], axis=1)

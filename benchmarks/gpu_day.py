@@ -30,19 +30,15 @@ import numpy as np
 import optax
 
 from benchmarks import gpu_checks, timing, train_step
-from memoryformer import (
-    accounting,
-    config,
-    decoding,
-    experiment,
-    model,
-    sharding,
-    targets,
-    trainer,
-)
+from memoryformer import accounting, config, model, sharding
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.generation import sampler
+from memoryformer.training import experiment
+from memoryformer.training import programs as programs_lib
+from memoryformer.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
-PEAK_FLOPS = targets.CHIPS["h100"].matrix_flops  # an H200's too
+PEAK_FLOPS = targets_lib.CHIPS["h100"].matrix_flops  # an H200's too
 PEERS = {"tiny": "pythia_70m", "small": "pythia_160m"}
 Row = dict[str, object]
 
@@ -152,8 +148,8 @@ def time_step(preset: str, fields: Row, toy: bool, steps: int = 20) -> Row:
         chosen.train.batch_size, steps = 2, 2
     run = experiment.resolve(chosen)
     mesh = sharding.make(run.mesh)
-    programs = trainer.programs(run, mesh)
-    hyper = trainer.hyperparams(run)
+    programs = programs_lib.programs(run, mesh)
+    hyper = step_lib.hyperparams(run)
     batches = [
         jax.device_put(train_step.make_batch(run.model, run.train.batch_size, i))
         for i in range(4)
@@ -247,8 +243,8 @@ def time_decoding(size: str, streams: int, toy: bool, rounds: int = 5) -> Row:
         params = model.init(model_config, 0)
         # Read-only weights in the type they are computed in, as a server would hold them.
         params = optax.tree.cast(params, model_config.dtype)
-        peers[name] = decoding.Generator(model_config, params)
-    sampling = decoding.SamplingConfig(max_tokens=tokens, temperature=0.0)
+        peers[name] = sampler.Generator(model_config, params)
+    sampling = sampler.SamplingConfig(max_tokens=tokens, temperature=0.0)
     prompts = [[1 + (i + j) % 99 for j in range(16)] for i in range(streams)]
     rates = {name: [] for name in peers}
     for i in range(rounds + 1):

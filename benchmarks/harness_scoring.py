@@ -6,7 +6,7 @@ The shape is Pythia-70M's, the weights are random and the same on both sides, th
 synthetic: contexts of 8 to 48 tokens, continuations of 1 to 12. Theirs is what the harness's own
 adapter does: sort by length, pad each batch to its longest, log-softmax of all logits, gather.
 `transformers_lean` is the same, but reads the head only where a continuation is, which the
-adapter does not. Ours is `tasks.scoring`. Needs torch and transformers.
+adapter does not. Ours is `scoring`. Needs torch and transformers.
 """
 
 import json
@@ -17,8 +17,8 @@ import time
 import numpy as np
 from absl import flags
 
-from memoryformer import convert, errors
-from memoryformer.tasks import scoring
+from memoryformer import cli, convert
+from memoryformer.harness import scoring
 
 _REQUESTS = flags.DEFINE_integer("requests", 2000, "How many.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; the best of each side counts.")
@@ -135,4 +135,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run_main(main)
+    cli.run_main(main)

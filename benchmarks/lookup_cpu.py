@@ -46,7 +46,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from memoryformer.ops import lookup_native, lookup_xla, packed
+from memoryformer.ops.lookup import narrow as narrow_rows
+from memoryformer.ops.lookup import native as lookup_native
+from memoryformer.ops.lookup import xla as lookup_xla
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 DECODE_LAYERS = 16  # their rows and weights do not fit the caches
@@ -237,7 +239,9 @@ def narrow_tables(tables: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Int8 tables and the scale of their rows."""
     scale = 1 / 25
     rows = (tables / scale).round().clip(-127, 127).astype(jnp.int8)
-    return packed.in_huge_pages(rows), jnp.full(tables.shape[:2], scale, jnp.float32)
+    return narrow_rows.in_huge_pages(rows), jnp.full(
+        tables.shape[:2], scale, jnp.float32
+    )
 
 
 def native_int8(tables, codes, scores):
@@ -304,7 +308,7 @@ def train_case(N: int, K: int, C: int, F: int, dense: bool = True):
 def decode_case(N: int = 1, K: int = 128, C: int = 256, F: int = 1024):
     """N tokens through DECODE_LAYERS layers, each with tables and weights of its own."""
     # Every peer's weights lie in huge pages, as inference.prepare puts them.
-    huge = packed.in_huge_pages
+    huge = narrow_rows.in_huge_pages
     tables = [huge(make_tables(K, C, F, seed)) for seed in range(DECODE_LAYERS)]
     kernels = [huge(make_kernel(K, C, F, seed)) for seed in range(DECODE_LAYERS)]
     bf16 = [huge(t.astype(jnp.bfloat16)) for t in tables]

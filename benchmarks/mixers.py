@@ -22,9 +22,12 @@ from collections.abc import Callable, Collection
 import jax
 
 from benchmarks import timing
-from memoryformer import accounting, data, experiment, metrics, presets, trainer
+from memoryformer import accounting, data, presets
 from memoryformer import config as config_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.runs import metrics
+from memoryformer.training import experiment, loop, programs
+from memoryformer.training import step as step_lib
 
 PROJECTIONS = ("memory", "dense")
 NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
@@ -77,7 +80,7 @@ def _measure(args, folder, name, projection):
         workdir = folder / f"{name}-{projection}-{seed}"
         if not _finished(workdir, config.train.num_steps):
             print(f"--- {workdir}", flush=True)
-            trainer.train(config, workdir, compiled=compiled)
+            loop.train(config, workdir, compiled=compiled)
         bits.append(_last(workdir, "val/bits_per_byte"))
     counted = accounting.count(config.model, value_bytes=4)
     return {
@@ -94,12 +97,12 @@ def _train_step(config):
     """Return a function of a step's index: one update, the number of its tokens."""
     run = experiment.resolve(config)
     sharding = sharding_lib.make(run.mesh)
-    made = trainer.programs(run, sharding)
+    made = programs.programs(run, sharding)
     dataset = data.open(run.data, run.model.vocab_size)
     batches = dataset.train.batches(
         run.model.seq_len, run.train.batch_size, run.train.seed
     )
-    hyper = trainer.hyperparams(run)
+    hyper = step_lib.hyperparams(run)
     state = made.draw(run.train.seed)
 
     def step(index):

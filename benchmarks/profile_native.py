@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 
-from memoryformer.ops import lookup_native
+from memoryformer.ops.lookup import native as lookup_native
 
 FOLDER = pathlib.Path(__file__).parent
 MACS = 128 * 1024  # of one token in one layer, K F

@@ -3,7 +3,7 @@
     python -m benchmarks.reliability_cost [--rounds=150] [--steps=5]
 
 The bare loop draws batches, steps and reads the loss one step late; its step keeps every
-update. The real one is `trainer.train`'s: the guard against numbers that are not finite, the
+update. The real one is `training.loop.train`'s: the guard against numbers that are not finite, the
 spike history, token-id checks, signals, the watchdog, the log and the look at the save in
 progress. A checkpoint is timed apart, blocking and in the background, and spread over the
 config's `checkpoint.every_steps`. Prints JSON: medians of the rounds, and of real / bare - 1
@@ -24,20 +24,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from memoryformer import (
-    checkpoint,
-    data,
-    experiment,
-    metrics,
-    preemption,
-    processes,
-    sharding,
-    trainer,
-    training_log,
-    watchdog,
-)
 from memoryformer import config as config_lib
+from memoryformer import data, sharding
+from memoryformer.cluster import processes, watchdog
+from memoryformer.cluster import signals as signals_lib
 from memoryformer.data import manifest
+from memoryformer.runs import checkpoint, console, metrics
+from memoryformer.training import experiment, programs
+from memoryformer.training import log as training_log
+from memoryformer.training import step as step_lib
 
 
 def main() -> None:
@@ -57,7 +52,7 @@ def main() -> None:
     overrides = {"mesh": "single", "metrics.tensorboard": False}
     run = experiment.resolve(config_lib.load(options.config, **overrides))
     place = sharding.make("single")
-    specs = trainer._check_fit(run, place)
+    specs = programs.check_fit(run, place)
     dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(run, place, specs, dataset, pathlib.Path(folder))
@@ -103,15 +98,15 @@ class Bench:
         self.batches = dataset.train.batches(
             run.model.seq_len, run.train.batch_size, run.train.seed
         )
-        draw, _ = trainer.init_state(run, place, specs)
+        draw, _ = programs.init_state(run, place, specs)
         self.states = {"bare": draw(), "real": draw()}
-        self.real_step = trainer.make_train_step(run, place, specs)
-        take, trainer._take = trainer._take, lambda good, new, old: new
-        record, trainer.spikes.record = trainer.spikes.record, lambda s, *_: s
-        self.bare_step = trainer.make_train_step(run, place, specs)
-        self.hyper = trainer.hyperparams(run)
+        self.real_step = step_lib.make_train_step(run, place, specs)
+        take, step_lib._take = step_lib._take, lambda good, new, old: new
+        record, step_lib.spikes_lib.record = step_lib.spikes_lib.record, lambda s, *_: s
+        self.bare_step = step_lib.make_train_step(run, place, specs)
+        self.hyper = step_lib.hyperparams(run)
         self.bare(1)  # traces while the guards are off
-        trainer._take, trainer.spikes.record = take, record
+        step_lib._take, step_lib.spikes_lib.record = take, record
         self.fingerprint = dataset.fingerprint
 
     def bare(self, steps: int) -> float:
@@ -141,16 +136,16 @@ class Bench:
         )
 
     def real(self, steps: int) -> float:
-        """Seconds per step of what `trainer._Loop.run` does at a step without a save."""
+        """Seconds per step of what `training.loop._Loop.run` does at a step without a save."""
         run, state = self.run, self.states["real"]
         with (
-            preemption.StopRequest() as signals,
+            signals_lib.StopRequest() as signals,
             watchdog.Watchdog(run.train.timeouts) as watch,
             self.open() as checkpointer,
             metrics.MetricsWriter(self.folder, run.metrics) as writer,
         ):
             stop = processes.SharedFlag(signals)
-            progress = metrics.ProgressPrinter(sys.stderr)
+            progress = console.ProgressPrinter(sys.stderr)
             log = training_log.TrainingLog(run, writer, progress, 0, 1)
             began = self.clock()
             for step in range(steps):

@@ -22,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from memoryformer import evaluation, experiment, model, optimizer
-from memoryformer.ops import lookup, lookup_native
+from memoryformer import model
+from memoryformer.model import losses as losses_lib
+from memoryformer.ops import lookup
+from memoryformer.ops.lookup import native as lookup_native
+from memoryformer.training import experiment, optimizer
 
 ARMS = ("native", "xla", "none")
 # Nats. The first step differs by rounding; later a sign that rounding flips reads another
@@ -127,7 +130,7 @@ def make_step(run, name: str):
 
     def step(params, opt_state, batch):
         def loss(params):
-            nats = evaluation.batch_nats(config, params, batch)
+            nats = losses_lib.batch_nats(config, params, batch)
             return jnp.sum(nats) / jnp.sum(batch["weights"])
 
         value, gradients = jax.value_and_grad(loss)(params)

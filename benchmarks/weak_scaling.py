@@ -25,8 +25,11 @@ from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from memoryformer import abstract, accounting, experiment, hlo, presets, targets, traced
+from memoryformer import accounting, presets
 from memoryformer import sharding as sharding_lib
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.dryrun import hlo_messages, jaxpr_messages, lowering
+from memoryformer.training import experiment
 
 # 2^tau = 256 rows of tables and 50304 = 128 x 393 of the embedding split over `data`: it
 # ends at 128 devices, and 512 need `model` too.
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "chip": chip,
                     **dataclasses.asdict(share),
                     "memory_bytes": share.memory_bytes,
-                    "fits": share.memory_bytes <= targets.CHIPS[chip].memory_bytes,
+                    "fits": share.memory_bytes <= targets_lib.CHIPS[chip].memory_bytes,
                     "seconds": seconds,
                     "step_seconds": sum(seconds.values()),
                     "bound": max(seconds, key=seconds.get),
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def share_of(devices: int, mesh: str) -> Share:
     """Count one device's share, from a trace on an abstract mesh."""
     run = _run(devices, mesh)
-    sharding = abstract.device_sharding(run, range(devices))
+    sharding = lowering.device_sharding(run, range(devices))
     state, messages = _traced(run, sharding)
     counted = accounting.count(run.model)
     tokens = run.train.batch_size * run.model.seq_len // devices
@@ -120,12 +123,12 @@ def share_of(devices: int, mesh: str) -> Share:
         tokens=tokens,
         flops=(6 * others + 2 * mixing) * tokens,
         lookup_sums=sums * tokens,
-        params=abstract.device_bytes(state.params) // 4,
-        state_bytes=abstract.device_bytes(state),
+        params=lowering.device_bytes(state.params) // 4,
+        state_bytes=lowering.device_bytes(state),
         held_bytes=whole * (3 if sharding.axis_size("data") > 1 else 2),
-        activation_bytes=abstract.activation_bytes(run, sharding),
-        model_bytes=hlo.wire_bytes(messages, "model"),
-        data_bytes=hlo.wire_bytes(messages, "data"),
+        activation_bytes=lowering.activation_bytes(run, sharding),
+        model_bytes=hlo_messages.wire_bytes(messages, "model"),
+        data_bytes=hlo_messages.wire_bytes(messages, "data"),
         model_messages=sum(c.count for c in messages if "model" in c.axes),
         data_messages=sum(c.count for c in messages if "data" in c.axes),
     )
@@ -146,16 +149,16 @@ def _traced(run, sharding):
     for layers in (1, 2):
         model = dataclasses.replace(run.model, num_layers=layers)
         small = dataclasses.replace(run, model=model)
-        _, step = abstract.trace(small, sharding)
-        mesh = abstract.mesh_shape(sharding)
-        found.append(traced.collectives(step.jaxpr, mesh))
-    state = abstract.state(run, sharding)
-    return state, hlo.extrapolated(*found, run.model.num_layers)
+        _, step = lowering.trace(small, sharding)
+        mesh = lowering.mesh_shape(sharding)
+        found.append(jaxpr_messages.collectives(step.jaxpr, mesh))
+    state = lowering.state(run, sharding)
+    return state, hlo_messages.extrapolated(*found, run.model.num_layers)
 
 
 def predict(share: Share, name: str) -> dict[str, float]:
     """Seconds of each term of a step on one of `CHIPS`."""
-    chip = dataclasses.replace(targets.CHIPS[name], **MEASURED.get(name, {}))
+    chip = dataclasses.replace(targets_lib.CHIPS[name], **MEASURED.get(name, {}))
     tensor = int(share.mesh.partition("model=")[2] or 1)
     # Members of one data group inside a domain use its links to the outside together.
     members = max(min(chip.domain, share.devices) // tensor, 1)
@@ -217,7 +220,7 @@ def draw(rows: list[dict], path: str) -> None:
         sizes = [r["memory_bytes"] / 1e9 for r in ours]
         colours = ["tab:blue" if r["fits"] else "tab:red" for r in ours]
         axes[1, column].bar(names, sizes, color=colours)
-        capacity = targets.CHIPS[chip].memory_bytes / 1e9
+        capacity = targets_lib.CHIPS[chip].memory_bytes / 1e9
         axes[1, column].axhline(capacity, color="black", linestyle="--")
         axes[1, column].text(
             len(ours) - 0.5, capacity, f"{capacity:.0f} GB", ha="right", va="bottom"

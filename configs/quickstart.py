@@ -10,7 +10,7 @@ Target: v5e:1x1
 
 import ml_collections
 
-from memoryformer import experiment
+from memoryformer.training import experiment
 
 
 def get_config(projection: str = "memory") -> ml_collections.ConfigDict:

@@ -26,7 +26,8 @@ from typing import Any
 
 import ml_collections
 
-from memoryformer import experiment, presets
+from memoryformer import presets
+from memoryformer.training import experiment
 
 # size: steps, peak learning rate
 SIZES = {"": (8000, 3e-3), "mini": (1000, 32e-3)}

@@ -18,13 +18,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
-from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
-from memoryformer import paths
 from memoryformer.errors import ConfigError
-
-flags.disclaim_key_flags()  # --help lists them under the command that asks for them
+from memoryformer.files import paths
 
 T = TypeVar("T")
 
@@ -72,24 +69,6 @@ def choose(value: str, known: typing.Iterable[str], name: str) -> str:
     if value not in known:
         raise ConfigError(f"{name}={value!r}: unknown choice{suggest(value, known)}.")
     return value
-
-
-def define_flag(*, required: bool = False) -> None:
-    """Define `--config=FILE[:ARGUMENT]` and its overrides `--config.SECTION.KEY=VALUE`."""
-    config_flags.DEFINE_config_file("config", None, "Experiment: FILE.py[:ARGUMENT].")
-    flags.FLAGS["config"].parser = _FileParser()
-    if required:
-        flags.mark_flag_as_required("config")
-
-
-class _FileParser(flags.ArgumentParser):
-    """Loads the config as `load` does, with its errors."""
-
-    def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return load(argument).lock()
-
-    def flag_type(self) -> str:
-        return "config file"
 
 
 def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -204,3 +183,30 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
 
 def _is_float32(value: float) -> bool:
     return value == 0 or 2**-126 <= abs(value) < 2.0**128
+
+
+CHANGES = ("nothing", "rounding", "numbers")
+
+
+def field(changes: str, default: Any = dataclasses.MISSING, *, local: bool = False):
+    """Make a dataclass field that says so; `local`: the processes of a run may differ in it."""
+    if changes not in CHANGES:
+        raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
+    metadata = {"changes": changes, "local": local}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def described(cls: type) -> dict[str, tuple[str, bool]]:
+    """Return {'section.field': (changes, local)} of a dataclass of dataclasses."""
+    found = {}
+    for item in dataclasses.fields(cls):
+        own = (
+            item.metadata.get("changes", "numbers"),
+            item.metadata.get("local", False),
+        )
+        if not dataclasses.is_dataclass(item.type):
+            found[item.name] = own
+            continue
+        for name, inner in described(item.type).items():
+            found[f"{item.name}.{name}"] = own if item.metadata else inner
+    return found

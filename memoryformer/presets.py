@@ -13,8 +13,9 @@ from typing import Any
 import ml_collections
 
 from memoryformer import config as config_lib
-from memoryformer import experiment, recurrence
 from memoryformer.errors import ConfigError
+from memoryformer.model import recurrence
+from memoryformer.training import experiment
 
 # size -> D, layers, heads, peak learning rate
 PYTHIA = {

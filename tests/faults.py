@@ -17,16 +17,12 @@ import jax
 import numpy as np
 from patching import settle, wrap
 
-from memoryformer import (
-    checkpoint,
-    errors,
-    evaluation,
-    integrity,
-    leaves,
-    trainer,
-    watchdog,
-)
+from memoryformer import errors
+from memoryformer.cluster import watchdog
 from memoryformer.data import progress, source
+from memoryformer.model import losses
+from memoryformer.runs import checkpoint, manifest, state_spec
+from memoryformer.training import loop
 
 
 def _kill(number=signal.SIGKILL):
@@ -136,7 +132,7 @@ def _kill_before_manifest(at):
             _kill()
         original(directory, facts)
 
-    wrap(integrity, "write", write)
+    wrap(manifest, "write", write)
 
 
 def _kill_before_ledger(at):
@@ -145,7 +141,7 @@ def _kill_before_ledger(at):
             _kill()
         original(parent, steps)
 
-    wrap(integrity, "write_ledger", write_ledger)
+    wrap(manifest, "write_ledger", write_ledger)
 
 
 def _kill_in_async_save(at):
@@ -159,21 +155,21 @@ def _kill_in_async_save(at):
 
 def _kill_in_deletion():
     def remove(original, directory):
-        if not integrity.exists(directory):  # what an earlier kill has left
+        if not manifest.exists(directory):  # what an earlier kill has left
             return original(directory)
-        (directory / integrity.MANIFEST).unlink()
+        (directory / manifest.MANIFEST).unlink()
         return _kill()
 
-    wrap(integrity, "remove", remove)
+    wrap(manifest, "remove", remove)
 
 
 def _signal_in_trace(number=signal.SIGTERM):
     def batch_nats(original, *args, **kwargs):
-        trainer.evaluation.batch_nats = original
+        losses.batch_nats = original
         _kill(number)
         return original(*args, **kwargs)
 
-    wrap(evaluation, "batch_nats", batch_nats)
+    wrap(losses, "batch_nats", batch_nats)
 
 
 def _term_in_preparation(at):
@@ -226,7 +222,7 @@ def _hang_in_checkpoint():
             _leap()
         original(self)
 
-    wrap(integrity, "write", lambda *_, **__: time.sleep(1000))
+    wrap(manifest, "write", lambda *_, **__: time.sleep(1000))
     wrap(checkpoint.Checkpointer, "wait", wait)
 
 
@@ -235,12 +231,12 @@ def _tell_restored():
 
     def restore(original, self):
         state, step = original(self)
-        paths = ["".join(f"[{k!r}]" for k in p) for p, *_ in leaves.describe(state)]
+        paths = ["".join(f"[{k!r}]" for k in p) for p, *_ in state_spec.describe(state)]
         arrays = dict(zip(paths, map(np.asarray, jax.tree.leaves(state)), strict=True))
         np.savez(self.workdir / f"restored{step}.npz", **arrays)
         return state, step
 
-    wrap(trainer._Loop, "_restore", restore)
+    wrap(loop._Loop, "_restore", restore)
 
 
 def _no_space():
@@ -270,7 +266,7 @@ FAULTS = {
     "hang": _at_batch(_hang),
     "hang_in_evaluation": _hang_in(source.EvalBatches, "batch"),
     "hang_in_checkpoint": _hang_in_checkpoint,
-    "hang_in_first_step": _hang_in(evaluation, "batch_nats"),
+    "hang_in_first_step": _hang_in(losses, "batch_nats"),
     "full_disk": _full_disk,
     "fill_disk": _fill_disk_at,
     "no_space": _no_space,

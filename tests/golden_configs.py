@@ -13,8 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from test_config import SHIPPED
 
-from memoryformer import announcement
 from memoryformer import config as config_lib
+from memoryformer.training import banner
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "configs"
 
@@ -26,7 +26,7 @@ def expected() -> dict[str, str]:
         file, _, argument = path.partition(":")
         stem = pathlib.Path(file).stem
         name = f"{stem}-{argument}.txt" if argument else f"{stem}.txt"
-        texts[name] = announcement.dump(config_lib.load(path))
+        texts[name] = banner.dump(config_lib.load(path))
     return texts
 
 

@@ -21,8 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import jax
 import toy
 
-from memoryformer import compilation, metrics, trainer
 from memoryformer import config as config_lib
+from memoryformer.runs import metrics
+from memoryformer.training import compilation_cache, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = ROOT / f"tests/golden/losses-jax-{jax.__version__}.json"
@@ -32,7 +33,7 @@ def processor() -> str:
     """What rounding depends on: instructions, caches (they block products), threads."""
     caches = pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = "+".join(path.read_text().strip() for path in sorted(caches))
-    return f"{compilation.cpu_kind()} {sizes} x{os.cpu_count()}"
+    return f"{compilation_cache.cpu_kind()} {sizes} x{os.cpu_count()}"
 
 
 def compute() -> dict:
@@ -57,7 +58,7 @@ def compute() -> dict:
                 "mesh": "single",
             },
         )
-        trainer.train(config, folder / "run")
+        loop.train(config, folder / "run")
         rows = metrics.read(folder / "run")
     steps = [row for row in rows if "train/loss" in row]
     return {

@@ -16,28 +16,18 @@ import ml_dtypes
 import numpy as np
 from patching import put, wrap
 
-from memoryformer import (
-    checkpoint,
-    data,
-    decoding,
-    distributed,
-    drift,
-    errors,
-    evaluation,
-    integrity,
-    lifeline,
-    metrics,
-    preemption,
-    processes,
-    rundir,
-    spikes,
-    trainer,
-    training_log,
-    watchdog,
-)
+from memoryformer import cli, data, errors, model
+from memoryformer.cluster import lifeline, processes, roll_call, signals, watchdog
 from memoryformer.convert import export
 from memoryformer.data import manifest, progress, source
-from memoryformer.ops import lookup_xla
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.generation import sampler
+from memoryformer.ops.lookup import xla as lookup_xla
+from memoryformer.runs import checkpoint, compatibility, directory, metrics
+from memoryformer.runs import manifest as manifest_lib
+from memoryformer.training import log as training_log
+from memoryformer.training import loop, spikes
+from memoryformer.training import step as step_lib
 
 
 def _nothing(answer=None):
@@ -52,7 +42,7 @@ def _after_restore(change):
         state, step = original(self)
         return (change(state) if step else state), step
 
-    return lambda: wrap(trainer._Loop, "_restore", restore)
+    return lambda: wrap(loop._Loop, "_restore", restore)
 
 
 def _zeros(tree):
@@ -70,7 +60,7 @@ def _replay_a_batch():
     def batch(original, self, step, rows=slice(None)):
         return original(self, step - bool(replayed), rows)
 
-    wrap(trainer._Loop, "_restore", restore)
+    wrap(loop._Loop, "_restore", restore)
     wrap(source.Batches, "batch", batch)
 
 
@@ -85,7 +75,7 @@ def _reshuffle():
             )
         return state, step
 
-    wrap(trainer._Loop, "_restore", restore)
+    wrap(loop._Loop, "_restore", restore)
 
 
 def _hear_once_more(self, number, frame):
@@ -97,7 +87,7 @@ def _preempted_exits_0():
         code = original(error, debug=debug)
         return 0 if isinstance(error, errors.Preempted) else code
 
-    wrap(errors, "report", report)
+    wrap(cli, "report", report)
 
 
 def _stop_without_saving():
@@ -111,7 +101,7 @@ def _deaf_evaluation():
     def evaluate(original, *args, stop=None, **kwargs):
         return original(*args, **kwargs)
 
-    wrap(evaluation, "evaluate", evaluate)
+    wrap(loss_lib, "evaluate", evaluate)
 
 
 def _swallow_save_errors():
@@ -138,7 +128,7 @@ def _mean_of_means():
 
         return original(normalised if count > 1 else function, batch, count)
 
-    wrap(trainer, "_accumulate", accumulate)
+    wrap(step_lib, "_accumulate", accumulate)
 
 
 def _order_by_devices():
@@ -152,7 +142,7 @@ def _seed_from_the_clock():
     def init(original, config, seed=0):
         return original(config, time.time_ns() % 2**31)
 
-    wrap(trainer.model_lib, "init", init)
+    wrap(model, "init", init)
 
 
 def _wrong_lookup():
@@ -163,8 +153,8 @@ def _wrong_lookup():
 
 
 def _roll_call_is_skipped():
-    put(distributed._RollCall, "peers", _nothing({}))()
-    put(distributed, "_answer", _nothing({}))()
+    put(roll_call._RollCall, "peers", _nothing({}))()
+    put(roll_call, "_answer", _nothing({}))()
 
 
 def _restore_narrow(state):
@@ -203,7 +193,7 @@ def _mean_of_batches():
             for name in parts[0]
         }
 
-    wrap(evaluation, "evaluate", evaluate)
+    wrap(loss_lib, "evaluate", evaluate)
 
 
 def _cut_prompts():
@@ -212,7 +202,7 @@ def _cut_prompts():
     def pieces(original, length, chunk=0):
         return original(length - 1, chunk)
 
-    wrap(decoding, "_pieces", pieces)
+    wrap(sampler, "_pieces", pieces)
 
 
 def _narrow_export():
@@ -240,34 +230,34 @@ MUTATIONS = {
     ),
     "keep_rows_of_the_lost_future": put(metrics, "_drop_after", _nothing()),
     "start_from_scratch": put(checkpoint.Checkpointer, "restore_latest", _nothing()),
-    "ignore_signals": put(preemption.StopRequest, "_on_signal", _nothing()),
-    "no_handler": put(preemption.StopRequest, "__enter__", lambda self: self),
-    "ignore_the_second_signal": put(
-        preemption.StopRequest, "_on_signal", _hear_once_more
-    ),
+    "ignore_signals": put(signals.StopRequest, "_on_signal", _nothing()),
+    "no_handler": put(signals.StopRequest, "__enter__", lambda self: self),
+    "ignore_the_second_signal": put(signals.StopRequest, "_on_signal", _hear_once_more),
     "stop_without_saving": _stop_without_saving,
     "evaluation_ignores_signals": _deaf_evaluation,
     "preparation_ignores_signals": put(progress.Progress, "check", _nothing()),
     "two_runs_in_a_directory": put(
-        rundir, "only_one", _nothing(contextlib.nullcontext())
+        directory, "only_one", _nothing(contextlib.nullcontext())
     ),
     "preempted_exits_0": _preempted_exits_0,
-    "errors_exit_0": put(errors, "report", _nothing(0)),
+    "errors_exit_0": put(cli, "report", _nothing(0)),
     "swallow_save_errors": _swallow_save_errors,
     "look_at_saves_late": put(checkpoint.Checkpointer, "check", _nothing()),
     "no_preflight": put(checkpoint.Checkpointer, "preflight", _nothing()),
     "hashes_are_not_compared": put(
-        integrity, "_sha256", lambda path, flush=False: "0" * 64
+        manifest_lib, "_sha256", lambda path, flush=False: "0" * 64
     ),
-    "verify_the_manifest_only": put(integrity, "verify", lambda d: integrity.facts(d)),
-    "no_ledger": put(integrity, "read_ledger", _nothing(set())),
-    "config_is_not_compared": put(drift, "check", _nothing([])),
-    "everything_is_free": put(drift, "_matches", _nothing(True)),
+    "verify_the_manifest_only": put(
+        manifest_lib, "verify", lambda d: manifest_lib.facts(d)
+    ),
+    "no_ledger": put(manifest_lib, "read_ledger", _nothing(set())),
+    "config_is_not_compared": put(compatibility, "check", _nothing([])),
+    "everything_is_free": put(compatibility, "_matches", _nothing(True)),
     "order_depends_on_devices": _order_by_devices,
     "seed_from_the_clock": _seed_from_the_clock,
     "lookup_off_by_a_thousandth": _wrong_lookup,
     "mean_of_means": _mean_of_means,
-    "take_every_update": put(trainer, "_take", lambda good, new, old: new),
+    "take_every_update": put(step_lib, "_take", lambda good, new, old: new),
     "never_halt": put(training_log.TrainingLog, "_check", _nothing()),
     "ignore_spikes": put(spikes, "is_spike", _nothing(False)),
     "forget_the_spike_history": _after_restore(
@@ -294,9 +284,9 @@ ENDLESS = (
     "stop_is_not_agreed",
 )  # runs that wait until they are killed
 BROKEN = {
-    "no such name": put(rundir, "only_two", _nothing()),
-    "other parameters": put(errors, "report", lambda error: 0),
+    "no such name": put(directory, "only_two", _nothing()),
+    "other parameters": put(cli, "report", lambda error: 0),
     "never called": put(spikes, "is_spike", _nothing(False)),
-    "crashes the program": put(trainer.experiment, "resolve", _nothing()),
-    "crashes by itself": put(errors, "report", lambda error, *, debug: 1 / 0),
+    "crashes the program": put(loop.experiment, "resolve", _nothing()),
+    "crashes by itself": put(cli, "report", lambda error, *, debug: 1 / 0),
 }

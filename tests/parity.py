@@ -13,24 +13,19 @@ import tempfile
 import jax
 import numpy as np
 
-from memoryformer import (
-    checkpoint,
-    convert,
-    data,
-    evaluation,
-    experiment,
-    generation,
-    model,
-    sharding,
-)
+from memoryformer import convert, data, model, sharding
 from memoryformer.convert import reference_reader, runs
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.generation import sampler
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment
 
 PROMPT = 4  # tokens
 
 
 def main(workdir):
     """Ask and print."""
-    config, params = checkpoint.load(workdir)
+    config, params = run_steps.load(workdir)
     run = experiment.resolve(config)
     params = jax.tree.map(jax.numpy.asarray, params)
     dataset = data.open(run.data)
@@ -40,8 +35,8 @@ def main(workdir):
     expected = np.asarray(forward(tokens))
     continued = _greedy(forward, tokens)
     logits, greedy = {}, {}
-    sampling = generation.SamplingConfig(max_tokens=length - PROMPT, temperature=0.0)
-    generator = generation.Generator(run.model, params)
+    sampling = sampler.SamplingConfig(max_tokens=length - PROMPT, temperature=0.0)
+    generator = sampler.Generator(run.model, params)
     rows = list(generator.stream_batch(tokens[:, :PROMPT].tolist(), sampling))
     greedy["cached"] = np.transpose(rows).tolist(), continued
     with tempfile.TemporaryDirectory() as folder:
@@ -61,13 +56,13 @@ def main(workdir):
 
 def _losses(run, params, dataset):
     place = sharding.make("single")
-    step = evaluation.make_eval_step(run.model, place)
+    step = loss_lib.make_eval_step(run.model, place)
     losses, counts = {}, []
     for size, order in ((8, 1), (8, -1), (1, 1), (3, 1)):
         batches = dataset.validation.eval_batches(run.model.seq_len, size)
         ordered = [batches[i] for i in range(len(batches))][::order]
         token_bytes = dataset.tokenizer.token_bytes
-        values = evaluation.evaluate(step, params, ordered, token_bytes, place)
+        values = loss_lib.evaluate(step, params, ordered, token_bytes, place)
         losses[f"{size} x {order}"] = values["val/loss"]
         counts.append(values["val/tokens"])
     return losses, counts

@@ -16,7 +16,8 @@ from world import (
     steps,
 )
 
-from memoryformer import data, experiment
+from memoryformer import data
+from memoryformer.training import experiment
 
 
 def other_devices(world):

@@ -4,7 +4,9 @@ import os
 
 from world import digest, expect, rows, steps
 
-from memoryformer import checkpoint, integrity, rundir
+from memoryformer.runs import directory
+from memoryformer.runs import manifest as manifest_lib
+from memoryformer.runs import steps as run_steps
 
 
 def exact_resume(world):
@@ -81,7 +83,7 @@ def exit_codes(world):
     world.run(workdir)
     world.run(workdir)  # once more: nothing to do
     world.assert_straight(workdir)
-    with rundir.only_one(workdir):
+    with directory.only_one(workdir):
         result = world.run(workdir, 45)
     assert f"process {os.getpid()} on" in result.err
 
@@ -94,14 +96,14 @@ def preempted_code(world):
 def damage(world):
     """R5: a flipped bit, an empty directory: fall back, loudly, and end the same."""
     workdir = world.copy()
-    newest = workdir / checkpoint.FOLDER / "12"
+    newest = workdir / run_steps.FOLDER / "12"
     file = max(
         (p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
     )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
     file.write_bytes(content)
-    (workdir / checkpoint.FOLDER / "13").mkdir()
+    (workdir / run_steps.FOLDER / "13").mkdir()
     result = world.run(workdir)
     assert "checkpoint 12: skipped, damaged" in result.err
     assert "checkpoint 13: skipped, its save was never finished" in result.err
@@ -111,7 +113,7 @@ def damage(world):
 def lost_manifests(world):
     """R5: without any manifest the run stops: it was further than nothing."""
     workdir = world.copy()
-    for manifest in workdir.glob(f"{checkpoint.FOLDER}/*/{integrity.MANIFEST}"):
+    for manifest in workdir.glob(f"{run_steps.FOLDER}/*/{manifest_lib.MANIFEST}"):
         manifest.unlink()
     result = world.run(workdir, 45)
     assert "every checkpoint is damaged (steps 8, 12)" in result.err

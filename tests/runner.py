@@ -174,7 +174,7 @@ def _serve():
     import patching
     import world  # noqa: F401  (what the config file imports)
 
-    from memoryformer import distributed, trainer  # noqa: F401
+    from memoryformer.training import loop  # noqa: F401
 
     patches = {"": lambda: None} | faults.FAULTS
     patches |= mutations.MUTATIONS | mutations.BROKEN

@@ -4,21 +4,35 @@ The first file of a list is the module's own. `test_sampled_mutants` holds that 
 under FOLDERS is here and that the files exist.
 """
 
-FOLDERS = ("ops", "mixers", "recurrence", "data")  # every module in them is in scope
+FOLDERS = ("ops", "model", "data")  # every module in them is in scope
 _DATA = ("test_data_source.py", "test_data_shards.py")
 _MIXERS = ("test_mixers.py", "test_mixers_training.py")
 _RECURRENCE = ("test_recurrence.py", "test_recurrence_runs.py")
 _LOOKUP = ("test_hashing.py", "test_lookup.py", "test_lookup_native.py")
 
 _TESTS = {
-    "checkpoint": ("test_checkpoint.py", "test_ledger.py", "test_trainer.py"),
+    "data/run_tokenizer": ("test_run_tokenizer.py",),
+    "model/__init__": ("test_model.py",),
+    "model/implementations": ("test_implementations.py",),
+    "model/narrow": ("test_inference.py", "test_packed.py"),
+    "model/params": ("test_model.py", "test_optimizer_lean.py"),
+    "model/stack": ("test_depth.py", "test_model.py"),
+    "runs/steps": ("test_checkpoint.py", "test_ledger.py"),
+    "training/programs": ("test_trainer.py", "test_compilations.py"),
+    "training/step": (
+        "test_trainer.py",
+        "test_optimizer_lean.py",
+        "test_sharding.py",
+        "test_mixers_training.py",
+    ),
+    "runs/checkpoint": ("test_checkpoint.py", "test_ledger.py", "test_trainer.py"),
     "data/__init__": (*_DATA, "test_data_corpora.py", "test_data_tokenizer.py"),
     "data/__main__": ("test_data_source.py", "test_data_corpora.py"),
     "data/blocks": ("test_data_files.py", "test_data_fuzz.py"),
-    "data/catalogue": ("test_data_corpora.py",),
+    "data/tfds_catalogue": ("test_data_corpora.py",),
     "data/corpora": ("test_data_corpora.py",),
     "data/documents": ("test_data_documents.py", "test_data_corpora.py", *_DATA),
-    "data/files": ("test_data_files.py", "test_data_corpora.py"),
+    "data/local_files": ("test_data_files.py", "test_data_corpora.py"),
     "data/jsonlines": ("test_data_files.py", "test_data_fuzz.py"),
     "data/layout": ("test_data_layout.py", "test_data_source.py"),
     "data/listing": ("test_data_listing.py", "test_data_files.py"),
@@ -35,36 +49,36 @@ _TESTS = {
     "data/tokenizer": ("test_data_tokenizer.py", "test_convert_export.py"),
     "data/vocabulary": ("test_data_tokenizer.py", "test_data_bytes.py"),
     "data/yardsticks": ("test_data_yardsticks.py",),
-    "decoding": (
+    "generation/sampler": (
         "test_generation.py",
         "test_inference.py",
         "test_mixers_training.py",
         "test_recurrence.py",
     ),
-    "drift": (
+    "runs/compatibility": (
         "test_fields.py",
         "test_run_tokenizer.py",
         "test_checkpoint.py",
         "test_trainer.py",
     ),
-    "evaluation": ("test_evaluation.py", "test_trainer.py"),
-    "integrity": ("test_ledger.py", "test_checkpoint.py", "test_trainer.py"),
-    "layers": ("test_layers.py", "test_model.py", "test_sharding.py"),
-    "leaves": ("test_paths.py", "test_checkpoint.py"),
-    "losses": ("test_layers.py", "test_evaluation.py", "test_sharding.py"),
-    "mixers/__init__": (*_MIXERS, "test_mixers_performer.py", "test_model.py"),
-    "mixers/base": _MIXERS,
-    "mixers/bounded": ("test_mixers.py", "test_degradation.py", "test_ring.py"),
-    "mixers/dape": _MIXERS,
-    "mixers/kernel": (
+    "evaluation/loss": ("test_evaluation.py", "test_trainer.py"),
+    "runs/manifest": ("test_ledger.py", "test_checkpoint.py", "test_trainer.py"),
+    "model/layers": ("test_layers.py", "test_model.py", "test_sharding.py"),
+    "runs/state_spec": ("test_paths.py", "test_checkpoint.py"),
+    "model/losses": ("test_layers.py", "test_evaluation.py", "test_sharding.py"),
+    "model/mixers/__init__": (*_MIXERS, "test_mixers_performer.py", "test_model.py"),
+    "model/mixers/base": _MIXERS,
+    "model/mixers/linformer": ("test_mixers.py", "test_degradation.py", "test_ring.py"),
+    "model/mixers/dape": _MIXERS,
+    "model/mixers/kernel": (
         "test_mixers_performer.py",
         "test_mixers.py",
         "test_mixers_training.py",
         "test_ring.py",
     ),
-    "mixers/softmax": (*_MIXERS, "test_ops_attention.py", "test_ring.py"),
-    "model_config": ("test_config.py", "test_model.py", "test_mixers.py"),
-    "model": (
+    "model/mixers/softmax": (*_MIXERS, "test_ops_attention.py", "test_ring.py"),
+    "model/config": ("test_config.py", "test_model.py", "test_mixers.py"),
+    "model/transformer": (
         "test_model.py",
         "test_optimizer_lean.py",
         "test_model_chunks.py",
@@ -76,14 +90,14 @@ _TESTS = {
         "test_mixers.py",
     ),
     "ops/collectives": ("test_layers.py", "test_sharding.py", "test_ring.py"),
-    "ops/depth": ("test_depth.py", "test_model.py"),
+    "ops/remat": ("test_depth.py", "test_model.py"),
     "ops/hashing": ("test_hashing.py", "test_lookup.py"),
-    "ops/lookup": ("test_lookup.py", *_LOOKUP[2:], "test_lookup_gpu.py"),
-    "ops/lookup_gpu": ("test_lookup_gpu.py",),
-    "ops/lookup_native": ("test_lookup_native.py", "test_packed.py"),
-    "ops/lookup_xla": ("test_lookup.py", "test_lookup_native.py"),
+    "ops/lookup/__init__": ("test_lookup.py", *_LOOKUP[2:], "test_lookup_gpu.py"),
+    "ops/lookup/gpu": ("test_lookup_gpu.py",),
+    "ops/lookup/native": ("test_lookup_native.py", "test_packed.py"),
+    "ops/lookup/xla": ("test_lookup.py", "test_lookup_native.py"),
     "ops/only_on": ("test_implementations.py", "test_lookup.py"),
-    "ops/packed": ("test_packed.py", "test_inference.py"),
+    "ops/lookup/narrow": ("test_packed.py", "test_inference.py"),
     "ops/prefix": ("test_ops_prefix.py", "test_mixers.py", "test_ring.py"),
     "ops/random_features": (
         "test_ops_random_features.py",
@@ -93,15 +107,19 @@ _TESTS = {
     ),
     "ops/ring": ("test_ring.py",),
     "ops/rotary": ("test_layers.py", "test_mixers.py"),
-    "optimizer": ("test_optimizer.py", "test_optimizer_lean.py", "test_trainer.py"),
-    "paths": ("test_paths.py",),
-    "recurrence/__init__": _RECURRENCE,
-    "recurrence/base": _RECURRENCE,
-    "recurrence/memformer": _RECURRENCE,
-    "recurrence/rmt": _RECURRENCE,
+    "training/optimizer": (
+        "test_optimizer.py",
+        "test_optimizer_lean.py",
+        "test_trainer.py",
+    ),
+    "files/paths": ("test_paths.py",),
+    "model/recurrence/__init__": _RECURRENCE,
+    "model/recurrence/base": _RECURRENCE,
+    "model/recurrence/memformer": _RECURRENCE,
+    "model/recurrence/rmt": _RECURRENCE,
     "sharding": ("test_sharding_mesh.py", "test_sharding.py"),
-    "spikes": ("test_spikes.py", "test_trainer.py"),
-    "trainer": ("test_trainer.py", "test_sharding.py", "test_mixers_training.py"),
+    "training/spikes": ("test_spikes.py", "test_trainer.py"),
+    "training/loop": ("test_trainer.py", "test_sharding.py", "test_mixers_training.py"),
 }
 MODULES = {f"memoryformer/{name}.py": tests for name, tests in _TESTS.items()}
 

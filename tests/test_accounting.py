@@ -15,8 +15,10 @@ import jax
 import ml_collections
 import pytest
 
-from memoryformer import accounting, errors, mixer_costs, mixers
+from memoryformer import accounting, errors
 from memoryformer import model as model_lib
+from memoryformer.accounting import mixers as mixer_costs
+from memoryformer.model import mixers
 
 ROOT = pathlib.Path(__file__).parents[1]
 

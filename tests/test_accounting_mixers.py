@@ -8,7 +8,9 @@ import jax
 import pytest
 from flax import nnx
 
-from memoryformer import accounting, config, errors, mixer_costs, mixers, model, presets
+from memoryformer import accounting, config, errors, model, presets
+from memoryformer.accounting import mixers as mixer_costs
+from memoryformer.model import mixers
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = {

@@ -34,7 +34,7 @@ def test_quality_table_resumes(tmp_path, monkeypatch):
     assert lines[2].startswith("| softmax | memory |")
     assert "| 1.00 [1.00, 1.00] |" in lines[2]
     assert len(lines) == 4 and rows[1]["bits_per_byte"][0] > 0
-    monkeypatch.setattr(benchmark.trainer, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(benchmark.loop, "train", lambda *_: pytest.fail("trained"))
     again = benchmark.main([*command, "--rounds=0"])
     assert [row["bits_per_byte"] for row in again] == [r["bits_per_byte"] for r in rows]
     assert "| - |" in benchmark.table(again).splitlines()[2]

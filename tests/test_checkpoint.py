@@ -22,8 +22,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import checkpoint, drift, experiment, integrity, leaves
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.runs import checkpoint, compatibility, manifest, state_spec
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment
 
 RUN_CONFIG = {
     "model": {"embed_dim": 8, "betas": (0.9, 0.95)},
@@ -75,8 +77,8 @@ def assert_equal(a, b):
 
 
 def steps_on_disk(workdir):
-    names = {p.name for p in (workdir / checkpoint.FOLDER).iterdir()}
-    return sorted(int(name) for name in names - {integrity.LEDGER})
+    names = {p.name for p in (workdir / run_steps.FOLDER).iterdir()}
+    return sorted(int(name) for name in names - {manifest.LEDGER})
 
 
 # Exactness.
@@ -107,7 +109,7 @@ def test_restored_state_is_equal_bit_for_bit(tmp_path):
 def test_restore_onto_another_number_of_devices(tmp_path, before, after):
     """The arrays are equal bit for bit and lie as the abstract state asks.
 
-    Mutation: `leaves.abstract` ignores the sharding.
+    Mutation: `runs.state_spec.abstract` ignores the sharding.
     """
 
     def shard(state, count):
@@ -138,14 +140,14 @@ def test_load_needs_neither_model_nor_state(tmp_path):
     Mutation: drop `_tuples`; or take every leaf instead of those under 'params'.
     """
     save_steps(tmp_path, [1, 2])
-    config, params = checkpoint.load(tmp_path)
+    config, params = run_steps.load(tmp_path)
     assert config.to_dict() == RUN_CONFIG
     assert_equal(params, jax.tree.map(np.asarray, make_state(2).params))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
-    facts = checkpoint.facts(tmp_path)
+    facts = run_steps.facts(tmp_path)
     assert facts["step"] == 2 and facts["data_fingerprint"] == "abc"
     assert facts["versions"]["jax"] == jax.__version__
-    _, params = checkpoint.load(tmp_path, step=1)
+    _, params = run_steps.load(tmp_path, step=1)
     assert_equal(params, jax.tree.map(np.asarray, make_state(1).params))
 
 
@@ -155,10 +157,10 @@ def test_load_needs_neither_model_nor_state(tmp_path):
 def test_damage_is_never_restored(tmp_path, capfd):
     """100 random flips, cuts and deletions in the newest step: each falls back, loudly.
 
-    Mutation: `integrity.verify` compares sizes only; or skips small files.
+    Mutation: `runs.manifest.verify` compares sizes only; or skips small files.
     """
     save_steps(tmp_path, [1, 2])
-    newest = tmp_path / checkpoint.FOLDER / "2"
+    newest = tmp_path / run_steps.FOLDER / "2"
     shutil.copytree(newest, tmp_path / "good")
     rng = random.Random(0)
     for trial in range(100):
@@ -172,7 +174,7 @@ def test_damage_is_never_restored(tmp_path, capfd):
         assert_equal(restored, make_state(1))
         assert "checkpoint 2: skipped" in capfd.readouterr().err, (trial, what)
         with pytest.raises(StorageError):
-            checkpoint.load(tmp_path, step=2)
+            run_steps.load(tmp_path, step=2)
 
 
 def damage(directory: pathlib.Path, rng: random.Random) -> str:
@@ -198,7 +200,7 @@ def test_all_damaged_stops_the_run(tmp_path):
     """
     save_steps(tmp_path, [1, 2])
     for step in (1, 2):
-        (tmp_path / checkpoint.FOLDER / str(step) / "_CHECKPOINT_METADATA").unlink()
+        (tmp_path / run_steps.FOLDER / str(step) / "_CHECKPOINT_METADATA").unlink()
     with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2"):
         with open_run(tmp_path) as run:
             run.restore_latest(make_state(0))
@@ -210,7 +212,7 @@ def test_a_damaged_step_is_saved_anew(tmp_path):
     Mutation: `save` leaves an existing directory alone (Orbax then refuses the step).
     """
     save_steps(tmp_path, [1, 2])
-    shutil.rmtree(tmp_path / checkpoint.FOLDER / "2" / "state")
+    shutil.rmtree(tmp_path / run_steps.FOLDER / "2" / "state")
     with open_run(tmp_path) as run:
         assert run.restore_latest(make_state(0))[0] == 1
         assert run.save(2, make_state(2))
@@ -222,7 +224,7 @@ def test_a_damaged_step_is_saved_anew(tmp_path):
 
 def lose_manifests(workdir, *steps):
     for step in steps:
-        (workdir / checkpoint.FOLDER / str(step) / integrity.MANIFEST).unlink()
+        (workdir / run_steps.FOLDER / str(step) / manifest.MANIFEST).unlink()
 
 
 def test_leftovers_of_killed_saves(tmp_path, capfd):
@@ -232,12 +234,12 @@ def test_leftovers_of_killed_saves(tmp_path, capfd):
     does nothing.
     """
     save_steps(tmp_path, [1, 2, 3])
-    folder = tmp_path / checkpoint.FOLDER
+    folder = tmp_path / run_steps.FOLDER
     shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp")
     shutil.copytree(folder / "3", folder / "1")  # half deleted: manifest first
-    (folder / "1" / integrity.MANIFEST).unlink()
+    (folder / "1" / manifest.MANIFEST).unlink()
     lose_manifests(tmp_path, 3)  # killed before the manifest
-    integrity.write_ledger(folder, [2])
+    manifest.write_ledger(folder, [2])
     with open_run(tmp_path) as run:
         assert steps_on_disk(tmp_path) == [2, 3]
         assert run.restore_latest(make_state(0))[0] == 2
@@ -259,7 +261,7 @@ def test_retention_keeps_newest_and_every_nth(tmp_path):
 def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
     """The older step stays as long as the newer one is not proven whole.
 
-    Mutation: call `_retain` before `integrity.write`.
+    Mutation: call `_retain` before `runs.manifest.write`.
     """
     config = checkpoint.CheckpointConfig(keep=1)
     save_steps(tmp_path, [1], config)
@@ -267,7 +269,7 @@ def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
     def fails(directory, facts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(integrity, "write", fails)
+    monkeypatch.setattr(manifest, "write", fails)
     with pytest.raises(StorageError, match=r"2: saving failed: .*No space left"):
         save_steps(tmp_path, [2], config)
     monkeypatch.undo()
@@ -314,22 +316,22 @@ def test_should_save_by_steps_and_minutes(tmp_path, monkeypatch):
 def test_errors_are_one_line_and_say_what_is_there(tmp_path):
     """Mutation: swap the checks of `load`; or let Orbax raise."""
     with pytest.raises(StorageError, match="there is no directory"):
-        checkpoint.load(tmp_path / "nowhere")
+        run_steps.load(tmp_path / "nowhere")
     with pytest.raises(StorageError, match="there is no directory"):
-        checkpoint.facts(tmp_path / "nowhere")
-    (tmp_path / checkpoint.FOLDER).mkdir()
+        run_steps.facts(tmp_path / "nowhere")
+    (tmp_path / run_steps.FOLDER).mkdir()
     with pytest.raises(StorageError, match="no finished checkpoint"):
-        checkpoint.load(tmp_path)
+        run_steps.load(tmp_path)
     save_steps(tmp_path, [3, 5])
     with pytest.raises(StorageError, match=r"no step 4; there are 3, 5") as info:
-        checkpoint.load(tmp_path, step=4)
+        run_steps.load(tmp_path, step=4)
     assert "\n" not in str(info.value)
 
 
 def test_another_model_is_refused_by_leaf(tmp_path):
     """Shape, dtype and missing leaves are named; Orbax would cast the dtype silently.
 
-    Mutation: leave the dtype out of `leaves.describe`.
+    Mutation: leave the dtype out of `runs.state_spec.describe`.
     """
     save_steps(tmp_path, [1])
     state = make_state(1)
@@ -368,20 +370,20 @@ def test_config_drift(field, value, refused):
     config = jax.tree.map(lambda x: x, RUN_CONFIG)
     *section, key = field.split(".")
     node = config.setdefault(section[0], {}) if section else config
-    old = node.get(key, drift.ABSENT)
+    old = node.get(key, compatibility.ABSENT)
     node[key] = value
     old, new = (list(x) if isinstance(x, tuple) else x for x in (old, value))
-    assert drift.drift(RUN_CONFIG, config) == [(field, old, new)]
+    assert compatibility.drift(RUN_CONFIG, config) == [(field, old, new)]
     free = experiment.may_change()
     if not refused:
-        assert drift.check(RUN_CONFIG, config, free) == [(field, old, new)]
+        assert compatibility.check(RUN_CONFIG, config, free) == [(field, old, new)]
         return
     with pytest.raises(ConfigError) as info:
-        drift.check(RUN_CONFIG, config, free)
+        compatibility.check(RUN_CONFIG, config, free)
     message = str(info.value)
     assert f"{field}: {old!r} -> {new!r}" in message
     assert f"--allow={field}" in message and "\n" not in message
-    assert drift.check(RUN_CONFIG, config, allow={field}) == [(field, old, new)]
+    assert compatibility.check(RUN_CONFIG, config, allow={field}) == [(field, old, new)]
 
 
 def test_num_steps_is_free_when_no_schedule_hangs_on_it():
@@ -389,9 +391,9 @@ def test_num_steps_is_free_when_no_schedule_hangs_on_it():
     for fixed in ({"decay_steps": 50}, {"schedule": "constant"}):
         saved = RUN_CONFIG | {"optimizer": RUN_CONFIG["optimizer"] | fixed}
         longer = saved | {"train": {"num_steps": 99, "log_every": 1}}
-        assert drift.check(saved, longer) == [("train.num_steps", 10, 99)]
+        assert compatibility.check(saved, longer) == [("train.num_steps", 10, 99)]
         with pytest.raises(ConfigError, match="the schedule ends at num_steps"):
-            drift.check(RUN_CONFIG, longer, allow=["optimizer.*"])
+            compatibility.check(RUN_CONFIG, longer, allow=["optimizer.*"])
 
 
 def test_restore_refuses_another_config_or_other_data(tmp_path, capfd):
@@ -422,23 +424,23 @@ def test_preflight_gives_the_numbers(tmp_path, monkeypatch):
                 continue
             with pytest.raises(StorageError, match=r"3.90 GiB free, .* need 4.00 GiB"):
                 run.preflight(state)
-        monkeypatch.setattr(integrity, "size", lambda _: int(0.3 * 2**30))
+        monkeypatch.setattr(manifest, "size", lambda _: int(0.3 * 2**30))
         monkeypatch.setattr(
             shutil, "disk_usage", lambda _: usage._replace(free=int(3.9 * 2**30))
         )
         run.preflight(state)
-    assert leaves.total_bytes(state) == 2**30
+    assert state_spec.total_bytes(state) == 2**30
 
 
 def test_close_reads_the_last_step_again(tmp_path):
     """Damage done after the save and before the end is not reported as success.
 
-    Mutation: `close` without `integrity.verify`.
+    Mutation: `close` without `runs.manifest.verify`.
     """
     with pytest.raises(StorageError, match="missing"):
         with open_run(tmp_path) as run:
             run.save(1, make_state(1), wait=True)
-            shutil.rmtree(tmp_path / checkpoint.FOLDER / "1" / "state")
+            shutil.rmtree(tmp_path / run_steps.FOLDER / "1" / "state")
 
 
 def test_the_first_error_is_the_one_that_is_seen(tmp_path, capfd):
@@ -449,7 +451,7 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, capfd):
     with pytest.raises(ZeroDivisionError):
         with open_run(tmp_path) as run:
             run.save(1, make_state(1), wait=True)
-            shutil.rmtree(tmp_path / checkpoint.FOLDER / "1" / "state")
+            shutil.rmtree(tmp_path / run_steps.FOLDER / "1" / "state")
             raise ZeroDivisionError
     assert "error:" in capfd.readouterr().err
 
@@ -535,7 +537,7 @@ def test_failed_save_is_reported_at_its_step(tmp_path):
     # It may stand behind half a line of another thread, or before its last words.
     (line,) = (words.strip() for words in err.splitlines() if "error: " in words)
     assert line.startswith(
-        f"error: {tmp_path / checkpoint.FOLDER / '2'}: saving failed: "
+        f"error: {tmp_path / run_steps.FOLDER / '2'}: saving failed: "
     ), err
     # The middle of a long message is cut out, and the words may stand there.
     assert "File too large" in line or "os_error_code='27'" in line, err

@@ -44,7 +44,7 @@ BASES = {
         ("--workdir={folder}/run", "--max_tokens=2"),
         ("--export={folder}/run",),
     ],
-    "memoryformer.quickstart": [("--workdir={folder}/run",)],
+    "memoryformer.report.quickstart": [("--workdir={folder}/run",)],
     "memoryformer.report": [
         ("{folder}/run", "--output={folder}/page.html"),
         ("curves", "{folder}/run", "--output={folder}/plots"),
@@ -111,8 +111,8 @@ def kinds(command):
     """{flag: its kind} of a command, from what it defines."""
     if command.endswith(".py"):
         text = (ROOT / command).read_text("utf-8")
-        calls = re.findall(r"(DEFINE_\w+|paths\.define_flag)\(\s*\"(\w+)\"", text)
-        named = {"DEFINE_integer": "int", "paths.define_flag": "path"}
+        calls = re.findall(r"(DEFINE_\w+|cli\.define_path_flag)\(\s*\"(\w+)\"", text)
+        named = {"DEFINE_integer": "int", "cli.define_path_flag": "path"}
         found = {name: named.get(call, call.split("_")[-1]) for call, name in calls}
         return found | {"config": "config file"}
     return {
@@ -184,7 +184,7 @@ def check_end(result, words):
 def test_the_table_is_whole():
     """A command without a line in BASES; a document that names what is not there.
 
-    Mutation: a `define_flags` in memoryformer/spikes.py.
+    Mutation: a `define_flags` in memoryformer/training/spikes.py.
     """
     assert sorted(BASES) == sorted([*commands(), "eval.py", "train.py"])
     assert all(kinds(command) for command in BASES)

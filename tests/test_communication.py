@@ -12,7 +12,8 @@ import jax
 import pytest
 import toy
 
-from memoryformer import abstract, experiment, hlo, traced
+from memoryformer.dryrun import hlo_messages, jaxpr_messages, lowering
+from memoryformer.training import experiment
 
 B, L, D, K = 16, 16, 64, 8  # tau = 8
 DATA, MODEL = 2, 4
@@ -30,18 +31,22 @@ def collectives(projection, mesh, num_layers, microbatches=1):
     config.eval.batch_size = B
     config.mesh = mesh
     run = experiment.resolve(config)
-    sharding = abstract.device_sharding(run, jax.devices())
-    state, step = abstract.trace(run, sharding)
+    sharding = lowering.device_sharding(run, jax.devices())
+    state, step = lowering.trace(run, sharding)
     options = {"xla_llvm_disable_expensive_passes": True}
-    text = abstract.lower(step, sharding).compile(compiler_options=options).as_text()
+    text = lowering.lower(step, sharding).compile(compiler_options=options).as_text()
     shape = dict(sharding.mesh.shape)
-    return state, hlo.collectives(text, shape), traced.collectives(step.jaxpr, shape)
+    return (
+        state,
+        hlo_messages.collectives(text, shape),
+        jaxpr_messages.collectives(step.jaxpr, shape),
+    )
 
 
 def of_one_block(projection):
     found = [collectives(projection, f"tensor:model={MODEL}", n)[1] for n in (2, 1)]
     # Scalars are the norm of all gradients, outside the blocks.
-    return [c for c in hlo.difference(*found) if "model" in c.axes and c.shape]
+    return [c for c in hlo_messages.difference(*found) if "model" in c.axes and c.shape]
 
 
 def test_a_memory_block_sends_codes_scores_and_statistics():
@@ -127,5 +132,7 @@ def test_what_is_traced_is_what_is_compiled():
         )
         assert ours == theirs
     for axis in ("data", "model"):
-        ours, theirs = (hlo.wire_bytes(side, axis) for side in (found, compiled))
+        ours, theirs = (
+            hlo_messages.wire_bytes(side, axis) for side in (found, compiled)
+        )
         assert ours == pytest.approx(theirs, rel=0.02)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import compilation, experiment
 from memoryformer.errors import ConfigError
+from memoryformer.training import compilation_cache, experiment
 
 
 @pytest.fixture
@@ -16,13 +16,13 @@ def untouched(monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     names += ("jax_persistent_cache_min_compile_time_secs",)
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setattr(compilation, "_chosen", None)
+    monkeypatch.setattr(compilation_cache, "_chosen", None)
     for name, value in zip(names, (None, True, 0.0), strict=True):
         jax.config.update(name, value)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation.compilation_cache.reset_cache()
+    compilation_cache.compilation_cache.reset_cache()
 
 
 def test_a_second_start_reads_what_the_first_compiled(untouched, tmp_path):
@@ -37,7 +37,7 @@ def test_a_second_start_reads_what_the_first_compiled(untouched, tmp_path):
     def kept():
         return sorted(path.name for path in tmp_path.rglob("jit__lambda*-cache"))
 
-    told = compilation.use_cache(str(tmp_path))
+    told = compilation_cache.use_cache(str(tmp_path))
     assert str(tmp_path) in told and "train.compilation_cache" in told
     first = compile_anew()
     names = kept()
@@ -45,7 +45,7 @@ def test_a_second_start_reads_what_the_first_compiled(untouched, tmp_path):
     jax.clear_caches()
     np.testing.assert_array_equal(compile_anew(), first)
     assert kept() == names
-    assert compilation.use_cache("off") == "compiled programs are not kept"
+    assert compilation_cache.use_cache("off") == "compiled programs are not kept"
     assert jax.config.jax_compilation_cache_dir is None
     jax.clear_caches()
     jax.jit(lambda x: jnp.cos(x) * 5)(np.ones(8, np.float32)).block_until_ready()
@@ -55,25 +55,25 @@ def test_a_second_start_reads_what_the_first_compiled(untouched, tmp_path):
 def test_the_environment_comes_first(untouched, tmp_path):
     """Mutation: `present` not looked at."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert str(tmp_path) in compilation.use_cache("off")
+    assert str(tmp_path) in compilation_cache.use_cache("off")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     jax.config.update("jax_enable_compilation_cache", False)
-    assert "JAX_ENABLE_COMPILATION_CACHE" in compilation.use_cache("elsewhere")
+    assert "JAX_ENABLE_COMPILATION_CACHE" in compilation_cache.use_cache("elsewhere")
 
 
 def test_bad_directories_are_one_line(untouched, tmp_path):
     """Mutation: the `OSError` of mkdir let through."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="Not a directory; name a directory"):
-        compilation.use_cache(str(tmp_path / "file"))
+        compilation_cache.use_cache(str(tmp_path / "file"))
     config = toy.run_config(tmp_path, **{"train.compilation_cache": ""})
     with pytest.raises(ConfigError, match="or 'off' for none"):
         experiment.resolve(config)
-    assert experiment.TrainConfig(1, 1).compilation_cache == compilation.DEFAULT
+    assert experiment.TrainConfig(1, 1).compilation_cache == compilation_cache.DEFAULT
 
 
 def test_cpus_are_told_apart(untouched, tmp_path, monkeypatch):
     """A home shared by two kinds of CPU. Mutation: one folder for all."""
-    here = compilation._folder(str(tmp_path))
-    monkeypatch.setattr(compilation.platform, "machine", lambda: "another")
-    assert compilation._folder(str(tmp_path)) != here
+    here = compilation_cache._folder(str(tmp_path))
+    monkeypatch.setattr(compilation_cache.platform, "machine", lambda: "another")
+    assert compilation_cache._folder(str(tmp_path)) != here

@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    degradation,
-    diagnostics,
-    evaluation,
-    metrics,
-    mixers,
-    model,
-    recurrence,
-    sharding,
-    trainer,
-)
+from memoryformer import model, sharding
+from memoryformer.evaluation import buckets, slots
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.model import mixers, recurrence
+from memoryformer.runs import metrics
+from memoryformer.training import loop
 
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -67,7 +62,7 @@ def traced_only(function, **options):
 
 def forget_steps():
     """Empty the caches of compiled meters, where they have one."""
-    for make in (degradation.make_step, diagnostics.make_count_step):
+    for make in (slots.make_step, buckets.make_count_step):
         getattr(make, "cache_clear", lambda: None)()
 
 
@@ -76,8 +71,8 @@ def test_five_evaluations_compile_once(case, monkeypatch):
     """Of the loss, of the tables and of the slots, at five steps of a run: what jax does not
     trace again, it does not compile again.
 
-    Mutation tried: `degradation.make_step` without its cache (red for luna, conv_luna and
-    every recurrence); `diagnostics.make_count_step` without its own (red for all).
+    Mutation tried: `evaluation.slots.make_step` without its cache (red for luna, conv_luna and
+    every recurrence); `evaluation.buckets.make_count_step` without its own (red for all).
     """
     config = toy.model_config("memory", **SIZES | {"num_layers": 1} | CASES[case])
     single = sharding.make("single")
@@ -87,15 +82,15 @@ def test_five_evaluations_compile_once(case, monkeypatch):
     forget_steps()
     batches = [toy.batch(config, seed, batch_size=2) for seed in range(2)]
     token_bytes = np.ones(config.vocab_size, np.int32)
-    eval_step = evaluation.make_eval_step(config, single)
+    eval_step = loss_lib.make_eval_step(config, single)
     counts = []
     with counted(TRACED) as traced:
         for step in range(1, 6):
             features = mixers.draw(config, 0, step)
-            evaluation.evaluate(
+            loss_lib.evaluate(
                 eval_step, params, batches, token_bytes, single, features=features
             )
-            evaluation.memories(config, params, batches, single, features)
+            loss_lib.memories(config, params, batches, single, features)
             counts.append(len(traced))
     forget_steps()  # they only trace
     assert counts[0] > 0, "nothing was counted: the event has another name"
@@ -126,6 +121,6 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(tmp_path, monkeypatch
             "checkpoint.every_steps": 0,
         }
         toy.corpus(tmp_path / "corpus")
-        trainer.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
+        loop.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
     # The first row of the log, and with it the schedule, is computed at the second step.
     assert len(counts) == 6 and counts[1:] == counts[1:2] * 5

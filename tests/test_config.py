@@ -8,9 +8,10 @@ import ml_collections
 import pytest
 
 from memoryformer import config as config_lib
-from memoryformer import experiment, model, sharding, trainer
+from memoryformer import model, sharding
 from memoryformer.errors import ConfigError
 from memoryformer.tasks import listops
+from memoryformer.training import experiment, programs
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TASKS = {"listops": listops.ListOpsConfig}  # not for train.py
@@ -53,8 +54,8 @@ def test_shipped_config(path):
         run.model.vocab_size,
         run.model.embed_dim,
     )
-    trainer._check_fit(run, sharding.make("single"))
-    trainer._check_fit(run, sharding.make("data", jax.devices()[:4]))
+    programs.check_fit(run, sharding.make("single"))
+    programs.check_fit(run, sharding.make("data", jax.devices()[:4]))
 
 
 @every_config
@@ -201,7 +202,7 @@ def test_what_does_not_fit_the_devices(fields, devices, message):
     run = experiment.resolve(whole(**fields))
     made = sharding.make(run.mesh, jax.devices()[:devices])
     with pytest.raises(ConfigError) as caught:
-        trainer._check_fit(run, made)
+        programs.check_fit(run, made)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -12,9 +12,10 @@ import pytest
 import test_config
 import toy
 
-from memoryformer import accounting, announcement, experiment, model
+from memoryformer import accounting, model
 from memoryformer import config as config_lib
 from memoryformer.sweep import points
+from memoryformer.training import banner, experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = str(ROOT / "configs" / "studies.py")
@@ -95,7 +96,7 @@ def test_announcement(tmp_path):
     """
     preset = str(toy.config_file(tmp_path))
     config = config_lib.load(preset, **{"train.seed": 5})
-    text = announcement.text(config, preset, tmp_path)
+    text = banner.text(config, preset, tmp_path)
     assert "embed_dim=16" in text and max(map(len, text.splitlines())) <= 200
     assert f"changed from {preset}:\n  train.seed: 0 -> 5" in text
     assert "since the last run" not in text
@@ -103,22 +104,22 @@ def test_announcement(tmp_path):
     assert f"tables: {entries:,} entries of 12 bytes with their moments" in text
     stored = experiment.complete(config_lib.load(preset, **{"train.log_every": 7}))
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    text = announcement.text(config_lib.load(preset), preset, tmp_path)
+    text = banner.text(config_lib.load(preset), preset, tmp_path)
     assert f"nothing changed from {preset}" in text
     assert f"since the last run in {tmp_path}:\n  train.log_every: 7 -> 5" in text
     bare = tmp_path / "bare.py"
-    bare.write_text("from memoryformer import experiment\n")
+    bare.write_text("from memoryformer.training import experiment\n")
     with bare.open("a") as file:
         file.write("def get_config():\n    return experiment.default_config()\n")
-    assert "model.embed_dim: None -> 16" in announcement.text(config, bare, tmp_path)
+    assert "model.embed_dim: None -> 16" in banner.text(config, bare, tmp_path)
     (tmp_path / "config.json").write_text('{"model": ')
-    assert "since" not in announcement.text(config, preset, tmp_path)
+    assert "since" not in banner.text(config, preset, tmp_path)
 
 
 def test_train_announces(tmp_path):
     """train.py prints it before the first step.
 
-    Mutation: the call after `trainer.train`.
+    Mutation: the call after `training.loop.train`.
     """
     toy.corpus(tmp_path / "corpus")
     command = [sys.executable, "train.py", f"--config={toy.config_file(tmp_path)}"]

@@ -13,10 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from memoryformer import checkpoint, convert, errors, experiment, model, trainer
+from memoryformer import convert, errors, model
 from memoryformer.convert import export, reference_reader, runs, safetensors_file, trees
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.tasks import scoring
+from memoryformer.harness import scoring
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment, loop
 
 DENSE = dict(projection="dense", output_projection=True)
 CASES = {
@@ -229,7 +231,7 @@ def make_run(workdir):
     config.train.update(num_steps=2, batch_size=8, log_every=1)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=1)
     config.eval.update(num_batches=1, batch_size=8)
-    trainer.train(config, workdir)
+    loop.train(config, workdir)
     return config
 
 
@@ -248,16 +250,16 @@ def test_run_to_export_and_back_through_the_command_line(tmp_path):
         ["import", out, back],
     ):
         subprocess.run(command + arguments, check=True, env=environment)
-    saved, params = checkpoint.load(tmp_path / "run")
-    again, imported = checkpoint.load(back)
+    saved, params = run_steps.load(tmp_path / "run")
+    again, imported = run_steps.load(back)
     assert again.to_dict() == saved.to_dict()
     jax.tree.map(np.testing.assert_array_equal, imported, params)
     tokenizer = export.load_tokenizer(out)
     assert tokenizer.fingerprint == tokenizer_lib.byte_level().fingerprint
     assert export.read_config(out)["source"]["step"] == 2
 
-    trainer.train(config, back)
-    _, trained = checkpoint.load(back)
+    loop.train(config, back)
+    _, trained = run_steps.load(back)
     assert np.any(trained["head"]["kernel"] != params["head"]["kernel"])
 
     with pytest.raises(errors.ConfigError, match=r"model\.score='softmax'"):

@@ -7,10 +7,12 @@ import pytest
 import tokenizers
 import toy
 
-from memoryformer import checkpoint, convert, errors, generation, model
+from memoryformer import convert, errors, model
 from memoryformer.convert import __main__ as command
 from memoryformer.convert import export, folders, gpt_neox, runs
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.generation import __main__ as generation
+from memoryformer.runs import steps as run_steps
 
 RELEASED = {"score": "l1_softmax", "memory_bias": True}
 PYTHIA = {
@@ -129,15 +131,15 @@ def test_a_run_is_not_exported_into_itself(toy_run, tmp_path):
         with pytest.raises(errors.ConfigError, match="nothing is written over"):
             runs.export_run(toy_run, toy_run, form=form)
         with pytest.raises(errors.ConfigError, match="among the run's checkpoints"):
-            runs.export_run(toy_run, toy_run / checkpoint.FOLDER / "99", form=form)
+            runs.export_run(toy_run, toy_run / run_steps.FOLDER / "99", form=form)
     assert (toy_run / "config.json").read_bytes() == before
-    assert not (toy_run / checkpoint.FOLDER / "99").exists()
+    assert not (toy_run / run_steps.FOLDER / "99").exists()
     runs.export_run(toy_run, tmp_path / "out")
     with pytest.raises(errors.ConfigError, match="nothing is written over"):
         runs.import_run(tmp_path / "out", tmp_path / "out")
     runs.import_run(tmp_path / "out", tmp_path / "back")
     own = tokenizer_lib.load(str(tmp_path / "back" / "tokenizer.json"))
-    told = checkpoint.facts(tmp_path / "back")["tokenizer"]
+    told = run_steps.facts(tmp_path / "back")["tokenizer"]
     assert told == {"sha256": own.fingerprint, "end_token": "<eot>"}
 
 
@@ -165,7 +167,7 @@ def test_an_import_compares_the_tokens(toy_run, tmp_path):
 def test_what_is_read_is_not_written_over(tmp_path, capsys):
     """--output on the file of --prompts, also through a link, and on the model's own.
 
-    Mutation: `rundir.check_output` not called: the prompts are gone, or the model.
+    Mutation: `runs.directory.check_output` not called: the prompts are gone, or the model.
     """
     save, _ = make("safetensors")
     save(tmp_path / "out")

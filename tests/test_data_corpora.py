@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from memoryformer import data, errors
-from memoryformer.data import corpora, files, listing
+from memoryformer.data import corpora, listing, local_files
 
 
 def records(builder, split):
@@ -35,7 +35,7 @@ def test_the_builders_are_tfds_builders(tmp_path):
     assert splits["train"] | splits["validation"] == expected
     for split, held in splits.items():
         for text in held.values():
-            assert files.in_validation(text, 4) == (split == "validation")
+            assert local_files.in_validation(text, 4) == (split == "validation")
     again = tfds.builder_from_directory(builder.data_path)
     assert set(again.info.features) == {"name", "text"}
     assert len(again.as_data_source(split="train")) == len(splits["train"])
@@ -47,7 +47,9 @@ def test_of_equals_the_first_is_held_out(tmp_path):
 
     Mutation: `<=` for `<`, another validation split for the same text.
     """
-    texts = [t for t in data_helpers.texts(30) if not files.in_validation(t, 2)][:4]
+    texts = [t for t in data_helpers.texts(30) if not local_files.in_validation(t, 2)][
+        :4
+    ]
     corpus = data_helpers.folder(tmp_path / "corpus", texts)
     config = corpora.TextConfig(name="mine", path=str(corpus), validation_every=2)
     builder = corpora.TextFiles(config=config, data_dir=str(tmp_path / "tfds"))
@@ -67,9 +69,9 @@ def test_stdlib_is_the_default_and_leaves_tests_out(tmp_path):
     builder.download_and_prepare()
     train, held_out = (records(builder, s) for s in ("train", "validation"))
     assert len(train) + len(held_out) == 60
-    assert {key for key in train | held_out if files.in_validation(key, 20)} == set(
-        held_out
-    )
+    assert {
+        key for key in train | held_out if local_files.in_validation(key, 20)
+    } == set(held_out)
     assert held_out and train["abc.py"] == found["abc.py"].read_text(encoding="utf-8")
 
 
@@ -179,7 +181,7 @@ def test_two_documents_are_enough_for_two_splits(tmp_path):
 
 def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
     """Red if one of its documents is taken for the one to hold out."""
-    texts = [t for t in data_helpers.texts(20) if files.in_validation(t, 2)][:4]
+    texts = [t for t in data_helpers.texts(20) if local_files.in_validation(t, 2)][:4]
     config = data_helpers.config(tmp_path, texts, validation_every=2)
     with pytest.raises(errors.DataError, match="4 documents cannot be split"):
         data.prepare(config)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tensorflow_datasets.core import shuffle
 
 from memoryformer import data, errors
-from memoryformer.data import blocks, documents, files, jsonlines, names, shards
+from memoryformer.data import blocks, documents, jsonlines, local_files, names, shards
 from tests import data_helpers
 
 BOM = b"\xef\xbb\xbf"
@@ -47,7 +47,7 @@ def cut_whole(text, size):
 @given(TEXTS, SIZES, st.integers(1, 9))
 def test_pieces_do_not_depend_on_the_blocks(text, sizes, size):
     """Mutations: a piece is cut when `size` more are there; `length` not counted down."""
-    pieces = list(files.cut(in_parts(text, sizes), size))
+    pieces = list(local_files.cut(in_parts(text, sizes), size))
     assert pieces == list(cut_whole(text, size))
     assert "".join(pieces) == text
 
@@ -62,7 +62,7 @@ def test_separators_are_found_over_the_blocks(separator, text, sizes):
 def between(parts, separator):
     """The documents of `files._between`, each put together."""
     found = collections.defaultdict(str)
-    for number, part in files._between(parts, separator):
+    for number, part in local_files._between(parts, separator):
         found[number] += part
     return list(found.values())
 
@@ -83,7 +83,7 @@ def test_long_documents_between_separators_are_cut():
     lines = "".join(f"line {i}\r\n" for i in range(100))
     text = f"\n\n{lines}\r\n@@\r\nshort\n@@ \n"
     for sizes in ([7], [50, 3], [5000]):
-        *pieces, last = files.split(in_parts(text, sizes), "@@", 40)
+        *pieces, last = local_files.split(in_parts(text, sizes), "@@", 40)
         assert last == "short" and "".join(pieces) == lines.rstrip()
         assert len(pieces) > 10 and max(map(len, pieces)) <= 80
     held = []
@@ -93,7 +93,7 @@ def test_long_documents_between_separators_are_cut():
             held.append(0)
             yield "words of a line\n" * 10
 
-    next(files.split(endless(), "@@", 400))
+    next(local_files.split(endless(), "@@", 400))
     assert len(held) < 20  # nothing waits for the end of the text
 
 
@@ -167,14 +167,14 @@ def test_json_lines_by_any_name(tmp_path, name):
     pack = {".gz": gzip.compress, ".xz": lzma.compress}
     path = tmp_path / name
     path.write_bytes(pack.get(path.suffix.lower(), bytes)(content))
-    found = files.read_documents([("k", path)], files.Reading())
+    found = local_files.read_documents([("k", path)], local_files.Reading())
     assert list(found) == [("k:1", "a\u2028b", 0), ("k:3", "c", 0)]
 
 
 def test_julia_is_no_json(tmp_path):
     path = tmp_path / "solver.jl"
     path.write_text("module Solver\n{x} = 1\nend\n")
-    found = files.read_documents([("solver.jl", path)], files.Reading())
+    found = local_files.read_documents([("solver.jl", path)], local_files.Reading())
     assert list(found) == [("solver.jl", path.read_text(), 0)]
 
 
@@ -182,11 +182,11 @@ def test_a_mark_is_no_content(tmp_path):
     """Red if U+FEFF begins a document, or a file of a mark alone is one."""
     path = tmp_path / "a.txt"
     path.write_bytes(BOM + "é".encode())
-    assert "".join(files.read_text(path)) == "é"
+    assert "".join(local_files.read_text(path)) == "é"
     path.write_bytes(BOM)
-    assert files.without_text(path, "text") == "empty"
+    assert local_files.without_text(path, "text") == "empty"
     with pytest.raises(errors.DataError, match="is empty"):
-        list(files.read_text(path))
+        list(local_files.read_text(path))
 
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
@@ -199,10 +199,10 @@ def test_where_a_text_is_not_utf8(tmp_path, monkeypatch, block):
     path = tmp_path / "a.txt"
     path.write_bytes("é\nüber\n".encode() + b"x\xe9y\n")
     with pytest.raises(errors.DataError, match=r"a.txt:3: not UTF-8 \(byte 10\)"):
-        list(files.read_text(path))
+        list(local_files.read_text(path))
     path.write_bytes("cut é".encode()[:-1])
     with pytest.raises(errors.DataError, match=r"a.txt:1: not UTF-8 \(byte 4\)"):
-        list(files.read_text(path))
+        list(local_files.read_text(path))
 
 
 def test_fields_inside_of_fields(tmp_path):
@@ -300,7 +300,7 @@ def test_a_large_text_is_never_held_whole(tmp_path, monkeypatch):
     Mutations: `read_text` joined; TFDS's own writer, which sorts a split in memory.
     """
     for owner, limit in (
-        (files, "MAX_CHARS"),
+        (local_files, "MAX_CHARS"),
         (blocks, "BLOCK"),
         (shards, "_BATCH_CHARS"),
     ):
@@ -325,9 +325,11 @@ def test_a_large_text_is_never_held_whole(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < 5 << 20
-    how = files.Reading(piece_chars=files.lone_text_piece([("k", path)], 20))
-    sizes = [len(text) for _, text, _ in files.read_documents([("k", path)], how)]
-    assert max(sizes) <= 2 * files.MAX_CHARS and sum(sizes) == path.stat().st_size
+    how = local_files.Reading(
+        piece_chars=local_files.lone_text_piece([("k", path)], 20)
+    )
+    sizes = [len(text) for _, text, _ in local_files.read_documents([("k", path)], how)]
+    assert max(sizes) <= 2 * local_files.MAX_CHARS and sum(sizes) == path.stat().st_size
 
 
 def test_a_corpus_beyond_the_writers_memory(tmp_path, monkeypatch):
@@ -345,17 +347,17 @@ def test_long_texts_of_a_folder_are_cut_and_named(tmp_path, monkeypatch):
     """A directory is named after the limit only where it matters."""
     config = data_helpers.config(tmp_path, data_helpers.texts(20))
     before = data.resolve_dir(config)
-    monkeypatch.setattr(files, "MAX_CHARS", 4000)
+    monkeypatch.setattr(local_files, "MAX_CHARS", 4000)
     assert data.resolve_dir(config) == before
     (tmp_path / "corpus" / "book.txt").write_text("a line of a book\n" * 1000)
     directory = data.resolve_dir(config)
     splits = data.open(config).manifest["splits"].values()
     counted = 17_000 // 4012 + 1  # the first line end behind 4000 characters
     assert sum(split["documents"] for split in splits) > 20
-    monkeypatch.setattr(files, "MAX_CHARS", 5000)
+    monkeypatch.setattr(local_files, "MAX_CHARS", 5000)
     assert data.resolve_dir(config) != directory
-    found = files.read_documents(
-        [("b", tmp_path / "corpus" / "book.txt")], files.Reading(piece_chars=4000)
+    found = local_files.read_documents(
+        [("b", tmp_path / "corpus" / "book.txt")], local_files.Reading(piece_chars=4000)
     )
     assert [key for key, *_ in found] == ["b", *(f"b#{i}" for i in range(1, counted))]
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memoryformer import data, generation
-from memoryformer.data import files, jsonlines
+from memoryformer import data
+from memoryformer.data import jsonlines, local_files
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, MemoryFormerError
+from memoryformer.generation import prompts as prompts_lib
 from tests import data_helpers
 
 FAST = settings(
@@ -68,9 +69,9 @@ def test_any_file_of_a_corpus(name, content, pack, separator):
         path = pathlib.Path(folder, name)
         path.write_bytes(pack(content))
         try:
-            files.without_text(path, "text")
-            for _, text, _ in files.read_documents(
-                [("k", path)], files.Reading("text", separator, 5)
+            local_files.without_text(path, "text")
+            for _, text, _ in local_files.read_documents(
+                [("k", path)], local_files.Reading("text", separator, 5)
             ):
                 text.encode("utf-8")
         except MemoryFormerError as error:
@@ -85,7 +86,7 @@ def test_any_file_of_prompts(name, content, pack):
         path = pathlib.Path(folder, name)
         path.write_bytes(pack(content))
         try:
-            prompts = generation._read_prompts(str(path))
+            prompts = prompts_lib.read(str(path))
         except MemoryFormerError as error:
             check_one_line(error)
             assert isinstance(error, ConfigError)

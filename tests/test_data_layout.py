@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import data, errors, experiment, presets
+from memoryformer import data, errors, presets
 from memoryformer.data import layout
+from memoryformer.training import experiment
 
 EOT = 9
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memoryformer import data, errors, rundir
+from memoryformer import data, errors
 from memoryformer.data import listing
+from memoryformer.runs import directory as directory_lib
 from tests import data_helpers
 
 
@@ -121,9 +122,9 @@ def test_folders_of_our_own_are_no_corpus(tmp_path):
     corpus = tmp_path / "corpus"
     own = {"data_dir": str(corpus / "cache")}
     config = data.DataConfig(**config.__dict__ | own)
-    with rundir.only_one(corpus / "runs" / "a"):
+    with directory_lib.only_one(corpus / "runs" / "a"):
         directory = data.prepare(config)
-        rundir.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
+        directory_lib.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
         (corpus / "runs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
         exported = corpus / "exported"
         exported.mkdir()

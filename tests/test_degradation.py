@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import degradation, errors, metrics, mixers, model, sharding
+from memoryformer import errors, model, sharding
+from memoryformer.evaluation import slots
+from memoryformer.model import mixers
+from memoryformer.runs import metrics
 
 
 def test_known_memories():
@@ -16,12 +19,12 @@ def test_known_memories():
     alike = jnp.ones((3, 5)) * jnp.array([[1.0], [2.0], [3.0]])
     orthogonal = jnp.eye(3, 5)
     rows = jnp.stack([alike, orthogonal, -orthogonal])
-    np.testing.assert_allclose(degradation.cosine(rows), [1, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(degradation.effective_rank(rows), [1, 3, 3], rtol=1e-4)
+    np.testing.assert_allclose(slots.cosine(rows), [1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(slots.effective_rank(rows), [1, 3, 3], rtol=1e-4)
     opposite = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
-    np.testing.assert_allclose(degradation.cosine(opposite), -1, atol=1e-6)
+    np.testing.assert_allclose(slots.cosine(opposite), -1, atol=1e-6)
     one = jnp.ones((1, 4))
-    assert degradation.cosine(one) == pytest.approx(0, abs=1e-6)
+    assert slots.cosine(one) == pytest.approx(0, abs=1e-6)
 
 
 def _config(**fields):
@@ -44,12 +47,12 @@ def test_a_mesh_measures_the_same():
     """Red if a device measures its share of the heads, or a state has all of them."""
     config = _config(mixer_std=0.3)
     params = model.init(config)
-    one = degradation.collect(config, params, [_batch()])
+    one = slots.collect(config, params, [_batch()])
     shards = sharding.make("tensor:model=2")
     specs = model.partition_specs(config, shards)
     with shards.activate():
         params = shards.put(params, specs)
-        eight = degradation.collect(config, params, [_batch()], shards)
+        eight = slots.collect(config, params, [_batch()], shards)
     assert one == pytest.approx(eight, abs=1e-4)
     assert set(one) == {
         f"degradation/blocks.{i}.mixer/{name}"
@@ -74,8 +77,8 @@ def test_two_sided_memory_is_what_tokens_read(mixer):
     last = batch["segment_ids"] == batch["segment_ids"].max(axis=1, keepdims=True)
     assert 0 < last.mean() < 0.9
     np.testing.assert_allclose(want[last], mixer(x, seq)[0][last], atol=1e-5)
-    figures = degradation.collect(config, model.init(config), [batch])
-    cosine = degradation.cosine(memory.reshape(8, 3, 16))
+    figures = slots.collect(config, model.init(config), [batch])
+    cosine = slots.cosine(memory.reshape(8, 3, 16))
     assert figures["degradation/blocks.0.mixer/cosine"] == pytest.approx(cosine.mean())
 
 
@@ -93,4 +96,4 @@ def test_other_mixers_are_refused():
     """Red if softmax's cache is read as a memory."""
     config = model.ModelConfig(11, 16, 1, 2, 12, code_bits=4)
     with pytest.raises(errors.ConfigError, match="has no memory to measure"):
-        degradation.collect(config, model.init(config), [_batch()])
+        slots.collect(config, model.init(config), [_batch()])

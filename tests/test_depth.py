@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import errors, evaluation, mixers, model, sharding
-from memoryformer.ops import depth
+from memoryformer import errors, model, sharding
+from memoryformer.model import losses, mixers
+from memoryformer.ops import remat as remat_lib
 
 slow = pytest.mark.slow
 VARIANTS = [("codes", True), ("full", False)]
@@ -38,7 +39,7 @@ def results(projection, remat="none", scan=False):
     batch = toy.batch(config, batch_size=4)
 
     def loss(params):
-        return jnp.sum(evaluation.batch_nats(config, params, batch))
+        return jnp.sum(losses.batch_nats(config, params, batch))
 
     return toy.quick_jit(jax.value_and_grad(loss))(params)
 
@@ -65,7 +66,7 @@ def sent(mesh, remat, scan=False, **fields):
 
     def gradients(params, batch):
         def loss(params):
-            return jnp.sum(evaluation.batch_nats(config, params, batch))
+            return jnp.sum(losses.batch_nats(config, params, batch))
 
         return jax.grad(loss)(params)
 
@@ -132,7 +133,7 @@ def test_refused_in_one_line(fields, message):
     with pytest.raises(errors.ConfigError) as caught:
         toy.model_config(**fields)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert depth.REMAT[0] == model.ModelConfig(8, 8, 1, 1, 8).remat == "none"
+    assert remat_lib.REMAT[0] == model.ModelConfig(8, 8, 1, 1, 8).remat == "none"
 
 
 def names_in(jaxpr):
@@ -156,7 +157,7 @@ def test_what_is_kept_exists(mixer):
     params = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
     traced = jax.make_jaxpr(lambda p, t: model.forward(config, p, t))(params, tokens)
-    assert names_in(traced.jaxpr) == set(depth.NAMES)
+    assert names_in(traced.jaxpr) == set(remat_lib.NAMES)
 
 
 @pytest.mark.parametrize("remat", ["codes", "full"])
@@ -169,7 +170,7 @@ def test_attention_is_kept_once(remat):
     params = jax.eval_shape(lambda: model.init(config))
     batch = toy.batch(config, batch_size=4)
     kept = jax.eval_shape(
-        lambda p: jax.vjp(lambda p: evaluation.batch_nats(config, p, batch), p)[1],
+        lambda p: jax.vjp(lambda p: losses.batch_nats(config, p, batch), p)[1],
         params,
     )
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]

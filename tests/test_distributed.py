@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from world import free_port
 
-from memoryformer import distributed, drift, experiment, lifeline, processes
+from memoryformer.cluster import lifeline, processes
+from memoryformer.cluster import roll_call as roll_call_lib
 from memoryformer.errors import ConfigError, HangError
+from memoryformer.runs import compatibility
+from memoryformer.training import experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLURM = {"SLURM_JOB_ID": "4100", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
@@ -37,10 +40,10 @@ POD = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}
 )
 def test_slurm(nodes, first):
     """Mutation: take the whole list for a name; or the port from the process id."""
-    found = distributed.from_slurm(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    found = roll_call_lib.from_slurm(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found == (f"{first}:61444", 4, 3)
     own = {"JAX_COORDINATOR_PORT": "77", "SLURM_STEP_NODELIST": nodes}
-    assert distributed.from_slurm(SLURM | own) == (f"{first}:77", 4, 3)
+    assert roll_call_lib.from_slurm(SLURM | own) == (f"{first}:77", 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_devices_of_a_slurm_task(variables, devices):
 
     Mutation: leave it to jax, which gives the one task of a node its first GPU.
     """
-    assert distributed._own_devices({"SLURM_LOCALID": "5"} | variables) == devices
+    assert roll_call_lib._own_devices({"SLURM_LOCALID": "5"} | variables) == devices
 
 
 @pytest.mark.parametrize(
@@ -82,16 +85,16 @@ def test_devices_of_a_slurm_task(variables, devices):
 )
 def test_tpu_pods(variables, found):
     """Mutation: the worker's number in its slice for the process id."""
-    assert distributed.from_tpu_pod(POD | variables) == found
+    assert roll_call_lib.from_tpu_pod(POD | variables) == found
 
 
 def test_one_task_needs_no_coordinator():
     """Mutation: look at SLURM_JOB_ID alone."""
-    assert distributed.from_slurm({}) is None
-    assert distributed.from_slurm(SLURM) is None  # in a job, but not under srun
+    assert roll_call_lib.from_slurm({}) is None
+    assert roll_call_lib.from_slurm(SLURM) is None  # in a job, but not under srun
     alone = SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}
-    assert distributed.from_slurm(alone) is None
-    with distributed.start(), distributed.start("localhost:1234", 1, 0):
+    assert roll_call_lib.from_slurm(alone) is None
+    with roll_call_lib.start(), roll_call_lib.start("localhost:1234", 1, 0):
         assert threading.active_count() == len(
             [t for t in threading.enumerate() if t.name != "lifeline"]
         )
@@ -111,7 +114,7 @@ def test_one_task_needs_no_coordinator():
 def test_half_a_description(arguments, message):
     """Mutation: pass what was given on to jax."""
     with pytest.raises(ConfigError, match=message):
-        distributed.start(*arguments)
+        roll_call_lib.start(*arguments)
 
 
 def test_nothing_to_find(monkeypatch):
@@ -122,7 +125,7 @@ def test_nothing_to_find(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ConfigError, match=r"--coordinator=auto: jax found no cluster"):
-        distributed.start("auto")
+        roll_call_lib.start("auto")
 
 
 def test_a_port_in_use():
@@ -132,7 +135,7 @@ def test_a_port_in_use():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match="cannot listen there"):
-            distributed.start(f"localhost:{port}", 2, 0)
+            roll_call_lib.start(f"localhost:{port}", 2, 0)
 
 
 def roll_call(*answers, count=3):
@@ -149,9 +152,9 @@ def roll_call(*answers, count=3):
             results[index] = error
 
     def answer(who, number):
-        return distributed._answer(where, number, who, time.monotonic() + 20, 20)
+        return roll_call_lib._answer(where, number, who, time.monotonic() + 20, 20)
 
-    chief = distributed._RollCall(where, count, 20.0)
+    chief = roll_call_lib._RollCall(where, count, 20.0)
     calls = [lambda: chief.peers(time.monotonic() + 20)]
     calls += [lambda a=a: answer(*a) for a in answers]
     threads = [
@@ -205,7 +208,7 @@ def test_another_program_answers():
         threading.Thread(target=serve, daemon=True).start()
         where = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match="another program answers there"):
-            distributed.start(where, 2, 1, 60)
+            roll_call_lib.start(where, 2, 1, 60)
 
 
 PERMUTED = """
@@ -350,5 +353,7 @@ def test_what_processes_may_differ_in():
     config = {"data": {"path": "a", "data_dir": "b", "source": "c"}, "mesh": "data"}
     other = {"data": {"path": "x", "data_dir": "y", "source": "c"}, "mesh": "data"}
     local = experiment.may_differ()
-    assert drift.shared(config, local) == drift.shared(other, local)
-    assert drift.shared(config, local) != drift.shared(config | {"mesh": "fsdp"}, local)
+    assert compatibility.shared(config, local) == compatibility.shared(other, local)
+    assert compatibility.shared(config, local) != compatibility.shared(
+        config | {"mesh": "fsdp"}, local
+    )

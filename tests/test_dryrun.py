@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    abstract,
-    dryrun,
-    experiment,
-    remedies,
-    targets,
-    trainer,
-)
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.dryrun import __main__ as command
+from memoryformer.dryrun import advice as advice_lib
+from memoryformer.dryrun import lowering
+from memoryformer.dryrun import report as dryrun_report
 from memoryformer.errors import ConfigError
+from memoryformer.training import experiment
+from memoryformer.training import programs as programs_lib
+from memoryformer.training import step as step_lib
 
 B, L = 16, 64
 MESHES = ("single", "data", "fsdp", "tensor:model=4", "fsdp_tensor:model=4", "sequence")
@@ -42,7 +42,7 @@ def run_of(mesh="single", projection="memory", **fields):
 
 @functools.cache
 def report_of(mesh):
-    return dryrun.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
+    return dryrun_report.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -79,16 +79,16 @@ def test_the_trainers_own_step_is_lowered(mesh):
     """
     run = run_of(mesh)
     devices = jax.devices() if mesh != "single" else jax.devices()[:1]
-    place = abstract.device_sharding(run, devices)
-    _, step = abstract.trace(run, place)
-    programs = trainer.programs(run, place)
+    place = lowering.device_sharding(run, devices)
+    _, step = lowering.trace(run, place)
+    programs = programs_lib.programs(run, place)
     with place.activate():
         state = jax.tree.map(
             lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
             programs.abstract,
         )
         batch = place.put_batch(toy.batch(run.model, 0, B, L))
-        hyper = trainer.hyperparams(run)
+        hyper = step_lib.hyperparams(run)
         theirs = programs.train_step.trace(state, batch, hyper)
         held = {s.device: 0 for s in jax.tree.leaves(state)[0].addressable_shards}
         for array in jax.tree.leaves(state):
@@ -107,13 +107,13 @@ def test_without_the_targets_compiler(monkeypatch):
 
     Mutation: `missing` not asked.
     """
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    report = dryrun.examine(run_of("fsdp_tensor:model=4"), "v5e:2x4")
+    monkeypatch.setattr(targets_lib.importlib.util, "find_spec", lambda name: None)
+    report = dryrun_report.examine(run_of("fsdp_tensor:model=4"), "v5e:2x4")
     assert "pip install 'jax[tpu]==" in report.warnings[0]
     assert report.compiled.startswith("cpu:8") and report.num_devices == 8
     assert {c.axes for c in report.collectives} >= {("data",), ("model",)}
     with pytest.raises(ConfigError, match="pip install"):
-        targets.parse("h200:8").devices()
+        targets_lib.parse("h200:8").devices()
 
 
 @pytest.mark.slow
@@ -123,12 +123,15 @@ def test_few_blocks_tell_of_many():
     Mutation: `num_layers` blocks added to those of two.
     """
     run = run_of("fsdp_tensor:model=4", **{"model.num_layers": 5})
-    whole, few = (dryrun.examine(run, "cpu:8", how) for how in ("full", "blocks"))
+    whole, few = (
+        dryrun_report.examine(run, "cpu:8", how) for how in ("full", "blocks")
+    )
     assert few.memory.arguments == whole.memory.arguments
     assert few.memory.temporary == pytest.approx(whole.memory.temporary, rel=0.1)
     for axis in ("data", "model"):
         ours, theirs = (
-            dryrun.hlo.wire_bytes(r.collectives, axis) for r in (few, whole)
+            dryrun_report.hlo_messages.wire_bytes(r.collectives, axis)
+            for r in (few, whole)
         )
         assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -141,12 +144,14 @@ def test_abstract_meshes_of_any_number():
     run = run_of(
         "fsdp_tensor:model=4", **{"train.batch_size": 256, "eval.batch_size": 256}
     )
-    place = abstract.device_sharding(run, range(512))
+    place = lowering.device_sharding(run, range(512))
     assert place.num_devices == 512 and place.platform == "abstract"
-    state, step = abstract.trace(run, place)
+    state, step = lowering.trace(run, place)
     whole = sharding_lib.num_bytes(state.params)
-    assert whole / 512 <= abstract.device_bytes(state.params) < 1.2 * whole / 512
-    found = dryrun.traced.collectives(step.jaxpr, abstract.mesh_shape(place))
+    assert whole / 512 <= lowering.device_bytes(state.params) < 1.2 * whole / 512
+    found = dryrun_report.jaxpr_messages.collectives(
+        step.jaxpr, lowering.mesh_shape(place)
+    )
     tables = [c for c in found if c.kind == "reduce-scatter" and c.axes == ("data",)]
     assert sum(c.payload_bytes * c.count for c in tables) >= 0.9 * whole / 4
 
@@ -156,9 +161,9 @@ def test_what_does_not_fit_has_remedies(monkeypatch):
 
     Mutation: `HEADROOM` 100.
     """
-    tiny = dataclasses.replace(targets.CHIPS["cpu"], memory_bytes=2**20)
-    monkeypatch.setitem(targets.CHIPS, "cpu", tiny)
-    report = dryrun.examine(run_of("data"), "cpu:8")
+    tiny = dataclasses.replace(targets_lib.CHIPS["cpu"], memory_bytes=2**20)
+    monkeypatch.setitem(targets_lib.CHIPS, "cpu", tiny)
+    report = dryrun_report.examine(run_of("data"), "cpu:8")
     assert report.verdict.startswith("does not fit: ")
     advice = "\n".join(report.warnings)
     assert "mesh=fsdp or fsdp_tensor" in advice and "model=2" in advice
@@ -170,8 +175,8 @@ def test_what_does_not_fit_has_remedies(monkeypatch):
         )
 
     lowered = types.SimpleNamespace(compile=refuses)
-    place = abstract.device_sharding(run_of(), jax.devices()[:1])
-    found = dryrun._compile(lowered, place)
+    place = lowering.device_sharding(run_of(), jax.devices()[:1])
+    found = dryrun_report._compile(lowered, place)
     assert found == {"verdict": "does not fit: Used 30.1G of 15.75G hbm"}
 
 
@@ -181,8 +186,8 @@ def test_slow_messages_are_told():
         verdict="fits", num_devices=16, tokens_per_step=16, training_flops_per_token=1,
         messages=report_of("fsdp").messages,
     )  # fmt: skip
-    target = targets.parse("h200:16")
-    (line,) = remedies.find(report, run_of("fsdp", **{"model.dtype": "bfloat16"}),
+    target = targets_lib.parse("h200:16")
+    (line,) = advice_lib.find(report, run_of("fsdp", **{"model.dtype": "bfloat16"}),
                             target, None)  # fmt: skip
     assert "over 'data' take" in line and "train.batch_size" in line
 
@@ -201,14 +206,14 @@ def test_slow_messages_are_told():
 def test_bad_targets_are_one_line(target, message):
     """Mutation: a topology not matched whole."""
     with pytest.raises(ConfigError) as caught:
-        dryrun.examine(run_of(), target)
+        dryrun_report.examine(run_of(), target)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_report_reads_and_stores():
     """Every figure in text and in JSON. Mutation: `describe` without the memory."""
     report = report_of("fsdp_tensor:model=4")
-    text = dryrun.describe(report)
+    text = dryrun_report.describe(report)
     for wanted in (
         "model.embed_dim = 128",
         "data=2 x model=4",
@@ -219,7 +224,7 @@ def test_the_report_reads_and_stores():
         assert wanted in text
     assert "warning: " not in text and not report.warnings  # all is well with it
     worrying = dataclasses.replace(report, warnings=["one thing", "another"])
-    told = dryrun.describe(worrying).splitlines()[-2:]
+    told = dryrun_report.describe(worrying).splitlines()[-2:]
     assert told == ["warning: one thing", "warning: another"]
     stored = json.loads(report.as_json())
     assert stored["memory"]["total"] == stored["plan_bytes"] == report.memory.total
@@ -235,7 +240,7 @@ def test_tables_are_joined_in_the_type_they_are_read_in():
     """
     small = {"model.dtype": "bfloat16"}
     reports = [
-        dryrun.examine(run_of("fsdp", **fields), "cpu:8", "none")
+        dryrun_report.examine(run_of("fsdp", **fields), "cpu:8", "none")
         for fields in (small, small | {"train.num_microbatches": 2}, {})
     ]
     counted = reports[0].parameters
@@ -254,7 +259,7 @@ def test_the_command_prints_json(tmp_path, capsys):
     path = tmp_path / "report.json"
     words = ["dryrun", f"--config={config}", "--compile=none", "--json"]
     with pytest.raises(SystemExit) as ended:
-        dryrun.main([*words, f"--output={path}"])
+        command.main([*words, f"--output={path}"])
     assert not ended.value.code
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(path.read_text())

@@ -12,18 +12,12 @@ import jax.numpy as jnp
 import pytest
 import toy
 
-from memoryformer import (
-    checkpoint,
-    console,
-    distributed,
-    errors,
-    experiment,
-    metrics,
-    outcome,
-    spikes,
-    trainer,
-)
+from memoryformer import cli
+from memoryformer.cluster import roll_call
 from memoryformer.errors import ConfigError, NumericError, StorageError
+from memoryformer.runs import console, metrics, outcome
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment, loop, spikes
 
 FOREIGN = {
     "broken pipe": (BrokenPipeError(32, "Broken pipe"), 45),
@@ -51,7 +45,7 @@ def test_outcome_and_exit_code_agree(tmp_path, capsys, name):
     assert outcome.read(tmp_path)["exit_code"] == code
     ended = pytest.raises(type(error) if code == 1 else SystemExit)
     with ended as caught:
-        errors.run_main(lambda argv: leave(error), argv=["x"])
+        cli.run_main(lambda argv: leave(error), argv=["x"])
     if code != 1:
         assert caught.value.code == code
         line = capsys.readouterr().err
@@ -103,7 +97,7 @@ def test_training_goes_on_where_nobody_reads(tmp_path, monkeypatch):
         with pytest.raises(BrokenPipeError):
             print("to standard error", file=sys.stderr, flush=True)
         with console.unbroken():
-            trainer.train(config, tmp_path / "run")
+            loop.train(config, tmp_path / "run")
             print("to standard error too", file=sys.stderr, flush=True)
         assert sys.stdout is streams[0]
     assert outcome.read(tmp_path / "run") == {"state": "done"}
@@ -117,7 +111,7 @@ def test_no_streams_at_all(monkeypatch):
     with console.unbroken():
         print("x", flush=True)
         assert not sys.stdout.isatty()
-        metrics.ProgressPrinter().note("x")
+        console.ProgressPrinter().note("x")
 
 
 def test_fewer_steps_than_there_are(toy_run, tmp_path):
@@ -130,7 +124,7 @@ def test_fewer_steps_than_there_are(toy_run, tmp_path):
     )
     allow = ["train.num_steps", "optimizer.decay_steps"]
     with pytest.raises(ConfigError, match=r"num_steps=10: .* is at step 20"):
-        trainer.train(config, toy_run, allow=allow)
+        loop.train(config, toy_run, allow=allow)
     assert outcome.read(toy_run) == {"state": "done"}
 
 
@@ -151,10 +145,10 @@ def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     fields = {"optimizer.learning_rate": 3e38, "checkpoint.every_steps": 1}
     fields |= {"optimizer.weight_decay": 100.0}
     with pytest.raises(NumericError):
-        trainer.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
+        loop.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
     assert outcome.read(tmp_path / "run")["exit_code"] == 44
     with pytest.raises(StorageError, match="no finished checkpoint"):
-        checkpoint.load(tmp_path / "run")
+        run_steps.load(tmp_path / "run")
     assert spikes.are_finite({"a": jnp.ones(3)})
     for wrong in (jnp.nan, jnp.inf):
         assert not spikes.are_finite({"a": jnp.ones(3), "b": jnp.full(2, wrong)})
@@ -238,9 +232,9 @@ STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "4100", "SLURM_PROCID":
 )
 def test_a_lone_process_in_a_shell_of_salloc(variables, found):
     """It waits for nobody. Mutation: SLURM_NTASKS first."""
-    assert distributed.from_slurm(STEP | variables) == found
+    assert roll_call.from_slurm(STEP | variables) == found
     nowhere = STEP | variables | {"SLURM_STEP_NODELIST": ""}
-    assert distributed.from_slurm(nowhere) is None
+    assert roll_call.from_slurm(nowhere) is None
 
 
 @pytest.mark.parametrize(
@@ -259,14 +253,14 @@ def test_half_set_variables_are_named(name, text):
     """Mutation: `int(environment[name])`."""
     variables = STEP | {"SLURM_NTASKS": "2", name: text}
     with pytest.raises(ConfigError, match=rf"^{name}='{re.escape(text)}'"):
-        distributed.from_slurm(variables)
+        roll_call.from_slurm(variables)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e9])
 def test_time_limits_that_are_none(seconds):
     """Mutation: the limit checked behind `auto`."""
     with pytest.raises(ConfigError, match="--init_timeout"):
-        distributed.start("auto", timeout=seconds)
+        roll_call.start("auto", timeout=seconds)
 
 
 @pytest.mark.parametrize(
@@ -275,4 +269,4 @@ def test_time_limits_that_are_none(seconds):
 def test_addresses_that_are_none(host):
     """Mutation: `isdigit`, which takes a raised two; names that no host can have."""
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        distributed.start(host, 2, 1, timeout=1.0)
+        roll_call.start(host, 2, 1, timeout=1.0)

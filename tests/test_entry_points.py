@@ -9,7 +9,7 @@ import sys
 import pytest
 import toy
 
-from memoryformer import outcome, rundir
+from memoryformer.runs import directory, outcome
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG, DATA, STORAGE = 2, 46, 45
@@ -49,8 +49,8 @@ EVAL = ("eval.py", "--workdir={folder}/run")
 SAMPLE = ("-m", "memoryformer.generation", "--workdir={folder}/run")
 
 WRITE = (
-    "from memoryformer import errors\n"
-    "errors.run_main(lambda argv: open('{folder}/none/x', 'w'))\n"
+    "from memoryformer import cli\n"
+    "cli.run_main(lambda argv: open('{folder}/none/x', 'w'))\n"
 )
 
 MISTAKES = {
@@ -167,7 +167,7 @@ def test_mistake(folder, name):
     assert "Traceback" not in out + err
     assert not out or out.startswith("model: ")  # what the run would have been
     # What a run was refused for is written down in its own directory, and nothing else.
-    own = {"new", f"new/{rundir.LOCK}", f"new/{outcome.FILE}"}
+    own = {"new", f"new/{directory.LOCK}", f"new/{outcome.FILE}"}
     changed = set(files(folder)) ^ set(before)
     assert all("__pycache__" in name for name in changed - own), changed
 
@@ -249,19 +249,20 @@ MANY = """
 import contextlib, io, json, sys
 import eval as command
 from absl.testing import flagsaver
-from memoryformer import config, errors, inference
+from memoryformer import cli, errors
+from memoryformer.model import narrow
 
 def main(argv):
     try:
         command.main(argv)
     except errors.StorageError:  # what was to be evaluated is not there
-        print(repr(inference.kinds_from_flags()), file=sys.stderr)
+        print(repr(narrow.kinds_from_flags()), file=sys.stderr)
 
 for line in json.loads(sys.argv[1]):
     said = io.StringIO()
     with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
         with contextlib.suppress(SystemExit):
-            errors.run_main(main, config.define_flag, ["eval.py", *line])
+            cli.run_main(main, cli.define_config_flag, ["eval.py", *line])
     print(json.dumps(said.getvalue().strip()))
 """
 

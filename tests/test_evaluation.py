@@ -8,8 +8,13 @@ import oracle
 import pytest
 import toy
 
-from memoryformer import checkpoint, data, evaluation, experiment, model, sharding
+from memoryformer import data, model, sharding
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.model import losses
+from memoryformer.model import params as params_lib
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import evaluate_run, experiment
 
 KEYS = {"val/loss", "val/perplexity", "val/bits_per_byte", "val/tokens", "val/bytes"}
 
@@ -17,7 +22,7 @@ KEYS = {"val/loss", "val/perplexity", "val/bits_per_byte", "val/tokens", "val/by
 @pytest.fixture(scope="module")
 def opened(toy_run):
     """(run, params, dataset) of the toy run."""
-    config, params = checkpoint.load(toy_run)
+    config, params = run_steps.load(toy_run)
     run = experiment.resolve(config)
     return run, jax.tree.map(jax.numpy.asarray, params), data.open(run.data)
 
@@ -27,8 +32,8 @@ def evaluate(opened, batch_size, mesh="single", share=1, **options):
     made = sharding.make(mesh)
     specs = model.partition_specs(run.model, made)
     with made.activate():
-        return evaluation.evaluate(
-            evaluation.make_eval_step(run.model, made),
+        return loss_lib.evaluate(
+            loss_lib.make_eval_step(run.model, made),
             made.put(params, specs),
             dataset.validation.eval_batches(run.model.seq_len, batch_size),
             dataset.token_bytes * share,
@@ -115,14 +120,14 @@ def test_checkpoint_on_one_and_eight_devices(toy_run, by_eights, mesh):
     config = toy.run_config(
         toy_run.parent, **{"mesh": mesh, "eval.num_batches": 0, "eval.batch_size": 8}
     )
-    result = evaluation.evaluate_checkpoint(toy_run, None, config)
+    result = evaluate_run.evaluate_checkpoint(toy_run, None, config)
     assert result["step"] == 20 and result.keys() >= KEYS
     assert 0 < result["utilisation/blocks.0.mixer.qkv/used_fraction"] <= 1
     assert len(result["model_fingerprint"]) == len(result["data_fingerprint"]) == 64
     for name in KEYS:
         assert abs(result[name] / by_eights[name] - 1) < 1e-6, name
     if mesh == "single":
-        older = evaluation.evaluate_checkpoint(toy_run, 15, config)
+        older = evaluate_run.evaluate_checkpoint(toy_run, 15, config)
         assert older["step"] == 15
         assert older["model_fingerprint"] != result["model_fingerprint"]
         assert older["val/loss"] > result["val/loss"]
@@ -138,7 +143,7 @@ def test_another_config_is_refused(toy_run, fields):
     """
     config = toy.run_config(toy_run.parent, **fields)
     with pytest.raises(ConfigError, match=next(iter(fields))) as caught:
-        evaluation.evaluate_checkpoint(toy_run, None, config)
+        evaluate_run.evaluate_checkpoint(toy_run, None, config)
     assert "\n" not in str(caught.value)
 
 
@@ -150,18 +155,18 @@ def test_other_data_is_refused(toy_run, tmp_path):
     other = toy.corpus(tmp_path / "corpus", seed=1)
     config = toy.run_config(toy_run.parent, **{"data.path": str(other)})
     with pytest.raises(DataError, match="has fingerprint"):
-        evaluation.evaluate_checkpoint(toy_run, None, config)
+        evaluate_run.evaluate_checkpoint(toy_run, None, config)
 
 
 def test_fingerprint_is_of_values_and_names():
     """Mutation: the path not hashed."""
     a, b = np.zeros(3, np.float32), np.ones(3, np.float32)
     prints = {
-        evaluation.fingerprint(tree)
+        params_lib.fingerprint(tree)
         for tree in ({"a": a, "b": b}, {"a": b, "b": a}, {"a": a, "c": b}, {"a": a})
     }
     assert len(prints) == 4
-    assert evaluation.fingerprint({"a": a.copy()}) in prints
+    assert params_lib.fingerprint({"a": a.copy()}) in prints
 
 
 def test_nats_of_padding_are_nothing():
@@ -175,7 +180,7 @@ def test_nats_of_padding_are_nothing():
     params["head"]["kernel"] = params["head"]["kernel"].at[:, 0].set(np.inf)
     batch = toy.batch(config, batch_size=1)
     batch["weights"] = np.zeros_like(batch["weights"])
-    nats = evaluation.batch_nats(config, params, batch)
+    nats = losses.batch_nats(config, params, batch)
     np.testing.assert_array_equal(nats, np.zeros((1, 12)))
 
 
@@ -184,5 +189,5 @@ def test_a_mesh_that_does_not_fit_is_refused(toy_run):
     fields = {"mesh": "data", "eval.batch_size": 3}
     config = toy.run_config(toy_run.parent, **fields)
     with pytest.raises(ConfigError, match="batch_size=3 does not divide") as caught:
-        evaluation.evaluate_checkpoint(toy_run, None, config)
+        evaluate_run.evaluate_checkpoint(toy_run, None, config)
     assert "\n" not in str(caught.value)

@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    config,
-    drift,
-    evaluation,
-    experiment,
-    fields,
-    trainer,
-)
+from memoryformer import config
 from memoryformer.errors import ConfigError
+from memoryformer.runs import compatibility
+from memoryformer.training import evaluate_run, experiment, programs
 
 BASE = {"optimizer.schedule": "constant", "train.num_steps": 3, "eval.every_steps": 0}
 NOTHING = {
@@ -59,10 +54,10 @@ def flat(run):
 
 def test_every_field_that_may_change_is_tried():
     """A new one needs a line above. Mutation: `train.seed` declared to change nothing."""
-    described = fields.described(experiment.Experiment)
+    described = config.described(experiment.Experiment)
     said = {
         kind: {name for name, (changes, _) in described.items() if changes == kind}
-        for kind in fields.CHANGES
+        for kind in config.CHANGES
     }
     assert said["nothing"] == NOTHING.keys() and said["rounding"] == ROUNDING.keys()
     assert set(described) == set(config.flatten(experiment.default_config()))
@@ -88,13 +83,13 @@ def test_each_alone_is_accepted_everywhere(name, tmp_path):
     new = toy.run_config(tmp_path, **given | {name: value})
     saved, run = experiment.as_dict(experiment.resolve(old)), experiment.resolve(new)
     ours = experiment.as_dict(run)
-    changes = drift.check(saved, ours, experiment.may_change())
+    changes = compatibility.check(saved, ours, experiment.may_change())
     assert [change[0] for change in changes] == [name]
-    evaluation.check_same_model(saved, run)
-    shared = trainer.program(run) == trainer.program(experiment.resolve(old))
+    evaluate_run.check_same_model(saved, run)
+    shared = programs.program(run) == programs.program(experiment.resolve(old))
     assert shared == (name in NOTHING)
     with pytest.raises(ConfigError, match=name):
-        drift.check(saved, ours)
+        compatibility.check(saved, ours)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +129,9 @@ def test_rounding_means_rounding(begun):
     want = experiment.load(begun / "straight")[1]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
     jax.tree.map(close, got, want)
-    alone = evaluation.evaluate_checkpoint(begun / "straight")
+    alone = evaluate_run.evaluate_checkpoint(begun / "straight")
     changed = toy.run_config(begun, **plain | {"eval.batch_size": 8})
-    other = evaluation.evaluate_checkpoint(begun / "straight", None, changed)
+    other = evaluate_run.evaluate_checkpoint(begun / "straight", None, changed)
     assert other["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-5)
 
 
@@ -144,9 +139,9 @@ def test_a_linear_mixer_goes_on_with_other_chunks(tmp_path):
     """The one field that softmax does not read."""
     linear = BASE | {"model.mixer": "linear", "model.prefix_chunk": 16}
     workdir = toy.trained(tmp_path, **linear)
-    before = evaluation.evaluate_checkpoint(workdir)
+    before = evaluate_run.evaluate_checkpoint(workdir)
     other = linear | {"model.prefix_chunk": 4, "train.num_steps": 4}
     changed = toy.run_config(tmp_path, **other)
-    after = evaluation.evaluate_checkpoint(workdir, None, changed)
+    after = evaluate_run.evaluate_checkpoint(workdir, None, changed)
     assert after["val/loss"] == pytest.approx(before["val/loss"], rel=1e-5)
     toy.trained(tmp_path, **other)

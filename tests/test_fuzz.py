@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memoryformer import config as config_lib
-from memoryformer import data, experiment, sharding, trainer
+from memoryformer import data, sharding
 from memoryformer.errors import MemoryFormerError
+from memoryformer.training import experiment, programs
 
 FLAT = config_lib.flatten(toy.run_config(pathlib.Path("nowhere")))
 # What ml_collections' flags can hand over, and what a config file can hold.
@@ -51,9 +52,9 @@ def test_any_config_is_refused_in_one_line_or_fits(changes):
     try:
         run = experiment.resolve(config)
         place = sharding.make(run.mesh)
-        specs = trainer._check_fit(run, place)
+        specs = programs.check_fit(run, place)
         with place.activate():
-            trainer.init_state(run, place, specs)
+            programs.init_state(run, place, specs)
     except MemoryFormerError as error:
         check_one_line(error)
 

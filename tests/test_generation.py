@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import convert, decoding, errors, generation, model
+from memoryformer import convert, errors, model
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.generation import __main__ as command
+from memoryformer.generation import prompts as prompts_lib
+from memoryformer.generation import sampler
+from memoryformer.generation import text as text_lib
 
 PROMPTS = [[5, 1, 7], [2], [3, 4, 8, 1, 0]]
 
@@ -43,8 +47,8 @@ def test_greedy_equals_the_argmax_of_the_full_forward_pass():
     Red when the cache is read one position late or positions do not go on.
     """
     config, params = make()
-    generator = generation.Generator(config, params)
-    sampling = generation.SamplingConfig(max_tokens=24, temperature=0.0)
+    generator = sampler.Generator(config, params)
+    sampling = sampler.SamplingConfig(max_tokens=24, temperature=0.0)
     forward = jax.jit(lambda tokens: model.forward(config, params, tokens))
     for prompt in PROMPTS:
         tokens = np.zeros((1, 40), np.int32)
@@ -61,8 +65,8 @@ def test_a_model_in_bfloat16_decodes(projection, streams):
     """XLA CPU compiles some products of bfloat16 operands and cannot run them."""
     fields = {"lookup": "auto"} if projection == "memory" else {}
     config = toy.model_config(projection, dtype="bfloat16", **fields)
-    generator = decoding.Generator(config, model.init(config, 0))
-    sampling = decoding.SamplingConfig(max_tokens=4, temperature=0.0)
+    generator = sampler.Generator(config, model.init(config, 0))
+    sampling = sampler.SamplingConfig(max_tokens=4, temperature=0.0)
     prompts = [[1, 2, 3], [4, 5, 6]][:streams]
     tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
     inputs = np.concatenate([np.array(prompts), tokens], axis=1)
@@ -77,7 +81,7 @@ def test_a_cache_is_written_in_place():
 
     Mutation: keys kept as [B, M, H, E], which a product by head has to transpose.
     """
-    generator = generation.Generator(*make())
+    generator = sampler.Generator(*make())
     state = generator._init_state(1, 600)  # 640 slots: no other array has this shape
     args = (jnp.zeros((1, 31)), jnp.zeros((1,), jnp.int32))
     keys = jax.random.split(jax.random.key(0), 1)
@@ -106,11 +110,11 @@ def test_rows_together_are_rows_alone(mixer):
     one key.
     """
     config, params = make(mixer)
-    generator = generation.Generator(config, params)
-    sampling = generation.SamplingConfig(12, 1.0, 0.9, 5)
+    generator = sampler.Generator(config, params)
+    sampling = sampler.SamplingConfig(12, 1.0, 0.9, 5)
     together = list(generator.stream_batch(PROMPTS, sampling))
     for i, prompt in enumerate(PROMPTS):
-        alone = generation.SamplingConfig(12, 1.0, 0.9, 5 + i)
+        alone = sampler.SamplingConfig(12, 1.0, 0.9, 5 + i)
         assert [row[i] for row in together] == list(generator.stream(prompt, alone))
     first, second = zip(
         *generator.stream_batch([PROMPTS[0]] * 2, sampling), strict=True
@@ -129,7 +133,7 @@ def test_nucleus_is_that_of_a_full_sort(top_p):
     logits *= np.array([[0.01], [1], [3], [20], [1], [0]], np.float32)
     logits[4] = np.round(logits[4])  # ties stay together
     logits[2, ::7] = -np.inf
-    got = np.asarray(jax.jit(decoding.in_nucleus)(logits, top_p))
+    got = np.asarray(jax.jit(sampler.in_nucleus)(logits, top_p))
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(axis=-1, keepdims=True)
     for row, mass, inside in zip(logits, exact, got, strict=True):
@@ -148,7 +152,7 @@ def test_samples_have_the_nucleus_distribution():
     """
     logits = np.array([2.0, -1.0, 1.0, 0.5, 1.5, -2.0], np.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = jax.jit(jax.vmap(decoding.choose, (None, 0, None, None)))
+    draw = jax.jit(jax.vmap(sampler.choose, (None, 0, None, None)))
     counts = np.bincount(
         np.asarray(draw(logits[None], keys, 0.5, 0.9))[:, 0], minlength=6
     )
@@ -158,8 +162,8 @@ def test_samples_have_the_nucleus_distribution():
 
 def test_impossible_prompts_are_refused():
     """Red when an id is clipped or an empty prompt starts from nothing."""
-    generator = generation.Generator(*make())
-    sampling = generation.SamplingConfig(max_tokens=2)
+    generator = sampler.Generator(*make())
+    sampling = sampler.SamplingConfig(max_tokens=2)
     for prompts, message in (([[1], []], "empty"), ([[1], [31]], r"1\.\.|31\.\.31")):
         with pytest.raises(errors.ConfigError, match=message):
             next(generator.stream_batch(prompts, sampling))
@@ -197,11 +201,11 @@ def test_stop_strings(said, stop, text, finish, num_tokens):
     tokenizer = tokenizer_lib.byte_level()
     tokens = [256 if byte == 0 else byte for byte in said]
     shown = []
-    sampling = generation.SamplingConfig(max_tokens=4)
-    (reply,) = generation.complete(
+    sampling = sampler.SamplingConfig(max_tokens=4)
+    (reply,) = text_lib.complete(
         Script(tokens), tokenizer, ["x"], sampling, stop, shown.append
     )
-    assert reply == generation.Completion(text, num_tokens, finish)
+    assert reply == text_lib.Completion(text, num_tokens, finish)
     so_far = ""
     for part in shown:
         so_far += part
@@ -226,7 +230,7 @@ def test_sampling_out_of_range(fields):
     ((name, value),) = fields.items()
     reason = "finite" if value == float("inf") else ""
     with pytest.raises(errors.ConfigError, match=f"^{name}=.*{reason}"):
-        generation.SamplingConfig(**fields)
+        sampler.SamplingConfig(**fields)
 
 
 def test_stop_strings_in_turn():
@@ -235,9 +239,9 @@ def test_stop_strings_in_turn():
     Red when `in_turn` is ignored, or cuts where no stop string is.
     """
     tokenizer = tokenizer_lib.byte_level()
-    sampling = generation.SamplingConfig(max_tokens=6)
+    sampling = sampler.SamplingConfig(max_tokens=6)
     for stop, text in ((["bc", "abc"], "a"), (["abc", "bc"], ""), (["x"], "abcdef")):
-        (reply,) = generation.complete_tokens(
+        (reply,) = text_lib.complete_tokens(
             Script(b"abcdef"), tokenizer, [[1]], sampling, stop, in_turn=True
         )
         assert reply.text == text
@@ -246,9 +250,9 @@ def test_stop_strings_in_turn():
 def test_each_row_ends_by_itself():
     """Red when the first row's end ends the others."""
     tokenizer = tokenizer_lib.byte_level()
-    sampling = generation.SamplingConfig(max_tokens=6)
+    sampling = sampler.SamplingConfig(max_tokens=6)
     script = Script(b"ab.abc", b"abcd.a")
-    replies = generation.complete(script, tokenizer, ["", ""], sampling, ["."])
+    replies = text_lib.complete(script, tokenizer, ["", ""], sampling, ["."])
     assert [reply.text for reply in replies] == ["ab", "abcd"]
 
 
@@ -260,16 +264,16 @@ def test_prompt_files_and_the_command_line(tmp_path):
     """
     config, params = make(vocab_size=257)
     tokenizer = tokenizer_lib.byte_level()
-    generator = generation.Generator(config, params)
-    sampling = generation.SamplingConfig(max_tokens=20, temperature=1.0, seed=3)
+    generator = sampler.Generator(config, params)
+    sampling = sampler.SamplingConfig(max_tokens=20, temperature=1.0, seed=3)
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\nlonger than that\nx\n")
-    rows = list(generation.complete_file(generator, tokenizer, str(lines), sampling))
+    rows = list(text_lib.complete_file(generator, tokenizer, str(lines), sampling))
     assert [row["seed"] for row in rows] == [3, 4, 5]
     json_lines = tmp_path / "prompts.jsonl"
     with json_lines.open("w") as file:
         file.writelines(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
-    again = generation.complete_file(
+    again = text_lib.complete_file(
         generator, tokenizer, str(json_lines), sampling, batch_size=2
     )
     assert list(again) == rows
@@ -290,8 +294,8 @@ def test_prompt_files_and_the_command_line(tmp_path):
         )
 
     # A shell's backslash and n end a reply at a line end.
-    longer = generation.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
-    stopped = generation.complete_file(
+    longer = sampler.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
+    stopped = text_lib.complete_file(
         generator, tokenizer, str(lines), longer, stop=["\n"]
     )
     stopped = list(stopped)
@@ -330,17 +334,17 @@ def test_prompts_of_a_file(tmp_path, name, content, prompts):
     pack = gzip.compress if name.endswith("gz") else bytes
     path.write_bytes(pack(content.encode()))
     tokenizer = tokenizer_lib.byte_level()
-    rows = generation.complete_file(
+    rows = text_lib.complete_file(
         Script(*[b"ok"] * len(prompts)),
         tokenizer,
         str(path),
-        generation.SamplingConfig(),
+        sampler.SamplingConfig(),
     )
     rows = list(rows)
     assert [row["prompt"] for row in rows] == prompts
     again = tmp_path / "again.jsonl"  # what generation wrote, it can read
     again.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert generation._read_prompts(str(again)) == prompts
+    assert prompts_lib.read(str(again)) == prompts
 
 
 @pytest.mark.parametrize(
@@ -371,15 +375,15 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(errors.ConfigError, match=message) as caught:
-        generation.complete_file(None, None, str(tmp_path / name), None)
+        text_lib.complete_file(None, None, str(tmp_path / name), None)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_a_prompt_that_is_not_utf8_is_refused():
     """As a shell hands it over. Mutation: the tokenizer's own error."""
-    sampling = generation.SamplingConfig(max_tokens=2)
+    sampling = sampler.SamplingConfig(max_tokens=2)
     with pytest.raises(errors.ConfigError, match=r"'caf\\udce9': is not UTF-8 text"):
-        generation.complete(
+        text_lib.complete(
             Script(b"ab"), tokenizer_lib.byte_level(), ["caf\udce9"], sampling
         )
 
@@ -399,7 +403,7 @@ def test_prompts_are_read_before_anything(tmp_path, capsys, content, seed, messa
     path.write_bytes(content)
     words = [f"--export={tmp_path}", f"--prompts={path}", f"--output={output}"]
     with pytest.raises(SystemExit) as ended:
-        generation.main(["generation", *words, f"--seed={seed}"])
+        command.main(["generation", *words, f"--seed={seed}"])
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert output.read_text() == "kept"

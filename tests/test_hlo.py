@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import hlo
+from memoryformer.dryrun import hlo_messages
 
 MESH = {"data": 2, "model": 4}
 HEAD = "HloModule m, is_scheduled=true\n\n"
@@ -18,7 +18,7 @@ def module(*lines, before=""):
 
 
 def one(line):
-    (found,) = hlo.collectives(module(line), MESH)
+    (found,) = hlo_messages.collectives(module(line), MESH)
     return found
 
 
@@ -96,7 +96,7 @@ def test_combined_and_silent():
         "%a = (f32[4]{0}, bf16[8]{0}) all-reduce(%p, %q), replica_groups=[2,4]<=[8]"
     )
     alone = "%b = f32[4]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3}}"
-    found = hlo.collectives(module(combined, alone), MESH)
+    found = hlo_messages.collectives(module(combined, alone), MESH)
     assert {(c.dtype, c.shape, c.count) for c in found} == {
         ("f32", (4,), 1),
         ("bf16", (8,), 1),
@@ -119,7 +119,7 @@ def test_loops_multiply(known):
         "  ROOT %r = pred[] compare(%i, %c), direction=LT\n}\n\n"
     )
     loop = "%w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1" + known
-    (found,) = hlo.collectives(module(loop, before=before), MESH)
+    (found,) = hlo_messages.collectives(module(loop, before=before), MESH)
     assert found.count == 5
 
 
@@ -143,17 +143,17 @@ def test_a_real_program():
             (4, 16), jnp.float32, sharding=NamedSharding(mesh, spec)
         )
         compiled = jax.jit(mapped).lower(x).compile()
-    found = hlo.collectives(compiled.as_text(), dict(mesh.shape))
+    found = hlo_messages.collectives(compiled.as_text(), dict(mesh.shape))
     assert {(c.kind, c.axes, c.shape, c.count) for c in found} == {
         ("all-gather", ("model",), (2, 16), 1),
         ("reduce-scatter", ("model",), (2, 16), 1),
         ("all-reduce", ("data",), (2, 4), 3),
     }
-    assert hlo.wire_bytes(found, "model") == 2 * 0.75 * 128
-    assert hlo.wire_bytes(hlo.difference(found, found), "data") == 0
+    assert hlo_messages.wire_bytes(found, "model") == 2 * 0.75 * 128
+    assert hlo_messages.wire_bytes(hlo_messages.difference(found, found), "data") == 0
 
 
 def test_what_is_no_module_is_refused():
     """Mutation: the entry not looked for."""
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.collectives("hello\n", MESH)
+        hlo_messages.collectives("hello\n", MESH)

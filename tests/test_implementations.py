@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    decoding,
-    dryrun,
-    errors,
-    evaluation,
-    experiment,
-    implementations,
-    model,
-    sharding,
-    trainer,
-)
-from memoryformer.ops import lookup_native
+from memoryformer import errors, model, sharding
+from memoryformer.dryrun import report as dryrun_report
+from memoryformer.generation import sampler
+from memoryformer.model import implementations
+from memoryformer.ops.lookup import native as lookup_native
+from memoryformer.training import evaluate_run, experiment, loop
 
 REFUSED = [
     ({"lookup": "gpu"}, "cpu", "model.lookup='gpu' cannot run: the platform is cpu"),
@@ -110,16 +104,16 @@ def test_at_every_door(field, value, tmp_path, toy_run):
     config = toy.run_config(toy_run.parent, **fields)
     message = f"model.{field}='{value}' cannot run"
     with pytest.raises(errors.ConfigError, match=message):
-        trainer.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     with pytest.raises(errors.ConfigError, match=message):
-        dryrun.examine(experiment.resolve(config), "cpu")
+        dryrun_report.examine(experiment.resolve(config), "cpu")
     with pytest.raises(errors.ConfigError, match=message):
-        evaluation.evaluate_checkpoint(toy_run, None, config)
+        evaluate_run.evaluate_checkpoint(toy_run, None, config)
     elsewhere = toy.model_config("memory", **{field: value})
     params = model.init(elsewhere)
     here = dataclasses.replace(elsewhere, **{field: "auto"})
     outputs = [
-        decoding.Generator(c, params)._step(
+        sampler.Generator(c, params)._step(
             params,
             model.merge(here, params).init_state(1, 8),
             jnp.zeros((1, 4), jnp.int32),
@@ -132,7 +126,7 @@ def test_at_every_door(field, value, tmp_path, toy_run):
 
 
 def _seq(length):
-    from memoryformer import mixers
+    from memoryformer.model import mixers
 
     return mixers.SeqInfo.of_tokens(jnp.zeros((1, length), jnp.int32))
 
@@ -146,9 +140,9 @@ def test_a_run_of_another_machine_is_evaluated(toy_run, monkeypatch):
         named = dataclasses.replace(run.model, lookup="gpu", attention="cudnn")
         return dataclasses.replace(run, model=named), params, facts
 
-    want = evaluation.evaluate_checkpoint(toy_run)["val/loss"]
+    want = evaluate_run.evaluate_checkpoint(toy_run)["val/loss"]
     monkeypatch.setattr(experiment, "load", of_a_gpu)
-    got = evaluation.evaluate_checkpoint(toy_run)["val/loss"]
+    got = evaluate_run.evaluate_checkpoint(toy_run)["val/loss"]
     assert got == pytest.approx(want, rel=1e-5)
 
 

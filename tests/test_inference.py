@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import decoding, errors, evaluation, inference, model
-from memoryformer.ops import packed
+from memoryformer import errors, model
+from memoryformer.generation import sampler
+from memoryformer.model import narrow
+from memoryformer.ops.lookup import narrow as narrow_rows
+from memoryformer.training import evaluate_run
 
-INT8 = inference.WeightKinds("int8", "int8", "int8")
+INT8 = narrow.WeightKinds("int8", "int8", "int8")
 
 
 def greedy(config, params, kinds, prompts, max_tokens=20):
-    generator = decoding.Generator(config, params, kinds)
-    sampling = decoding.SamplingConfig(max_tokens=max_tokens, temperature=0.0)
+    generator = sampler.Generator(config, params, kinds)
+    sampling = sampler.SamplingConfig(max_tokens=max_tokens, temperature=0.0)
     return np.array(list(generator.stream_batch(prompts, sampling)))
 
 
@@ -27,8 +30,8 @@ def test_decoding_with_narrow_weights_is_the_forward_pass_of_rounded_ones(projec
     config = toy.model_config(projection, seq_len=40, lookup="auto")
     params = model.init(config, 3)
     prompts = [[5, 1, 7], [2, 2, 4]]
-    tokens = greedy(config, params, INT8, prompts, decoding.LOOP + 4).T
-    rounded = inference.round_weights(config, params, INT8)
+    tokens = greedy(config, params, INT8, prompts, sampler.LOOP + 4).T
+    rounded = narrow.round_weights(config, params, INT8)
     whole = np.concatenate([prompts, tokens], axis=1)
     logits = np.asarray(model.forward(config, rounded, jnp.asarray(whole)))
     np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), tokens)
@@ -37,18 +40,20 @@ def test_decoding_with_narrow_weights_is_the_forward_pass_of_rounded_ones(projec
 def test_only_weights_are_packed():
     """Tables, head and kernels, each as asked; norms, biases and embedding stay. Red if
     the head is stored as the dense layers are."""
-    kinds = inference.WeightKinds("int8", "int4", "bfloat16")
+    kinds = narrow.WeightKinds("int8", "int4", "bfloat16")
     config = toy.model_config("dense")
-    stored = inference.prepare(config, model.init(config), kinds)
+    stored = narrow.prepare(config, model.init(config), kinds)
     assert stored["head"]["kernel"].values.dtype == jnp.uint8
     block = stored["blocks"]["0"]
     assert block["ffn"]["up"]["kernel"].values.dtype == jnp.bfloat16
     assert block["norm1"]["scale"].dtype == stored["embed"]["embedding"].dtype
     config = toy.model_config("memory")
-    stored = inference.prepare(config, model.init(config), kinds)
+    stored = narrow.prepare(config, model.init(config), kinds)
     tables = stored["blocks"]["1"]["mixer"]["qkv"]["tables"]
-    assert isinstance(tables, packed.PackedTables) and tables.values.dtype == jnp.int8
-    again = inference.prepare(config, stored, inference.WeightKinds())
+    assert (
+        isinstance(tables, narrow_rows.PackedTables) and tables.values.dtype == jnp.int8
+    )
+    again = narrow.prepare(config, stored, narrow.WeightKinds())
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, stored, again))
 
 
@@ -57,7 +62,7 @@ def test_pruning_keeps_the_largest(density):
     """Red if the smallest are kept, the head is pruned, or the count is of all weights."""
     config = toy.model_config("dense")
     params = model.init(config)
-    pruned, operations = inference.prune(config, params, density)
+    pruned, operations = narrow.prune(config, params, density)
     before = np.abs(np.asarray(params["blocks"]["0"]["ffn"]["up"]["kernel"]))
     after = np.abs(np.asarray(pruned["blocks"]["0"]["ffn"]["up"]["kernel"]))
     assert np.count_nonzero(after) == round(density * before.size)
@@ -75,27 +80,27 @@ def test_what_cannot_be_stored_is_refused():
         ({"head": "int9"}, "--head"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
-            inference.WeightKinds(**fields)
+            narrow.WeightKinds(**fields)
     with pytest.raises(errors.ConfigError, match="--density"):
-        inference.prune(toy.model_config("dense"), {}, 0.0)
+        narrow.prune(toy.model_config("dense"), {}, 0.0)
 
 
-@pytest.mark.parametrize("function", [inference.prepare, inference.round_weights])
+@pytest.mark.parametrize("function", [narrow.prepare, narrow.round_weights])
 def test_a_head_that_is_the_embedding_is_not_said_to_be_narrow(function):
     """Red if --head does nothing where embeddings are tied."""
     config = toy.model_config(tie_embeddings=True)
     params = model.init(config)
     with pytest.raises(errors.ConfigError, match=r"--head=int8: with model\.tie"):
-        function(config, params, inference.WeightKinds(head="int8"))
-    function(config, params, inference.WeightKinds(tables="int8"))
+        function(config, params, narrow.WeightKinds(head="int8"))
+    function(config, params, narrow.WeightKinds(tables="int8"))
 
 
 def test_int8_tables_cost_next_to_nothing(tmp_path):
     """A trained toy: the loss moves by less than 0.002 nats, and says what it is of. Red if
     one scale serves all rows of a layer, or the weights are not rounded at all."""
     workdir = toy.trained(tmp_path)
-    float32 = evaluation.evaluate_checkpoint(workdir)
-    kinds = inference.WeightKinds("int8", "int8")
-    int8 = evaluation.evaluate_checkpoint(workdir, kinds=kinds)
+    float32 = evaluate_run.evaluate_checkpoint(workdir)
+    kinds = narrow.WeightKinds("int8", "int8")
+    int8 = evaluate_run.evaluate_checkpoint(workdir, kinds=kinds)
     assert 0 < abs(int8["val/loss"] - float32["val/loss"]) < 0.002
     assert int8["weights"] == dataclasses.asdict(kinds)

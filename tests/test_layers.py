@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import layers, losses
+from memoryformer.model import layers, losses
 from memoryformer.ops import attention, collectives, hashing, rotary
 
 

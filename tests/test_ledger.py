@@ -12,8 +12,9 @@ from test_checkpoint import (
     steps_on_disk,
 )
 
-from memoryformer import checkpoint, integrity
 from memoryformer.errors import StorageError
+from memoryformer.runs import checkpoint, manifest
+from memoryformer.runs import steps as run_steps
 
 
 def test_a_lost_manifest_is_damage(tmp_path, capfd):
@@ -31,8 +32,8 @@ def test_a_lost_manifest_is_damage(tmp_path, capfd):
     assert step == 2
     assert_equal(restored, make_state(2))
     assert "checkpoint 3: skipped, damaged: " in capfd.readouterr().err
-    with pytest.raises(integrity.DamagedError, match="3/MANIFEST: missing"):
-        checkpoint.load(tmp_path)
+    with pytest.raises(manifest.DamagedError, match="3/MANIFEST: missing"):
+        run_steps.load(tmp_path)
     lose_manifests(tmp_path, 2)
     with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2, 3"):
         with open_run(tmp_path) as run:
@@ -46,7 +47,7 @@ def test_a_lost_step_is_damage(tmp_path, capfd):
     Mutation: `restore_latest` looks at the numbered directories only.
     """
     save_steps(tmp_path, [1], checkpoint.CheckpointConfig(keep=1))
-    shutil.rmtree(tmp_path / checkpoint.FOLDER / "1")
+    shutil.rmtree(tmp_path / run_steps.FOLDER / "1")
     with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1"):
         with open_run(tmp_path) as run:
             run.restore_latest(make_state(0))
@@ -60,16 +61,16 @@ def test_without_a_ledger_it_is_as_it_was(tmp_path, capfd):
     where there is none.
     """
     save_steps(tmp_path, [1, 2])
-    folder = tmp_path / checkpoint.FOLDER
-    (folder / integrity.LEDGER).unlink()
+    folder = tmp_path / run_steps.FOLDER
+    (folder / manifest.LEDGER).unlink()
     lose_manifests(tmp_path, 2)
-    assert checkpoint.facts(tmp_path)["step"] == 1
+    assert run_steps.facts(tmp_path)["step"] == 1
     with open_run(tmp_path) as run:
         assert run.restore_latest(make_state(0))[0] == 1
     assert "2: skipped, its save was never finished" in capfd.readouterr().err
-    assert integrity.read_ledger(folder) == {1}
+    assert manifest.read_ledger(folder) == {1}
     lose_manifests(tmp_path, 1)
-    (folder / integrity.LEDGER).write_bytes(b"0\n[]")
+    (folder / manifest.LEDGER).write_bytes(b"0\n[]")
     with pytest.raises(StorageError, match=r"every checkpoint is damaged .*1, 2"):
         with open_run(tmp_path) as run:
             run.restore_latest(make_state(0))
@@ -82,23 +83,23 @@ def test_the_ledger_forgets_what_is_deleted(tmp_path, monkeypatch, capfd):
     replaces before the ledger forgets it.
     """
     config = checkpoint.CheckpointConfig(keep=2)
-    folder = tmp_path / checkpoint.FOLDER
+    folder = tmp_path / run_steps.FOLDER
     save_steps(tmp_path, [1, 2, 3], config)
-    assert integrity.read_ledger(folder) == {2, 3}
+    assert manifest.read_ledger(folder) == {2, 3}
 
     def killed(directory):
-        (directory / integrity.MANIFEST).unlink()
+        (directory / manifest.MANIFEST).unlink()
         raise OSError(5, "killed")
 
     # The first is killed as it deletes 2 at the end, the second as it replaces 4.
     for newest, listed in ((4, {3, 4}), (3, {3})):
         with monkeypatch.context() as patch:
-            patch.setattr(integrity, "remove", killed)
+            patch.setattr(manifest, "remove", killed)
             with pytest.raises(StorageError, match="killed"):
                 with open_run(tmp_path, config) as run:
                     run.restore(3, make_state(0))
                     run.save(4, make_state(4), wait=True)
-        assert integrity.read_ledger(folder) == listed
+        assert manifest.read_ledger(folder) == listed
         with open_run(tmp_path, config) as run:
             assert run.restore_latest(make_state(0))[0] == newest
         assert "damaged" not in capfd.readouterr().err
@@ -110,10 +111,10 @@ def test_killed_before_the_ledger(tmp_path, monkeypatch):
     Mutation: take the steps from the ledger alone.
     """
     save_steps(tmp_path, [1])
-    before = integrity.read_ledger(tmp_path / checkpoint.FOLDER)
+    before = manifest.read_ledger(tmp_path / run_steps.FOLDER)
     save_steps(tmp_path, [2])
-    integrity.write_ledger(tmp_path / checkpoint.FOLDER, before)
-    assert checkpoint.facts(tmp_path)["step"] == 2
+    manifest.write_ledger(tmp_path / run_steps.FOLDER, before)
+    assert run_steps.facts(tmp_path)["step"] == 2
     with open_run(tmp_path) as run:
         assert run.restore_latest(make_state(0))[0] == 2
-    assert integrity.read_ledger(tmp_path / checkpoint.FOLDER) == {1, 2}
+    assert manifest.read_ledger(tmp_path / run_steps.FOLDER) == {1, 2}

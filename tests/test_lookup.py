@@ -9,7 +9,8 @@ import oracle
 import pytest
 from test_hashing import CASES, golden
 
-from memoryformer.ops import hashing, lookup, lookup_native
+from memoryformer.ops import hashing, lookup
+from memoryformer.ops.lookup import native as lookup_native
 
 HERE = [name for name in lookup.IMPLEMENTATIONS if name != "gpu"]  # see test_lookup_gpu
 IMPLEMENTATIONS = [
@@ -210,7 +211,7 @@ def test_closed_form(kind, unexplained):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "onehot", "auto"])
 def test_numpy_tables_and_no_rows(implementation):
-    """What `checkpoint.load` returns works inside `jit`, and so does an empty batch.
+    """What `runs.steps.load` returns works inside `jit`, and so does an empty batch.
 
     Mutations: `tables` not made a JAX array; `reshape(.., -1, tau)` in `split_chunks`.
     """

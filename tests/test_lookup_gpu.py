@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer.ops import lookup, lookup_gpu
+from memoryformer.ops import lookup
+from memoryformer.ops.lookup import gpu as lookup_gpu
 
 
 def relative(got, expected):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memoryformer.ops import lookup, lookup_native, lookup_xla
+from memoryformer.ops import lookup
+from memoryformer.ops.lookup import native as lookup_native
+from memoryformer.ops.lookup import xla as lookup_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -140,7 +142,7 @@ def test_nothing_depends_on_the_number_of_threads():
 
 CROWDED = """
 import numpy as np, jax.numpy as jnp
-from memoryformer.ops import lookup_native
+from memoryformer.ops.lookup import native as lookup_native
 lookup_native.configure(num_threads=64, packing_reuse=0)
 for N, K, C, F in ((52, 1340, 2, 16), (1025, 256, 16, 16)):
     args = jnp.ones((K, C, F)), jnp.zeros((N, K), jnp.int32), jnp.ones((N, K))
@@ -271,7 +273,8 @@ def test_auto_leaves_other_types_to_xla():
 
 FALLBACK = """
 import jax, jax.numpy as jnp
-from memoryformer.ops import lookup, lookup_native
+from memoryformer.ops import lookup
+from memoryformer.ops.lookup import native as lookup_native
 tables, codes = jnp.arange(24.0).reshape(2, 4, 3), jnp.array([[1, 3]])
 scores = jnp.array([[1.0, 2.0]])
 for _ in range(2):
@@ -354,7 +357,7 @@ def test_a_compiler_with_options(monkeypatch, tmp_path):
 MEMORY = """
 import resource
 import jax, jax.numpy as jnp
-from memoryformer.ops import lookup_native
+from memoryformer.ops.lookup import native as lookup_native
 N, K, C, F = 16384, 128, 256, 1024
 tables = jnp.ones((K, C, F))
 codes = jax.random.randint(jax.random.key(0), (N, K), 0, C)
@@ -381,7 +384,7 @@ def test_working_memory():
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path):
     """Red if the compiler writes to the final path: the second process loads half a file."""
-    code = "from memoryformer.ops import lookup_native as n; assert n.available()"
+    code = "from memoryformer.ops.lookup import native as n; assert n.available()"
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         runs = [
             executor.submit(run_python, code, MEMORYFORMER_CACHE=str(tmp_path))
@@ -400,7 +403,10 @@ def test_under_sanitizers(sanitizer, tmp_path):
     program = tmp_path / "driver"
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=fast", "-Wno-psabi"]
     build = [compiler, *flags, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    build += [f"-I{ROOT / 'memoryformer/ops'}", str(ROOT / "tests/native_driver.cc")]
+    build += [
+        f"-I{ROOT / 'memoryformer/ops/lookup/native'}",
+        str(ROOT / "tests/native_driver.cc"),
+    ]
     subprocess.run([*build, "-o", str(program)], check=True, timeout=300)
     result = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and result.stdout == "ok\n", result.stderr[-3000:]

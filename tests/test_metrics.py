@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryformer import metrics
 from memoryformer.errors import StorageError
-from memoryformer.metrics import MetricsConfig, MetricsWriter
+from memoryformer.runs import console, metrics
+from memoryformer.runs.metrics import MetricsConfig, MetricsWriter
 
 QUIET = MetricsConfig(tensorboard=False)
 
@@ -190,7 +190,7 @@ def test_wandb_is_one_run_over_restarts(tmp_path, monkeypatch, capsys):
 
 def test_progress_line():
     """Mutation: swap any two units."""
-    assert metrics.progress_line(
+    assert console.progress_line(
         1200,
         106418,
         loss=3.412,
@@ -209,7 +209,7 @@ def test_progress_line():
         "step 1200/106418 (1.1%) loss 3.412 gnorm 0.82 lr 3.0e-3 tok/s 412k (51.5k/dev) "
         "step 1.27s data 0.3% mfu 41.2% mem 61/80GiB wall 26m00s eta 1d12h ckpt@1000"
     )
-    assert metrics.progress_line(0, 10, loss=2.0) == "step 0/10 (0.0%) loss 2.000"
+    assert console.progress_line(0, 10, loss=2.0) == "step 0/10 (0.0%) loss 2.000"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_progress_line():
 )
 def test_short_time(seconds, text):
     """Mutation: drop a modulus."""
-    assert metrics.short_time(seconds) == text
+    assert console.short_time(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_short_time(seconds, text):
 )
 def test_short_number(number, text):
     """Mutation: compare with `size` itself (999.6 becomes 1e+03)."""
-    assert metrics.short_number(number) == text
+    assert console.short_number(number) == text
 
 
 def test_progress_overwrites_itself_on_a_terminal_only(monkeypatch):
@@ -244,7 +244,7 @@ def test_progress_overwrites_itself_on_a_terminal_only(monkeypatch):
     """
     monkeypatch.setenv("COLUMNS", "30")
     log = io.StringIO()
-    printer = metrics.ProgressPrinter(log)
+    printer = console.ProgressPrinter(log)
     printer.update("x" * 50)
     printer.note("saved")
     printer.close()
@@ -252,7 +252,7 @@ def test_progress_overwrites_itself_on_a_terminal_only(monkeypatch):
 
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    printer = metrics.ProgressPrinter(terminal)
+    printer = console.ProgressPrinter(terminal)
     printer.update("x" * 50)
     printer.update("y")
     printer.note("saved")

@@ -16,7 +16,9 @@ import toy
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import errors, mixers, model, sharding
+from memoryformer import errors, model, sharding
+from memoryformer.model import mixers
+from memoryformer.model import transformer as transformer_lib
 
 B, L, D, H = 4, 24, 16, 4
 CASES = {  # name: (mixer, fields of the config)
@@ -131,7 +133,9 @@ class Case:
 
     def _make(self):
         rngs = nnx.Rngs(0)
-        project = functools.partial(model.make_projection, self.config, rngs=rngs)
+        project = functools.partial(
+            transformer_lib.make_projection, self.config, rngs=rngs
+        )
         make = mixers.MIXERS[self.config.mixer]
         return make(self.config, project, rngs=rngs, layer=0)
 

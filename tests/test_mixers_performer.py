@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memoryformer import mixers, model
-from memoryformer.mixers import kernel
+from memoryformer import model
+from memoryformer.model import mixers
+from memoryformer.model import transformer as transformer_lib
+from memoryformer.model.mixers import kernel
 from memoryformer.ops import random_features
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "performer_google_research.npz"
@@ -62,7 +64,7 @@ def test_google_research(golden, chunk):
         prefix_chunk=chunk,
     )
     rngs = nnx.Rngs(0)
-    project = functools.partial(model.make_projection, config, rngs=rngs)
+    project = functools.partial(transformer_lib.make_projection, config, rngs=rngs)
     mixer = _Given(config, project, rngs=rngs, layer=0)
     mixer.golden_rows = golden["rows"]
     qkv = jnp.stack([golden[name] for name in ("query", "key", "value")], axis=2)

@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    checkpoint,
-    decoding,
-    errors,
-    evaluation,
-    experiment,
-    generation,
-    metrics,
-    mixers,
-    model,
-    sharding,
-    trainer,
-)
+from memoryformer import errors, model, sharding
 from memoryformer.convert import export, runs
+from memoryformer.generation import sampler
+from memoryformer.generation import text as text_lib
+from memoryformer.model import losses, mixers
 from memoryformer.ops import attention
+from memoryformer.runs import metrics
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import evaluate_run, experiment
+from memoryformer.training import programs as programs_lib
+from memoryformer.training import step as step_lib
 
 PERFORMER = {
     "model.mixer": "performer",
@@ -33,8 +29,8 @@ def _gradients_at(steps, folder, **fields):
     """Gradient norms of the first batch's step, were it step `steps[i]`."""
     run = experiment.resolve(toy.run_config(folder, **fields))
     shards = sharding.make(run.mesh)
-    specs = trainer._check_fit(run, shards)
-    draw, _ = trainer.init_state(run, shards, specs)
+    specs = programs_lib.check_fit(run, shards)
+    draw, _ = programs_lib.init_state(run, shards, specs)
     tokens = np.random.default_rng(0).integers(0, toy.VOCAB, (8, 16), dtype=np.int32)
     ones = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32)[None], (8, 16)).copy()
@@ -46,7 +42,7 @@ def _gradients_at(steps, folder, **fields):
         "weights": ones.astype(np.float32),
     }
     with shards.activate():
-        step = trainer.make_train_step(run, shards, specs)
+        step = step_lib.make_train_step(run, shards, specs)
         return [
             float(step(_at(draw(), i), shards.put_batch(batch))[1]["grad_norm"])
             for i in steps
@@ -113,10 +109,10 @@ def performer_run(tmp_path_factory):
 def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
     """Mutation: `experiment.load` without `with_draw`, or `_evaluate` without features."""
     logged = [r["val/loss"] for r in metrics.read(performer_run) if "val/loss" in r][-1]
-    later = evaluation.evaluate_checkpoint(performer_run)
+    later = evaluate_run.evaluate_checkpoint(performer_run)
     config = toy.run_config(performer_run.parent, **PERFORMER)
     config.train.seed, config.train.num_steps, config.eval.batch_size = 7, 6, 4
-    given = evaluation.evaluate_checkpoint(performer_run, config=config)
+    given = evaluate_run.evaluate_checkpoint(performer_run, config=config)
     np.testing.assert_allclose(
         [later["val/loss"], given["val/loss"]], logged, rtol=1e-6
     )
@@ -125,7 +121,7 @@ def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
     stored = experiment.resolve(facts["config"]).model
     batch = toy.batch(stored, seq_len=16)
     nats = [
-        evaluation.batch_nats(m, params, batch, features)
+        losses.batch_nats(m, params, batch, features)
         for m, features in [
             (run.model, None),
             (stored, mixers.draw(stored, 3, 6)),  # what the last step was computed with
@@ -138,10 +134,10 @@ def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
 
 def test_generation_and_exports_have_the_features(performer_run, tmp_path):
     """Mutation: `open_run` or `export_run` with the stored config; `import_run` as well."""
-    generator, _, run = generation.open_run(performer_run)
-    _, params = checkpoint.load(performer_run)
+    generator, _, run = text_lib.open_run(performer_run)
+    _, params = run_steps.load(performer_run)
     prompt = np.arange(40, 50)[None]
-    sampling = decoding.SamplingConfig(max_tokens=1, temperature=0)
+    sampling = sampler.SamplingConfig(max_tokens=1, temperature=0)
     logits = model.forward(run.model, params, prompt)[0, -1]
     assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
     assert generator.model_config.performer_draw == 1
@@ -160,10 +156,10 @@ def test_seeds_share_a_program_and_no_features(tmp_path):
             toy.run_config(tmp_path, **PERFORMER, **{"train.seed": seed})
         )
         single = sharding.make(run.mesh)
-        made.append((run, trainer.hyperparams(run)))
+        made.append((run, step_lib.hyperparams(run)))
     run = made[0][0]
-    assert trainer.program(run) == trainer.program(made[1][0])
-    programs = trainer.programs(run, single)
+    assert programs_lib.program(run) == programs_lib.program(made[1][0])
+    programs = programs_lib.programs(run, single)
     state, batch = programs.draw(0), toy.batch(run.model, seq_len=16)
     norms = [
         float(programs.train_step(state, batch, h)[1]["grad_norm"]) for _, h in made
@@ -199,7 +195,7 @@ def test_fields_that_would_be_ignored_are_refused(fields, message):
 def test_a_cache_is_not_rounded_up_over_the_last_position():
     """Mutation: rounded up to 384, which the mixer refuses, though 283 fit in 300."""
     config = toy.model_config(mixer="cosformer", cosformer_max_len=300, seq_len=256)
-    generator = decoding.Generator(config, model.init(config))
+    generator = sampler.Generator(config, model.init(config))
     generator._init_state(1, 283)
     with pytest.raises(errors.ConfigError, match="but 301 tokens"):
         generator._init_state(1, 301)

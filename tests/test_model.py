@@ -11,9 +11,10 @@ import oracle
 import pytest
 import toy
 
-from memoryformer import diagnostics, mixers, model
+from memoryformer import model
 from memoryformer.errors import ConfigError
-from memoryformer.model import ModelConfig
+from memoryformer.evaluation import buckets
+from memoryformer.model import ModelConfig, mixers
 
 DATA = pathlib.Path(__file__).parent / "data"
 both_projections = pytest.mark.parametrize("projection", ["memory", "dense"])
@@ -402,7 +403,7 @@ def test_codes_of_every_memory_layer():
     """
     config = toy.model_config()
     params, batch = random_params(config), toy.batch(config, batch_size=3)
-    got = toy.quick_jit(functools.partial(diagnostics.codes, config))(params, batch)
+    got = toy.quick_jit(functools.partial(buckets.codes, config))(params, batch)
     assert {name.split(".", 2)[2] for name in got} == {
         "mixer.qkv",
         "ffn.up",

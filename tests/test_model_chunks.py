@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryformer import diagnostics, layers, model
+from memoryformer import model
+from memoryformer.evaluation import buckets
+from memoryformer.model import layers
 
 LENGTH = 23
 
@@ -64,6 +66,6 @@ def test_codes_are_recorded_all_the_same():
     config = _config("memory", 5)
     ones = jnp.ones((1, LENGTH), jnp.int32)
     batch = {"inputs": ones, "positions": ones, "segment_ids": ones}
-    codes = diagnostics.codes(config, model.init(config), batch)
+    codes = buckets.codes(config, model.init(config), batch)
     assert codes["blocks.0.ffn.up"].shape == (1, LENGTH, 4)
     assert layers._recorded.get() is None

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import abstract, experiment, sharding, trainer
+from memoryformer import sharding
+from memoryformer.dryrun import lowering
 from memoryformer.ops import random_features
+from memoryformer.training import experiment, programs
 
 
 @pytest.mark.parametrize("size", [1, 6, 64, 128])
@@ -59,7 +61,7 @@ def test_no_lapack_in_training(mixer, tmp_path):
     fields = {f"model.{name}": value for name, value in mixer.items()}
     run = experiment.resolve(toy.run_config(tmp_path, **fields))
     single = sharding.make(run.mesh)
-    draw = trainer.programs(run, single).draw.lower(0).as_text()
-    step = abstract.lower(abstract.trace(run, single)[1], single).as_text()
+    draw = programs.programs(run, single).draw.lower(0).as_text()
+    step = lowering.lower(lowering.trace(run, single)[1], single).as_text()
     for text in (draw, step):
         assert "lapack" not in text and "geqrf" not in text

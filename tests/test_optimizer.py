@@ -9,9 +9,11 @@ import optax
 import pytest
 import toy
 
-from memoryformer import mixers, model, optimizer
+from memoryformer import model
 from memoryformer.errors import ConfigError
-from memoryformer.optimizer import OptimizerConfig
+from memoryformer.model import mixers
+from memoryformer.training import optimizer
+from memoryformer.training.optimizer import OptimizerConfig
 
 PARAMS = {
     "embed": {"embedding": (5, 4)},

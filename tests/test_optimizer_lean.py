@@ -9,9 +9,10 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import model, optimizer
+from memoryformer import model
 from memoryformer.errors import ConfigError
-from memoryformer.optimizer import OptimizerConfig
+from memoryformer.training import optimizer
+from memoryformer.training.optimizer import OptimizerConfig
 
 LEAN = {"table_second_moment": "row", "table_moment_dtype": "bfloat16"}
 LEANEST = LEAN | {"table_dtype": "bfloat16", "table_rounding": "stochastic"}

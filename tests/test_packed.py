@@ -7,7 +7,9 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memoryformer.ops import hashing, lookup_native, packed
+from memoryformer.ops import hashing
+from memoryformer.ops.lookup import narrow as narrow_rows
+from memoryformer.ops.lookup import native as lookup_native
 
 needs_compiler = pytest.mark.skipif(
     not lookup_native.available(), reason="no C++ compiler"
@@ -56,8 +58,8 @@ def test_a_layer_in_one_call_equals_its_definition(score, instructions):
     learned = tuple(map(jnp.float32, trained)) if score == "learned" else None
     for i, shape in enumerate(SHAPES):
         x, tables, bias = layer(*shape, seed=i)
-        tables = packed.pack_tables(tables, "float32")
-        y = packed.memory_layer(x, tables, bias, score, 1.3, learned)
+        tables = narrow_rows.pack_tables(tables, "float32")
+        y = narrow_rows.memory_layer(x, tables, bias, score, 1.3, learned)
         wanted = expected_layer(x, tables.values, bias, score, 1.3, trained)
         assert error(y, wanted) < 2e-6, shape
 
@@ -78,8 +80,8 @@ def test_codes_are_the_references_bit_for_bit(code_bits, instructions):
     rows = np.zeros((3, 1 << code_bits, 3), np.float32)
     for k in range(3):
         rows[k, :, k] = np.arange(1 << code_bits)
-    tables = packed.pack_tables(rows, "float32")
-    read = packed.memory_layer(x, tables, None, "constant", 1.0)
+    tables = narrow_rows.pack_tables(rows, "float32")
+    read = narrow_rows.memory_layer(x, tables, None, "constant", 1.0)
     np.testing.assert_array_equal(np.asarray(read), np.asarray(codes, np.float32))
 
 
@@ -89,7 +91,7 @@ def test_extreme_scores():
     Red if exp's argument is not clamped."""
     values = [0, 1e-30, 1e-3, 20, 80, 88, 200, 1e30, np.inf, -np.inf, np.nan]
     x = np.repeat(np.array(values, np.float32)[:, None], 4, axis=1)
-    tables = packed.pack_tables(np.ones((1, 16, 1), np.float32), "float32")
+    tables = narrow_rows.pack_tables(np.ones((1, 16, 1), np.float32), "float32")
     for score, learned in (
         ("softmax", None),
         ("l1_softmax", None),
@@ -98,22 +100,22 @@ def test_extreme_scores():
         learned = learned and tuple(map(jnp.float32, learned))
         chunks = jnp.asarray(x)[:, None]
         wanted = hashing.scores(chunks, score, 1.0, learned)
-        got = packed.memory_layer(x, tables, None, score, 1.0, learned)
+        got = narrow_rows.memory_layer(x, tables, None, score, 1.0, learned)
         np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("kind", packed.MATRIX_KINDS)
+@pytest.mark.parametrize("kind", narrow_rows.MATRIX_KINDS)
 @pytest.mark.parametrize("width, outputs", [(64, 10), (100, 7), (5, 3), (300, 130)])
 def test_products_equal_their_stored_weights(width, outputs, kind):
     """Against float64 and the weights as stored, 1 to 9 vectors and more. Red if the last
     outputs, the last columns or the odd vectors are skipped, or nibbles swapped."""
     random = np.random.default_rng(0)
     matrix = random.standard_normal((width, outputs)).astype(np.float32)
-    stored = packed.pack_matrix(matrix, kind)
-    wide = np.asarray(packed.widen_matrix(stored), np.float64)
-    for count in (1, 3, 4, 9, packed.MAX_VECTORS + 1):
+    stored = narrow_rows.pack_matrix(matrix, kind)
+    wide = np.asarray(narrow_rows.widen_matrix(stored), np.float64)
+    for count in (1, 3, 4, 9, narrow_rows.MAX_VECTORS + 1):
         x = random.standard_normal((count, width)).astype(np.float32)
-        assert error(packed.product(x, stored), x.astype(np.float64) @ wide) < 2e-6
+        assert error(narrow_rows.product(x, stored), x.astype(np.float64) @ wide) < 2e-6
     bound = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}[kind]
     largest = np.abs(matrix).max(axis=0)
     assert (np.abs(wide - matrix) <= 1.0001 * bound * largest).all()
@@ -126,8 +128,8 @@ def test_int8_layers_err_no_more_than_their_rows_may():
     tables *= (
         np.random.default_rng(1).uniform(0.01, 10, (16, 256, 1)).astype(np.float32)
     )
-    stored = packed.pack_tables(tables, "int8")
-    y = packed.memory_layer(x, stored, bias, "l1_softmax", 1.0)
+    stored = narrow_rows.pack_tables(tables, "int8")
+    y = narrow_rows.memory_layer(x, stored, bias, "l1_softmax", 1.0)
     wanted = expected_layer(x, tables, bias, "l1_softmax")
     largest = np.repeat(np.abs(tables).max(-1, keepdims=True), 60, axis=-1)
     bound = expected_layer(x, largest / 254, 0, "l1_softmax")
@@ -138,12 +140,12 @@ def test_rows_of_zeros_and_packing_again():
     """Zeros stay zeros; what was rounded rounds to itself. Red if 0 is divided by 0."""
     tables = np.zeros((2, 4, 8), np.float32)
     tables[0, 1] = np.linspace(-3, 1, 8)
-    once = np.asarray(packed.widen_tables(packed.pack_tables(tables, "int8")))
+    once = np.asarray(narrow_rows.widen_tables(narrow_rows.pack_tables(tables, "int8")))
     assert not once[1].any() and np.isfinite(once).all()
-    twice = np.asarray(packed.widen_tables(packed.pack_tables(once, "int8")))
+    twice = np.asarray(narrow_rows.widen_tables(narrow_rows.pack_tables(once, "int8")))
     np.testing.assert_allclose(twice, once, rtol=1e-6)
-    matrix = packed.pack_matrix(np.zeros((64, 2), np.float32), "int4")
-    assert not np.asarray(packed.widen_matrix(matrix)).any()
+    matrix = narrow_rows.pack_matrix(np.zeros((64, 2), np.float32), "int4")
+    assert not np.asarray(narrow_rows.widen_matrix(matrix)).any()
 
 
 @needs_compiler
@@ -151,13 +153,13 @@ def test_nothing_depends_on_threads_or_batch():
     """Red if the vectors of four tokens are summed in another order than those of one."""
     random = np.random.default_rng(0)
     x = random.standard_normal((9, 192)).astype(np.float32)
-    for kind in packed.MATRIX_KINDS:
-        matrix = packed.pack_matrix(random.standard_normal((192, 50)), kind)
-        whole = np.asarray(packed.product(x, matrix))
+    for kind in narrow_rows.MATRIX_KINDS:
+        matrix = narrow_rows.pack_matrix(random.standard_normal((192, 50)), kind)
+        whole = np.asarray(narrow_rows.product(x, matrix))
         for num_threads in (1, 3):
             lookup_native.configure(num_threads=num_threads)
             for n in range(9):
-                alone = packed.product(x[n : n + 1], matrix)
+                alone = narrow_rows.product(x[n : n + 1], matrix)
                 np.testing.assert_array_equal(alone[0], whole[n])
 
 
@@ -165,12 +167,12 @@ def test_nothing_depends_on_threads_or_batch():
 def test_inside_jit_vmap_and_shard_map(monkeypatch):
     """Red if vmap_method is not 'sequential', or if only the first device's part is read."""
     x, tables, bias = layer(16, 6, 4, 40)
-    stored = packed.pack_tables(tables, "int8")
-    matrix = packed.pack_matrix(tables.reshape(24, -1)[:, :77], "int8")
+    stored = narrow_rows.pack_tables(tables, "int8")
+    matrix = narrow_rows.pack_matrix(tables.reshape(24, -1)[:, :77], "int8")
 
     def both(x):
-        y = packed.memory_layer(x, stored, bias, "softmax", 1.0)
-        return y, packed.product(x, matrix)
+        y = narrow_rows.memory_layer(x, stored, bias, "softmax", 1.0)
+        return y, narrow_rows.product(x, matrix)
 
     whole = both(x)
     mapped = jax.jit(jax.vmap(both))(x.reshape(4, 4, -1))
@@ -194,6 +196,6 @@ def test_huge_pages_change_no_value(dtype):
     before the border or the type is lost."""
     for size in (10, (5 << 20) + 3):
         array = np.arange(size).astype(np.uint8).astype(jnp.dtype(dtype))
-        got = packed.in_huge_pages(array)
+        got = narrow_rows.in_huge_pages(array)
         assert got.dtype == array.dtype
         np.testing.assert_array_equal(np.asarray(got), array)

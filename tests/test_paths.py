@@ -11,21 +11,15 @@ import pytest
 import toy
 from absl import flags
 
-from memoryformer import (
-    checkpoint,
-    compilation,
-    data,
-    errors,
-    experiment,
-    integrity,
-    leaves,
-    paths,
-    trainer,
-)
+from memoryformer import cli, data
 from memoryformer import config as config_lib
 from memoryformer.data import listing
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.files import paths
+from memoryformer.runs import checkpoint, manifest, state_spec
+from memoryformer.runs import steps as run_steps
 from memoryformer.sweep import points
+from memoryformer.training import compilation_cache, experiment, loop
 
 REFUSED = {
     "": "an empty path",
@@ -95,7 +89,7 @@ def test_checkpoints_come_back_from_odd_names(tmp_path, name):
     step, state = saved(tmp_path / name)
     assert step == 3
     np.testing.assert_array_equal(state["params"]["a"], STATE["params"]["a"])
-    params = checkpoint.load(tmp_path / name)[1]
+    params = run_steps.load(tmp_path / name)[1]
     np.testing.assert_array_equal(params["a"], STATE["params"]["a"])
 
 
@@ -108,7 +102,7 @@ def test_names_that_are_patterns_are_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="could not be read again"):
         saved(tmp_path / name)
     with pytest.raises(ConfigError, match="could not be read again"):
-        trainer.train(toy.run_config(tmp_path), tmp_path / name)
+        loop.train(toy.run_config(tmp_path), tmp_path / name)
     config = toy.config_file(tmp_path)
     config.write_text(config.read_text() + "\ndef sweep_one():\n    yield {}\n")
     with pytest.raises(ConfigError, match=r"--root=.*could not be read again"):
@@ -120,13 +114,13 @@ def test_a_step_counts_once_it_was_found_again(tmp_path, monkeypatch):
     """The path check passed over: Orbax takes `[x]` for a pattern and merges nothing.
 
     Every file is there, byte for byte, and the save fails all the same. Mutation: no
-    `leaves.read` in `_finalise`.
+    `runs.state_spec.read` in `_finalise`.
     """
     monkeypatch.setattr(paths, "workdir", lambda path: pathlib.Path(path))
     with pytest.raises(StorageError, match="cannot be read again"):
         saved(tmp_path / "[x]")
     (folder,) = glob.glob(glob.escape(str(tmp_path / "[x]")) + "/checkpoints/3")
-    assert not integrity.exists(pathlib.Path(folder))
+    assert not manifest.exists(pathlib.Path(folder))
 
 
 def test_a_leaf_of_every_kind_is_read(tmp_path):
@@ -138,7 +132,7 @@ def test_a_leaf_of_every_kind_is_read(tmp_path):
         "n": jnp.int32(1),
         "p": {"a": jnp.ones(9), "b": jnp.ones(2), "c": jnp.ones(())},
     }
-    found = leaves.samples(state)
+    found = state_spec.samples(state)
     assert found["n"].shape == () and found["p"]["b"].shape == (2,)
     kept = [x for x in jax.tree.leaves(found) if hasattr(x, "shape")]
     assert len(kept) == 2
@@ -185,7 +179,7 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
     """
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(compilation, "_chosen", None)
+    monkeypatch.setattr(compilation_cache, "_chosen", None)
     before = (
         jax.config.jax_enable_compilation_cache,
         jax.config.jax_compilation_cache_dir,
@@ -193,11 +187,11 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        assert "are not kept" in compilation.use_cache(compilation.DEFAULT)
+        assert "are not kept" in compilation_cache.use_cache(compilation_cache.DEFAULT)
         chosen = str(tmp_path / "file" / "x")
-        assert "Not a directory" in compilation.use_cache(chosen, required=False)
+        assert "Not a directory" in compilation_cache.use_cache(chosen, required=False)
         with pytest.raises(ConfigError):
-            compilation.use_cache(chosen)
+            compilation_cache.use_cache(chosen)
     finally:
         jax.config.update("jax_enable_compilation_cache", before[0])
         jax.config.update("jax_compilation_cache_dir", before[1])
@@ -205,7 +199,7 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
 
 def run(define, words, main=lambda argv: None):
     with pytest.raises(SystemExit) as ended:
-        errors.run_main(main, define, ["x", *words])
+        cli.run_main(main, define, ["x", *words])
     return ended.value.code or 0
 
 
@@ -219,8 +213,8 @@ def test_flags_of_paths_and_configs(tmp_path, monkeypatch, capsys):
     found = []
 
     def define():
-        paths.define_flag("output", "A file.")
-        config_lib.define_flag()
+        cli.define_path_flag("output", "A file.")
+        cli.define_config_flag()
 
     def note(argv):
         found.append((flags.FLAGS.output, flags.FLAGS.config.train.seed))
@@ -286,7 +280,7 @@ def test_who_owns_expansion():
 
     Mutation: `expanduser` anywhere else.
     """
-    root = pathlib.Path(paths.__file__).parent
+    root = pathlib.Path(paths.__file__).parents[1]
     found = [p for p in root.rglob("*.py") if "expanduser" in p.read_text("utf-8")]
     names = {os.path.relpath(p, root) for p in found}
-    assert names == {"paths.py", "ops/lookup_native.py"}
+    assert names == {"files/paths.py", "ops/lookup/native.py"}

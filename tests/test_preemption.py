@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from memoryformer import preemption
+from memoryformer.cluster import signals
 
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -16,9 +16,9 @@ def test_a_signal_is_heard_once(number):
 
     Mutations: SIGHUP left out; no `signal.signal` in `__exit__`.
     """
-    assert number in preemption.SIGNALS  # or it would end these tests
+    assert number in signals.SIGNALS  # or it would end these tests
     before = signal.getsignal(number)
-    with preemption.StopRequest() as stop:
+    with signals.StopRequest() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop and stop.name == number.name
@@ -29,7 +29,7 @@ def test_nohup_is_respected():
     """A signal that is ignored already stays so. Mutation: every signal heard."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with preemption.StopRequest() as stop:
+        with signals.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop
     finally:

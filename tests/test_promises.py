@@ -35,10 +35,10 @@ def no_steps(world):
 @pytest.mark.parametrize(
     ("mutation", "message"),
     [
-        ("no such name", "memoryformer.rundir.only_two is nowhere"),
+        ("no such name", "memoryformer.runs.directory.only_two is nowhere"),
         ("other parameters", "cannot stand for report(error"),
-        ("never called", "never called: memoryformer.spikes.is_spike"),
-        ("crashes by itself", "patch of memoryformer.errors.report: ZeroDivisionError"),
+        ("never called", "never called: memoryformer.training.spikes.is_spike"),
+        ("crashes by itself", "patch of memoryformer.cli.report: ZeroDivisionError"),
         ("crashes the program", "the program crashes: TypeError"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_catch_names_its_assertion(world):
     """
     caught = mutants.judge(world, no_steps, "errors_exit_0")
     assert caught.outcome == "caught" and "exit 0, not 2" in caught.message
-    assert caught.called == caught.bound == ["memoryformer.errors.report"]
+    assert caught.called == caught.bound == ["memoryformer.cli.report"]
     assert caught.where.startswith("test_promises.py:")
     assert caught.assertion.startswith("result = world.run(")
     unseen = mutants.judge(world, no_steps, "everything_is_free")

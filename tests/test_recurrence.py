@@ -10,16 +10,11 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import (
-    diagnostics,
-    errors,
-    generation,
-    mixers,
-    model,
-    recurrence,
-    sharding,
-)
+from memoryformer import errors, model, sharding
 from memoryformer.convert import gpt_neox, reference_reader, released
+from memoryformer.evaluation import buckets
+from memoryformer.generation import sampler
+from memoryformer.model import mixers, recurrence
 
 B, L, S = 4, 16, 4
 SEGMENTS = np.array(
@@ -246,7 +241,7 @@ def test_codes_are_those_of_tokens(kind, projection):
     """Red if the codes of memory tokens are counted, or lost in the loop."""
     case = _case(kind, projection)
     batch = {"inputs": TOKENS, "positions": POSITIONS, "segment_ids": SEGMENTS}
-    codes = diagnostics.codes(case.config, case.params, batch)
+    codes = buckets.codes(case.config, case.params, batch)
     assert bool(codes) == (projection == "memory")
     assert {c.shape[:2] for c in codes.values()} <= {(B, L)}
     assert ("blocks.0.mixer.qkv" in codes) == (projection == "memory")
@@ -259,9 +254,9 @@ def test_generation(kind, projection):
     Red if a padded prompt's chunks begin elsewhere than alone.
     """
     case = _case(kind, projection)
-    generator = generation.Generator(case.config, case.params)
+    generator = sampler.Generator(case.config, case.params)
     prompts = [[3, 1, 4, 1, 5, 9], [2, 7]]
-    sampling = generation.SamplingConfig(max_tokens=9, temperature=0.0)
+    sampling = sampler.SamplingConfig(max_tokens=9, temperature=0.0)
     streamed = list(generator.stream_batch(prompts, sampling))
     forward = toy.quick_jit(functools.partial(model.forward, case.config))
     for i, prompt in enumerate(prompts):

@@ -7,7 +7,8 @@ import jax
 import pytest
 import toy
 
-from memoryformer import accounting, metrics, model
+from memoryformer import accounting, model
+from memoryformer.runs import metrics
 
 
 @pytest.mark.parametrize(

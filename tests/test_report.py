@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from memoryformer import checkpoint, data, diagnostics, errors, model
+from memoryformer import data, errors, model
+from memoryformer.evaluation import buckets
 from memoryformer.report import pictures as report
+from memoryformer.runs import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +113,7 @@ def test_utilisation_figures_hold_the_counts():
     used, entropy, load, flips = report.layers_figure(counts).axes
     for panel in (used, entropy, load, flips):
         assert len(panel.containers) == 3  # one per layer of a block
-    use = [diagnostics.utilisation(counts[f"blocks.{b}.ffn.up"]) for b in range(2)]
+    use = [buckets.utilisation(counts[f"blocks.{b}.ffn.up"]) for b in range(2)]
     drawn = np.asarray(entropy.containers[1].lines[0].get_ydata(), float)
     np.testing.assert_allclose(drawn, [np.mean(u.entropy) for u in use])
 
@@ -149,7 +151,7 @@ def test_utilisation_command(tmp_path, capsys):
         assert plt.imread(path).std() > 0.05  # not a blank page
     batches = list(dataset.validation.eval_batches(32, 256))
     config = model.ModelConfig.from_config(run_config["model"])
-    expected = diagnostics.summary(diagnostics.collect(config, params, batches))
+    expected = buckets.summary(buckets.collect(config, params, batches))
     header, *lines = summary.splitlines()
     assert header.split() == ["layer", "used", "entropy", "max/mean", "flip"]
     assert len(lines) == 2 * 3

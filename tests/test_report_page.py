@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import drift, experiment, metrics, outcome
 from memoryformer.errors import DataError, StorageError
 from memoryformer.report import page, studies, svg
-from memoryformer.sweep import files, points, tables
+from memoryformer.runs import compatibility, metrics, outcome
+from memoryformer.sweep import files, points, statistics
+from memoryformer.training import experiment
 
 SWEEPS = """
 
@@ -28,7 +29,7 @@ def sweep_seed():
 def write_run(workdir, run, offset):
     """What training leaves: a config and rows, the last ones at known values."""
     workdir.mkdir(parents=True)
-    config = drift.plain(experiment.as_dict(run))
+    config = compatibility.plain(experiment.as_dict(run))
     (workdir / "config.json").write_text(json.dumps(config))
     rows = []
     for step in range(1, 21):
@@ -234,7 +235,7 @@ def test_only_done_runs_count(tmp_path):
     [summary] = study.summaries(studies.BITS)
     assert (summary.count, summary.mean) == (2, pytest.approx(2.0))
     assert summary.deviation == pytest.approx(0.2 / 2**0.5)
-    assert "| base | 2 | 2.0000 ± 0.14 | baseline | |" in tables.collect(made)
+    assert "| base | 2 | 2.0000 ± 0.14 | baseline | |" in statistics.collect(made)
     text = page.render([study])
     assert cells(text)[1][1:3] == ["2", "2.0000 ± 0.14"]
     label = next(iter(study.variants))

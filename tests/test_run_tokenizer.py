@@ -10,24 +10,20 @@ import pytest
 import tokenizers
 import toy
 
-from memoryformer import (
-    checkpoint,
-    data,
-    evaluation,
-    experiment,
-    generation,
-    integrity,
-    metrics,
-    run_tokenizer,
-    rundir,
-    trainer,
-)
+from memoryformer import data
 from memoryformer.convert import export, gpt_neox, runs
+from memoryformer.data import run_tokenizer
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.generation import sampler
+from memoryformer.generation import text as text_lib
 from memoryformer.report import pictures
+from memoryformer.runs import directory, metrics
+from memoryformer.runs import manifest as manifest_lib
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import evaluate_run, experiment, loop
 
-GREEDY = generation.SamplingConfig(max_tokens=12, temperature=0.0)
+GREEDY = sampler.SamplingConfig(max_tokens=12, temperature=0.0)
 PYTHIA = {  # what the GPT-NeoX format can hold
     "model.projection": "dense",
     "model.norm": "layernorm",
@@ -42,8 +38,8 @@ PYTHIA = {  # what the GPT-NeoX format can hold
 
 def text(workdir):
     """Greedy text of a run, and its tokenizer."""
-    generator, tokenizer, _ = generation.open_run(workdir)
-    (reply,) = generation.complete(generator, tokenizer, ["def return"], GREEDY)
+    generator, tokenizer, _ = text_lib.open_run(workdir)
+    (reply,) = text_lib.complete(generator, tokenizer, ["def return"], GREEDY)
     return reply.text, tokenizer
 
 
@@ -55,7 +51,7 @@ def grown(tmp_path_factory):
     shutil.copytree(folder / "corpus", folder / "first")
     values = PYTHIA | {"data.tokenizer": "bpe:300", "train.num_steps": 5}
     config = toy.run_config(folder, **values)
-    trainer.train(config, folder / "run")
+    loop.train(config, folder / "run")
     before = text(folder / "run")[0]
     for i in range(60):
         lines = [f"SELECT id FROM table_{i} WHERE key={j};\n" for j in range(20)]
@@ -81,9 +77,9 @@ def make_old(workdir):
     """Turn a run into one of before runs kept their tokenizer."""
     (workdir / "tokenizer.json").unlink()
     for step in (workdir / "checkpoints").glob("*/MANIFEST"):
-        manifest = integrity._read(step.parent)
+        manifest = manifest_lib._read(step.parent)
         del manifest["facts"]["tokenizer"]
-        integrity._seal(step, manifest)
+        manifest_lib._seal(step, manifest)
 
 
 def test_it_is_written_and_its_hash_is_in_every_manifest(grown):
@@ -96,7 +92,7 @@ def test_it_is_written_and_its_hash_is_in_every_manifest(grown):
     told = {"sha256": made.fingerprint, "end_token": "<eot>"}
     steps = [int(p.name) for p in (run / "checkpoints").iterdir() if p.is_dir()]
     assert steps
-    assert all(checkpoint.facts(run, step)["tokenizer"] == told for step in steps)
+    assert all(run_steps.facts(run, step)["tokenizer"] == told for step in steps)
     now = data.open(experiment.resolve(config).data).tokenizer
     assert now.fingerprint != made.fingerprint  # or nothing here can fail
 
@@ -104,25 +100,25 @@ def test_it_is_written_and_its_hash_is_in_every_manifest(grown):
 def test_a_grown_corpus_changes_nothing(grown, tmp_path, monkeypatch):
     """Text, evaluation, pictures and exports are those of before.
 
-    Mutations: `data.open(run.data)` in `generation.open_run`, `runs.export_run`,
+    Mutations: `data.open(run.data)` in `generation.text.open_run`, `runs.export_run`,
     `pictures._collect` or `evaluate_checkpoint`.
     """
     run, config, before = grown
     assert text(run)[0] == before
     runs.export_run(run, tmp_path / "out")
-    generator, tokenizer = generation.open_export(str(tmp_path / "out"))
-    (reply,) = generation.complete(generator, tokenizer, ["def return"], GREEDY)
+    generator, tokenizer = text_lib.open_export(str(tmp_path / "out"))
+    (reply,) = text_lib.complete(generator, tokenizer, ["def return"], GREEDY)
     assert reply.text == before
     trained = data.find(
-        experiment.resolve(config).data, checkpoint.facts(run)["data_fingerprint"]
+        experiment.resolve(config).data, run_steps.facts(run)["data_fingerprint"]
     )
-    result = evaluation.evaluate_checkpoint(run)
+    result = evaluate_run.evaluate_checkpoint(run)
     assert result["val/bytes"] == trained.manifest["splits"]["validation"]["bytes"]
     assert result["data_fingerprint"] == trained.fingerprint
     rows = [row for row in metrics.read(run) if "val/loss" in row]
     assert rows[-1]["val/tokens"] <= result["val/tokens"]
     looked_at = lambda config, params, batches: next(batches)["inputs"]  # noqa: E731
-    monkeypatch.setattr(pictures.diagnostics, "collect", looked_at)
+    monkeypatch.setattr(pictures.buckets, "collect", looked_at)
     first = trained.validation.eval_batches(16, 512).batch(0)["inputs"]
     np.testing.assert_array_equal(pictures._collect(run, 100), first)
 
@@ -153,8 +149,8 @@ def test_another_tokenizer_in_its_place_is_refused(alone, tmp_path):
     run, _ = alone
     runs.export_run(run, tmp_path / "out")
     for folder, read in (
-        (run, lambda: generation.open_run(run)),
-        (tmp_path / "out", lambda: generation.open_export(str(tmp_path / "out"))),
+        (run, lambda: text_lib.open_run(run)),
+        (tmp_path / "out", lambda: text_lib.open_export(str(tmp_path / "out"))),
     ):
         path = folder / "tokenizer.json"
         whole = path.read_text()
@@ -170,7 +166,7 @@ def test_another_tokenizer_in_its_place_is_refused(alone, tmp_path):
         read()
     (run / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer.json: is missing; put it back"):
-        generation.open_run(run)
+        text_lib.open_run(run)
 
 
 def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
@@ -187,9 +183,9 @@ def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
     (run.parent / "cache").rename(away)
     try:
         for read in (
-            lambda: generation.open_run(old),
+            lambda: text_lib.open_run(old),
             lambda: runs.export_run(old, tmp_path / "out"),
-            lambda: evaluation.evaluate_checkpoint(old),
+            lambda: evaluate_run.evaluate_checkpoint(old),
         ):
             with pytest.raises(DataError, match="has fingerprint"):
                 read()
@@ -202,32 +198,32 @@ def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
 def test_going_on_compares_the_tokenizer_by_content(grown, tmp_path):
     """Another is refused whatever is allowed; the same one under another path goes on.
 
-    Mutations: `drift.check_tokenizer` left out; `data.tokenizer` no longer a field that names nothing;
+    Mutations: `runs.compatibility.check_tokenizer` left out; `data.tokenizer` no longer a field that names nothing;
     `run_tokenizer.check` left out of the loop.
     """
     run, config, before = grown
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     with pytest.raises(ConfigError, match="was trained with the tokenizer") as caught:
-        trainer.train(config, copy, allow=["*"])
+        loop.train(config, copy, allow=["*"])
     assert "\n" not in str(caught.value)
     moved = config.copy_and_resolve_references()
     moved.data.path = str(run.parent / "first")
     moved.data.tokenizer = str(copy / "tokenizer.json")
-    trainer.train(moved, copy)
+    loop.train(moved, copy)
     assert text(copy)[0] == before
     (tmp_path / "fresh").mkdir()
     tokenizer_lib.byte_level().save(tmp_path / "fresh" / "tokenizer.json")
     with pytest.raises(ConfigError, match="not the tokenizer of this run"):
-        trainer.train(moved, tmp_path / "fresh")
+        loop.train(moved, tmp_path / "fresh")
     assert not (tmp_path / "fresh" / "config.json").exists()
     gone = experiment.resolve(moved).data
     gone = dataclasses.replace(gone, tokenizer=str(tmp_path / "gone.json"))
     assert run_tokenizer.located(gone, copy).tokenizer == str(copy / "tokenizer.json")
     named = dataclasses.replace(gone, tokenizer=str(run / "tokenizer.json"))
     assert run_tokenizer.located(named, copy) is named
-    evaluation.check_same_model(
-        checkpoint.facts(run)["config"], experiment.resolve(moved)
+    evaluate_run.check_same_model(
+        run_steps.facts(run)["config"], experiment.resolve(moved)
     )
 
 
@@ -258,15 +254,15 @@ def test_what_lies_in_the_folder_is_not_written_over(tmp_path):
 
 @pytest.mark.parametrize("config", [{"format": "memoryformer"}, {"model_type": "x"}])
 def test_no_run_begins_in_the_folder_of_another_model(tmp_path, config):
-    """Mutation: `rundir.refuse_foreign` not called by `train`."""
+    """Mutation: `runs.directory.refuse_foreign` not called by `train`."""
     (tmp_path / "export").mkdir()
     path = tmp_path / "export" / "config.json"
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="of another model"):
-        trainer.train(toy.run_config(tmp_path), tmp_path / "export")
+        loop.train(toy.run_config(tmp_path), tmp_path / "export")
     assert [p.name for p in path.parent.iterdir()] == ["config.json"]
     path.write_text("[]")
-    rundir.refuse_foreign(path.parent)  # a run's own, damaged: it writes it anew
+    directory.refuse_foreign(path.parent)  # a run's own, damaged: it writes it anew
 
 
 def prefix_space(path, texts):
@@ -303,7 +299,7 @@ def test_bits_per_byte_are_of_the_text(tmp_path):
         "eval.num_batches": 0,
     }
     config = toy.run_config(tmp_path, **PYTHIA | values)
-    trained = trainer.train(config, tmp_path / "run")
+    trained = loop.train(config, tmp_path / "run")
     split = data.open(experiment.resolve(config).data).manifest["splits"]["validation"]
     assert split["token_bytes"] == split["bytes"] + split["documents"]
     assert trained["val/bytes"] == split["bytes"]
@@ -311,7 +307,7 @@ def test_bits_per_byte_are_of_the_text(tmp_path):
     bits = nats / math.log(2) / split["bytes"]
     assert trained["val/bits_per_byte"] == pytest.approx(bits, rel=1e-12)
     (tmp_path / "tokenizer.json").unlink()
-    result = evaluation.evaluate_checkpoint(tmp_path / "run")
+    result = evaluate_run.evaluate_checkpoint(tmp_path / "run")
     assert result["val/bytes"] == split["bytes"]
     assert text(tmp_path / "run")[1].end_token == "<fin>"
     runs.export_run(tmp_path / "run", tmp_path / "out")
@@ -339,12 +335,12 @@ def test_transformers_gives_our_greedy_text(grown, tmp_path):
     runs.export_run(run, tmp_path / "out", form="gpt_neox")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenize = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    generator, ours, _ = generation.open_run(run)
+    generator, ours, _ = text_lib.open_run(run)
     assert len(tokenize) == ours.vocab_size == 300
     for config in (theirs.config, theirs.generation_config):
         assert config.eos_token_id == config.bos_token_id == ours.eot_id
     assert tokenize.eos_token_id == tokenize.bos_token_id == ours.eot_id
-    replies = generation.complete(generator, ours, PROMPTS, GREEDY)
+    replies = text_lib.complete(generator, ours, PROMPTS, GREEDY)
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         ids = tokenize(prompt, return_tensors="pt")
         assert ids["input_ids"][0].tolist() == [ours.eot_id, *ours.encode(prompt)]

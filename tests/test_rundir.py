@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from memoryformer import outcome, rundir
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.runs import directory, outcome
 
 HOLD = (
     "import sys, time\n"
-    "from memoryformer import rundir\n"
-    "with rundir.only_one(sys.argv[1]):\n"
+    "from memoryformer.runs import directory\n"
+    "with directory.only_one(sys.argv[1]):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
 )
@@ -33,14 +33,14 @@ def test_the_second_is_told_who_the_first_is(tmp_path):
         assert first.stdout.readline() == "held\n"
         wanted = rf"--workdir={workdir}: process {first.pid} on .* trains there"
         with pytest.raises(StorageError, match=wanted) as caught:
-            with rundir.only_one(workdir):
+            with directory.only_one(workdir):
                 pytest.fail("two at once")
         assert "\n" not in str(caught.value) and caught.value.exit_code == 45
     finally:
         first.kill()
         first.communicate()
-    with rundir.only_one(workdir):
-        assert (workdir / rundir.LOCK).read_text().startswith(f"{os.getpid()} on ")
+    with directory.only_one(workdir):
+        assert (workdir / directory.LOCK).read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_patience(tmp_path):
@@ -48,13 +48,13 @@ def test_patience(tmp_path):
 
     Mutation: ask once, whatever the deadline.
     """
-    with rundir.only_one(tmp_path):
+    with directory.only_one(tmp_path):
         began = time.monotonic()
         with pytest.raises(StorageError):
-            with rundir.only_one(tmp_path, patience=0.5):
+            with directory.only_one(tmp_path, patience=0.5):
                 pytest.fail("two at once")
         assert time.monotonic() - began >= 0.5
-    with rundir.only_one(tmp_path, patience=0.5):
+    with directory.only_one(tmp_path, patience=0.5):
         pass
 
 
@@ -64,10 +64,10 @@ def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
 
     def flock(*unused):
         tried.append(unused)
-        raise OSError(rundir.errno.ENOLCK, "No locks available")
+        raise OSError(directory.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(rundir.fcntl, "flock", flock)
-    with rundir.only_one(tmp_path), rundir.only_one(tmp_path):
+    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    with directory.only_one(tmp_path), directory.only_one(tmp_path):
         assert len(tried) == 2
 
 
@@ -76,10 +76,10 @@ def test_a_file_in_the_way(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(StorageError, match=f"--workdir={file}: cannot be used"):
-        with rundir.only_one(file):
+        with directory.only_one(file):
             pass
     with pytest.raises(StorageError, match="cannot be written"):
-        rundir.write_json(file / "config.json", {})
+        directory.write_json(file / "config.json", {})
     with pytest.raises(StorageError, match="cannot be removed"):
         with outcome.recorded(file):
             pass
@@ -92,16 +92,16 @@ def test_json_files_appear_whole(tmp_path, monkeypatch):
     Mutation: write in place.
     """
     path = tmp_path / "sub" / "config.json"
-    rundir.write_json(path, {"a": 1}, indent=2)
+    directory.write_json(path, {"a": 1}, indent=2)
 
     def replace(*unused):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, "replace", replace)
+    monkeypatch.setattr(directory.os, "replace", replace)
     with pytest.raises(
         StorageError, match=r"config.json: cannot be written: .*No space"
     ):
-        rundir.write_json(path, {"a": 2})
+        directory.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -130,9 +130,9 @@ def test_what_is_read_is_no_output(tmp_path):
     refused += ["model/tokenizer.json", "model/metrics.jsonl", "model/outcome.json"]
     for name in refused:
         with pytest.raises(ConfigError, match=r"--output=.* would be written over"):
-            rundir.check_output(tmp_path / name, [prompts], [model])
+            directory.check_output(tmp_path / name, [prompts], [model])
     for name in ("new.jsonl", "model/results.json", "config.json"):
-        rundir.check_output(tmp_path / name, [prompts], [model])
+        directory.check_output(tmp_path / name, [prompts], [model])
 
 
 def test_files_of_one_stem_do_not_share_a_temporary(tmp_path, monkeypatch):
@@ -141,11 +141,11 @@ def test_files_of_one_stem_do_not_share_a_temporary(tmp_path, monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(a), replace(a, b)))
     for name in ("a.json", "a.txt"):
-        rundir.write_json(tmp_path / name, {})
+        directory.write_json(tmp_path / name, {})
     assert [path.name for path in moved] == [
         f".{name}.{os.getpid()}.tmp" for name in ("a.json", "a.txt")
     ]
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28)))
     with pytest.raises(StorageError):
-        rundir.write_json(tmp_path / "b.json", {})
+        directory.write_json(tmp_path / "b.json", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.txt"]

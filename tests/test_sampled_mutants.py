@@ -87,7 +87,9 @@ def test_a_draw_depends_on_its_seed_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(sampled_mutants, "OUTPUT", tmp_path)
 
     def drawn(seed, count):
-        return sampled_mutants.Session(seed, count, ("losses", "spikes")).drawn
+        return sampled_mutants.Session(
+            seed, count, ("model/losses", "training/spikes")
+        ).drawn
 
     assert drawn(1, 5) == drawn(1, 9)[:5] and len(drawn(1, 9)) == 9
     assert drawn(1, 5) != drawn(2, 5)

@@ -15,7 +15,10 @@ import toy
 
 from memoryformer import model
 from memoryformer.convert import reference_reader, trees
-from memoryformer.ops import hashing, lookup, lookup_gpu, lookup_native, packed
+from memoryformer.ops import hashing, lookup
+from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import narrow as narrow_rows
+from memoryformer.ops.lookup import native as lookup_native
 
 TEMPERATURE = 0.8
 BETA, GAMMA = 1.3, 0.7
@@ -69,8 +72,8 @@ def by_gpu_kernel(x, tables, kind, learned):
 
 def packed_as(kind_of_table):
     def compute(x, tables, kind, learned):
-        stored = packed.pack_tables(tables, kind_of_table)
-        return packed.memory_layer(x, stored, None, kind, TEMPERATURE, learned)
+        stored = narrow_rows.pack_tables(tables, kind_of_table)
+        return narrow_rows.memory_layer(x, stored, None, kind, TEMPERATURE, learned)
 
     return compute
 
@@ -162,13 +165,14 @@ def test_the_gradient_is_the_formulas(kind):
 
 def test_a_made_up_score_trains_and_is_read_alike():
     """A whole model of a score that only `SCORES` knows: layers, packed weights, counting."""
-    from memoryformer import accounting, inference
+    from memoryformer import accounting
+    from memoryformer.model import narrow as narrow_lib
 
     config = toy.model_config("memory", score="learned_square", num_layers=1)
     params = model.init(config)
     tokens = np.arange(12, dtype=np.int32)[None] % config.vocab_size
     want = model.forward(config, params, tokens)
-    narrow = inference.prepare(config, params, inference.WeightKinds())
+    narrow = narrow_lib.prepare(config, params, narrow_lib.WeightKinds())
     np.testing.assert_allclose(
         model.forward(config, narrow, tokens), want, rtol=2e-4, atol=2e-5
     )

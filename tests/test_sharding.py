@@ -11,8 +11,12 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import evaluation, experiment, mixers, model, sharding, trainer
+from memoryformer import model, sharding
 from memoryformer.errors import ConfigError
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.model import mixers
+from memoryformer.training import experiment, programs
+from memoryformer.training import step as step_lib
 
 STEPS = 20
 B, L = 16, 16
@@ -109,8 +113,8 @@ class Results(NamedTuple):
     """
 
     own: list[float]  # losses of its own run of 20 steps
-    state: trainer.TrainState  # after them, where it lies
-    states: list[trainer.TrainState]  # on the way, of one device
+    state: step_lib.TrainState  # after them, where it lies
+    states: list[step_lib.TrainState]  # on the way, of one device
     losses: list[float]  # of one step from each of one device's states
     norms: list[float]  # of those steps' gradients
     last: list[
@@ -124,17 +128,17 @@ def results(name, mesh, microbatches=1):
     """Run a model on a mesh: its `Results`."""
     run = run_of(name, microbatches)
     made = sharding.make(mesh, striped=mixers.takes_any_order(run.model))
-    specs = trainer._check_fit(run, made)
+    specs = programs.check_fit(run, made)
     one_device = (mesh, microbatches) == ("single", 1)
     own, losses, norms, states = [], [], [], []
     with made.activate():
-        _, abstract = trainer.init_state(run, made, specs)
-        state = place(trainer.new_state(run, initial_params(name)), abstract)
+        _, abstract = programs.init_state(run, made, specs)
+        state = place(step_lib.new_state(run, initial_params(name)), abstract)
         batches = [
             made.put_batch(toy.batch(run.model, seed, B, L))
             for seed in range(STEPS + 2)
         ]
-        step = trainer.make_train_step(run, made, specs).lower(state, batches[0])
+        step = step_lib.make_train_step(run, made, specs).lower(state, batches[0])
         options = {"xla_llvm_disable_expensive_passes": True}
         step = step.compile(compiler_options=options)
         for batch in batches[:STEPS]:
@@ -148,8 +152,8 @@ def results(name, mesh, microbatches=1):
             losses.append(float(values["nats"] / values["weight"]))
             norms.append(float(values["grad_norm"]))
         # A fresh optimizer's momentum is (1 - b1) times the clipped gradient.
-        fresh = place(trainer.new_state(run, states[-1].params), abstract)
-        eval_step, last = evaluation.make_eval_step(run.model, made), []
+        fresh = place(step_lib.new_state(run, states[-1].params), abstract)
+        eval_step, last = loss_lib.make_eval_step(run.model, made), []
         for batch in batches[STEPS:]:
             after, values = step(fresh, batch)
             nats = np.asarray(eval_step(fresh.params, batch))
@@ -250,9 +254,9 @@ def test_first_state_does_not_depend_on_the_mesh():
     run, drawn = run_of("memory"), []
     for mesh in ("single", "fsdp_tensor:model=2"):
         made = sharding.make(mesh)
-        specs = trainer._check_fit(run, made)
+        specs = programs.check_fit(run, made)
         with made.activate():
-            draw, abstract = trainer.init_state(run, made, specs)
+            draw, abstract = programs.init_state(run, made, specs)
             state = draw()
         for x, a in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
             assert (x.shape, x.dtype) == (a.shape, a.dtype)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer import spikes
+from memoryformer.training import spikes
 
 
 def filled(values, window=4):

@@ -18,10 +18,11 @@ import pytest
 import toy
 from absl import flags
 
-from memoryformer import config as config_lib
-from memoryformer import drift, errors, experiment, metrics, outcome
+from memoryformer import cli
 from memoryformer.errors import ConfigError, NumericError, Preempted
-from memoryformer.sweep import best, commands, files, points, runner, tables, worker
+from memoryformer.runs import compatibility, metrics, outcome
+from memoryformer.sweep import best, commands, files, points, runner, statistics, worker
+from memoryformer.training import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 SWEEPS = '''
@@ -84,7 +85,7 @@ def expand(folder, *names, argument="", root="", **base):
 
 def train(point):
     """Train one point in this process."""
-    config = drift.plain(experiment.as_dict(point.run))
+    config = compatibility.plain(experiment.as_dict(point.run))
     return worker.train(config, str(point.workdir), {})
 
 
@@ -168,8 +169,8 @@ def as_read(argv):
     """The config that a command makes of a command line."""
     found = []
     with pytest.raises(SystemExit) as ended:
-        errors.run_main(
-            lambda argv: found.append(flags.FLAGS.config), config_lib.define_flag, argv
+        cli.run_main(
+            lambda argv: found.append(flags.FLAGS.config), cli.define_config_flag, argv
         )
     assert not ended.value.code
     return found[0]
@@ -202,7 +203,7 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
 def test_check_builds_every_point(folder, capsys):
     """Sizes in its table; a point that does not fit its mesh is named; nothing is written.
 
-    Mutation: `check` without `trainer.programs`.
+    Mutation: `check` without `training.programs.programs`.
     """
     sweep = expand(folder, "rate", "seed", root="/nowhere")
     commands.check(sweep, commands.Options())
@@ -219,7 +220,7 @@ def test_twelve_points_compile_once(folder, tmp_path):
     """Learning rate x seed in one process: the first point compiles, the others nothing.
     And each is what it would be alone, to the bit.
 
-    Mutations: `dataclasses.replace(run.train, seed=0)` left out of `trainer.program`;
+    Mutations: `dataclasses.replace(run.train, seed=0)` left out of `training.programs.program`;
     `hyper` not passed to the step.
     """
     short = {"train.num_steps": 4, "eval.every_steps": 0, "checkpoint.every_steps": 0}
@@ -228,7 +229,7 @@ def test_twelve_points_compile_once(folder, tmp_path):
         json.dumps(
             {
                 "index": point.index,
-                "config": drift.plain(experiment.as_dict(point.run)),
+                "config": compatibility.plain(experiment.as_dict(point.run)),
                 "workdir": str(point.workdir),
             }
         )
@@ -466,7 +467,7 @@ def test_collect(folder, tmp_path):
     sweep = expand(folder, "width", "seed", argument="memory", root=tmp_path)
     values = [2.0, 2.1, 2.2, 1.5, 1.6, 1.4]
     fake_results(sweep, values)
-    text = tables.collect(sweep)
+    text = statistics.collect(sweep)
     assert "6 of 6 points are done" in text
     assert "| memory16 | 3 | 2.1000 ± 0.1 | baseline | |" in text
     error = 0.1 * np.sqrt(2 / 3)
@@ -477,10 +478,10 @@ def test_collect(folder, tmp_path):
     assert [float(row["val/loss"]) for row in rows] == values
     assert rows[4]["variant"] == "memory32" and rows[4]["train.seed"] == "1"
     assert rows[0]["tokens"] == str(20 * 8 * 16)
-    turned = tables.collect(sweep, "memory32")
+    turned = statistics.collect(sweep, "memory32")
     assert "| +0.6 ±" in turned and "| higher |" in turned
     with pytest.raises(ConfigError, match="known: memory16, memory32"):
-        tables.collect(sweep, "memory64")
+        statistics.collect(sweep, "memory64")
 
 
 def test_each_side_at_its_own_best(folder, tmp_path, capsys):
@@ -533,9 +534,9 @@ def test_each_side_at_its_own_best(folder, tmp_path, capsys):
 )
 def test_verdicts(ours, theirs, verdict):
     """Mutation: NOISE = 0."""
-    summaries = [tables.summarise("a", ours), tables.summarise("b", theirs)]
-    pooled = tables.pooled_deviation(summaries)
-    assert tables.difference(*summaries, pooled).verdict == verdict
+    summaries = [statistics.summarise("a", ours), statistics.summarise("b", theirs)]
+    pooled = statistics.pooled_deviation(summaries)
+    assert statistics.difference(*summaries, pooled).verdict == verdict
 
 
 LABELS = """

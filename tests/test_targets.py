@@ -13,10 +13,15 @@ import jax
 import pytest
 
 from memoryformer import config as config_lib
-from memoryformer import dryrun, experiment, targets
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.dryrun import report as dryrun_report
+from memoryformer.training import experiment
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-OTHERS = {"listops", "studies"}  # no train step of `trainer`'s; sweeps over several
+OTHERS = {
+    "listops",
+    "studies",
+}  # no train step of `training.loop`'s; sweeps over several
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
@@ -38,10 +43,13 @@ def test_every_config_states_its_target(path):
     """... which its batch and its tables divide over. Mutation: a line left out."""
     target, overrides = stated(path)
     run = experiment.resolve(config_lib.load(str(path), **overrides))
-    count = targets.parse(target).num_devices
-    place = dryrun.abstract.device_sharding(run, range(count))
-    state = dryrun.abstract.state(run, place)
-    assert dryrun.abstract.device_bytes(state) < targets.parse(target).chip.memory_bytes
+    count = targets_lib.parse(target).num_devices
+    place = dryrun_report.lowering.device_sharding(run, range(count))
+    state = dryrun_report.lowering.state(run, place)
+    assert (
+        dryrun_report.lowering.device_bytes(state)
+        < targets_lib.parse(target).chip.memory_bytes
+    )
     assert jax.tree.leaves(state)
 
 
@@ -55,7 +63,7 @@ def test_shipped_configs_compile_for_their_target(path):
     """
     target, overrides = stated(path)
     run = experiment.resolve(config_lib.load(str(path), **overrides))
-    report = dryrun.examine(run, target)
+    report = dryrun_report.examine(run, target)
     print(f"\n{path.stem}: {target}, {report.verdict}, {report.seconds}")
     assert report.verdict.startswith("fits: "), report.warnings
 
@@ -74,16 +82,16 @@ def test_chips_are_known_by_what_jax_calls_them():
         "TPU v6 lite": "v6e",
     }
     for kind, name in kinds.items():
-        assert targets.chip_of(kind) is targets.CHIPS[name], kind
+        assert targets_lib.chip_of(kind) is targets_lib.CHIPS[name], kind
     for kind in ("cpu", "NVIDIA H100 PCIe", "TPU v2"):  # others have other figures
-        assert targets.chip_of(kind) is None
-    assert targets.parse("h100:16").num_devices == 16
+        assert targets_lib.chip_of(kind) is None
+    assert targets_lib.parse("h100:16").num_devices == 16
 
 
-@pytest.mark.parametrize("name", [n for n, c in targets.CHIPS.items() if c.gpu])
+@pytest.mark.parametrize("name", [n for n, c in targets_lib.CHIPS.items() if c.gpu])
 def test_a_gpu_as_xla_reads_it(name):
     """Every figure of the chip, under the name that XLA has for it."""
-    chip, text = targets.CHIPS[name], targets.gpu_description(name)
+    chip, text = targets_lib.CHIPS[name], targets_lib.gpu_description(name)
     assert f"device_memory_size: {chip.memory_bytes}\n" in text
     assert f"l2_cache_size: {chip.gpu.l2_bytes}\n" in text
     major, minor = str(chip.capability).split(".")

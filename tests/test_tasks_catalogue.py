@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from memoryformer import errors
-from memoryformer.tasks import catalogue
+from memoryformer.harness import task_files
 
 ROW = {"goal": "one\u2028two\x0b\x85\x0c\rthree", "sol1": "é", "sol2": "😀", "label": 0}
 
@@ -24,11 +24,11 @@ def test_rows_of_a_folder(tmp_path, name):
     text = json.dumps(ROW, ensure_ascii=False)
     data = b"\xef\xbb\xbf" + f"{text}\r\n\n{text}".encode()
     (tmp_path / name).write_bytes(data)
-    assert catalogue.local_rows("piqa", str(tmp_path)) == {"test": [ROW, ROW]}
-    assert catalogue.local_rows("wsc", str(tmp_path)) == {}
+    assert task_files.local_rows("piqa", str(tmp_path)) == {"test": [ROW, ROW]}
+    assert task_files.local_rows("wsc", str(tmp_path)) == {}
     (tmp_path / "piqa.train.jsonl").write_text(text)
-    assert catalogue.local_rows("piqa", str(tmp_path))["train"] == [ROW]
-    assert catalogue.local_rows("piqa", "") == {}
+    assert task_files.local_rows("piqa", str(tmp_path))["train"] == [ROW]
+    assert task_files.local_rows("piqa", "") == {}
 
 
 @pytest.mark.parametrize("name", ["piqa.jsonl.gz", "piqa.json.XZ"])
@@ -36,14 +36,14 @@ def test_rows_of_a_compressed_file(tmp_path, name):
     """Red when it is passed over, and the published rows are downloaded instead."""
     pack = gzip.compress if name.endswith("gz") else lzma.compress
     (tmp_path / name).write_bytes(pack(json.dumps(ROW).encode()))
-    assert catalogue.local_rows("piqa", str(tmp_path)) == {"test": [ROW]}
+    assert task_files.local_rows("piqa", str(tmp_path)) == {"test": [ROW]}
 
 
 def test_examples_alone_are_no_task(tmp_path):
     """Red when they are left out without a word."""
     (tmp_path / "piqa.train.jsonl").write_text(json.dumps(ROW))
     with pytest.raises(errors.DataError, match=r"piqa.train.jsonl without piqa.jsonl"):
-        catalogue.local_rows("piqa", str(tmp_path))
+        task_files.local_rows("piqa", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_rows_that_cannot_be_read(tmp_path, content, message):
     """Red when one ends in a traceback, or is left out."""
     (tmp_path / "piqa.jsonl").write_bytes(content)
     with pytest.raises(errors.DataError, match=message) as caught:
-        catalogue.local_rows("piqa", str(tmp_path))
+        task_files.local_rows("piqa", str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_two_files_of_one_task(tmp_path):
     for name in ("piqa.jsonl", "piqa.ndjson"):
         (tmp_path / name).write_text(json.dumps(ROW))
     with pytest.raises(errors.DataError, match=r"piqa\.jsonl, piqa\.ndjson"):
-        catalogue.local_rows("piqa", str(tmp_path))
+        task_files.local_rows("piqa", str(tmp_path))
 
 
 def test_rows_of_two_kinds(tmp_path):
@@ -80,7 +80,7 @@ def test_rows_of_two_kinds(tmp_path):
     pytest.importorskip("datasets", reason="needs lm-eval's datasets")
     rows = {"test": [ROW, ROW | {"label": ["x"]}]}
     with pytest.raises(errors.DataError, match="piqa: its rows differ in kind"):
-        catalogue.with_rows({"task": "piqa"}, rows)
+        task_files.with_rows({"task": "piqa"}, rows)
 
 
 def test_logiqa_from_its_text_files(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_logiqa_from_its_text_files(tmp_path, monkeypatch):
         "\nb\nOne.Two.\nWhich?\nA.First.\nB.Second\nC Third\nD.Fourth\n\n"
         "d\nThree\nWho?\nA.1\nB.2\nC.3\nD.4\n"
     )
-    rows = catalogue.parse_logiqa(text)
+    rows = task_files.parse_logiqa(text)
     assert rows[0] == {
         "label": "b",
         "context": "One. Two.",
@@ -101,19 +101,19 @@ def test_logiqa_from_its_text_files(tmp_path, monkeypatch):
     }
     assert [row["label"] for row in rows] == ["b", "d"]
     with pytest.raises(errors.DataError, match="block 0"):
-        catalogue.parse_logiqa("b\nx\ny\nA.1\nB.2\nC.3")
+        task_files.parse_logiqa("b\nx\ny\nA.1\nB.2\nC.3")
 
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "Test.txt").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     url = (tmp_path / "source").as_uri() + "/"
-    monkeypatch.setitem(catalogue.LOGIQA_FILES, "test", ("Test.txt", digest))
+    monkeypatch.setitem(task_files.LOGIQA_FILES, "test", ("Test.txt", digest))
     cache = tmp_path / "cache"
-    assert catalogue.logiqa_rows(cache, url=url)["test"] == rows
+    assert task_files.logiqa_rows(cache, url=url)["test"] == rows
     (tmp_path / "source" / "Test.txt").unlink()
-    assert catalogue.logiqa_rows(cache, url=url)["test"] == rows
+    assert task_files.logiqa_rows(cache, url=url)["test"] == rows
     (cache / "Test.txt").write_text("other")
     with pytest.raises(errors.DataError, match="SHA-256"):
-        catalogue.logiqa_rows(cache, url=url)
+        task_files.logiqa_rows(cache, url=url)
     with pytest.raises(errors.DataError, match="could not be fetched"):
-        catalogue.logiqa_rows(tmp_path / "empty", url=url)
+        task_files.logiqa_rows(tmp_path / "empty", url=url)

@@ -7,7 +7,7 @@ import pytest
 
 from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.tasks import encoding
+from memoryformer.harness import encoding
 
 WORDS = "the quick brown fox jumps over lazy dogs naïve Ωμέγα 日本語 😀".split()
 MAX_LENGTH = 24

@@ -13,18 +13,14 @@ import numpy as np
 import pytest
 from known_model import SPACE, E, Z, known_model
 
-from memoryformer import (
-    convert,
-    errors,
-    evaluation,
-    experiment,
-    model,
-    sharding,
-    tasks,
-)
+from memoryformer import convert, errors, model, sharding
 from memoryformer import data as data_lib
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.tasks import catalogue, scoring
+from memoryformer.evaluation import loss as loss_lib
+from memoryformer.harness import scoring, task_files
+from memoryformer.harness import tasks as tasks_lib
+from memoryformer.model import params as params_lib
+from memoryformer.training import experiment
 
 needs_harness = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"),
@@ -124,7 +120,7 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     continuations are cut at another place, or when a choice is read from another column.
     """
     config, params, tokenizer = known_model()
-    result = tasks.evaluate(
+    result = tasks_lib.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=64
     )
     for name, (acc, acc_norm) in EXPECTED.items():
@@ -144,9 +140,9 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     assert settings["compilations"] <= 6 and settings["harness"] == "0.4.13"
     json.dumps(result)
 
-    text = tasks.table(result)
+    text = tasks_lib.table(result)
     assert "piqa" in text and "0.750+-0.250" in text and "MF-tiny" in text
-    again = tasks.evaluate(
+    again = tasks_lib.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=1
     )
     assert again["tasks"] == result["tasks"]
@@ -164,7 +160,7 @@ def test_few_shot_limit_and_bos(rows_path):
             return super().encode(text)
 
     spy = Spy(json.dumps(tokenizer.spec), "bytes")
-    result = tasks.evaluate(
+    result = tasks_lib.evaluate(
         config,
         params,
         spy,
@@ -189,18 +185,18 @@ def test_bos_rule_and_long_contexts():
     """
     from lm_eval.api import instance
 
-    from memoryformer import generation
-    from memoryformer.tasks import harness
+    from memoryformer.generation import sampler
+    from memoryformer.harness import adapter as adapter_lib
 
     config, params, tokenizer = known_model()
     scorer = scoring.Scorer(config, params)
     sent = []
     original = scorer.score
     scorer.score = lambda windows: (sent.extend(windows), original(windows))[1]
-    generator = generation.Generator(config, params)
+    generator = sampler.Generator(config, params)
 
     def loglikelihood(context, continuation, **kwargs):
-        adapter = harness.HarnessModel(scorer, generator, tokenizer, **kwargs)
+        adapter = adapter_lib.HarnessModel(scorer, generator, tokenizer, **kwargs)
         request = instance.Instance("loglikelihood", {}, (context, continuation), 0)
         return adapter.loglikelihood([request], disable_tqdm=True)[0]
 
@@ -224,12 +220,12 @@ def test_generate_until_stops_at_the_stop_string():
     """
     from lm_eval.api import instance
 
-    from memoryformer import generation
-    from memoryformer.tasks import harness
+    from memoryformer.generation import sampler
+    from memoryformer.harness import adapter as adapter_lib
 
     config, params, tokenizer = known_model()
-    adapter = harness.HarnessModel(
-        scoring.Scorer(config, params), generation.Generator(config, params), tokenizer
+    adapter = adapter_lib.HarnessModel(
+        scoring.Scorer(config, params), sampler.Generator(config, params), tokenizer
     )
 
     def generate(context, **options):
@@ -250,11 +246,11 @@ def test_repeats_of_a_request_are_drawn_apart():
     """
     from lm_eval.api import instance
 
-    from memoryformer import generation
-    from memoryformer.tasks import harness
+    from memoryformer.generation import sampler
+    from memoryformer.harness import adapter as adapter_lib
 
     config, params, tokenizer = known_model()
-    generator = generation.Generator(config, params)
+    generator = sampler.Generator(config, params)
     sizes = []
     original = generator.stream_batch
     generator.stream_batch = lambda prompts, sampling: (
@@ -268,7 +264,7 @@ def test_repeats_of_a_request_are_drawn_apart():
 
     def generate(batch_size):
         scorer = scoring.Scorer(config, params, batch_size=batch_size)
-        adapter = harness.HarnessModel(scorer, generator, tokenizer)
+        adapter = adapter_lib.HarnessModel(scorer, generator, tokenizer)
         return adapter.generate_until(requests)
 
     texts = generate(4)
@@ -288,8 +284,8 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
     """
     from lm_eval.api import instance
 
-    from memoryformer import generation
-    from memoryformer.tasks import harness
+    from memoryformer.generation import sampler
+    from memoryformer.harness import adapter as adapter_lib
 
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefgh ij"))
@@ -320,8 +316,8 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
     params = model.init(run.model, 3)
     place = sharding.make("single")
     batches = dataset.validation.eval_batches(48, 4)
-    ours = evaluation.evaluate(
-        evaluation.make_eval_step(run.model, place),
+    ours = loss_lib.evaluate(
+        loss_lib.make_eval_step(run.model, place),
         params,
         batches,
         dataset.tokenizer.token_bytes,
@@ -329,8 +325,8 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
     )
 
     scorer = scoring.Scorer(run.model, params)
-    generator = generation.Generator(run.model, params)
-    adapter = harness.HarnessModel(scorer, generator, dataset.tokenizer)
+    generator = sampler.Generator(run.model, params)
+    adapter = adapter_lib.HarnessModel(scorer, generator, dataset.tokenizer)
     strings = [bytes(d).decode() for d in documents]
     requests = [
         instance.Instance("loglikelihood_rolling", {}, (s,), i)
@@ -367,7 +363,7 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
         'doc_to_target: "{{page}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n"
     )
-    result = tasks.evaluate(
+    result = tasks_lib.evaluate(
         run.model, params, dataset.tokenizer, "mine", tasks_path=str(folder)
     )
     bits = -sum(plain) / math.log(2) / (47 * len(documents))
@@ -393,12 +389,12 @@ def test_long_text_is_scored_token_by_token_once(tmp_path):
     """
     from lm_eval.api import instance
 
-    from memoryformer import generation
-    from memoryformer.tasks import harness
+    from memoryformer.generation import sampler
+    from memoryformer.harness import adapter as adapter_lib
 
     config, params, tokenizer = known_model()
-    adapter = harness.HarnessModel(
-        scoring.Scorer(config, params), generation.Generator(config, params), tokenizer
+    adapter = adapter_lib.HarnessModel(
+        scoring.Scorer(config, params), sampler.Generator(config, params), tokenizer
     )
     text = "ez " * 700  # per period: e after a space, z after e, space after z
     request = instance.Instance("loglikelihood_rolling", {}, (text,), 0)
@@ -416,11 +412,11 @@ def test_mistakes_are_refused_in_one_line(tmp_path):
         (dict(tasks="piqa", tasks_path=str(tmp_path / "no")), "no such folder"),
     ):
         with pytest.raises(errors.ConfigError, match=message) as caught:
-            tasks.evaluate(config, params, tokenizer, **arguments)
+            tasks_lib.evaluate(config, params, tokenizer, **arguments)
         assert "\n" not in str(caught.value)
     (tmp_path / "piqa.jsonl").write_text("{")
     with pytest.raises(errors.DataError, match=r"piqa\.jsonl"):
-        tasks.evaluate(config, params, tokenizer, "piqa", tasks_path=str(tmp_path))
+        tasks_lib.evaluate(config, params, tokenizer, "piqa", tasks_path=str(tmp_path))
 
 
 @needs_harness
@@ -456,16 +452,16 @@ def test_eval_py_on_an_exported_model(rows_path, tmp_path):
     )
     assert found["tasks"]["logiqa"]["acc"] == 0.5
     assert found["checkpoint"]["step"] == 7
-    assert found["checkpoint"]["model_fingerprint"] == evaluation.fingerprint(params)
+    assert found["checkpoint"]["model_fingerprint"] == params_lib.fingerprint(params)
     assert "Pythia-70M" in done.stderr
 
 
 @needs_harness
 def test_versions_are_pinned(monkeypatch):
     """Red when another version of a task is evaluated without a word."""
-    monkeypatch.setitem(catalogue.TASKS, "piqa", ("piqa/piqa.yaml", 2.0))
+    monkeypatch.setitem(task_files.TASKS, "piqa", ("piqa/piqa.yaml", 2.0))
     with pytest.raises(errors.ConfigError, match=r"version 1\.0, pinned is 2\.0"):
-        catalogue.task_config("piqa")
+        task_files.task_config("piqa")
 
 
 def test_without_the_harness_the_message_says_what_to_install(monkeypatch):
@@ -475,6 +471,6 @@ def test_without_the_harness_the_message_says_what_to_install(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tasks.importlib.metadata, "version", absent)
+    monkeypatch.setattr(tasks_lib.importlib.metadata, "version", absent)
     with pytest.raises(errors.ConfigError, match=r"requirements-eval\.txt"):
-        tasks._import_harness()
+        tasks_lib._import_harness()

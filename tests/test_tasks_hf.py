@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from memoryformer import convert, errors, generation, model
+from memoryformer import convert, errors, model
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.data import vocabulary
-from memoryformer.tasks import scoring
+from memoryformer.generation import sampler
+from memoryformer.harness import scoring
 
 REQUESTS = 300  # of every kind
 SEQ_LEN = 40
@@ -33,7 +34,7 @@ def adapters(tmp_path_factory):
     pytest.importorskip("lm_eval", reason="needs lm-eval")
     from lm_eval.models import huggingface
 
-    from memoryformer.tasks import harness
+    from memoryformer.harness import adapter as adapter_lib
 
     torch.set_num_threads(1)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -62,9 +63,9 @@ def adapters(tmp_path_factory):
     params = jax.tree.map(np.asarray, model.init(config, 1))
     folder = tmp_path_factory.mktemp("neox")
     convert.save_gpt_neox(folder, config, params)
-    ours = harness.HarnessModel(
+    ours = adapter_lib.HarnessModel(
         scoring.Scorer(config, params, devices=jax.local_devices()[:1]),
-        generation.Generator(config, params),
+        sampler.Generator(config, params),
         tokenizer,
     )
     backend = transformers.PreTrainedTokenizerFast(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memoryformer import errors
-from memoryformer.tasks import catalogue, output, summary
+from memoryformer.harness import output, summary, task_files
 
 RESULTS = {
     "results": {
@@ -110,7 +110,7 @@ def test_the_papers_six_stand_beside_published_figures():
     """Figures in acc's rows only; the average where all six have one."""
     six = {
         name: {"acc": 0.5 + i / 100, "documents": 9}
-        for i, name in enumerate(catalogue.TASKS)
+        for i, name in enumerate(task_files.TASKS)
     }
     six["piqa"]["acc_norm"] = 0.75
     assert summary.average(six) == pytest.approx(0.525)
@@ -121,10 +121,10 @@ def test_the_papers_six_stand_beside_published_figures():
         tuple(line.split()[:2]): line.split()
         for line in summary.table(result).splitlines()
     }
-    figures = [f"{row[0]:.3f}" for row in catalogue.FIGURES.values()]
+    figures = [f"{row[0]:.3f}" for row in task_files.FIGURES.values()]
     assert rows["piqa", "acc"][4:] == figures
     assert rows["acc_norm", "0.750"] == ["acc_norm", "0.750"]
-    mean = np.mean(catalogue.FIGURES["MF-tiny"])
+    mean = np.mean(task_files.FIGURES["MF-tiny"])
     assert rows["average", "acc"][3] == f"{mean:.3f}"
 
 
@@ -167,7 +167,7 @@ def test_where_no_file_can_be_written(tmp_path):
     rows = tmp_path / "piqa.jsonl"
     rows.write_text("{}")
     (tmp_path / "own.yaml").write_text("task: own")
-    files = catalogue.files_read(["piqa"], str(tmp_path))
+    files = task_files.files_read(["piqa"], str(tmp_path))
     assert [path.name for path in files] == ["piqa.jsonl", "own.yaml"]
     for path in (*files, tmp_path / "config.json"):
         with pytest.raises(errors.ConfigError, match="would be written over"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from memoryformer import errors, model
-from memoryformer.tasks import scoring
+from memoryformer.harness import scoring
 
 SEQ_LEN = 48
 

@@ -5,8 +5,10 @@ import json
 import pytest
 from known_model import known_model
 
-from memoryformer import errors, inference, tasks
-from memoryformer.tasks import summary
+from memoryformer import errors
+from memoryformer.harness import summary
+from memoryformer.harness import tasks as tasks_lib
+from memoryformer.model import narrow
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 
@@ -47,7 +49,7 @@ def define(folder, name, text, rows="rows.jsonl", **fields):
 
 
 def evaluate(folder, names, **options):
-    return tasks.evaluate(*known_model(), names, tasks_path=str(folder), **options)
+    return tasks_lib.evaluate(*known_model(), names, tasks_path=str(folder), **options)
 
 
 def test_groups_tags_filters_and_texts(folder):
@@ -83,7 +85,7 @@ def test_groups_tags_filters_and_texts(folder):
     assert found["text"]["exact_match,whole"] == pytest.approx(2 / 3)
     assert found["text"]["exact_match,pair"] == pytest.approx(1 / 3)
     assert result["average"] is None and result["notes"] == {}
-    shown = tasks.table(result).splitlines()
+    shown = tasks_lib.table(result).splitlines()
     for name, metric, value in (
         ("both", "acc", "0.600"),
         ("text", "exact_match,whole", "0.667"),
@@ -104,7 +106,7 @@ def test_a_task_that_does_not_say_how_much_to_generate(folder):
     define(folder, "long", TEXT, generation_kwargs={"until": ["."]})
     result = evaluate(folder, "long")
     assert result["notes"] == {"long": {"replies shortened": 2, "prompts cut": 1}}
-    assert "note: long: 2 replies shortened, 1 prompts cut" in tasks.table(result)
+    assert "note: long: 2 replies shortened, 1 prompts cut" in tasks_lib.table(result)
 
 
 def test_what_was_scored_is_kept_before_anything_is_made_of_it(folder, monkeypatch):
@@ -200,7 +202,7 @@ def test_a_fault_of_ours_is_not_the_tasks(folder, monkeypatch):
     def broken(self, windows):
         raise ValueError("ours")
 
-    monkeypatch.setattr("memoryformer.tasks.scoring.Scorer.score", broken)
+    monkeypatch.setattr("memoryformer.harness.scoring.Scorer.score", broken)
     with pytest.raises(ValueError, match=r"^ours$") as caught:
         evaluate(folder, "three")
     assert not isinstance(caught.value, errors.MemoryFormerError)
@@ -215,13 +217,13 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
     path = str(folder)
 
     def bits(params, **options):
-        result = tasks.evaluate(
+        result = tasks_lib.evaluate(
             config, params, tokenizer, "page", tasks_path=path, **options
         )
         return result["tasks"]["page"]["bits_per_byte"], result
 
-    kinds = inference.WeightKinds(head="int4")
-    rounded = inference.round_weights(config, params, kinds)
+    kinds = narrow.WeightKinds(head="int4")
+    rounded = narrow.round_weights(config, params, kinds)
     value, result = bits(params, kinds=kinds)
     assert value == bits(rounded)[0] != bits(params)[0]
     assert result["weights"]["head"] == "int4"
@@ -245,4 +247,4 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
 def test_options_out_of_range(options, message):
     """Red when one reaches the harness."""
     with pytest.raises(errors.ConfigError, match=message):
-        tasks.evaluate(*known_model(), **({"tasks": "piqa"} | options))
+        tasks_lib.evaluate(*known_model(), **({"tasks": "piqa"} | options))

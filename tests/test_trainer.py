@@ -13,19 +13,13 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import (
-    checkpoint,
-    data,
-    experiment,
-    integrity,
-    metrics,
-    outcome,
-    preemption,
-    rundir,
-    sharding,
-    trainer,
-)
+from memoryformer import data, sharding
+from memoryformer.cluster import signals
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
+from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment, programs
+from memoryformer.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, KEYS = 20, {"train/loss", "train/grad_norm", "train/learning_rate"}
@@ -51,8 +45,8 @@ def whole_state(workdir, **fields):
     """Every leaf of the newest checkpoint, restored as the trainer does."""
     run = experiment.resolve(toy.run_config(workdir.parent, **fields))
     made = sharding.make("single")
-    _, abstract = trainer.init_state(run, made, trainer._check_fit(run, made))
-    facts = checkpoint.facts(workdir)
+    _, abstract = programs.init_state(run, made, programs.check_fit(run, made))
+    facts = run_steps.facts(workdir)
     with checkpoint.Checkpointer(
         workdir,
         run.checkpoint,
@@ -103,8 +97,8 @@ def test_what_a_run_writes(straight):
     assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
     # A CPU has no peak to compare with, and does not tell how much memory it took.
     assert not any({"train/mfu", "train/memory_bytes"} & row.keys() for row in train)
-    names = sorted(p.name for p in (straight / checkpoint.FOLDER).iterdir())
-    assert names == ["15", "20", integrity.LEDGER]
+    names = sorted(p.name for p in (straight / run_steps.FOLDER).iterdir())
+    assert names == ["15", "20", manifest.LEDGER]
 
 
 def test_straight_equals_restarted(folder, straight, monkeypatch):
@@ -114,7 +108,7 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
     restored; rows of the first part written twice.
     """
     asked = []
-    original = trainer.make_train_step
+    original = step_lib.make_train_step
 
     def counting(*arguments):
         step = original(*arguments)
@@ -127,7 +121,7 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(trainer, "make_train_step", counting)
+    monkeypatch.setattr(step_lib, "make_train_step", counting)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as caught:
         toy.trained(folder, "restarted")
@@ -160,10 +154,10 @@ def test_another_config_is_refused(folder, straight):
 def test_one_run_in_a_directory(folder, straight):
     """The second is refused before it touches anything of the first.
 
-    Mutations: no `rundir.only_one` in `train`; or inside `outcome.recorded`.
+    Mutations: no `runs.directory.only_one` in `train`; or inside `outcome.recorded`.
     """
     before = rows(straight)
-    with rundir.only_one(straight):
+    with directory.only_one(straight):
         with pytest.raises(StorageError, match=f"process {os.getpid()} on .* trains"):
             toy.trained(folder, "straight", **{"train.num_steps": 21})
     assert rows(straight) == before and outcome.read(straight) == {"state": "done"}
@@ -255,12 +249,14 @@ def test_stop_request():
 
     Mutation: `__exit__` restores nothing.
     """
-    before = [signal.getsignal(s) for s in preemption.SIGNALS]
-    with preemption.StopRequest() as stop:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
+    before = [signal.getsignal(s) for s in signals.SIGNALS]
+    with signals.StopRequest() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)
         assert stop and stop.name == "SIGINT"
-    assert [signal.getsignal(s) for s in preemption.SIGNALS] == before
+    assert [signal.getsignal(s) for s in signals.SIGNALS] == before
+    signal.signal(signal.SIGINT, ours)
 
 
 def test_sigterm_from_outside(folder, straight):
@@ -291,7 +287,7 @@ def test_sigterm_from_outside(folder, straight):
     assert process.wait(timeout=120) == 42
     lines = process.stderr.read().strip().splitlines()
     assert lines[-1].startswith("error: SIGTERM: stopped after step")
-    assert 0 < checkpoint.facts(workdir)["step"] < STEPS
+    assert 0 < run_steps.facts(workdir)["step"] < STEPS
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -7,9 +7,13 @@ import jax
 import pytest
 import toy
 
-from memoryformer import accounting, experiment, metrics, targets, training_log
+from memoryformer import accounting
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.runs import metrics
+from memoryformer.training import experiment
+from memoryformer.training import log as training_log
 
-CHIP = dataclasses.replace(targets.CHIPS["h200"], matrix_flops=1e12)
+CHIP = dataclasses.replace(targets_lib.CHIPS["h200"], matrix_flops=1e12)
 GIB = 2**30
 
 
@@ -25,7 +29,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setattr(jax, "local_devices", lambda *_: [device])
     monkeypatch.setattr(
-        targets, "chip_of", lambda kind: CHIP if kind == "Some GPU" else None
+        targets_lib, "chip_of", lambda kind: CHIP if kind == "Some GPU" else None
     )
     run = experiment.resolve(toy.run_config(tmp_path, **{"train.log_every": 2}))
     writer = types.SimpleNamespace(write=lambda step, row: rows.append(row))
@@ -74,7 +78,7 @@ def test_mfu_memory_and_wall(world):
 def test_nothing_is_said_of_an_unknown_device(world, monkeypatch, tmp_path):
     """As of a CPU: no MFU against a peak that is not known, no memory that is not told."""
     run, _, seconds, rows, lines = world
-    monkeypatch.setattr(targets, "chip_of", lambda kind: None)
+    monkeypatch.setattr(targets_lib, "chip_of", lambda kind: None)
     cpu = types.SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda *_: [cpu])
     writer = types.SimpleNamespace(write=lambda step, row: rows.append(row))

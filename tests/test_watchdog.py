@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from memoryformer import watchdog
+from memoryformer.cluster import watchdog
 
 
 @pytest.fixture

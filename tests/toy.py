@@ -7,8 +7,8 @@ import random
 import jax
 import numpy as np
 
-from memoryformer import experiment, trainer
 from memoryformer.model import ModelConfig
+from memoryformer.training import experiment, loop
 
 VOCAB = 264  # bytes and the end of text, padded to divide over 8 devices
 WORDS = "def return table hash code row score layer in for if else (x): self +=".split()
@@ -147,5 +147,5 @@ def trained(folder: pathlib.Path, name="run", **fields) -> pathlib.Path:
     if not (folder / "corpus").exists():
         corpus(folder / "corpus")
     workdir = folder / name
-    trainer.train(run_config(folder, **fields), workdir)
+    loop.train(run_config(folder, **fields), workdir)
     return workdir

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import toy
 from runner import Runner
 
-from memoryformer import checkpoint, integrity, leaves, metrics
+from memoryformer.runs import manifest, metrics, state_spec
+from memoryformer.runs import steps as run_steps
 
 FIELDS = {
     "train.num_steps": 12,
@@ -115,7 +116,7 @@ class World:
         shutil.copytree(self.straight, workdir)
         for step in steps(workdir):
             if step > until:
-                shutil.rmtree(workdir / checkpoint.FOLDER / str(step))
+                shutil.rmtree(workdir / run_steps.FOLDER / str(step))
         return workdir
 
     def until_4(self) -> pathlib.Path:
@@ -162,17 +163,17 @@ def rows(workdir):
 
 def steps(workdir):
     """Finished steps on disk."""
-    folder = workdir / checkpoint.FOLDER
+    folder = workdir / run_steps.FOLDER
     named = (p for p in folder.glob("*") if p.name.isdecimal())
-    return sorted(int(p.name) for p in named if integrity.exists(p))
+    return sorted(int(p.name) for p in named if manifest.exists(p))
 
 
 def state(workdir, step=12):
     """Every leaf of a checkpoint by path: parameters, optimizer, step, history."""
-    target = workdir / checkpoint.FOLDER / str(step)
-    described = integrity.verify(target)["leaves"]
+    target = workdir / run_steps.FOLDER / str(step)
+    described = manifest.verify(target)["leaves"]
     roots = {path[0] for path, _, _ in described if len(path) > 1}
-    abstract = {k: v for r in roots for k, v in leaves.nested(described, r).items()}
+    abstract = {k: v for r in roots for k, v in state_spec.nested(described, r).items()}
     args = jax.tree.map(
         lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), abstract
     )

@@ -3,8 +3,8 @@
     memory layer    K tables of 2^tau rows, F wide:   K (tau + F) multiply-adds per token   (below Eq. 11)
     dense layer     D x F:                            D F multiply-adds per token           (Eq. 1)
     softmax mixer   scores and weighted values:       2 L^2 D multiply-adds per sequence    (section 2.4)
-    other mixers    mixer_costs.py                    linear in L
-    a memory        recurrence_costs.py               beside the blocks, which mix over chunks
+    other mixers    accounting/mixers.py                    linear in L
+    a memory        accounting/recurrence.py               beside the blocks, which mix over chunks
 
 Two conventions. The paper calls one multiply-add one FLOP: every `multiply_adds` here.
 The plain convention counts the multiplication and the addition: every `flops` here is
@@ -21,14 +21,13 @@ Start at `count`.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from memoryformer import config as config_lib
-from memoryformer import errors, mixer_costs, recurrence_costs
+from memoryformer import errors
+from memoryformer.accounting import mixers as mixer_costs
+from memoryformer.accounting import recurrence as recurrence_costs
 from memoryformer.ops import hashing
 
 PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
@@ -342,32 +341,3 @@ def table(accounting: Accounting) -> str:
     return "\n".join(
         f"{name:<36}{value:>22,}  {unit}".rstrip() for name, value, unit in rows
     )
-
-
-def define_flags() -> None:
-    """Define the flags of the command."""
-    config_lib.define_flag()
-    flags.DEFINE_bool("json", False, "Print JSON.")
-    flags.DEFINE_integer("value_bytes", 2, "Bytes of a stored value.", lower_bound=1)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
-
-
-def _run(argv: Sequence[str]) -> None:
-    """Print what the model of `--config` costs."""
-    errors.check_arguments(argv, config=flags.FLAGS.config)
-    section = flags.FLAGS.config.get("model")
-    if section is None:
-        raise errors.ConfigError("config.model: missing; the config has no model.")
-    accounting = count(section, value_bytes=flags.FLAGS.value_bytes)
-    if flags.FLAGS.json:
-        print(json.dumps(dataclasses.asdict(accounting), indent=2))
-    else:
-        print(table(accounting))
-
-
-if __name__ == "__main__":
-    main()

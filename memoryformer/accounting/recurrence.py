@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memoryformer import mixer_costs
+from memoryformer.accounting import mixers as mixer_costs
 
 Shape = Any  # an `accounting.Shape`
 Layer = Any  # an `accounting.Layer`

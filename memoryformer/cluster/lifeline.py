@@ -2,7 +2,7 @@
 
 When a process is lost JAX raises something, waits for 100 s or aborts with a page of C++,
 depending on the backend and on who was lost. Here every process keeps a connection to
-process 0 (those of the roll call in `distributed`). Who ends says so, with the exit code. A
+process 0 (those of the roll call in `roll_call`). Who ends says so, with the exit code. A
 connection that closes without that word is a lost process: all others end at once, with one
 line and exit code 43 (start again). After an error in one process all end with its code.
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import jax
 
+from memoryformer.cluster.lifeline import Lifeline, Peer
 from memoryformer.errors import ConfigError, HangError
-from memoryformer.lifeline import Lifeline, Peer
 
 _LONGEST = 1_000_000  # seconds, of what a socket takes for a time limit
 _READY, _REFUSED = "all are here", "not all are here: "

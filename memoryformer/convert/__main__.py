@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from memoryformer import cli, errors
 from memoryformer import config as config_lib
-from memoryformer import errors, paths
+from memoryformer.files import paths
 
 # Which flags each command looks at.
 _COMMANDS = {
@@ -29,7 +30,7 @@ _FLAGS = ("config", "tables", "step", "to", "revision", "end_token", "released_c
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    config_lib.define_flag()
+    cli.define_config_flag()
     flags.DEFINE_string("tables", "float32", "How tables are stored.")
     flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     flags.DEFINE_string("to", "safetensors", "The format to export to.")
@@ -37,14 +38,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "end_token", "", "What ends a document; '': what SOURCE's files say."
     )
-    paths.define_flag(
+    cli.define_path_flag(
         "released_config", "The yml of a released checkpoint that carries none."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv):
@@ -94,11 +95,11 @@ def _run(argv):
 
 def _refuse_unused_flags(command, origin):
     unused = [name for name in _FLAGS if name not in _COMMANDS[command]]
-    errors.refuse_flags(unused, f"{command} does not look at it; leave it out")
+    cli.refuse_flags(unused, f"{command} does not look at it; leave it out")
     if flags.FLAGS.to != "safetensors":
-        errors.refuse_flags(["tables"], "only --to=safetensors stores tables narrower")
+        cli.refuse_flags(["tables"], "only --to=safetensors stores tables narrower")
     if not origin.startswith("hub:"):
-        errors.refuse_flags(["revision"], "is of a hub repository: FROM=hub:owner/name")
+        cli.refuse_flags(["revision"], "is of a hub repository: FROM=hub:owner/name")
 
 
 def _tokenizer(command, directory):
@@ -115,7 +116,7 @@ def _tokenizer(command, directory):
         raise type(error)(message.replace("data.end_token", "--end_token")) from error
     if tokenizer is None:
         reason = f"{directory} holds no tokenizer.json"
-        errors.refuse_flags(["end_token"], reason)
+        cli.refuse_flags(["end_token"], reason)
     return tokenizer
 
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memoryformer import paths
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.files import paths
 
 _UNFINISHED = ".unfinished"  # what a killed export leaves; the next one takes it away
 _LARGEST = 1 << 31

@@ -13,16 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memoryformer import (
-    checkpoint,
-    data,
-    experiment,
-    mixers,
-    run_tokenizer,
-    trainer,
-)
+from memoryformer import data
 from memoryformer.convert import export, folders, gpt_neox, released
+from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.model import mixers
+from memoryformer.runs import checkpoint
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment
+from memoryformer.training import step as step_lib
 
 FORMATS = ("safetensors", "gpt_neox", "released")
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.yml", "*latest")
@@ -42,7 +41,7 @@ def export_run(
     cannot hold.
     """
     target = folders.check_free(directory)
-    checkpoints = pathlib.Path(workdir, checkpoint.FOLDER).resolve()
+    checkpoints = pathlib.Path(workdir, run_steps.FOLDER).resolve()
     if target.resolve().is_relative_to(checkpoints):
         raise ConfigError(f"{target}: lies among the run's checkpoints; name another.")
     run, params, facts = experiment.load(workdir, step)
@@ -72,7 +71,7 @@ def import_run(
     code needs one, whose `model` and tokenizer are the export's. Raises `ConfigError` if
     they differ or if `workdir` holds anything.
     """
-    if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
+    if (pathlib.Path(workdir) / run_steps.FOLDER).exists():
         raise ConfigError(f"--workdir={workdir}: holds checkpoints; name a new one.")
     folders.check_free(workdir)
     model_config, params = export.load_export(directory)
@@ -103,7 +102,7 @@ def import_run(
         dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
         data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
         _check_same_tokens(directory, tokenizer)
-    state = trainer.new_state(run, jax.tree.map(jnp.asarray, params))
+    state = step_lib.new_state(run, jax.tree.map(jnp.asarray, params))
     with checkpoint.Checkpointer(
         workdir,
         run.checkpoint,

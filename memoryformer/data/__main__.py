@@ -24,8 +24,8 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from memoryformer import cli, data, errors
 from memoryformer import config as config_lib
-from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import yardsticks
 
@@ -40,7 +40,7 @@ _COUNTED = 50_000_000  # tokens behind the frequency list
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    config_lib.define_flag()
+    cli.define_config_flag()
     flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
     flags.DEFINE_bool("json", False, "Print one JSON object instead.")
     flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
@@ -48,7 +48,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def _run(argv: Sequence[str]) -> None:
         if flags.FLAGS[flag].present and flag not in _COMMANDS[command]:
             raise errors.ConfigError(f"--{flag}: {command} does not look at it.")
     if flags.FLAGS.json:
-        errors.refuse_flags(["rows"], "--json prints no rows; leave one of them out")
+        cli.refuse_flags(["rows"], "--json prints no rows; leave one of them out")
     config = flags.FLAGS.config or ml_collections.ConfigDict()
     data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
     directory = data.prepare(data_config)

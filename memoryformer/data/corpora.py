@@ -26,8 +26,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines, listing, names, options
-from memoryformer.data import files as files_lib
+from memoryformer.data import blocks, jsonlines, listing, local_files, names, options
 
 Example = tuple[str, dict[str, str]]
 _MARKER = "<|endoftext|>"  # between the stories of many published text files
@@ -165,7 +164,7 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self.on_bytes(self._bytes_read)
             if split:
                 key = self._split_key(name, text)
-                held_out = files_lib.in_validation(key, every) or key == fallback
+                held_out = local_files.in_validation(key, every) or key == fallback
                 if held_out != (split == "validation"):
                     continue
             self._marked += _MARKER in text
@@ -174,12 +173,12 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _documents(self, files: listing.Files) -> Iterator[tuple[str, str, int]]:
         config = self.builder_config
-        how = files_lib.Reading(
+        how = local_files.Reading(
             config.text_field,
             names.unescaped(config.separator),
-            files_lib.lone_text_piece(files, config.validation_every),
+            local_files.lone_text_piece(files, config.validation_every),
         )
-        documents = files_lib.read_documents(files, how)
+        documents = local_files.read_documents(files, how)
         return itertools.islice(documents, config.max_documents or None)
 
     def _fallback_key(self) -> str:
@@ -190,7 +189,7 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         seen = collections.Counter()
         for name, text, _ in self._documents(self._train_files()):
             key = self._split_key(name, text)
-            seen[files_lib.in_validation(key, every)] += 1
+            seen[local_files.in_validation(key, every)] += 1
             if seen[True] and seen[False]:
                 return ""
             if not seen[True] and len(known) < 1000:
@@ -287,7 +286,7 @@ class TextFiles(_LocalDocuments):
         """Why a file among others is no part of the corpus, or ''."""
         config = self.builder_config
         if not config.json_only:
-            return files_lib.without_text(file, config.text_field)
+            return local_files.without_text(file, config.text_field)
         # An empty shard is a broken download, which `read_documents` reports.
         is_other = blocks.kind(file) == ".json" and file.stat().st_size
         is_other = is_other and jsonlines.is_other_json(file, config.text_field)

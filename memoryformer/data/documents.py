@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from memoryformer import errors
-from memoryformer.data import catalogue, corpora, options
-from memoryformer.data import files as files_lib
+from memoryformer.data import corpora, local_files, options, tfds_catalogue
 from memoryformer.data import progress as progress_lib
 
 # Small records are read together, several times faster than one by one; large ones alone,
@@ -135,7 +134,7 @@ def read(
     tfds.disable_progress_bar()
     if data_config.source == "tfds":
         return _catalogue_texts(data_config)
-    with catalogue.quiet():
+    with tfds_catalogue.quiet():
         builder = corpora.local_builder(data_config, str(records_dir))
         total = builder.input_bytes()
         for note in builder.notes:
@@ -169,8 +168,8 @@ def describe(data_config: options.DataConfig) -> dict[str, str]:
 
 
 def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:
-    builder = catalogue.builder(data_config)
-    sources = catalogue.sources(builder, data_config)
+    builder = tfds_catalogue.builder(data_config)
+    sources = tfds_catalogue.sources(builder, data_config)
     field, limit = data_config.text_field, data_config.max_documents
     if "validation" in sources:
         return {
@@ -179,7 +178,7 @@ def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:
         }
 
     def held_out(text: str) -> bool:
-        return files_lib.in_validation(text, data_config.validation_every)
+        return local_files.in_validation(text, data_config.validation_every)
 
     train = Texts(sources["train"], field, _num_bytes(builder, "train"), limit=limit)
     return {

@@ -4,7 +4,7 @@
     token a a a a a _ _ _ b ..      _ is padding
 
 Place p of the rows holds stream token `index` if `real`. With align > 1 every document begins
-at a multiple of it, which a memory carried over chunks needs (`memoryformer.recurrence`).
+at a multiple of it, which a memory carried over chunks needs (`memoryformer.model.recurrence`).
 """
 
 import dataclasses

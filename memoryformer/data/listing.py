@@ -16,9 +16,10 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 
-from memoryformer import errors, paths
+from memoryformer import errors
 from memoryformer.data import blocks
 from memoryformer.data.names import counted, key, shown
+from memoryformer.files import paths
 
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _EVERYTHING = ("**", "*")

@@ -5,7 +5,8 @@ import os
 import pathlib
 
 from memoryformer import config as config_lib
-from memoryformer import errors, fields, paths
+from memoryformer import errors
+from memoryformer.files import paths
 
 SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
 
@@ -39,7 +40,7 @@ class DataConfig:
 
     source: str = "stdlib"
     # The fingerprint says whether it is the same text, wherever it lies.
-    path: str = fields.field("nothing", "", local=True)
+    path: str = config_lib.field("nothing", "", local=True)
     name: str = ""
     text_field: str = "text"
     separator: str = ""
@@ -47,9 +48,9 @@ class DataConfig:
     validation_every: int = 20
     max_documents: int = 0
     # By which name it was asked for: its hash says whether it is the same.
-    tokenizer: str = fields.field("nothing", "bpe:4096")
-    end_token: str = fields.field("nothing", "")
-    data_dir: str = fields.field("nothing", "", local=True)
+    tokenizer: str = config_lib.field("nothing", "bpe:4096")
+    end_token: str = config_lib.field("nothing", "")
+    data_dir: str = config_lib.field("nothing", "", local=True)
     align_documents: int = 0
 
     def __post_init__(self):

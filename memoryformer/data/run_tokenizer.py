@@ -13,9 +13,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from memoryformer import data, paths
+from memoryformer import data
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError, StorageError
+from memoryformer.files import paths
 
 FILE = "tokenizer.json"
 

@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memoryformer import errors, paths
-from memoryformer.data import blocks, listing, names, options
-from memoryformer.data import files as files_lib
+from memoryformer import errors
+from memoryformer.data import blocks, listing, local_files, names, options
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.files import paths
 
 if TYPE_CHECKING:  # importing it imports TFDS
     from memoryformer.data import documents
@@ -114,7 +114,7 @@ def _request(data_config: options.DataConfig) -> dict:
         "tokenizer": data_config.tokenizer,
     }
     if data_config.source == "stdlib":
-        request["files"] = files_lib.fingerprint(listing.stdlib_files())
+        request["files"] = local_files.fingerprint(listing.stdlib_files())
     elif data_config.source == "tfds":
         request["tfds"] = _catalogue_identity(data_config)
     else:
@@ -132,33 +132,33 @@ def _request(data_config: options.DataConfig) -> dict:
 def _local_identity(data_config: options.DataConfig) -> dict:
     only = data_config.source == "c4"
     files = listing.list_files(data_config.path, json_only=only)
-    identity = {"files": files_lib.fingerprint(files)}
+    identity = {"files": local_files.fingerprint(files)}
     if data_config.validation_path:
         held_out = listing.list_files(
             data_config.validation_path, json_only=only, field="data.validation_path"
         )
-        identity["validation"] = files_lib.fingerprint(held_out)
+        identity["validation"] = local_files.fingerprint(held_out)
         files = files + held_out
     if data_config.separator:
         identity["separator"] = names.unescaped(data_config.separator)
         if "\n" in identity["separator"]:
             identity["line_ends"] = "\\n or \\r\\n"
     if any(_may_be_cut(path) for _, path in files):
-        identity["max_chars"] = files_lib.MAX_CHARS
+        identity["max_chars"] = local_files.MAX_CHARS
     return identity
 
 
 def _may_be_cut(path: pathlib.Path) -> bool:
     """Whether a file's text may be longer than a document can be."""
     is_compressed = path.suffix.lower() in blocks.COMPRESSED
-    large = is_compressed or path.stat().st_size > files_lib.MAX_CHARS
+    large = is_compressed or path.stat().st_size > local_files.MAX_CHARS
     return large and not blocks.is_json_lines(path)
 
 
 def _catalogue_identity(data_config: options.DataConfig) -> str:
-    from memoryformer.data import catalogue  # TFDS: slow to import
+    from memoryformer.data import tfds_catalogue  # TFDS: slow to import
 
-    return catalogue.builder(data_config).info.full_name
+    return tfds_catalogue.builder(data_config).info.full_name
 
 
 def _prepare_into(

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 # TFDS 4.9.10 imports importlib_resources without declaring it: see requirements.txt.
 import tensorflow_datasets as tfds
 
-from memoryformer import errors, paths
+from memoryformer import errors
 from memoryformer.data import options
+from memoryformer.files import paths
 
 _WAYS_OUT = (
     "prepare it where TensorFlow is installed with file_format='array_record' and point "

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tokenizers
 
-from memoryformer import errors, paths
+from memoryformer import errors
 from memoryformer.data import vocabulary
+from memoryformer.files import paths
 
 _WORD = 1024
 _MAX_BPE = 1 << 20  # room for as many is taken before training begins

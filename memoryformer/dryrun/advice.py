@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from memoryformer import experiment, hlo
 from memoryformer import sharding as sharding_lib
-from memoryformer.targets import GIB, Target
+from memoryformer.accounting.targets import GIB, Target
+from memoryformer.dryrun import hlo_messages
+from memoryformer.training import experiment
 
 SLOW = 1.0  # messages take longer than this share of the products' time
 
 
 def find(
-    report: Any,  # a `dryrun.Report`
+    report: Any,  # a `report.Report`
     run: experiment.Experiment,
     target: Target,
     sharding: sharding_lib.Sharding,
@@ -35,7 +36,7 @@ def find(
 
 def _slow_messages(report, target):
     chip = target.chip
-    across = hlo.wire_bytes(report.messages, "data")
+    across = hlo_messages.wire_bytes(report.messages, "data")
     if not across or not chip.link_bandwidth:
         return
     inside = report.num_devices <= chip.domain

@@ -2,7 +2,7 @@
 
 Inside `jax.shard_map` nothing is sent that is not written, so that the jaxpr of a step already
 holds its messages, with their types as the model wrote them; a compiler may combine, reorder or
-widen them (`hlo`). Loops multiply. Start at `collectives`.
+widen them (`hlo_messages`). Loops multiply. Start at `collectives`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 import jax.extend.core
 import jax.numpy as jnp
 
-from memoryformer.hlo import Collective
+from memoryformer.dryrun.hlo_messages import Collective
 
 KINDS = {
     "psum": "all-reduce",

@@ -1,6 +1,6 @@
 """A run in shapes only: its train step traced and lowered, with no array and no device.
 
-The step is the very one that `trainer` runs, for devices that are there, for those of
+The step is the very one that `training.loop` runs, for devices that are there, for those of
 `targets` that are not, or for an abstract mesh of any number. Start at `trace`.
 """
 
@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from memoryformer import evaluation, experiment, mixers, trainer
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.model import losses, mixers
+from memoryformer.training import experiment
+from memoryformer.training import programs as programs_lib
+from memoryformer.training import step as step_lib
 
 
 def device_sharding(
@@ -37,14 +40,14 @@ def device_sharding(
 
 def trace(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
-) -> tuple[trainer.TrainState, jax.stages.Traced]:
+) -> tuple[step_lib.TrainState, jax.stages.Traced]:
     """Trace the trainer's step; returns the abstract state, and what can be lowered.
 
     Raises `ConfigError` where run and mesh do not fit together.
     """
     # Outside the mesh: on devices that are not there, nothing can be computed.
-    programs = trainer.programs(run, sharding)
-    hyper = jax.eval_shape(lambda: trainer.hyperparams(run))
+    programs = programs_lib.programs(run, sharding)
+    hyper = jax.eval_shape(lambda: step_lib.hyperparams(run))
     with sharding.activate():
         traced = programs.train_step.trace(
             programs.abstract, batch(run, sharding), hyper
@@ -54,16 +57,16 @@ def trace(
 
 def state(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
-) -> trainer.TrainState:
+) -> step_lib.TrainState:
     """Return the shapes and places of what a checkpoint holds."""
-    return trainer.programs(run, sharding).abstract
+    return programs_lib.programs(run, sharding).abstract
 
 
 def trace_forward(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
 ) -> jax.stages.Traced:
     """Trace the evaluation step, on a batch of training's size."""
-    programs = trainer.programs(run, sharding)
+    programs = programs_lib.programs(run, sharding)
     with sharding.activate():
         return programs.eval_step.trace(programs.abstract.params, batch(run, sharding))
 
@@ -133,7 +136,7 @@ def _kept_bytes(run, num_layers, rows):
     params = jax.eval_shape(lambda: model_lib.init(model))
 
     def pull(params, rows):
-        nats = lambda p: evaluation.batch_nats(model, p, rows)  # noqa: E731
+        nats = lambda p: losses.batch_nats(model, p, rows)  # noqa: E731
         return jax.vjp(nats, params)[1]
 
     kept = jax.eval_shape(pull, params, rows)

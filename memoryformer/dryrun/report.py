@@ -3,7 +3,7 @@
     python -m memoryformer.dryrun --config=configs/memoryformer_base.py \\
         --target=v6e:8x8 --config.mesh=fsdp_tensor:model=4 [--json] [--output=FILE] [--compile=full]
 
-It traces and lowers the very train step that `trainer` runs, from abstract arrays, and
+It traces and lowers the very train step that `training.loop` runs, from abstract arrays, and
 compiles it for the target (`targets`): all of it, or by default, where there are many blocks,
 the same step with one block and with two, of which the rest follows. Where the target's
 compiler is not installed it compiles for as many devices of this CPU, which tells the messages
@@ -14,33 +14,24 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
-from memoryformer import (
-    abstract,
-    accounting,
-    errors,
-    experiment,
-    hlo,
-    implementations,
-    paths,
-    remedies,
-    traced,
-)
+from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer import targets as targets_lib
+from memoryformer.accounting import targets as targets_lib
+from memoryformer.accounting.targets import GIB
+from memoryformer.dryrun import advice, hlo_messages, jaxpr_messages, lowering
+from memoryformer.model import implementations
 from memoryformer.ops import lookup
-from memoryformer.targets import GIB
+from memoryformer.training import experiment
 
 HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
 COMPILE = ("auto", "full", "blocks", "none")
@@ -90,14 +81,14 @@ class Report:
     )
     gradient_bytes: int  # before they are summed over `data`
     activation_bytes: int  # an estimate: what the forward pass of a microbatch keeps
-    messages: list[hlo.Collective]  # of the traced step
+    messages: list[hlo_messages.Collective]  # of the traced step
     compiled: str = ""  # for what, and how much of the step
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     memory: Memory | None = None
     plan_bytes: int = 0  # `memory.total`: all of one device, by its compiler
     device_bytes: int = 0  # 0: not known
     verdict: str = "not compiled"  # the compiler's, one line
-    collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
+    collectives: list[hlo_messages.Collective] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> str:
@@ -118,13 +109,13 @@ def examine(
     chosen = targets_lib.parse(f"cpu:{wanted.num_devices}") if missing else wanted
     implementations.check(run.model, wanted.chip.platform, wanted.chip.capability)
     compiled_run = _without_device_kernels(run, chosen)
-    sharding = abstract.device_sharding(run, chosen.devices())
+    sharding = lowering.device_sharding(run, chosen.devices())
     seconds: dict[str, float] = {}
     with _timed(seconds, "tracing"):
-        state, step = abstract.trace(compiled_run, sharding)
+        state, step = lowering.trace(compiled_run, sharding)
         report = _count(run, compiled_run, wanted, sharding, state, step)
     with _timed(seconds, "lowering"):
-        lowered = abstract.lower(step, sharding)
+        lowered = lowering.lower(step, sharding)
     if how == "auto":
         how = "blocks" if run.model.num_layers > FEW_BLOCKS else "full"
     found: dict[str, Any] = {}
@@ -150,14 +141,14 @@ def examine(
         device_bytes=capacity,
     )
     warnings = [missing] if missing else []
-    warnings += remedies.find(report, run, wanted, sharding)
+    warnings += advice.find(report, run, wanted, sharding)
     return dataclasses.replace(report, warnings=warnings)
 
 
 def _without_device_kernels(run, chosen):
     """The run with what is only chosen, or only built, on its own device left out."""
     model, chip = run.model, chosen.chip
-    # cuDNN's attention is compiled without a GPU, other fused kernels are not (`remedies`).
+    # cuDNN's attention is compiled without a GPU, other fused kernels are not (`advice`).
     fused = model.attention == "cudnn" and chip.platform == "gpu"
     attention = "cudnn" if fused else "xla"
     model = implementations.readable(model, chip.platform)
@@ -175,7 +166,7 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     model, train = run.model, run.train
     counted = accounting.count(model)
     tokens = train.batch_size * model.seq_len
-    params = abstract.device_bytes(state.params)
+    params = lowering.device_bytes(state.params)
     # Tables are joined, and their gradients kept, in the type that layers read.
     read = jax.eval_shape(
         lambda p: model_lib.with_tables_as_read(model, p), state.params
@@ -184,7 +175,7 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     summed = 4 * values // sharding.axis_size("model")  # over microbatches, in float32
     fsdp = "fsdp" in run.mesh and sharding.axis_size("data") > 1
-    mesh = abstract.mesh_shape(sharding)
+    mesh = lowering.mesh_shape(sharding)
     return Report(
         config=experiment.as_dict(run),
         target=target.name,
@@ -196,11 +187,11 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         total_tokens=tokens * train.num_steps,
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
-        optimizer_bytes=abstract.device_bytes((state.opt_state, state.spikes)),
+        optimizer_bytes=lowering.device_bytes((state.opt_state, state.spikes)),
         gathered_bytes=joined if fsdp else 0,
         gradient_bytes=joined if train.num_microbatches == 1 else summed,
-        activation_bytes=abstract.activation_bytes(compiled_run, sharding),
-        messages=traced.collectives(step.jaxpr, mesh),
+        activation_bytes=lowering.activation_bytes(compiled_run, sharding),
+        messages=jaxpr_messages.collectives(step.jaxpr, mesh),
     )
 
 
@@ -220,8 +211,8 @@ def _compile(lowered, sharding) -> dict[str, Any]:
         return {"verdict": f"does not fit: {used[0] if used else message[:200]}"}
     return {
         "memory": Memory.of(compiled),
-        "collectives": hlo.collectives(
-            compiled.as_text(), abstract.mesh_shape(sharding)
+        "collectives": hlo_messages.collectives(
+            compiled.as_text(), lowering.mesh_shape(sharding)
         ),
         "verdict": "compiles",
     }
@@ -232,15 +223,17 @@ def _compile_blocks(run, sharding) -> dict[str, Any]:
     for layers in (1, 2):
         model = dataclasses.replace(run.model, num_layers=layers)
         small = dataclasses.replace(run, model=model)
-        step = abstract.trace(small, sharding)[1]
-        found.append(_compile(abstract.lower(step, sharding), sharding))
+        step = lowering.trace(small, sharding)[1]
+        found.append(_compile(lowering.lower(step, sharding), sharding))
         if "memory" not in found[-1]:
             return {"verdict": f"{found[-1]['verdict']}, with {layers} block(s) alone"}
     one, two = found
     layers = run.model.num_layers
     return {
         "memory": two["memory"].plus(one["memory"], layers - 2),
-        "collectives": hlo.extrapolated(one["collectives"], two["collectives"], layers),
+        "collectives": hlo_messages.extrapolated(
+            one["collectives"], two["collectives"], layers
+        ),
         "verdict": "compiles",
     }
 
@@ -273,10 +266,10 @@ def describe(report: Report) -> str:
     rows += [("verdict", report.verdict), ("took", seconds)]
     lines += [""] + [f"{name:<34}{value}" for name, value in rows]
     lines += ["", "Collectives of one step, per device, as traced:"]
-    lines.append(hlo.table(report.messages))
+    lines.append(hlo_messages.table(report.messages))
     if report.collectives:
         lines += ["", f"as compiled for {report.compiled}:"]
-        lines.append(hlo.table(report.collectives))
+        lines.append(hlo_messages.table(report.collectives))
     return "\n".join([*lines, "", *(f"warning: {w}" for w in report.warnings)])
 
 
@@ -289,37 +282,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - started, 3)
-
-
-def define_flags() -> None:
-    """Define the flags of the command."""
-    config_lib.define_flag()
-    flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
-    flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
-    flags.DEFINE_bool("json", False, "Print the whole report as one JSON object.")
-    paths.define_flag("output", "Also write that object to this file.")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
-
-
-def _run(argv: Sequence[str]) -> None:
-    """Print what the run of `--config` needs on `--target`."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device here
-    # What was compiled for a device that is not there cannot be read back.
-    jax.config.update("jax_enable_compilation_cache", False)
-    config = flags.FLAGS.config
-    errors.check_arguments(argv, config=config)
-    report = examine(
-        experiment.resolve(config), flags.FLAGS.target, flags.FLAGS.compile
-    )
-    print(report.as_json() if flags.FLAGS.json else describe(report))
-    if flags.FLAGS.output:
-        path = pathlib.Path(flags.FLAGS.output)
-        path.write_text(report.as_json() + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import errors, layers, mixers
+from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.model import layers, mixers
 from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
 

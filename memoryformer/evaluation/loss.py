@@ -9,58 +9,27 @@ device the result is the same to the bit whatever the batch size. Start at `eval
 a checkpoint at `evaluate_checkpoint`.
 """
 
-import dataclasses
-import hashlib
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import (
-    compilation,
-    data,
-    degradation,
-    diagnostics,
-    drift,
-    experiment,
-    implementations,
-    inference,
-    losses,
-    mixers,
-    run_tokenizer,
-)
+from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.errors import ConfigError, DataError
+from memoryformer.errors import DataError
+from memoryformer.evaluation import buckets, slots
+from memoryformer.model import losses
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-
-Batch = Mapping[str, Array]
 
 # Tokens of a group of rows: XLA rounds by the shape of a product, so all have one shape.
 GROUP_TOKENS = 2048
 MEMORY_BATCHES = 4  # of validation text, to look at tables and slots with
-
-
-def batch_nats(
-    model_config: model_lib.ModelConfig,
-    params: Params,
-    batch: Batch,
-    features: Array | None = None,
-) -> Array:
-    """Return the weighted nats of every target: [B, L] float32; `mixers.draw` in a run."""
-    model = model_lib.merge(model_config, params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
-    logits, _ = model(batch["inputs"], seq)
-    nats = losses.token_nats(logits, batch["targets"])
-    # Not a product: padding must not turn 0 * inf into nan.
-    return jnp.where(batch["weights"] > 0, nats * batch["weights"], 0)
 
 
 def make_eval_step(
@@ -73,7 +42,7 @@ def make_eval_step(
         params = sharding_lib.gather_params(params, specs)
 
         def row_nats(group):
-            nats = batch_nats(model_config, params, group, features)
+            nats = losses.batch_nats(model_config, params, group, features)
             return jnp.sum(nats, axis=-1)
 
         rows = _by_groups(row_nats, batch)
@@ -158,98 +127,17 @@ def memories(
 ) -> dict[str, float]:
     """Return how evenly tables are read and how alike a mixer's slots are.
 
-    Metrics of `diagnostics.summary` and `degradation`, over the first few batches.
+    Metrics of `buckets.summary` and `slots`, over the first few batches.
     """
     few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
     values = {}
     if model_config.projection == "memory":
-        counts = diagnostics.collect(model_config, params, few, sharding, features)
-        values |= diagnostics.summary(counts)
-    if degradation.measures(model_config):
-        values |= degradation.collect(model_config, params, few, sharding, features)
+        counts = buckets.collect(model_config, params, few, sharding, features)
+        values |= buckets.summary(counts)
+    if slots.measures(model_config):
+        values |= slots.collect(model_config, params, few, sharding, features)
     return values
 
 
 def _total(rows: Array) -> float:
     return math.fsum(np.asarray(rows, np.float64).tolist())
-
-
-def evaluate_checkpoint(
-    workdir: str | os.PathLike,
-    step: int | None = None,
-    config: Mapping[str, Any] | None = None,
-    kinds: inference.WeightKinds | None = None,
-    density: float = 1.0,
-) -> dict[str, Any]:
-    """Evaluate one step of a run (None: the newest) on all of its validation text.
-
-    `kinds` rounds the weights first, `density` prunes dense ones (see `inference`).
-
-    With `config`, the architecture, data and tokenizer must be the checkpoint's; its `eval`
-    and `mesh` sections are used instead of those stored. Works on any number of devices.
-    """
-    run, params, facts = experiment.load(workdir, step)
-    if config is not None:
-        given = experiment.resolve(config)
-        check_same_model(facts["config"], given)
-        given_model = dataclasses.replace(
-            given.model,
-            performer_seed=run.model.performer_seed,
-            performer_draw=run.model.performer_draw,
-        )
-        run = dataclasses.replace(given, model=given_model)
-        # What is asked for here, not what the run was trained with.
-        implementations.check(run.model, jax.default_backend())
-        corpus = run_tokenizer.located(run.data, workdir)
-        dataset = data.open(corpus, run.model.vocab_size)
-        data.check(dataset, facts["data_fingerprint"])
-    else:
-        dataset = run_tokenizer.dataset(workdir, run.data, facts, run.model.vocab_size)
-    params, changed = inference.altered(run.model, params, kinds, density)
-    run = dataclasses.replace(run, model=implementations.readable(run.model))
-    compilation.use_cache(run.train.compilation_cache, required=False)
-    striped = mixers.takes_any_order(run.model)
-    sharding = sharding_lib.make(run.mesh, striped=striped)
-    specs = model_lib.partition_specs(run.model, sharding)
-    sharding_lib.validate(
-        sharding, specs, params, run.eval.batch_size, run.model.num_heads
-    )
-    batches = dataset.validation.eval_batches(run.model.seq_len, run.eval.batch_size)
-    with sharding.activate():
-        placed = sharding.put(params, specs)
-        step_fn = make_eval_step(run.model, sharding)
-        result = evaluate(step_fn, placed, batches, dataset.token_bytes, sharding)
-        result |= memories(run.model, placed, batches, sharding)
-    return {
-        "step": facts["step"],
-        **changed,
-        **result,
-        "model_fingerprint": fingerprint(params),
-        "data_fingerprint": dataset.fingerprint,
-    }
-
-
-def check_same_model(saved: Mapping[str, Any], run: experiment.Experiment) -> None:
-    """Raise `ConfigError` unless `run` has the checkpoint's model and data."""
-    saved = experiment.complete(saved)
-    changes = drift.drift(
-        {name: saved[name] for name in ("model", "data")},
-        {name: experiment.as_dict(run)[name] for name in ("model", "data")},
-    )
-    # In which precision to evaluate is for whoever asks to choose.
-    free = experiment.may_change() | {"model.dtype"}
-    changes = [change for change in changes if change[0] not in free]
-    if changes:
-        listed = "; ".join(
-            f"{f}: {old!r} there, {new!r} here" for f, old, new in changes
-        )
-        raise ConfigError(f"the checkpoint is of another config: {listed}.")
-
-
-def fingerprint(params: Params) -> str:
-    """Return the SHA-256 of all parameters, by path."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ m slots of width D that are all alike have cosine 1 and effective rank 1, indepe
 about 0 and at most min(m, D). "On Difficulties of Attention Factorization through Shared
 Memory" (Yorsh et al. 2024) finds that Luna's memory collapses in training, and that a filter
 before the memory (`conv_luna`) repairs it. What a collapse is for MemoryFormer's tables is
-measured by `diagnostics.utilisation`.
+measured by `buckets.utilisation`.
 
 Start at `collect`.
 """
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import errors, mixers
+from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.model import mixers
 from memoryformer.notation import Activations, Array, Float, Params
 from memoryformer.ops import collectives
 

@@ -3,18 +3,14 @@
     flag or field -> `local`      any file or folder of this machine
     --workdir     -> `workdir`    a folder that a checkpoint can be written to and read from
 
-Start at `local`; `define_flag` is the flag of a command that holds a path.
+Start at `local`; `cli.define_path_flag` is the flag of a command that holds a path.
 """
 
 import os
 import pathlib
 import re
 
-from absl import flags
-
 from memoryformer.errors import ConfigError
-
-flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
 _STORE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u0085\u2028\u2029]")
@@ -68,33 +64,6 @@ def workdir(path: str | os.PathLike, name: str = "--workdir") -> pathlib.Path:
             "path without * ? [ and backslash, or a link to it that has none."
         )
     return folder
-
-
-class _Parser(flags.ArgumentParser):
-    """Makes the value of a flag a path, `~` expanded."""
-
-    syntactic_help = "a path"
-
-    def __init__(self, name: str):
-        self._name = f"--{name}"
-
-    def parse(self, argument: str) -> str:
-        return str(local(argument, self._name))
-
-    def flag_type(self) -> str:
-        return "path"
-
-
-def define_flag(name: str, text: str, *, required: bool = False) -> flags.FlagHolder:
-    """Define the flag --`name` that holds a path; None if it is not given."""
-    return flags.DEFINE(
-        _Parser(name),
-        name,
-        None,
-        text,
-        serializer=flags.ArgumentSerializer(),
-        required=required,
-    )
 
 
 def _shown(text: str) -> str:

@@ -4,7 +4,7 @@
 
 Temperature 0 takes the most likely token, which equals the argmax of the full forward pass.
 A compiled loop chooses and reads up to LOOP tokens; between them nothing goes through
-Python. Weights may be stored narrower (`inference`). Start at `Generator`.
+Python. Weights may be stored narrower (`model.narrow`). Start at `Generator`.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer import implementations, inference, mixers, recurrence
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
+from memoryformer.model import implementations, mixers, narrow, recurrence
 from memoryformer.notation import Array, Params
 
 # Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
@@ -100,13 +100,13 @@ class Generator:
         self,
         model_config: model_lib.ModelConfig,
         params: Params,
-        kinds: inference.WeightKinds | None = None,
+        kinds: narrow.WeightKinds | None = None,
     ):
         self.model_config = model_config = implementations.readable(model_config)
         # On CPU float32 weights are laid out for reading too.
         if kinds is not None or jax.default_backend() == "cpu":
-            kinds = kinds or inference.WeightKinds()
-            params = inference.prepare(model_config, params, kinds)
+            kinds = kinds or narrow.WeightKinds()
+            params = narrow.prepare(model_config, params, kinds)
         self._params = jax.tree.map(jnp.asarray, params)
         self._prefill = jax.jit(self._step, donate_argnums=1)
         self._decode = jax.jit(self._loop, donate_argnums=(1, 2))

@@ -14,10 +14,11 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api import model as harness_model
 
-from memoryformer import generation
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
-from memoryformer.tasks import encoding, scoring
+from memoryformer.generation import sampler
+from memoryformer.generation import text as text_lib
+from memoryformer.harness import encoding, scoring
 
 PROMPTS_AT_ONCE = 16  # at most: each keeps a state as long as the model reads
 
@@ -34,7 +35,7 @@ class HarnessModel(harness_model.TemplateLM):
     def __init__(
         self,
         scorer: scoring.Scorer,
-        generator: generation.Generator,
+        generator: sampler.Generator,
         tokenizer: tokenizer_lib.Tokenizer,
         *,
         add_bos: bool = False,
@@ -151,7 +152,7 @@ class HarnessModel(harness_model.TemplateLM):
         results: list[str] = []
         for manner, indices in _batches(manners, self._rows):
             sampling = dataclasses.replace(manner.sampling, seed=indices[0])
-            replies = generation.complete_tokens(
+            replies = text_lib.complete_tokens(
                 self.generator,
                 self.text,
                 [prompts[i] for i in indices],

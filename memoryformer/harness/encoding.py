@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.decoding import SamplingConfig
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.generation.sampler import SamplingConfig
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 # Names of the most new tokens, the first that is given counts.

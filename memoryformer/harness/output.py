@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from memoryformer import rundir
 from memoryformer.errors import ConfigError
+from memoryformer.runs import directory
 
 
 class Output:
@@ -36,7 +36,7 @@ class Output:
         usable = folder.is_dir() and os.access(folder, os.W_OK)
         if self._path.is_dir() or not usable:
             raise ConfigError(f"--output={path}: no file can be written there.")
-        rundir.check_output(path, files, folders)
+        directory.check_output(path, files, folders)
 
     def keep(self, results: dict[str, Any]) -> None:
         """Write what the harness returned so far; nothing was made of it yet."""
@@ -67,4 +67,4 @@ class Output:
             text = json.dumps(result, indent=2) + "\n"
             self._path.write_text(text, encoding="utf-8")
         else:
-            rundir.write_json(self._path, result, indent=2)
+            directory.write_json(self._path, result, indent=2)

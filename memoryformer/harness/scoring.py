@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import implementations, losses, mixers
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.model import implementations, losses, mixers
 from memoryformer.notation import Params
 
 SHORT_LENGTHS = (32, 64, 128, 256, 512)  # and the model's longest: six shapes at most

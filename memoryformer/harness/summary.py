@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from memoryformer.tasks import catalogue
+from memoryformer.harness import task_files
 
 # What the harness returns and is kept; the rest describes its own settings.
 KEPT = ("results", "group_subtasks", "versions", "n-shot", "n-samples")
@@ -74,7 +74,7 @@ def _facts(results: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def average(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Return the mean accuracy of the paper's six tasks, None unless all are there."""
-    accuracies = [tasks.get(name, {}).get("acc") for name in catalogue.TASKS]
+    accuracies = [tasks.get(name, {}).get("acc") for name in task_files.TASKS]
     return None if None in accuracies else float(np.mean(accuracies))
 
 
@@ -82,9 +82,9 @@ def table(result: Mapping[str, Any]) -> str:
     """Lay every metric of every task out beside the paper's and EleutherAI's figures."""
     rows = [row for name in result["tasks"] for row in _rows(name, result["tasks"])]
     if result["average"] is not None:
-        means = [float(np.mean(figures)) for figures in catalogue.FIGURES.values()]
+        means = [float(np.mean(figures)) for figures in task_files.FIGURES.values()]
         rows.append(("average", "acc", _number(result["average"]), "", means))
-    published = list(catalogue.FIGURES) if any(row[-1] for row in rows) else []
+    published = list(task_files.FIGURES) if any(row[-1] for row in rows) else []
     rows.insert(0, ("", "metric", "value", "docs", published))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []
@@ -114,9 +114,9 @@ def _rows(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple]:
     for index, metric in enumerate(metrics or [""]):
         shown = _with_error(values, metric) if metric else ""
         figures = []
-        if metric == "acc" and name in catalogue.TASKS:
-            at = list(catalogue.TASKS).index(name)
-            figures = [figure[at] for figure in catalogue.FIGURES.values()]
+        if metric == "acc" and name in task_files.TASKS:
+            at = list(task_files.TASKS).index(name)
+            figures = [figure[at] for figure in task_files.FIGURES.values()]
         first = index == 0
         yield name if first else "", metric, shown, documents if first else "", figures
 

@@ -20,22 +20,20 @@ from typing import Any
 import jax
 
 from memoryformer import config as config_lib
-from memoryformer import (
-    data,
-    evaluation,
-    experiment,
-    generation,
-    inference,
-    run_tokenizer,
-)
+from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer.convert import export
+from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError, MemoryFormerError
+from memoryformer.generation import sampler
+from memoryformer.harness import scoring, summary, task_files
+from memoryformer.harness.output import Output
+from memoryformer.harness.summary import table
+from memoryformer.harness.task_files import files_read
+from memoryformer.model import narrow
+from memoryformer.model import params as params_lib
 from memoryformer.notation import Params
-from memoryformer.tasks import catalogue, scoring, summary
-from memoryformer.tasks.catalogue import files_read
-from memoryformer.tasks.output import Output
-from memoryformer.tasks.summary import table
+from memoryformer.training import experiment
 
 __all__ = [
     "Options",
@@ -59,24 +57,24 @@ class Options:
     num_fewshot: examples before each question; None is what the task says, or none.
     batch_size: rows at a time; log-likelihoods do not depend on it.
     add_bos: put the end-of-document token before every context, not only before empty ones.
-    kinds, density: round and prune the weights first (see `inference`).
+    kinds, density: round and prune the weights first (see `model.narrow`).
     keep: called with what the harness returned so far, {name: results}, after each of `tasks`
       and before anything is made of it.
     """
 
-    tasks: str | Sequence[str] = tuple(catalogue.TASKS)
+    tasks: str | Sequence[str] = tuple(task_files.TASKS)
     tasks_path: str = ""
     limit: int = 0
     num_fewshot: int | None = None
     batch_size: int = 64
     add_bos: bool = False
-    kinds: inference.WeightKinds | None = None
+    kinds: narrow.WeightKinds | None = None
     density: float = 1.0
     keep: Callable[[dict[str, Any]], Any] = lambda results: None
 
     def __post_init__(self):
         if not self.names:
-            known = ", ".join(catalogue.TASKS)
+            known = ", ".join(task_files.TASKS)
             raise ConfigError(f"--tasks: name some of {known}, or of --tasks_path.")
         if self.tasks_path and not pathlib.Path(self.tasks_path).is_dir():
             raise ConfigError(
@@ -133,7 +131,7 @@ def evaluate(
     model_config: model_lib.ModelConfig,
     params: Params,
     tokenizer: data.Tokenizer,
-    tasks: str | Sequence[str] = tuple(catalogue.TASKS),
+    tasks: str | Sequence[str] = tuple(task_files.TASKS),
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of the harness; `options` are the other fields of `Options`.
@@ -152,18 +150,18 @@ def _evaluate(model_config, params, tokenizer, options: Options, origin):
     loaded = dict(
         _load(options)
     )  # all before one is evaluated: a mistake shows at once
-    params, changed = inference.altered(
+    params, changed = narrow.altered(
         model_config, params, options.kinds, options.density
     )
     if origin:
-        fingerprint = evaluation.fingerprint(params)
+        fingerprint = params_lib.fingerprint(params)
         origin = {"checkpoint": origin | {"model_fingerprint": fingerprint}}
 
-    from memoryformer.tasks import harness
+    from memoryformer.harness import adapter as adapter_lib
 
     scorer = scoring.Scorer(model_config, params, batch_size=options.batch_size)
-    generator = generation.Generator(model_config, params)
-    adapter = harness.HarnessModel(
+    generator = sampler.Generator(model_config, params)
+    adapter = adapter_lib.HarnessModel(
         scorer, generator, tokenizer, add_bos=options.add_bos
     )
     results, notes = {}, {}
@@ -243,9 +241,11 @@ def _import_harness() -> None:
             "--tasks: needs the lm-evaluation-harness; "
             "`pip install -r requirements-eval.txt`."
         ) from None
-    if version != catalogue.HARNESS_VERSION:
+    if version != task_files.HARNESS_VERSION:
         logging.warning(
-            "lm-eval %s is installed, %s is pinned.", version, catalogue.HARNESS_VERSION
+            "lm-eval %s is installed, %s is pinned.",
+            version,
+            task_files.HARNESS_VERSION,
         )
 
 
@@ -269,7 +269,7 @@ def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
     """Yield each name with the harness's tasks, or the one group, that it stands for."""
     manager = _manager(options.tasks_path)
     theirs = set(manager.all_tasks)
-    known = sorted({*catalogue.TASKS, *theirs})
+    known = sorted({*task_files.TASKS, *theirs})
     cache = data.cache_root(data.DataConfig()) / "tasks" / "logiqa"
     for name in options.names:
         if name not in known:
@@ -277,7 +277,7 @@ def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
         config_lib.choose(name, known, "--tasks")
         spec: Any = name
         if name not in theirs:
-            spec = catalogue.task_config(name, options.tasks_path, cache=cache)
+            spec = task_files.task_config(name, options.tasks_path, cache=cache)
         try:
             loaded = manager.load([spec])
         except Exception as error:  # its YAML, its templates, its data's file or server

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from memoryformer import config as config_lib
-from memoryformer import layers, mixers, recurrence
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
-from memoryformer.fields import field
+from memoryformer.model import layers, mixers, stack
+from memoryformer.model import recurrence as recurrence_lib
 from memoryformer.ops import hashing, lookup
 
 NORMS = {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm}
@@ -57,7 +58,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     # Positions worked on at a time, recomputed for the gradient: same result. 0: whole rows.
     sequence_chunk: int = field("rounding", 0)
-    # What layers keep for the gradient: see ops/depth.py.
+    # What layers keep for the gradient: see ops/remat.py.
     remat: str = field("rounding", "none")
     # Compile one layer and loop, instead of every layer.
     scan_layers: bool = field("rounding", False)
@@ -69,7 +70,7 @@ class ModelConfig:
     output_std: float = 0.02  # W_O and the second dense feed-forward layer
     bias_std: float = 0.0  # biases of memory layers
     causal: bool = True  # False, for encoders: see mixers.BIDIRECTIONAL
-    # Mixers, each field named after its mixer; see memoryformer/mixers.
+    # Mixers, each field named after its mixer; see memoryformer/model/mixers.
     # Of softmax: xla | cudnn (GPU) | splash (TPU) | auto.
     attention: str = field("rounding", "xla")
     logit_transform: str = "none"  # of softmax: none | dape_v2
@@ -87,7 +88,7 @@ class ModelConfig:
     luna_slots: int = 64  # also of conv_luna
     conv_luna_filter: str = "conv"  # conv | pool
     conv_luna_width: int = 4  # tokens
-    # A memory carried over chunks of the sequence; see memoryformer/recurrence.
+    # A memory carried over chunks of the sequence; see memoryformer/model/recurrence.
     recurrence: str = "none"  # none | rmt | memformer
     recurrence_chunk: int = 0  # tokens; 0: a quarter of seq_len
     recurrence_slots: int = 16
@@ -120,8 +121,8 @@ class ModelConfig:
         if self.projection == "memory":
             self._check_memory()
         mixers.validate(self)
-        layers.validate_stack(self)
-        recurrence.validate(self)
+        stack.validate_stack(self)
+        recurrence_lib.validate(self)
 
     def _check_memory(self):
         bits = self.code_bits

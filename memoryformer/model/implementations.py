@@ -16,9 +16,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memoryformer import recurrence
 from memoryformer.errors import ConfigError
-from memoryformer.model import ModelConfig
+from memoryformer.model import recurrence
+from memoryformer.model.transformer import ModelConfig
 from memoryformer.ops import attention, lookup
 
 ANYWHERE = "auto"  # of both fields

@@ -11,17 +11,16 @@ Start at `MemoryLayer`.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import config as config_lib
-from memoryformer.errors import ConfigError
 from memoryformer.notation import Activations, Array, Codes, Tokens
-from memoryformer.ops import collectives, depth, hashing, lookup, packed
+from memoryformer.ops import collectives, hashing, lookup
+from memoryformer.ops import remat as remat_lib
+from memoryformer.ops.lookup import narrow as narrow_rows
 
 MODEL_AXIS = "model"
 
@@ -74,14 +73,14 @@ class MemoryLayer(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        if isinstance(self.tables.get_value(), packed.PackedTables):
+        if isinstance(self.tables.get_value(), narrow_rows.PackedTables):
             return self._read_packed(x)
         chunks = hashing.split_chunks(x, self.code_bits)  # [.., K / n, tau]
         codes = hashing.hash_codes(chunks)
         _record(self, codes)
         scores = hashing.scores(chunks, self.score, self.temperature, self._learned())
         codes, scores = self._from_all_devices(codes, scores)  # [.., K]
-        scores = depth.name(scores, "scores")
+        scores = remat_lib.name(scores, "scores")
         tables = self.tables[...].astype(self.dtype)
         num_tables, num_buckets, *features = tables.shape
         y = lookup.lookup(
@@ -93,13 +92,13 @@ class MemoryLayer(nnx.Module):
         y = y.reshape(*x.shape[:-1], *features)
         if self.bias is not None:
             y = y + _align(self.bias[...], y.ndim)
-        return depth.name(y.astype(self.dtype), "projected")
+        return remat_lib.name(y.astype(self.dtype), "projected")
 
     def _read_packed(self, x):
-        """The same from tables that `inference.prepare` has stored; on one device."""
+        """The same from tables that `narrow.prepare` has stored; on one device."""
         tables = self.tables.get_value()
         bias = None if self.bias is None else self.bias[...]
-        y = packed.memory_layer(
+        y = narrow_rows.memory_layer(
             x, tables, bias, self.score, self.temperature, self._learned()
         )
         return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
@@ -112,10 +111,10 @@ class MemoryLayer(nnx.Module):
     def _from_all_devices(self, codes, scores):
         """Gather what the other devices' parts of x hash to, in as few bytes as it takes."""
         if collectives.axis_size(MODEL_AXIS) == 1:
-            return depth.name(codes, "codes"), scores
+            return remat_lib.name(codes, "codes"), scores
         small = jnp.uint8 if self.code_bits <= 8 else jnp.uint16
         codes = collectives.all_gather(codes.astype(small), MODEL_AXIS, -1)
-        codes = depth.name(codes, "codes")
+        codes = remat_lib.name(codes, "codes")
         scores = collectives.all_gather(scores.astype(self.dtype), MODEL_AXIS, -1)
         return codes.astype(jnp.int32), scores
 
@@ -151,8 +150,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        if isinstance(self.kernel.get_value(), packed.PackedMatrix):
-            y = packed.product(x, self.kernel.get_value()).astype(self.dtype)
+        if isinstance(self.kernel.get_value(), narrow_rows.PackedMatrix):
+            y = narrow_rows.product(x, self.kernel.get_value()).astype(self.dtype)
             y = y.reshape(*x.shape[:-1], *self.features)
             return y if self.bias is None else y + _align(self.bias[...], y.ndim)
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
@@ -164,7 +163,7 @@ class Dense(nnx.Module):
             y = jnp.tensordot(x, kernel, axes=1)
         if self.bias is not None:
             y = y + _align(self.bias[...].astype(self.dtype), y.ndim)
-        return depth.name(y, "projected")
+        return remat_lib.name(y, "projected")
 
 
 class Embed(nnx.Module):
@@ -223,8 +222,8 @@ class Head(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> float32 [.., V]."""
-        if isinstance(self.kernel.get_value(), packed.PackedMatrix):
-            return packed.product(x, self.kernel.get_value())
+        if isinstance(self.kernel.get_value(), narrow_rows.PackedMatrix):
+            return narrow_rows.product(x, self.kernel.get_value())
         x = collectives.all_gather(x.astype(self.dtype), MODEL_AXIS, -1)
         kernel = self.kernel[...].astype(self.dtype)
         return jnp.einsum(
@@ -263,30 +262,6 @@ class LayerNorm(nnx.Module):
         y = centred * jax.lax.rsqrt(variance + self.eps)
         y = y * _align(self.scale[...], x.ndim) + _align(self.bias[...], x.ndim)
         return y.astype(x.dtype)
-
-
-def validate_stack(config: Any) -> None:
-    """Check how a model's config wants its blocks run; raises `ConfigError`."""
-    config_lib.choose(config.remat, depth.REMAT, "model.remat")
-    if config.recurrence != "none" and (config.remat != "none" or config.scan_layers):
-        raise ConfigError(
-            f"model.recurrence={config.recurrence!r}: runs blocks in its own loop; use "
-            "remat='none', scan_layers=False."
-        )
-
-
-def run_blocks(
-    blocks: Sequence[nnx.Module], x: Activations, seq: Any, remat: str, scan: bool
-) -> Activations:
-    """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.depth` says."""
-    split = (nnx.split(block, graph=False) for block in blocks)
-    graphs, params = zip(*split, strict=True)
-
-    def as_function(graph):
-        return lambda own, x: nnx.merge(graph, own)(x, seq)[0]
-
-    functions = [as_function(graph) for graph in graphs]
-    return depth.apply(functions, params, x, remat=remat, scan=scan)
 
 
 @contextlib.contextmanager

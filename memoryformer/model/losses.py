@@ -6,10 +6,14 @@ A loss is a sum of nats and a count of tokens, divided once. On a `model` axis e
 holds its part of the vocabulary, and the sums over it cross that axis.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Float, Int
+from memoryformer import model as model_lib
+from memoryformer.model import losses, mixers
+from memoryformer.notation import Array, Float, Int, Params
 from memoryformer.ops import collectives
 
 MODEL_AXIS = "model"
@@ -31,3 +35,21 @@ def token_nats(
     chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
     chosen = collectives.psum(jnp.where(here, chosen, 0), MODEL_AXIS)
     return log_total - chosen
+
+
+Batch = Mapping[str, Array]
+
+
+def batch_nats(
+    model_config: model_lib.ModelConfig,
+    params: Params,
+    batch: Batch,
+    features: Array | None = None,
+) -> Array:
+    """Return the weighted nats of every target: [B, L] float32; `mixers.draw` in a run."""
+    model = model_lib.merge(model_config, params)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+    logits, _ = model(batch["inputs"], seq)
+    nats = losses.token_nats(logits, batch["targets"])
+    # Not a product: padding must not turn 0 * inf into nan.
+    return jnp.where(batch["weights"] > 0, nats * batch["weights"], 0)

@@ -6,7 +6,7 @@
     int8       1                 1, a scale for each output
     int4       -                 1/2, a scale for 64 weights
 
-What is rounded, and by how much, is in `ops.packed`. The result takes the place of the
+What is rounded, and by how much, is in `ops.lookup.narrow`. The result takes the place of the
 parameters in `model.merge` and has no gradients. Start at `prepare`; `round_weights` and
 `prune` give ordinary parameters of the same values, to measure what they cost.
 """
@@ -20,10 +20,11 @@ import numpy as np
 from absl import flags
 
 from memoryformer import config as config_lib
-from memoryformer import model
 from memoryformer.errors import ConfigError
+from memoryformer.model import params as params_lib
+from memoryformer.model import transformer as model
 from memoryformer.notation import Array, Params
-from memoryformer.ops import packed
+from memoryformer.ops.lookup import narrow as narrow_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class WeightKinds:
     dense: str = "float32"  # every other dense layer
 
     def __post_init__(self):
-        config_lib.choose(self.tables, packed.TABLE_KINDS, "--tables")
-        config_lib.choose(self.head, packed.MATRIX_KINDS, "--head")
-        config_lib.choose(self.dense, packed.MATRIX_KINDS, "--dense")
+        config_lib.choose(self.tables, narrow_rows.TABLE_KINDS, "--tables")
+        config_lib.choose(self.head, narrow_rows.MATRIX_KINDS, "--head")
+        config_lib.choose(self.dense, narrow_rows.MATRIX_KINDS, "--dense")
 
 
 def kinds_from_flags() -> WeightKinds | None:
@@ -58,7 +59,7 @@ def prepare(
     _check_head(model_config, kinds)
 
     def store(role, leaf):
-        return jax.tree.map(packed.in_huge_pages, _pack(role, leaf, kinds))
+        return jax.tree.map(narrow_rows.in_huge_pages, _pack(role, leaf, kinds))
 
     return _map_weights(model_config, params, store)
 
@@ -72,8 +73,8 @@ def round_weights(
     def rounded(role, leaf):
         weights = _pack(role, leaf, kinds)
         if role == "tables":
-            return packed.widen_tables(weights)
-        return packed.widen_matrix(weights).reshape(leaf.shape)
+            return narrow_rows.widen_tables(weights)
+        return narrow_rows.widen_matrix(weights).reshape(leaf.shape)
 
     return _map_weights(model_config, params, rounded)
 
@@ -133,8 +134,10 @@ def _check_head(model_config, kinds):
 def _pack(role, leaf, kinds):
     leaf = np.asarray(leaf)
     if role == "tables":
-        return packed.pack_tables(leaf, kinds.tables)
-    return packed.pack_matrix(leaf.reshape(leaf.shape[0], -1), getattr(kinds, role))
+        return narrow_rows.pack_tables(leaf, kinds.tables)
+    return narrow_rows.pack_matrix(
+        leaf.reshape(leaf.shape[0], -1), getattr(kinds, role)
+    )
 
 
 def _map_weights(
@@ -145,7 +148,7 @@ def _map_weights(
     """Replace every tables and kernel leaf by function(role, leaf), role of `WeightKinds`."""
 
     def walk(node, specs, path):
-        if isinstance(node, packed.PackedTables | packed.PackedMatrix):
+        if isinstance(node, narrow_rows.PackedTables | narrow_rows.PackedMatrix):
             return node
         if isinstance(node, dict):
             return {key: walk(node[key], specs[key], (*path, key)) for key in node}
@@ -155,4 +158,4 @@ def _map_weights(
             return function("head" if path[0] == "head" else "dense", node)
         return node
 
-    return walk(params, model.param_specs(model_config), ())
+    return walk(params, params_lib.param_specs(model_config), ())

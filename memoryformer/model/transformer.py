@@ -10,16 +10,13 @@ Start at `Transformer`; from outside, at `init` and `forward`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import layers, mixers, recurrence
-from memoryformer.model_config import ACTIVATIONS, NORMS, ModelConfig
-from memoryformer.notation import Activations, Array, Float, Params, Tokens
+from memoryformer.model import layers, mixers, recurrence, stack
+from memoryformer.model.config import ACTIVATIONS, NORMS, ModelConfig
+from memoryformer.notation import Activations, Array, Float, Tokens
 
 
 def make_norm(config: ModelConfig, features: int) -> nnx.Module:
@@ -184,7 +181,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Activations, mixers.State | None]:
         """[B, L, D] through all blocks and the final norm, `read` before each block."""
         if state is None and (self.scan_layers or self.remat != "none"):
-            x = layers.run_blocks(self.blocks, x, seq, self.remat, self.scan_layers)
+            x = stack.run_blocks(self.blocks, x, seq, self.remat, self.scan_layers)
             return self.final_norm(x), None
         new_state = []
         for i, block in enumerate(self.blocks):
@@ -214,111 +211,3 @@ class Transformer(nnx.Module):
         return tuple(
             b.mixer.init_state(batch_size, max_len, dtype) for b in self.blocks
         )
-
-
-# --------------------------------------------------------------------------------------
-# Functions over a plain parameter tree. Modules are trees, never graphs with shared nodes:
-# `graph=False` wherever flax asks, and not for the process, which may hold other models.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
-    """Draw the parameters: a nested dict of float32 arrays with string keys."""
-    model = Transformer(model_config, rngs=nnx.Rngs(jax.random.key(seed)))
-    params = nnx.state(model, nnx.Param, graph=False)
-    return _rekey(nnx.to_pure_dict(params), str)
-
-
-def merge(model_config: ModelConfig, params: Params) -> Transformer:
-    """Put parameters into a `Transformer`."""
-    return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
-
-
-def with_tables_as_read(model_config: ModelConfig, params: Params) -> Params:
-    """Narrow tables to the type in which the layers read them; wider types stay."""
-    dtype = jnp.dtype(model_config.dtype)
-
-    def narrow(p, group):
-        narrower = group == "tables" and dtype.itemsize < p.dtype.itemsize
-        return p.astype(dtype) if narrower else p
-
-    return jax.tree.map(narrow, params, param_groups(model_config))
-
-
-def forward(
-    model_config: ModelConfig,
-    params: Params,
-    tokens: Tokens,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
-) -> Float[Array, "B L V"]:
-    """Compute the logits of next tokens: int32 [B, L] -> float32 [B, L, V].
-
-    Without `segment_ids` every row is one document. `positions` count inside a document.
-    """
-    seq = mixers.SeqInfo.of_tokens(tokens)
-    if segment_ids is not None:
-        seq = seq._replace(segment_ids=segment_ids)
-    if positions is not None:
-        seq = seq._replace(positions=positions)
-    return merge(model_config, params)(tokens, seq)[0]
-
-
-def param_specs(model_config: ModelConfig) -> dict[str, Any]:
-    """Name the `ShardingSpecs` field of each parameter: a tree of strings."""
-    return _abstract(model_config)[1]
-
-
-def param_groups(model_config: ModelConfig) -> dict[str, Any]:
-    """Name the group of each parameter for `optimizer.make`: a tree of its `GROUPS`."""
-    return _abstract(model_config)[2]
-
-
-def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
-    """Return the PartitionSpec of every parameter under `sharding.Sharding`.
-
-    Raises `ConfigError` for a mixer or a length that its `sequence` axis cannot split.
-    """
-    mixers.validate_sequence(model_config, sharding.axis_size("sequence"))
-    shapes = jax.eval_shape(lambda: init(model_config))
-    return sharding.param_specs(param_specs(model_config), shapes)
-
-
-@functools.lru_cache(maxsize=32)
-def _abstract(
-    model_config: ModelConfig,
-) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """The model without its numbers, and of each parameter the spec and the group."""
-    model = nnx.eval_shape(
-        lambda: Transformer(model_config, rngs=nnx.Rngs(0)),
-        graph=False,
-        graph_updates=False,
-    )
-    graphdef, state = nnx.split(model, graph=False)
-
-    def of_each(describe):
-        described = jax.tree.map(
-            lambda variable: describe(**variable.get_metadata()),
-            state,
-            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-        )
-        return _rekey(nnx.to_pure_dict(described), str)
-
-    return graphdef, of_each(lambda spec, **_: spec), of_each(_group)
-
-
-def _group(spec, decay, **unused_metadata):
-    if spec == "tables":
-        return "tables"
-    return "decayed" if decay else "undecayed"
-
-
-def _rekey(tree: Any, key: Callable[[Any], Any]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {key(name): _rekey(value, key) for name, value in tree.items()}
-
-
-def _index(name: str) -> str | int:
-    """Undo `str`: nnx merges in the order of keys, and "10" sorts before "2"."""
-    return int(name) if name.isdecimal() else name

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryformer.notation import Array, Float, Int
-from memoryformer.ops import collectives, depth
+from memoryformer.ops import collectives, remat
 
 TILE = 512  # tokens
 
@@ -90,7 +90,7 @@ def _ring_fwd(q, k, v, marks, causal):
     weight = jnp.where(seen, sums.weight, 1)
     y = sums.values / jnp.moveaxis(weight, 2, 3)[..., None]
     log_sum = jnp.where(seen, sums.highest + jnp.log(weight), 0)
-    y, log_sum = (depth.name(x, "attended") for x in (y.astype(q.dtype), log_sum))
+    y, log_sum = (remat.name(x, "attended") for x in (y.astype(q.dtype), log_sum))
     return y, (q, k, v, marks, y, log_sum)
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from memoryformer import config, errors, paths
+from memoryformer import cli, config, errors
+from memoryformer.files import paths
 
 PICTURES = ("flops", "utilisation", "curves")
 
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    paths.define_flag("output", "File, or folder for pictures; not given: in DIR.")
-    paths.define_flag("workdir", "The run to look at (utilisation).")
+    cli.define_path_flag("output", "File, or folder for pictures; not given: in DIR.")
+    cli.define_path_flag("workdir", "The run to look at (utilisation).")
     flags.DEFINE_integer(
         "max_tokens",
         2**18,
@@ -26,7 +27,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv):
@@ -40,7 +41,7 @@ def _run(argv):
         near = config.suggest(words[0], PICTURES)
         raise errors.ConfigError(f"report {words[0]!r}: no such directory{near}.")
     if words[0] != "utilisation":
-        errors.refuse_flags(["workdir", "max_tokens"], "is of report utilisation")
+        cli.refuse_flags(["workdir", "max_tokens"], "is of report utilisation")
     if words[0] in PICTURES:
         from memoryformer.report import pictures  # with matplotlib
 

@@ -16,7 +16,8 @@ import numpy as np
 from memoryformer.report import studies as studies_lib
 from memoryformer.report import svg
 from memoryformer.report.studies import BITS, LOSS, SPEED, VALIDATION, Run, Study
-from memoryformer.sweep import points, tables
+from memoryformer.sweep import points
+from memoryformer.sweep import statistics as statistics_lib
 
 STYLE = pathlib.Path(__file__).with_name("page.css")
 MEASURES = (
@@ -64,7 +65,7 @@ def _how_to_read(studies: Sequence[Study]) -> str:
     return (
         "Lines are means over seeds, bands reach from the lowest to the highest seed; "
         f"± is the standard deviation over seeds. A difference is called noise below "
-        f"{tables.NOISE:g} standard errors (from the pooled standard deviation)."
+        f"{statistics_lib.NOISE:g} standard errors (from the pooled standard deviation)."
     )
 
 
@@ -83,12 +84,12 @@ def _section(index: int, study: Study) -> str:
 
 def _results(study: Study, metric: str) -> str:
     summaries = study.summaries(metric)
-    pooled = tables.pooled_deviation(summaries)
+    pooled = statistics_lib.pooled_deviation(summaries)
     rows = []
     for summary in summaries:
         runs = study.counted(study.variants[summary.variant])
         run = next(run for run in runs if run.last(metric) is not None)
-        apart = tables.difference(summary, summaries[0], pooled)
+        apart = statistics_lib.difference(summary, summaries[0], pooled)
         against, verdict = "", "baseline"
         if summary is not summaries[0]:
             against, verdict = _plus_minus(apart.value, apart.error, "+"), apart.verdict
@@ -248,7 +249,7 @@ def _runs(study: Study) -> str:
     for label, runs in study.variants.items():
         for run in runs:
             values = (run.last(study.headline), run.last(LOSS), run.last(SPEED))
-            shown = ["" if v is None else tables.number(v) for v in values]
+            shown = ["" if v is None else statistics_lib.number(v) for v in values]
             facts = (label, run.seed, run.state, _step(run))
             rows.append((*facts, *shown, str(run.workdir)))
     names = (NAMES[study.headline], NAMES[LOSS], NAMES[SPEED])

@@ -10,17 +10,13 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 
-from memoryformer import (
-    accounting,
-    config,
-    diagnostics,
-    errors,
-    experiment,
-    implementations,
-    metrics,
-    paths,
-    run_tokenizer,
-)
+from memoryformer import accounting, config, errors
+from memoryformer.data import run_tokenizer
+from memoryformer.evaluation import buckets
+from memoryformer.files import paths
+from memoryformer.model import implementations
+from memoryformer.runs import metrics
+from memoryformer.training import experiment
 
 matplotlib.use("Agg")  # no display needed; before pyplot is imported
 from matplotlib import pyplot as plt
@@ -117,7 +113,7 @@ def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
 def buckets_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
     """Draw how often each bucket is read in the first block, the paper's Fig. 4.
 
-    `counts` is `diagnostics.collect`'s. Columns: Q, K, V (one hash), FFN up, FFN down;
+    `counts` is `evaluation.buckets.collect`'s. Columns: Q, K, V (one hash), FFN up, FFN down;
     rows: the first and the last table.
     """
     figure, all_axes = plt.subplots(2, 3, figsize=(11.5, 6.0), sharey="col")
@@ -125,7 +121,7 @@ def buckets_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
     for column, (layer, title) in enumerate(zip(LAYERS, titles, strict=True)):
         table_counts = counts[f"blocks.0.{layer}"]  # [K, C]
         num_tables, num_buckets = table_counts.shape
-        use = diagnostics.utilisation(table_counts)
+        use = buckets.utilisation(table_counts)
         for row, table in enumerate((0, num_tables - 1)):
             axes = all_axes[row, column]
             share = table_counts[table] / table_counts[table].mean()
@@ -284,7 +280,7 @@ def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
     number = -(-max_tokens // (batch_size * model_config.seq_len)) or None
     batches = itertools.islice(iter(batches), number)
-    return diagnostics.collect(model_config, params, batches)
+    return buckets.collect(model_config, params, batches)
 
 
 def _curves(workdir: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -327,12 +323,12 @@ def _after_start(y: np.ndarray) -> float:
 
 
 def _layer_values(counts: np.ndarray) -> dict[str, np.ndarray]:
-    use = diagnostics.utilisation(counts)
+    use = buckets.utilisation(counts)
     return {
         "used_fraction": use.used_fraction,
         "entropy": use.entropy,
         "max_over_mean": use.max_over_mean,
-        "flip_rate": diagnostics.bit_rates(counts).flip_rate,
+        "flip_rate": buckets.bit_rates(counts).flip_rate,
     }
 
 

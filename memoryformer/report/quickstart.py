@@ -9,24 +9,19 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from memoryformer import (
-    checkpoint,
-    errors,
-    experiment,
-    metrics,
-    paths,
-    run_tokenizer,
-    rundir,
-)
-from memoryformer.data import yardsticks
+from memoryformer import cli
+from memoryformer.data import run_tokenizer, yardsticks
 from memoryformer.errors import DataError
+from memoryformer.runs import console, directory, metrics
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import experiment
 
 DENSE_SUFFIX = "-dense"
 
 
 def summary(workdir: pathlib.Path) -> str:
     """Return a table of bits per byte, and where everything is."""
-    facts = checkpoint.facts(workdir)
+    facts = run_steps.facts(workdir)
     run = experiment.resolve(facts["config"])
     dataset = run_tokenizer.dataset(workdir, run.data, facts)
     memory = workdir.with_name(workdir.name.removesuffix(DENSE_SUFFIX))
@@ -56,7 +51,7 @@ def summary(workdir: pathlib.Path) -> str:
 
 
 def _bits(path: pathlib.Path) -> float:
-    bits = rundir.read_json(path).get("val/bits_per_byte")
+    bits = directory.read_json(path).get("val/bits_per_byte")
     if not isinstance(bits, float):
         raise DataError(f"{path}: holds no val/bits_per_byte; run eval.py again.")
     return bits
@@ -67,25 +62,25 @@ def _training(workdir: pathlib.Path) -> str:
     rows = [row for row in metrics.read(workdir) if wanted <= row.keys()]
     if not rows:
         raise DataError(f"{workdir}/metrics.jsonl: no training rows; was it trained?")
-    tokens = metrics.short_number(rows[-1]["train/tokens"])
+    tokens = console.short_number(rows[-1]["train/tokens"])
     rates = sorted(row["train/tokens_per_second"] for row in rows)
-    rate = metrics.short_number(rates[len(rates) // 2])
+    rate = console.short_number(rates[len(rates) // 2])
     return f"{tokens} tokens at {rate} tokens/s"
 
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    paths.define_flag("workdir", "The run.", required=True)
+    cli.define_path_flag("workdir", "The run.", required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv):
     """Print the summary of --workdir."""
-    errors.check_arguments(argv, config=None, required=False)
+    cli.check_arguments(argv, config=None, required=False)
     print(summary(pathlib.Path(flags.FLAGS.workdir)))
 
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from memoryformer import accounting, drift, experiment, outcome, rundir
+from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, DataError, StorageError
-from memoryformer.sweep import files, points, tables
+from memoryformer.runs import compatibility, outcome
+from memoryformer.runs import directory as directory_lib
+from memoryformer.sweep import files, points
+from memoryformer.sweep import statistics as statistics_lib
+from memoryformer.training import experiment
 
 LOSS, BITS, VALIDATION = "train/loss", "val/bits_per_byte", "val/loss"
 SPEED = "train/tokens_per_second"
@@ -119,14 +123,14 @@ class Study:
         """The variants as counted; those of which nothing is done as far as they are."""
         return {k: self.counted(runs) or runs for k, runs in self.variants.items()}
 
-    def summaries(self, metric: str) -> list[tables.Summary]:
+    def summaries(self, metric: str) -> list[statistics_lib.Summary]:
         """Mean and spread of a metric's last values, of the variants that have it."""
         found = []
         for label, variant in self.variants.items():
             runs = self.counted(variant)
             values = [v for v in (run.last(metric) for run in runs) if v is not None]
             if values:
-                found.append(tables.summarise(label, values))
+                found.append(statistics_lib.summarise(label, values))
         return found
 
     @property
@@ -191,7 +195,7 @@ def _of_sweep(
     """The runs of a sweep by the name of their folder, None for one that cannot be read."""
     path = directory / files.MANIFEST
     try:
-        points = rundir.read_json(path)["points"]
+        points = directory_lib.read_json(path)["points"]
         labels = {str(name): str(point["label"]) for name, point in points.items()}
     except StorageError as error:
         damaged.append(error)
@@ -213,7 +217,7 @@ def _run(
         rows = files.read_rows(workdir)
         if not path.exists() or not rows:
             return None
-        config = experiment.complete(rundir.read_json(path))
+        config = experiment.complete(directory_lib.read_json(path))
         accounting.count(config["model"])  # of a model that cannot be, it raises
     except StorageError as error:
         damaged.append(error)
@@ -222,5 +226,5 @@ def _run(
         damaged.append(StorageError(f"{path}: {error}"))
         return None
     ended = outcome.read(workdir) or {"state": "partial"}
-    flat = config_lib.flatten(drift.plain(config))
+    flat = config_lib.flatten(compatibility.plain(config))
     return Run(workdir, flat, rows, label, ended["state"])

@@ -19,7 +19,6 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
-import pathlib
 import shutil
 import threading
 import time
@@ -27,14 +26,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
 
-from memoryformer import drift, integrity, leaves, paths, processes
+from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError, first_line
-from memoryformer.notation import Params
+from memoryformer.files import paths
+from memoryformer.runs import compatibility, manifest, state_spec
+from memoryformer.runs import steps as run_steps
 
-FOLDER = "checkpoints"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,7 +60,7 @@ class Checkpointer:
     """Save and restore the training state of one run; a context manager.
 
     `run_config` is the resolved config and `data_fingerprint` names the data; both are
-    stored with every step, and a step written under others is refused (see `drift`)
+    stored with every step, and a step written under others is refused (see `compatibility`)
     unless `allow` holds the fields that differ, as is one of another `tokenizer` whatever
     `allow` holds; `complete` fills a stored config in with
     the fields that it was written without. Every process makes one and calls the
@@ -79,10 +78,10 @@ class Checkpointer:
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
     ):
-        self.directory = paths.workdir(workdir).absolute() / FOLDER
+        self.directory = paths.workdir(workdir).absolute() / run_steps.FOLDER
         self._config = config
         self._facts = {
-            "config": drift.plain(run_config),
+            "config": compatibility.plain(run_config),
             "data_fingerprint": data_fingerprint,
             "tokenizer": tokenizer,
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -110,11 +109,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Return the steps that have a manifest, ascending."""
-        return _finished(self.directory)
+        return run_steps.finished(self.directory)
 
     def facts(self, step: int) -> dict[str, Any]:
         """Return what the manifest of `step` says: config, data_fingerprint, leaves, ..."""
-        return integrity.facts(self.directory / str(step))
+        return manifest.facts(self.directory / str(step))
 
     def should_save(self, step: int) -> bool:
         """Whether it is time, by steps or by minutes; never for the step already saved."""
@@ -136,9 +135,9 @@ class Checkpointer:
         `keep` stay, one is being written and one not yet deleted. What checkpoints take
         up already counts as free; `keep_every` steps come on top and are not counted.
         """
-        one = leaves.total_bytes(state)
+        one = state_spec.total_bytes(state)
         need = one * (self._config.keep + 2)
-        free = shutil.disk_usage(self.directory).free + integrity.size(self.directory)
+        free = shutil.disk_usage(self.directory).free + manifest.size(self.directory)
         if self._chief and free < need:
             raise StorageError(
                 f"{self.directory}: {free / 2**30:.2f} GiB free, checkpoints need "
@@ -157,12 +156,12 @@ class Checkpointer:
         if step == self._current:
             return False
         target = self.directory / str(step)
-        facts = self._facts | {"step": step, "leaves": leaves.describe(state)}
+        facts = self._facts | {"step": step, "leaves": state_spec.describe(state)}
         try:
             if self._chief and target.exists():
-                listed = _listed(self.directory) - {step}
-                integrity.write_ledger(self.directory, listed)
-                integrity.remove(target)
+                listed = run_steps.listed(self.directory) - {step}
+                manifest.write_ledger(self.directory, listed)
+                manifest.remove(target)
             self._damaged.discard(step)
             processes.barrier(f"replace {step}")
             self._manager.reload()
@@ -174,7 +173,7 @@ class Checkpointer:
             raise self._failure from error
         self._finaliser = threading.Thread(
             target=self._finalise,
-            args=(step, facts, leaves.samples(state)),
+            args=(step, facts, state_spec.samples(state)),
             name=f"checkpoint-{step}",
         )
         self._finaliser.start()
@@ -206,7 +205,7 @@ class Checkpointer:
             with contextlib.suppress(*([Exception] if self._failure else [])):
                 self._manager.close()
         if self._chief and self._current is not None:
-            integrity.verify(self.directory / str(self._current))
+            manifest.verify(self.directory / str(self._current))
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -227,8 +226,10 @@ class Checkpointer:
         Raises `StorageError` if there are finished steps and all are damaged.
         """
         damaged, finished = [], self.steps()
-        listed = _listed(self.directory)
-        for step in sorted({*_numbered(self.directory), *listed}, reverse=True):
+        listed = run_steps.listed(self.directory)
+        for step in sorted(
+            {*run_steps.numbered(self.directory), *listed}, reverse=True
+        ):
             if step not in finished and step not in listed:
                 processes.say(
                     f"checkpoint {step}: skipped, its save was never finished."
@@ -236,12 +237,12 @@ class Checkpointer:
                 continue
             try:
                 return step, self.restore(step, abstract_state)
-            except integrity.DamagedError as error:
+            except manifest.DamagedError as error:
                 damaged.append(step)
                 processes.say(f"checkpoint {step}: skipped, damaged: {error}")
         if damaged:
             raise StorageError(
-                f"{self.directory}: every checkpoint is damaged (steps {_list(damaged)}); "
+                f"{self.directory}: every checkpoint is damaged (steps {run_steps.joined(damaged)}); "
                 "restore a copy, or delete the directory to start from scratch."
             )
         return None
@@ -253,23 +254,23 @@ class Checkpointer:
         arrays. Raises `ConfigError` naming what differs in config, data or leaves,
         `DamagedError`, or `StorageError` if the step is not there.
         """
-        target = _existing(self.directory, step)
+        target = run_steps.existing(self.directory, step)
         problem = ""
         if self._chief:
             try:
-                integrity.verify(target)
-            except integrity.DamagedError as error:
+                manifest.verify(target)
+            except manifest.DamagedError as error:
                 problem = str(error)
         if processes.from_chief(bool(problem)):
             self._damaged.add(step)
-            raise integrity.DamagedError(problem or f"{target}: found by process 0.")
+            raise manifest.DamagedError(problem or f"{target}: found by process 0.")
         self._compare(step, abstract_state)
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(
-                        jax.tree.map(leaves.abstract, abstract_state)
+                        jax.tree.map(state_spec.abstract, abstract_state)
                     )
                 ),
             )
@@ -286,8 +287,8 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if self._chief:
                 # Whole files are not enough: Orbax must find what it wrote.
-                leaves.read(self.directory / str(step), samples)
-                integrity.write(self.directory / str(step), facts)
+                state_spec.read(self.directory / str(step), samples)
+                manifest.write(self.directory / str(step), facts)
                 self._retain(step)
         except BaseException as error:
             self._failure = self._failed(step, error)
@@ -299,15 +300,15 @@ class Checkpointer:
         if self._config.keep_every:
             kept |= {s for s in whole if s % self._config.keep_every == 0}
         # First: what a kill leaves half deleted is not damaged.
-        integrity.write_ledger(self.directory, kept)
-        for step in _numbered(self.directory):
+        manifest.write_ledger(self.directory, kept)
+        for step in run_steps.numbered(self.directory):
             if step in kept:
                 continue
             if step > newest:
                 processes.say(
                     f"checkpoint {step}: deleted, the run went on from an older one."
                 )
-            integrity.remove(self.directory / str(step))
+            manifest.remove(self.directory / str(step))
 
     def _remove_debris(self) -> None:
         """Delete what killed saves and killed deletions have left."""
@@ -316,12 +317,12 @@ class Checkpointer:
                 f"checkpoint {path.name.split('.')[0]}: unfinished save removed."
             )
             shutil.rmtree(path)
-        finished, listed = self.steps(), _listed(self.directory)
-        for step in set(_numbered(self.directory)) - {*finished, *listed}:
+        finished, listed = self.steps(), run_steps.listed(self.directory)
+        for step in set(run_steps.numbered(self.directory)) - {*finished, *listed}:
             if finished and step < finished[-1]:
-                integrity.remove(self.directory / str(step))
+                manifest.remove(self.directory / str(step))
         if not listed.issuperset(finished):  # killed between manifest and ledger
-            integrity.write_ledger(self.directory, listed.union(finished))
+            manifest.write_ledger(self.directory, listed.union(finished))
 
     def _failed(self, step: int, error: BaseException) -> StorageError:
         """Tidy up after a failed save, which would keep a full disk full."""
@@ -337,83 +338,20 @@ class Checkpointer:
     def _compare(self, step: int, abstract_state: Any) -> None:
         """Raise `ConfigError` if `step` is of another config, data, tokenizer or model."""
         facts = self.facts(step)
-        drift.check_tokenizer(facts.get("tokenizer"), self._facts["tokenizer"], step)
+        compatibility.check_tokenizer(
+            facts.get("tokenizer"), self._facts["tokenizer"], step
+        )
         saved = self._complete(facts["config"])
         saved["data_fingerprint"] = facts["data_fingerprint"]
         ours = dict(self._facts["config"])
         ours["data_fingerprint"] = self._facts["data_fingerprint"]
-        changes = drift.check(saved, ours, self._allow)
+        changes = compatibility.check(saved, ours, self._allow)
         if changes:
             processes.say(f"checkpoint {step}: going on under a changed config:")
-            processes.say(drift.describe(changes))
-        leaves.compare(facts["leaves"], leaves.describe(abstract_state), step)
-
-
-def load(
-    workdir: str | os.PathLike, step: int | None = None
-) -> tuple[ml_collections.ConfigDict, Params]:
-    """Load (config, params) of a run: the newest step, or `step`.
-
-    params is a nested dict of numpy arrays with string keys; no model, mesh or device is
-    needed. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
-    """
-    target = _existing(_folder(workdir), step)
-    facts = integrity.verify(target)
-    abstract = leaves.nested(facts["leaves"], "params")
-    restored = leaves.read(target, abstract, partial_restore=True)
-    return ml_collections.ConfigDict(_tuples(facts["config"])), restored["params"]
-
-
-def facts(workdir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-    """Return what the manifest of a step says (None: the newest); see `load`."""
-    return integrity.facts(_existing(_folder(workdir), step))
-
-
-def _folder(workdir: str | os.PathLike) -> pathlib.Path:
-    return paths.local(workdir, "--workdir").absolute() / FOLDER
-
-
-def _existing(directory: pathlib.Path, step: int | None) -> pathlib.Path:
-    """Return the directory of a step that was finished once (None: the newest of them).
-
-    Raises `StorageError` that says what there is.
-    """
-    if not directory.is_dir():
-        raise StorageError(f"--workdir: there is no directory {directory}.")
-    steps = sorted({*_finished(directory), *_listed(directory)})
-    if not steps:
-        raise StorageError(f"{directory}: holds no finished checkpoint.")
-    if step is not None and step not in steps:
-        raise StorageError(f"{directory}: no step {step}; there are {_list(steps)}.")
-    return directory / str(steps[-1] if step is None else step)
-
-
-def _numbered(directory: pathlib.Path) -> list[int]:
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
-
-
-def _finished(directory: pathlib.Path) -> list[int]:
-    return [s for s in _numbered(directory) if integrity.exists(directory / str(s))]
-
-
-def _listed(directory: pathlib.Path) -> set[int]:
-    """Return the steps that were finished: whole, or damaged since."""
-    try:
-        return integrity.read_ledger(directory)
-    except integrity.DamagedError:  # then whatever is there may have been
-        return set(_numbered(directory))
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+            processes.say(compatibility.describe(changes))
+        state_spec.compare(facts["leaves"], state_spec.describe(abstract_state), step)
 
 
 def _is_not_a_dump(record: logging.LogRecord) -> bool:
     # Orbax logs pages of traceback for an error that it raises and we report in a line.
     return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _list(steps: list[int]) -> str:
-    return ", ".join(map(str, sorted(steps)))

@@ -6,9 +6,12 @@ lost then, and the run goes on; metrics.jsonl is the truth. Start at `unbroken`.
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+import jax
 
 
 @contextlib.contextmanager
@@ -55,3 +58,115 @@ class _Unbroken:
                 getattr(self._stream, name)(*arguments)
         except (OSError, ValueError):  # ValueError: closed, or not of its encoding
             silence(self._stream)
+
+
+def progress_line(
+    step: int,
+    num_steps: int,
+    *,
+    loss: float | None = None,
+    grad_norm: float | None = None,
+    learning_rate: float | None = None,
+    tokens_per_second: float | None = None,
+    num_devices: int = 1,
+    step_seconds: float | None = None,
+    data_fraction: float | None = None,
+    mfu: float | None = None,
+    memory_bytes: tuple[int, int] | None = None,
+    wall_seconds: float | None = None,
+    eta_seconds: float | None = None,
+    checkpoint_step: int | None = None,
+) -> str:
+    """Return the line of one log interval; what is None is left out.
+
+    `step 1200/106418 (1.1%) loss 3.412 gnorm 0.82 lr 3.0e-3 tok/s 412k (51.5k/dev)
+    step 1.27s data 0.3% mfu 41.2% mem 61/80GiB wall 26m00s eta 1d12h ckpt@1000`
+    """
+    parts = [f"step {step}/{num_steps} ({100 * step / max(num_steps, 1):.1f}%)"]
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if grad_norm is not None:
+        parts.append(f"gnorm {grad_norm:.2f}")
+    if learning_rate is not None:
+        mantissa, _, exponent = f"{learning_rate:.1e}".partition("e")
+        parts.append(f"lr {mantissa}e{int(exponent)}")
+    if tokens_per_second is not None:
+        per_device = ""
+        if num_devices > 1:
+            per_device = f" ({short_number(tokens_per_second / num_devices)}/dev)"
+        parts.append(f"tok/s {short_number(tokens_per_second)}{per_device}")
+    if step_seconds is not None:
+        parts.append(f"step {step_seconds:.3g}s")
+    if data_fraction is not None:
+        parts.append(f"data {100 * data_fraction:.1f}%")
+    if mfu is not None:
+        parts.append(f"mfu {100 * mfu:.1f}%")
+    if memory_bytes is not None:
+        used, total = (x / 2**30 for x in memory_bytes)
+        parts.append(f"mem {used:.3g}/{total:.3g}GiB")
+    if wall_seconds is not None:
+        parts.append(f"wall {short_time(wall_seconds)}")
+    if eta_seconds is not None:
+        parts.append(f"eta {short_time(eta_seconds)}")
+    if checkpoint_step is not None:
+        parts.append(f"ckpt@{checkpoint_step}")
+    return " ".join(parts)
+
+
+def short_number(x: float) -> str:
+    """Three digits and a unit: 51.5k, 412k, 2.5M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{x / size:#.3g}".rstrip(".") + unit
+    return f"{x:.3g}"
+
+
+def short_time(seconds: float) -> str:
+    """Two units: 42s, 3m20s, 2h05m, 1d12h."""
+    seconds = max(round(seconds), 0)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+class ProgressPrinter:
+    """Print progress lines: one that overwrites itself on a terminal, else one per call.
+
+    Process 0 alone prints. `note` prints a line that stays.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._open = False  # a line without its end is on the terminal
+        self._silent = jax.process_index() != 0
+
+    def update(self, line: str) -> None:
+        """Show `line` in the place of the one before."""
+        if self._silent:
+            return
+        if not self._live:
+            print(line, file=self._stream, flush=True)
+            return
+        # One column stays free: a full line would wrap and could not be overwritten.
+        width = max(shutil.get_terminal_size().columns - 1, 20)
+        self._stream.write(f"\r{line[:width]}\x1b[K")
+        self._stream.flush()
+        self._open = True
+
+    def note(self, line: str) -> None:
+        """Print `line` so that it stays on the screen."""
+        if self._silent:
+            return
+        start = "\r\x1b[K" if self._open else ""
+        print(f"{start}{line}", file=self._stream, flush=True)
+        self._open = False
+
+    def close(self) -> None:
+        """End the line that is on the terminal."""
+        if self._open:
+            print(file=self._stream, flush=True)
+        self._open = False

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from memoryformer import processes
+from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError
 
 LOCK = "lock"

@@ -14,14 +14,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from memoryformer import processes, rundir
-from memoryformer.errors import (
-    ConfigError,
-    HangError,
-    Preempted,
-    StorageError,
-    as_ours,
-)
+from memoryformer.cluster import processes
+from memoryformer.errors import ConfigError, HangError, Preempted, StorageError, as_ours
+from memoryformer.runs import directory
 
 FILE = "outcome.json"
 
@@ -66,7 +61,7 @@ def _has_begun(workdir: pathlib.Path) -> bool:
 def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Return what the last run in `workdir` wrote down; None if nothing that makes sense."""
     try:
-        facts = rundir.read_json(pathlib.Path(workdir) / FILE)
+        facts = directory.read_json(pathlib.Path(workdir) / FILE)
     except StorageError:
         return None
     if facts.get("state") == "done":
@@ -78,4 +73,4 @@ def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
     # A full disk is no reason to hide what ended the run.
     with contextlib.suppress(StorageError):
-        rundir.write_json(path, facts)
+        directory.write_json(path, facts)

@@ -78,7 +78,7 @@ def samples(state: Any) -> Any:
 def read(target: pathlib.Path, abstract: Any, **how: Any) -> Any:
     """Read leaves of a step's directory as numpy arrays, in this process alone.
 
-    `abstract` is nested like the state that was saved, with `samples`' placeholders, or
+    `dryrun.lowering` is nested like the state that was saved, with `samples`' placeholders, or
     (`partial_restore`) a part of it in dicts.
 
     Raises `StorageError` where Orbax does not find them.

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from memoryformer import config as config_lib
-from memoryformer import errors, paths
+from memoryformer import cli
 
 ROOT = "runs/sweeps"
 # Which flags each command looks at, beside those of every one.
@@ -22,9 +21,9 @@ LOOKED_AT = {
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    config_lib.define_flag()
+    cli.define_config_flag()
     flags.DEFINE_list("sweep", [], "Sweeps of the config file, to be multiplied.")
-    paths.define_flag("root", "Where sweeps live; runs/sweeps if not given.")
+    cli.define_path_flag("root", "Where sweeps live; runs/sweeps if not given.")
     flags.DEFINE_integer("index", -1, "print: this point alone.")
     flags.DEFINE_bool("todo", False, "print: leave out what is done or has failed.")
     flags.DEFINE_integer("parallel", 1, "run: processes at a time.", lower_bound=1)
@@ -39,17 +38,17 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv):
     """Read the flags and run the command that `argv` names."""
-    errors.check_arguments(argv[:1], config=flags.FLAGS.config)
+    cli.check_arguments(argv[:1], config=flags.FLAGS.config)
     from memoryformer.sweep import commands
 
     for name in sorted(set().union(*LOOKED_AT.values())):
         if name not in LOOKED_AT.get(argv[1] if len(argv) > 1 else "", (name,)):
-            errors.refuse_flags([name], f"{argv[1]} does not look at it")
+            cli.refuse_flags([name], f"{argv[1]} does not look at it")
     config = flags.FLAGS["config"]
     names = [f.name for f in dataclasses.fields(commands.Options)]
     options = commands.Options(**{name: flags.FLAGS[name].value for name in names})

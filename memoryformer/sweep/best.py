@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Hashable, Sequence
 
 from memoryformer import config as config_lib
-from memoryformer import experiment
 from memoryformer.errors import ConfigError
-from memoryformer.sweep import files, points, tables
+from memoryformer.sweep import files, points
+from memoryformer.sweep import statistics as statistics_lib
 from memoryformer.sweep.points import SEED, Point, Sweep
+from memoryformer.training import experiment
 
 LEARNING_RATE = "optimizer.learning_rate"
 
@@ -37,7 +38,7 @@ class Side:
     tried: Sequence[float]  # whose seeds have all ended, done or failed; sorted
     unfit: Sequence[float]  # values of which a seed has failed or not ended
     best: float  # of those that are fit, that of the lowest mean; nan if there is none
-    summary: tables.Summary  # of the side at its best, under the side's name
+    summary: statistics_lib.Summary  # of the side at its best, under the side's name
 
     @property
     def edge(self) -> str:
@@ -72,9 +73,9 @@ def _side(values: dict[float, list[Trial]]) -> Side:
     )
     chosen = values[best] if means else next(iter(values.values()))
     name = _shared(variants) or chosen[0].variant
-    summary = tables.Summary(name, 0, math.nan, math.nan)
+    summary = statistics_lib.Summary(name, 0, math.nan, math.nan)
     if means:
-        summary = tables.summarise(name, [trial.metric for trial in chosen])
+        summary = statistics_lib.summarise(name, [trial.metric for trial in chosen])
     ended = ("done", "failed")
     tried = [v for v, seeds in values.items() if all(t.state in ended for t in seeds)]
     unfit = sorted(values.keys() - means.keys())
@@ -119,7 +120,7 @@ def _lines(found: Sequence[Side], metric: str, name: str, baseline: str) -> list
     if not ready:
         return [f"{metric} at the best {name}: no side has one with all seeds done."]
     base = next((side for side in ready if baseline in side.variants), ready[0])
-    pooled = tables.pooled_deviation([side.summary for side in ready])
+    pooled = statistics_lib.pooled_deviation([side.summary for side in ready])
     lines = [
         f"| {metric} at the best {name} | {name} | seeds | mean ± s.d. "
         "| difference ± s.e. | |",
@@ -127,7 +128,7 @@ def _lines(found: Sequence[Side], metric: str, name: str, baseline: str) -> list
     ]
     for side in ready:
         edge = f" ({side.edge})" if side.edge else ""
-        cells = tables.cells(side.summary, base.summary, pooled)
+        cells = statistics_lib.cells(side.summary, base.summary, pooled)
         lines.append(f"| {side.summary.variant} | {side.best:g}{edge} | {cells}")
     lines.append(
         f"\nnoise floor (s.d. over seeds, pooled over these rows): {pooled:.2g}"

@@ -7,18 +7,15 @@ from typing import Any
 
 import jax
 
-from memoryformer import (
-    abstract,
-    accounting,
-    console,
-    implementations,
-    metrics,
-    trainer,
-)
+from memoryformer import accounting
 from memoryformer import config as config_lib
+from memoryformer.dryrun import lowering
 from memoryformer.errors import ConfigError
-from memoryformer.sweep import best, files, points, runner, tables
+from memoryformer.model import implementations
+from memoryformer.runs import console
+from memoryformer.sweep import best, files, points, runner, statistics
 from memoryformer.sweep.points import Point, Sweep
+from memoryformer.training import programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Options:
 def show(sweep: Sweep, unused_options: Options) -> int:
     """List the points: index, overrides, directory."""
     lines = [(p.index, points.describe(p.overrides), p.workdir) for p in sweep.points]
-    print(tables.text_table(("index", "overrides", "directory"), lines))
+    print(statistics.text_table(("index", "overrides", "directory"), lines))
     return 0
 
 
@@ -50,19 +47,19 @@ def check(sweep: Sweep, unused_options: Options) -> int:
     lines = []
     for point in sweep.points:
         run = point.run
-        key = trainer.program(run)
+        key = programs.program(run)
         if key not in sizes:
             sizes[key] = _sizes(point)
         tokens = run.train.num_steps * run.train.batch_size * run.model.seq_len
         cost = accounting.count(run.model).training_flops_per_token * tokens
         parameters, *parts = sizes[key]
-        figures = map(metrics.short_number, (parameters, tokens))
+        figures = map(console.short_number, (parameters, tokens))
         gigabytes = [f"{part / 2**30:.3g}" for part in (*parts, sum(parts))]
         name = point.workdir.name[:-9]
         lines.append((point.index, name, *figures, f"{cost:.2e}", *gigabytes))
     header = ("index", "point", "parameters", "tokens", "FLOPs")
     header += ("GiB: state", "gradients", "activations", "all")
-    print(tables.text_table(header, lines))
+    print(statistics.text_table(header, lines))
     print(f"{len(lines)} points are sound, of {len(sizes)} compiled programs.")
     return 0
 
@@ -73,14 +70,14 @@ def _sizes(point: Point) -> tuple[int, ...]:
         # This machine need not have what the points will be trained with.
         readable = implementations.readable(point.run.model)
         run = dataclasses.replace(point.run, model=readable)
-        made = abstract.device_sharding(run, jax.devices())
-        state = abstract.state(run, made)
-        activations = abstract.activation_bytes(run, made)
+        made = lowering.device_sharding(run, jax.devices())
+        state = lowering.state(run, made)
+        activations = lowering.activation_bytes(run, made)
     except ConfigError as error:
         name = f"point {point.index} ({point.workdir.name})"
         raise ConfigError(f"{name}: {error}") from error
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    device = map(abstract.device_bytes, (state, state.params))
+    device = map(lowering.device_bytes, (state, state.params))
     return parameters, *device, activations
 
 
@@ -125,12 +122,12 @@ def status(sweep: Sweep, unused_options: Options) -> int:
     for point, state in zip(sweep.points, states, strict=True):
         facts = state.error and f"{state.exit_code}: {state.error}"
         if state.age is not None:
-            facts = f"last row {metrics.short_time(state.age)} ago"
+            facts = f"last row {console.short_time(state.age)} ago"
         steps = f"{state.step}/{point.run.train.num_steps}"
         loss = "" if state.loss is None else f"{state.loss:.3f}"
         name = point.workdir.name
         lines.append((point.index, name, state.name, steps, loss, facts))
-    print(tables.text_table(("index", "point", "state", "step", "loss", ""), lines))
+    print(statistics.text_table(("index", "point", "state", "step", "loss", ""), lines))
     names = [state.name for state in states]
     print(", ".join(f"{names.count(name)} {name}" for name in files.STATES))
     return 0
@@ -138,7 +135,7 @@ def status(sweep: Sweep, unused_options: Options) -> int:
 
 def collect(sweep: Sweep, options: Options) -> int:
     """Write points.csv and print the tables by variant, and by side at its best."""
-    print(tables.collect(sweep, options.baseline))
+    print(statistics.collect(sweep, options.baseline))
     if lines := best.table(sweep, options.best_over, options.baseline):
         print("", *lines, sep="\n")
     return 0
@@ -170,7 +167,7 @@ def main(
     if not names:
         known = points.available(config)
         if words[0] == "list" and known:
-            print(tables.text_table(("sweep", ""), list(known.items())))
+            print(statistics.text_table(("sweep", ""), list(known.items())))
             return 0
         listed = ", ".join(known) or "none"
         raise ConfigError(f"--sweep is missing: {config} defines {listed}.")

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from memoryformer import metrics, outcome
 from memoryformer.errors import StorageError
+from memoryformer.runs import metrics, outcome
 from memoryformer.sweep.points import Point, Sweep
 
 STATES = ("done", "failed", "partial", "new")

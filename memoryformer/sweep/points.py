@@ -13,8 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from memoryformer import config as config_lib
-from memoryformer import drift, experiment, paths
 from memoryformer.errors import ConfigError
+from memoryformer.files import paths
+from memoryformer.runs import compatibility
+from memoryformer.training import experiment
 
 PREFIX = "sweep_"
 LABEL = "label"
@@ -110,7 +112,7 @@ def identity(point: Point, without: Collection[str] = (SEED,)) -> str:
     Bookkeeping counts only where the sweep itself is over it. Equal texts are what a
     table calls seeds of one variant, whatever their labels say.
     """
-    flat = config_lib.flatten(drift.plain(experiment.as_dict(point.run)))
+    flat = config_lib.flatten(compatibility.plain(experiment.as_dict(point.run)))
     return _text(flat, point.overrides, without)
 
 
@@ -208,7 +210,7 @@ def _directory(directory: pathlib.Path, slug: str, digest: str) -> pathlib.Path:
 
 
 def _hash(run: experiment.Experiment, overrides: Mapping[str, Any]) -> str:
-    flat = config_lib.flatten(drift.plain(experiment.as_dict(run)))
+    flat = config_lib.flatten(compatibility.plain(experiment.as_dict(run)))
     return hashlib.sha256(_text(flat, overrides).encode()).hexdigest()[:8]
 
 

@@ -12,11 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from memoryformer import drift, experiment, metrics, trainer
 from memoryformer.errors import ConfigError, Preempted
+from memoryformer.runs import compatibility, console
 from memoryformer.sweep import files
 from memoryformer.sweep.points import Point, Sweep
 from memoryformer.sweep.worker import LOCKED
+from memoryformer.training import experiment
+from memoryformer.training import programs as programs_lib
 
 WORKER = (sys.executable, "-m", "memoryformer.sweep.worker")
 RESTARTED = (43,)  # exit codes after which a point is started again, once
@@ -74,10 +76,10 @@ class _Worker:
     def give(self, point: Point) -> None:
         request = {
             "index": point.index,
-            "config": drift.plain(experiment.as_dict(point.run)),
+            "config": compatibility.plain(experiment.as_dict(point.run)),
             "workdir": str(point.workdir),
         }
-        self.point, self.program = point, trainer.program(point.run)
+        self.point, self.program = point, programs_lib.program(point.run)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
@@ -157,7 +159,7 @@ class _Runner:
         """A point of the program that the worker has compiled, else of no one else's."""
         pending = [p for p in self.pending if p.index not in self.locked]
         pending = pending or self.pending
-        programs = [trainer.program(point.run) for point in pending]
+        programs = [programs_lib.program(point.run) for point in pending]
         others = [w.program for w in self.workers.values() if w.point]
         for wanted in (
             lambda p: p == worker.program,
@@ -251,11 +253,11 @@ class _Table:
         lines = [
             f"{counts.count('done')} done, {len(running)} running, "
             f"{counts.count('failed')} failed of {len(counts)}, "
-            f"{metrics.short_time(time.monotonic() - self._started)}"
+            f"{console.short_time(time.monotonic() - self._started)}"
         ]
         for point in running:
             now, steps = states[point.index], point.run.train.num_steps
-            line = metrics.progress_line(now.step, steps, loss=now.loss)
+            line = console.progress_line(now.step, steps, loss=now.loss)
             lines.append(f"  {point.workdir.name[:-9]}  {line}")
         self._erase()
         self._stream.write("".join(line[:width] + "\n" for line in lines))

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memoryformer import accounting, experiment
+from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, StorageError
 from memoryformer.sweep import files
 from memoryformer.sweep.points import Sweep
+from memoryformer.training import experiment
 
 CSV_FILE = "points.csv"
 NOISE = 2.0  # standard errors below which a difference is called noise

@@ -27,7 +27,7 @@ PARENT_SECONDS = 1.0  # between looks at whether the parent is there
 def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -> None:
     """Answer requests until there are no more, or until the process is told to stop.
 
-    `compiled` is what points share, see `trainer.train`.
+    `compiled` is what points share, see `training.loop.train`.
     """
     import jax
 
@@ -61,20 +61,22 @@ def train(
     config: dict[str, Any], workdir: str, compiled: dict[Any, Any]
 ) -> tuple[int, str]:
     """Train one point; return its exit code, or `LOCKED`, and what went wrong, if not 0."""
-    from memoryformer import errors, rundir, trainer
+    from memoryformer import cli, errors
+    from memoryformer.runs import directory
+    from memoryformer.training import loop
 
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _log(folder / "log.txt"):
             try:
-                trainer.train(config, folder, compiled=compiled, patience=LOCK_SECONDS)
-            except rundir.OccupiedError:
+                loop.train(config, folder, compiled=compiled, patience=LOCK_SECONDS)
+            except directory.OccupiedError:
                 return LOCKED, "another process trains it"
             except Exception as error:
                 ours = errors.as_ours(error)
                 if ours:
-                    return errors.report(ours, debug=False), str(ours)
+                    return cli.report(ours, debug=False), str(ours)
                 traceback.print_exc()
                 return 1, f"{type(error).__name__}: {error}"
     except OSError as error:

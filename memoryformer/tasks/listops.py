@@ -24,11 +24,15 @@ import numpy as np
 import optax
 from absl import flags
 
+from memoryformer import cli
 from memoryformer import config as config_lib
-from memoryformer import console, degradation, errors, mixers, paths
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
+from memoryformer.evaluation import slots
+from memoryformer.files import paths
+from memoryformer.model import mixers
 from memoryformer.notation import Array, Params
+from memoryformer.runs import console
 
 OPERATIONS = {
     "MIN": min,
@@ -206,23 +210,23 @@ def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
 
 def _degradation(model_config, task, params):
     """How alike the slots of each layer's memory are; nothing without such memories."""
-    if not degradation.measures(model_config):
+    if not slots.measures(model_config):
         return {}
     data = batch(task, model_config.seq_len, 0, "validation")
-    sums = degradation.figures(*_embedded(model_config, params, data))
+    sums = slots.figures(*_embedded(model_config, params, data))
     rows = float(sums.pop("rows"))
     return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
 
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    config_lib.define_flag(required=True)
-    paths.define_flag("workdir", "Where metrics.jsonl goes.", required=True)
+    cli.define_config_flag(required=True)
+    cli.define_path_flag("workdir", "Where metrics.jsonl goes.", required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
-    errors.run_main(_run, define_flags, argv)
+    cli.run_main(_run, define_flags, argv)
 
 
 def _run(argv):

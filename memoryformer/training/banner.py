@@ -15,9 +15,11 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from memoryformer import accounting, drift, experiment, rundir
+from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.runs import compatibility, directory
+from memoryformer.training import experiment
 
 WIDTH = 100
 
@@ -65,15 +67,15 @@ def dump(config: Mapping[str, Any]) -> str:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], whence: str) -> list[str]:
-    changes = drift.drift(old, new)
+    changes = compatibility.drift(old, new)
     if not changes:
         return [f"nothing changed {whence}"]
-    return [f"changed {whence}:", *drift.describe(changes).split("\n")]
+    return [f"changed {whence}:", *compatibility.describe(changes).split("\n")]
 
 
 def _last(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The config that the last run in `workdir` left, if there is one and it is whole."""
     try:
-        return experiment.complete(rundir.read_json(workdir / "config.json"))
+        return experiment.complete(directory.read_json(workdir / "config.json"))
     except (StorageError, ConfigError):
         return None

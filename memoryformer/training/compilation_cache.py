@@ -11,8 +11,8 @@ import platform
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from memoryformer import paths
 from memoryformer.errors import ConfigError
+from memoryformer.files import paths
 
 DEFAULT = "~/.cache/memoryformer/compiled"
 OFF = "off"

@@ -10,23 +10,18 @@ from typing import Any
 
 import ml_collections
 
-from memoryformer import (
-    checkpoint,
-    compilation,
-    data,
-    mixers,
-    optimizer,
-    paths,
-    recurrence,
-)
 from memoryformer import config as config_lib
-from memoryformer import fields as fields_lib
-from memoryformer.checkpoint import CheckpointConfig
+from memoryformer import data
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
-from memoryformer.fields import field
-from memoryformer.metrics import MetricsConfig
-from memoryformer.model import ModelConfig
+from memoryformer.files import paths
+from memoryformer.model import ModelConfig, mixers, recurrence
 from memoryformer.notation import Params
+from memoryformer.runs import steps as run_steps
+from memoryformer.runs.checkpoint import CheckpointConfig
+from memoryformer.runs.metrics import MetricsConfig
+from memoryformer.training import compilation_cache as compilation_cache_lib
+from memoryformer.training import optimizer as optimizer_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +40,8 @@ class TrainConfig:
     max_skipped: int = field("nothing", 10)
     spike_sigmas: float = 0.0  # skip updates that leap out this far (`spikes`); 0 = off
     spike_window: int = 128  # ... out of this many steps
-    # Where compiled programs are kept for the next start; 'off': nowhere (`compilation`).
-    compilation_cache: str = field("nothing", compilation.DEFAULT)
+    # Where compiled programs are kept for the next start; 'off': nowhere (`compilation_cache`).
+    compilation_cache: str = field("nothing", compilation_cache_lib.DEFAULT)
     # Seconds before a phase counts as hanging (`watchdog`); 0 = no limit.
     first_step_timeout: float = field("nothing", 7200.0)  # with its compilation
     step_timeout: float = field("nothing", 1800.0)
@@ -66,7 +61,7 @@ class TrainConfig:
             raise ConfigError(
                 "train.compilation_cache='': name a directory, or 'off' for none."
             )
-        if self.compilation_cache != compilation.DEFAULT:
+        if self.compilation_cache != compilation_cache_lib.DEFAULT:
             paths.local(self.compilation_cache, "train.compilation_cache")
         config_lib.choose(self.nonfinite, ("halt", "skip"), "train.nonfinite")
         if self.spike_sigmas < 0 or self.spike_window < 2:
@@ -114,7 +109,7 @@ class Experiment:
     model: ModelConfig
     data: data.DataConfig
     train: TrainConfig
-    optimizer: optimizer.OptimizerConfig
+    optimizer: optimizer_lib.OptimizerConfig
     eval: EvalConfig = field("nothing")  # what is measured
     checkpoint: CheckpointConfig = field("nothing")  # when to save
     metrics: MetricsConfig = field("nothing", local=True)  # where values go
@@ -126,7 +121,7 @@ _SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name !=
 
 def may_change() -> frozenset[str]:
     """Return the fields, 'section.name', that may change while a run goes on (`fields`)."""
-    described = fields_lib.described(Experiment)
+    described = config_lib.described(Experiment)
     return frozenset(
         name for name, (changes, _) in described.items() if changes != "numbers"
     )
@@ -134,7 +129,7 @@ def may_change() -> frozenset[str]:
 
 def may_differ() -> frozenset[str]:
     """Return the fields in which the processes of one run may differ."""
-    described = fields_lib.described(Experiment)
+    described = config_lib.described(Experiment)
     return frozenset(name for name, (_, local) in described.items() if local)
 
 
@@ -196,10 +191,10 @@ def load(
     """Load a run, the parameters and the manifest of a step (None: the newest).
 
     The run's model is the one after that step (`mixers.with_draw`), to be used, not trained:
-    that starts from the manifest's 'config'. Raises as `checkpoint.load`.
+    that starts from the manifest's 'config'. Raises as `runs.steps.load`.
     """
-    config, params = checkpoint.load(workdir, step)
-    facts = checkpoint.facts(workdir, step)
+    config, params = run_steps.load(workdir, step)
+    facts = run_steps.facts(workdir, step)
     run = resolve(config)
     model = mixers.with_draw(run.model, run.train.seed, facts["step"])
     return dataclasses.replace(run, model=model), params, facts

@@ -17,9 +17,12 @@ from typing import Any
 
 import jax
 
-from memoryformer import accounting, experiment, metrics, optimizer, targets
+from memoryformer import accounting
+from memoryformer.accounting import targets as targets_lib
 from memoryformer.errors import NumericError
 from memoryformer.notation import Array
+from memoryformer.runs import console, metrics
+from memoryformer.training import experiment, optimizer
 
 
 class TrainingLog:
@@ -29,7 +32,7 @@ class TrainingLog:
         self,
         config: experiment.Experiment,
         writer: metrics.MetricsWriter,
-        progress: metrics.ProgressPrinter,
+        progress: console.ProgressPrinter,
         start: int,
         num_devices: int,
     ):
@@ -146,7 +149,7 @@ class TrainingLog:
         )
         num_steps = self._train.num_steps
         self._progress.update(
-            metrics.progress_line(
+            console.progress_line(
                 step,
                 num_steps,
                 loss=loss,
@@ -173,7 +176,7 @@ class TrainingLog:
 
 def _peak_flops() -> float:
     """Return the bf16 operations of one device a second, by its vendor; 0 if not known."""
-    chip = targets.chip_of(jax.devices()[0].device_kind)
+    chip = targets_lib.chip_of(jax.devices()[0].device_kind)
     return chip.matrix_flops if chip else 0.0
 
 

@@ -4,11 +4,11 @@ import dataclasses
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.mixers import kernel
-from memoryformer.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
-from memoryformer.mixers.bounded import ConvLuna, Linformer, Luna
-from memoryformer.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
-from memoryformer.mixers.softmax import Softmax
+from memoryformer.model.mixers import kernel
+from memoryformer.model.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
+from memoryformer.model.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
+from memoryformer.model.mixers.linformer import ConvLuna, Linformer, Luna
+from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.notation import Array
 from memoryformer.ops import attention
 

@@ -9,7 +9,7 @@ decode argument: what may be seen follows from `SeqInfo`.
 A new mixer is an `nnx.Module` made as `Mixer(config, project, rngs=rngs, layer=i)`, where
 `project(in_features, features, output=False)` makes the block's projections, memory or dense.
 It is entered in `mixers.MIXERS`, and in the lists of tests/test_mixers.py and of
-`mixer_costs.MIXERS`.
+`accounting.mixers.MIXERS`.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import layers
 from memoryformer.errors import ConfigError
+from memoryformer.model import layers
 from memoryformer.notation import Activations, Array, Float, Int
-from memoryformer.ops import collectives, depth, rotary
+from memoryformer.ops import collectives, remat, rotary
 
 State = Any  # a pytree of arrays of static shape
 Project = Callable[..., nnx.Module]
@@ -87,7 +87,7 @@ class MultiHead(nnx.Module):
 
     def join(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
         """[B, L, H, E], what the heads read, -> [B, L, D]."""
-        return self._project_back(depth.name(y.astype(dtype), "attended"))
+        return self._project_back(remat.name(y.astype(dtype), "attended"))
 
     def join_kept(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
         """The same of what is marked as read already (`ops.ring`): it is not kept twice."""

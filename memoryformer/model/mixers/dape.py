@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import layers
+from memoryformer.model import layers
 from memoryformer.notation import Array, Float, Int
 from memoryformer.ops import collectives
 

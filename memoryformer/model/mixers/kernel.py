@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from memoryformer.errors import ConfigError
-from memoryformer.mixers import base
+from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float
 from memoryformer.ops import prefix, random_features
 

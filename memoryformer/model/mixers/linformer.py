@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.mixers import base
+from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, prefix
 

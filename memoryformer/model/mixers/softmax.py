@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.errors import ConfigError
-from memoryformer.mixers import base, dape
+from memoryformer.model.mixers import base, dape
 from memoryformer.notation import Activations, Array
 from memoryformer.ops import attention, collectives, ring
 

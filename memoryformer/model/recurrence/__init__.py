@@ -20,17 +20,17 @@ from collections.abc import Callable
 from flax import nnx
 
 from memoryformer import config as config_lib
-from memoryformer import mixers
 from memoryformer.errors import ConfigError
-from memoryformer.recurrence.base import (
+from memoryformer.model import mixers
+from memoryformer.model.recurrence.base import (
     Read,
     Recurrence,
     RecurrentState,
     capacity,
     chunk_size,
 )
-from memoryformer.recurrence.memformer import Memformer
-from memoryformer.recurrence.rmt import RMT
+from memoryformer.model.recurrence.memformer import Memformer
+from memoryformer.model.recurrence.rmt import RMT
 
 KINDS: dict[str, type[Recurrence]] = {"rmt": RMT, "memformer": Memformer}
 

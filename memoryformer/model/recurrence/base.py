@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import layers, mixers
+from memoryformer.model import layers, mixers
 from memoryformer.notation import Activations, Array, Bool, Float, Int
 
 Read = Callable[[int, Activations], Activations]  # (block, x) -> x

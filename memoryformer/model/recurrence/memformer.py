@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer import layers
-from memoryformer.mixers.base import wide
+from memoryformer.model import layers
+from memoryformer.model.mixers.base import wide
+from memoryformer.model.recurrence import base
 from memoryformer.notation import Activations, Array, Bool
 from memoryformer.ops import collectives
-from memoryformer.recurrence import base
 
 
 class _OpenChunk(NamedTuple):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.recurrence import base
+from memoryformer.model.recurrence import base
 
 
 class RMT(base.Recurrence):

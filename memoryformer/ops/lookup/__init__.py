@@ -19,13 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from memoryformer.notation import Array, Codes, Float, Scores, Tables
-from memoryformer.ops import (
-    hashing,
-    lookup_gpu,
-    lookup_native,
-    lookup_xla,
-    only_on,
-)
+from memoryformer.ops import hashing, only_on
+from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import native as lookup_native
+from memoryformer.ops.lookup import xla as lookup_xla
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "onehot", "native", "gpu")
 ONEHOT_MAX_BITS_TPU = 10  # a one-hot product costs 2^tau times a row read

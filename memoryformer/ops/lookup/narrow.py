@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryformer.notation import Array, Float
-from memoryformer.ops import hashing, lookup, lookup_native
+from memoryformer.ops import hashing, lookup
+from memoryformer.ops.lookup import native as lookup_native
 
 TABLE_KINDS = ("float32", "bfloat16", "int8")
 MATRIX_KINDS = (*TABLE_KINDS, "int4")

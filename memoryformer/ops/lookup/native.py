@@ -225,7 +225,7 @@ def _configure(
 
 def _build() -> pathlib.Path:
     """Compile unless the cache holds it; processes that race all end with a whole file."""
-    folder = pathlib.Path(__file__).parent
+    folder = pathlib.Path(__file__).with_name("native")
     compiler = find_compiler()
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60

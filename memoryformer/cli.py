@@ -1,0 +1,199 @@
+"""Command lines: flags, exit codes, and user errors as one line.
+
+A command is `define_flags` and `main`; `run_main` runs it. Start there.
+"""
+
+import contextlib
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from memoryformer import config as config_lib
+from memoryformer import errors
+from memoryformer.files import paths
+from memoryformer.runs import console
+
+flags.disclaim_key_flags()  # --help lists them under the command that asks for them
+
+
+def define_config_flag(*, required: bool = False) -> None:
+    """Define `--config=FILE[:ARGUMENT]` and its overrides `--config.SECTION.KEY=VALUE`."""
+    config_flags.DEFINE_config_file("config", None, "Experiment: FILE.py[:ARGUMENT].")
+    flags.FLAGS["config"].parser = _ConfigParser()
+    if required:
+        flags.mark_flag_as_required("config")
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads the config as `load` does, with its errors."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        return config_lib.load(argument).lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def define_debug_flag() -> None:
+    """Define `--debug`, once however many modules ask for it."""
+    if "debug" not in flags.FLAGS:
+        flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.")
+
+
+def report(error: errors.MemoryFormerError, *, debug: bool) -> int:
+    """Print `error` as one line on standard error and return its exit code."""
+    with contextlib.suppress(OSError):  # nobody reads: the code says it all the same
+        if debug:
+            traceback.print_exception(error)
+        message = str(error) if debug else " ".join(str(error).splitlines())
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def run_main(
+    main: Callable[[Sequence[str]], int | None],
+    define_flags: Callable[[], None] = lambda: None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Run `main(argv)` under absl: flags defined and parsed, user errors as one line.
+
+    Raises `SystemExit` with the exit code. The flags go when it ends, so that a process
+    may run several commands.
+    """
+    before = set(flags.FLAGS)
+    define_debug_flag()
+    written, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
+    own: set[str] = set()
+    try:
+        try:
+            define_flags()  # that of a config reads the command line
+        except flags.Error as error:
+            sys.exit(report(_usage_error(error, sys.argv), debug=False))
+        finally:
+            own = set(flags.FLAGS) - before  # the others are absl's, defined once
+        app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
+    finally:
+        sys.argv = written
+        for name in set(flags.FLAGS):
+            if name in own or name.startswith("config."):
+                delattr(flags.FLAGS, name)
+
+
+def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax writes pages of INFO
+    for stream in (sys.stdout, sys.stderr):
+        # A path need not have this terminal's letters.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main(argv) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while an error can still be told
+        return code
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        ours = errors.as_ours(error)
+        if ours is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            console.silence(sys.stdout)
+        return report(ours, debug=flags.FLAGS.debug)
+
+
+def check_arguments(argv: Sequence[str], *, config: Any, required: bool = True) -> None:
+    """Raise `ConfigError` for stray words and for a config that is asked for and missing."""
+    if len(argv) > 1:
+        raise errors.ConfigError(
+            f"{argv[1]!r}: not a flag; write --config=FILE --config.SECTION.KEY=VALUE."
+        )
+    if config is None and required:
+        raise errors.ConfigError("--config is missing: name one, such as configs/x.py.")
+
+
+def refuse_flags(names: Sequence[str], reason: str) -> None:
+    """Raise `ConfigError` for the first of these flags that the command line sets."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise errors.ConfigError(f"--{name}: {reason}.")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # --help, which absl ends with 1
+        sys.exit(0)
+    except Exception as error:  # of whatever kind ml_collections raises
+        if "--debug" in argv:
+            raise
+        sys.exit(report(_usage_error(error, argv), debug=False))
+
+
+def _usage_error(error: Exception, argv: Sequence[str]) -> errors.MemoryFormerError:
+    """What is wrong with a command line, in a line."""
+    if isinstance(error.__context__, errors.MemoryFormerError):
+        return error.__context__  # a parser's of ours, which absl has wrapped
+    # str() of a KeyError is the repr of its message.
+    message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    message = " ".join(message.split()) or type(error).__name__
+    return _override_error(argv) or errors.ConfigError(message)
+
+
+def _override_error(argv: Sequence[str]) -> errors.ConfigError | None:
+    """Name the first `--config.KEY` that the config file does not have."""
+    from memoryformer import config as config_lib  # it imports this module
+
+    words = [f"-{a}" if a.startswith("-config") else a for a in argv]
+    files = [a.partition("=")[2] for a in words if a.startswith("--config=")]
+    files += [b for a, b in itertools.pairwise(words) if a == "--config"]
+    if not files:
+        return None
+    try:
+        known = list(config_lib.flatten(config_lib.load(files[-1])))
+    except errors.MemoryFormerError as error:
+        return error
+    for argument in argv:
+        key = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and key not in known:
+            near = config_lib.suggest(key, known)
+            return errors.ConfigError(
+                f"--config.{key}: the config has no such field{near}."
+            )
+    return None
+
+
+class _PathParser(flags.ArgumentParser):
+    """Makes the value of a flag a path, `~` expanded."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, name: str):
+        self._name = f"--{name}"
+
+    def parse(self, argument: str) -> str:
+        return str(paths.local(argument, self._name))
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path_flag(
+    name: str, text: str, *, required: bool = False
+) -> flags.FlagHolder:
+    """Define the flag --`name` that holds a path; None if it is not given."""
+    return flags.DEFINE(
+        _PathParser(name),
+        name,
+        None,
+        text,
+        serializer=flags.ArgumentSerializer(),
+        required=required,
+    )

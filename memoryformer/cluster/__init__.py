@@ -1,0 +1,1 @@
+"""Several processes as one: finding each other, signals, and what happens when one dies."""

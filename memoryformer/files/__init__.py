@@ -1,0 +1,1 @@
+"""Files of this machine: paths as users write them."""

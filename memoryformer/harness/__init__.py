@@ -1,0 +1,1 @@
+"""Benchmarks through EleutherAI's lm-evaluation-harness, an optional dependency."""

@@ -1,0 +1,1 @@
+"""Tasks that are generated here, with one small trainer."""

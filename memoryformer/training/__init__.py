@@ -1,0 +1,1 @@
+"""Training: a checked config, the step, and the loop around it."""

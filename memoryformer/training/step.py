@@ -1,0 +1,156 @@
+"""The mathematics of training: the state, its gradients, and the step.
+
+Start at `make_train_step`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from memoryformer import model as model_lib
+from memoryformer import sharding as sharding_lib
+from memoryformer.model import losses, mixers
+from memoryformer.notation import Array, Params
+from memoryformer.ops import collectives
+from memoryformer.training import experiment, optimizer
+from memoryformer.training import spikes as spikes_lib
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: Array  # int32, updates done
+    params: Params
+    opt_state: Any
+    spikes: spikes_lib.SpikeState
+
+
+def new_state(run: experiment.Experiment, params: Params) -> TrainState:
+    """Return the state of step 0 with these parameters."""
+    tx = transformation(run)
+    params = optimizer.stored(run.optimizer, params, model_lib.param_groups(run.model))
+    history = spikes_lib.init(run.train.spike_window)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
+
+
+def transformation(run: experiment.Experiment) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run."""
+    groups = model_lib.param_groups(run.model)
+    return optimizer.make(run.optimizer, run.train.num_steps, groups)
+
+
+def make_train_step(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
+
+    `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.
+
+    loss = sum of nats / sum of weights over the whole batch, whatever its division into
+    devices and microbatches. Gradients cross the devices once a step. A step whose loss or
+    gradient is not finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
+    """
+    tx = transformation(run)
+
+    groups = model_lib.param_groups(run.model)
+    gradient_sums = _make_gradient_sums(run, sharding, specs)
+
+    def train_step(state, batch, hyper=None):
+        features = draw_features(run, hyper, state.step)
+        grads, (nats, weight) = gradient_sums(state.params, batch, features)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = nats / weight, optimizer.norm(grads)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, hyperparams=hyper
+        )
+        seed = run.train.seed if hyper is None else hyper["seed"]
+        params = optimizer.apply(
+            run.optimizer, state.params, updates, groups, seed, state.step
+        )
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike = finite & spikes_lib.is_spike(
+            state.spikes, loss, grad_norm, run.train.spike_sigmas
+        )
+        params, opt_state = _take(
+            finite & ~spike, (params, opt_state), (state.params, state.opt_state)
+        )
+        history = spikes_lib.record(state.spikes, loss, grad_norm)
+        values = {
+            "nats": nats,
+            "weight": weight,
+            "grad_norm": grad_norm,
+            "finite": finite,
+            "spike": spike,
+            "updates": optimizer.count(opt_state),
+        }
+        return TrainState(state.step + 1, params, opt_state, history), values
+
+    # On CPU a donated state makes XLA copy arrays before it updates them in place.
+    donated = () if sharding.platform == "cpu" else (0,)
+    return jax.jit(train_step, donate_argnums=donated)
+
+
+def _make_gradient_sums(run, sharding, specs):
+    """`(params, batch, features) -> (gradients of the nats, (nats, weight))`, all of them sums."""
+
+    def gradient_sums(params, batch, features):  # on one device, of its rows
+        # Tables are read in the model's type, and so are their gradients: half the bytes.
+        params = model_lib.with_tables_as_read(run.model, params)
+        params = sharding_lib.gather_params(params, specs)
+
+        def objective(params, batch):
+            nats = losses.batch_nats(run.model, params, batch, features)
+            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
+            # Each device along `model` computes the same sum: count it once.
+            return nats / collectives.axis_size("model"), (nats, weight)
+
+        def microbatch(_, batch):
+            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
+                params, batch
+            )
+            if run.train.num_microbatches > 1:  # many terms: not in bfloat16
+                grads = optax.tree.cast(grads, jnp.float32)
+            return grads, sums
+
+        grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
+        grads = sharding_lib.sum_gradients(grads, specs)
+        tokens = sharding_lib.TOKEN_AXES
+        return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
+
+    return sharding.shard_map(
+        gradient_sums, (specs, sharding.specs.batch_bl, P()), (specs, P())
+    )
+
+
+def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
+    """Return the traced inputs of the train step: the optimizer's, and the seed."""
+    return optimizer.hyperparams(run.optimizer) | {"seed": jnp.int32(run.train.seed)}
+
+
+def draw_features(run, hyper, step):
+    """Draw the random features that batch `step` trains with."""
+    seed = run.train.seed if hyper is None else hyper["seed"]
+    return mixers.draw(run.model, seed, step + 1)
+
+
+def _take(good, new, old):
+    """Return `new` where `good`, a scalar, holds, else `old`."""
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+
+def _accumulate(function, batch, count):
+    """Sum `function(None, microbatch)` over `count` parts of a batch's rows."""
+    if count == 1:
+        return function(None, batch)
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    first = function(None, jax.tree.map(lambda x: x[0], parts))
+    rest = jax.tree.map(lambda x: x[1:], parts)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(None, part)), None
+
+    return jax.lax.scan(add, first, rest)[0]
