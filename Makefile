@@ -31,9 +31,12 @@ test: $(VENV)/.dev lint
 
 # What does not need the whole data pipeline: the suite for a second jax.
 test-core: $(VENV)/.dev
-	$(RUN) -m pytest tests/test_hashing.py tests/test_lookup.py tests/test_layers.py \
-	    tests/test_model.py tests/test_sharding.py tests/test_trainer.py \
-	    tests/test_optimizer.py tests/test_checkpoint.py
+	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py tests/model/test_layers.py \
+	    tests/model/test_model.py tests/test_sharding.py tests/training/test_loop.py \
+	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py \
+	    tests/model/test_layers.py tests/model/test_model.py tests/test_sharding.py \
+	    tests/training/test_loop.py tests/training/test_optimizer.py \
+	    tests/runs/test_checkpoint.py
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
@@ -46,9 +49,7 @@ test-optimised: $(VENV)/.dev
 
 # What compares with PyTorch, transformers and the lm-evaluation-harness.
 test-peers: $(VENV)/.peers
-	$(RUN) -m pytest tests/test_convert_gpt_neox.py tests/test_convert_released.py \
-	    tests/test_convert_export.py tests/test_run_tokenizer.py \
-	    tests/test_tasks_harness.py tests/test_tasks_hf.py tests/test_tasks_yaml.py \
+	$(RUN) -m pytest tests/convert tests/harness tests/data/test_run_tokenizer.py \
 	    tests/test_names.py
 
 # Every promise of reliability, and a mistake that its test must notice.

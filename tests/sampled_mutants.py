@@ -77,7 +77,7 @@ class Session:
                 if found["code"] != forks.PASSED:
                     text = (tree / "log").read_text(errors="replace")[-2000:]
                     raise SystemExit(f"{name} fails without any mutant:\n{text}")
-                self._baselines.mkdir(parents=True, exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(found["seconds"]), encoding="utf-8")
             seconds |= json.loads(file.read_text(encoding="utf-8"))
         return seconds

@@ -13,7 +13,7 @@ FILES = [
     ROOT / "eval.py",
     *(ROOT / "configs").glob("*.py"),
     *(ROOT / "launch").rglob("*.py"),
-    *(ROOT / "tests").glob("*.py"),
+    *(ROOT / "tests").rglob("*.py"),
 ]
 
 # Every part of the package, from the bottom up: each imports only what stands on a floor

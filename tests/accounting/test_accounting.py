@@ -20,7 +20,7 @@ from memoryformer import model as model_lib
 from memoryformer.accounting import mixers as mixer_costs
 from memoryformer.model import mixers
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 GIGA, MEGA = 1e9, 1e6
 SIZES = {"tiny": (6, 512, 8), "small": (12, 768, 12), "base": (24, 1024, 16)}

@@ -12,7 +12,7 @@ from memoryformer import accounting, config, errors, model, presets
 from memoryformer.accounting import mixers as mixer_costs
 from memoryformer.model import mixers
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SMALL = {
     "vocab_size": 8,
     "embed_dim": 32,

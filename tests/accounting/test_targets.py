@@ -17,7 +17,7 @@ from memoryformer.accounting import targets as targets_lib
 from memoryformer.dryrun import report as dryrun_report
 from memoryformer.training import experiment
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 OTHERS = {
     "listops",
     "studies",

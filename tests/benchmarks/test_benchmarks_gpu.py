@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def load(name, monkeypatch):

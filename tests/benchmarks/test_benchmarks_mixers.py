@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import toy
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _load(name):

@@ -12,7 +12,7 @@ import toy
 
 from memoryformer.sweep import commands, points
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 AGAIN, NOT_AGAIN = (42, 43, 143), (0, 1, 2, 44, 45, 46)
 # Each fake writes down how it was called; its exit codes come from a file, one a line.

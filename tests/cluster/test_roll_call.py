@@ -24,7 +24,7 @@ from memoryformer.errors import ConfigError, HangError
 from memoryformer.runs import compatibility
 from memoryformer.training import experiment
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SLURM = {"SLURM_JOB_ID": "4100", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
 POD = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}
 

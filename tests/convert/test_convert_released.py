@@ -9,7 +9,7 @@ import pytest
 from memoryformer import convert, errors, model
 from memoryformer.convert import torch_file
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "released_model.npz"
+GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "released_model.npz"
 
 # The keys and spelling of the released configs, with the golden model's sizes.
 YML = """{

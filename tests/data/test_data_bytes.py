@@ -2,6 +2,7 @@
 
 import json
 
+import data_helpers
 import numpy as np
 import pytest
 import tokenizers
@@ -9,7 +10,6 @@ import tokenizers
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import yardsticks
-from tests import data_helpers
 
 
 def lossy(path):

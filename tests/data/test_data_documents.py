@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+import data_helpers
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from memoryformer import data, errors
 from memoryformer.data import documents, progress, shards
 from memoryformer.data import tokenizer as tokenizer_lib
-from tests import data_helpers
 
 
 class Source(list):

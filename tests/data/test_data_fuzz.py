@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import tempfile
 
+import data_helpers
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,6 @@ from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, MemoryFormerError
 from memoryformer.generation import prompts as prompts_lib
-from tests import data_helpers
 
 FAST = settings(
     max_examples=60,

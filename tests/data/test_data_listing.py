@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 
+import data_helpers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from memoryformer import data, errors
 from memoryformer.data import listing
 from memoryformer.runs import directory as directory_lib
-from tests import data_helpers
 
 
 def keys(path, **more):

@@ -7,6 +7,7 @@ import lzma
 import re
 import tracemalloc
 
+import data_helpers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from tensorflow_datasets.core import shuffle
 
 from memoryformer import data, errors
 from memoryformer.data import blocks, documents, jsonlines, local_files, names, shards
-from tests import data_helpers
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = st.lists(st.sampled_from("xxxxxé \n"), max_size=60).map("".join)

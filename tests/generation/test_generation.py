@@ -285,7 +285,7 @@ def test_prompt_files_and_the_command_line(tmp_path):
     def run(*flags, **kwargs):
         return subprocess.run(
             command + list(flags),
-            cwd=pathlib.Path(__file__).parents[1],
+            cwd=pathlib.Path(__file__).parents[2],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
             capture_output=True,
             text=True,

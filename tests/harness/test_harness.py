@@ -440,7 +440,7 @@ def test_eval_py_on_an_exported_model(rows_path, tmp_path):
     ]
     done = subprocess.run(
         command,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "HF_HUB_OFFLINE": "1"},

@@ -24,7 +24,7 @@ from memoryformer.model import transformer as transformer_lib
 from memoryformer.model.mixers import kernel
 from memoryformer.ops import random_features
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "performer_google_research.npz"
+GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "performer_google_research.npz"
 
 
 class _Given(kernel.Performer):

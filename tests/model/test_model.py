@@ -16,7 +16,7 @@ from memoryformer.errors import ConfigError
 from memoryformer.evaluation import buckets
 from memoryformer.model import ModelConfig, mixers
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 both_projections = pytest.mark.parametrize("projection", ["memory", "dense"])
 
 # --------------------------------------------------------------------------------------

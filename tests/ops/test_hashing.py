@@ -10,7 +10,7 @@ import pytest
 
 from memoryformer.ops import hashing
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "data" / "released_layers.npz")
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "data" / "released_layers.npz")
 CASES = ("tau8", "tau10", "tau4", "tau1", "ties", "tiny", "big")
 BETA, GAMMA = 1.3, 0.7
 

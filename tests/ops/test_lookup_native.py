@@ -17,7 +17,7 @@ from memoryformer.ops import lookup
 from memoryformer.ops.lookup import native as lookup_native
 from memoryformer.ops.lookup import xla as lookup_xla
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in lookup_native.COMPILERS),
     reason="no C++ compiler",

@@ -1,6 +1,6 @@
 """Checkpoints: exact, whole or refused, and never lost without a word.
 
-The children (killed, or out of space) run `python tests/test_checkpoint.py NAME WORKDIR`.
+The children (killed, or out of space) run `python tests/runs/test_checkpoint.py NAME WORKDIR`.
 """
 
 import os
@@ -460,7 +460,7 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, capfd):
 
 
 def child(name: str, workdir: pathlib.Path, **options) -> subprocess.Popen:
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, __file__, name, str(workdir)],
         stdout=subprocess.PIPE,

@@ -24,7 +24,7 @@ from memoryformer.runs import compatibility, metrics, outcome
 from memoryformer.sweep import best, commands, files, points, runner, statistics, worker
 from memoryformer.training import experiment
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SWEEPS = '''
 
 def sweep_seed():

@@ -10,7 +10,7 @@ import pytest
 from memoryformer import config, errors, model
 from memoryformer.tasks import listops
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TASK = listops.ListOpsConfig(num_steps=1, batch_size=4, learning_rate=1e-3)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from memoryformer import config as config_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / f"tests/golden/losses-jax-{jax.__version__}.json"
 
 

@@ -21,7 +21,7 @@ from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, programs
 from memoryformer.training import step as step_lib
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS, KEYS = 20, {"train/loss", "train/grad_norm", "train/learning_rate"}
 KEYS |= {"train/tokens", "train/tokens_per_second", "train/step_seconds"}
 KEYS |= {"train/compile_seconds"}

@@ -8,7 +8,7 @@ decode argument: what may be seen follows from `SeqInfo`.
 
 A new mixer is an `nnx.Module` made as `Mixer(config, project, rngs=rngs, layer=i)`, where
 `project(in_features, features, output=False)` makes the block's projections, memory or dense.
-It is entered in `mixers.MIXERS`, and in the lists of tests/test_mixers.py and of
+It is entered in `mixers.MIXERS`, and in the lists of tests/model/test_mixers.py and of
 `accounting.mixers.MIXERS`.
 """
 
