@@ -1,22 +1,15 @@
 """Codes and scores: the released code's, the definition's, and their derivatives."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from released import CASES, golden
 
 from memoryformer.ops import hashing
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "data" / "released_layers.npz")
-CASES = ("tau8", "tau10", "tau4", "tau1", "ties", "tiny", "big")
 BETA, GAMMA = 1.3, 0.7
-
-
-def golden(case, name):
-    return GOLDEN[f"layer.{case}.{name}"]
 
 
 def chunks_of(case):

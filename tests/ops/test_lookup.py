@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_hashing import CASES, golden
+from released import CASES, golden
 
 from memoryformer.ops import hashing, lookup
 from memoryformer.ops.lookup import native as lookup_native

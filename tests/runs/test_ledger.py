@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_checkpoint import (
+from toy_checkpoints import (
     assert_equal,
     lose_manifests,
     make_state,
