@@ -116,6 +116,28 @@ def test_ops_know_jax_only():
                 assert top not in ("flax", "ml_collections"), (path, name)
 
 
+def test_files_are_moved_into_place_in_one_module():
+    """`files.atomic`; beside it, whole folders are moved, and ops import nothing of ours.
+
+    Mutation: `os.replace(fresh, path)` or `fresh.replace(path)` in runs/manifest.py.
+    """
+    moves = set()
+    for path in MODULES:
+        for node in ast.walk(tree(path)):
+            if not (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            ):
+                continue
+            owner, name = ast.unparse(node.func.value), node.func.attr
+            of_os = owner in ("os", "shutil") and name in ("replace", "rename", "move")
+            # `str.replace` takes two arguments, `dataclasses.replace` keywords.
+            of_path = name in ("replace", "rename") and len(node.args) == 1
+            if of_os or (of_path and not node.keywords):
+                moves.add(str(path.relative_to(ROOT / PACKAGE)))
+    folders = {"data/shards.py", "convert/folders.py"}
+    assert moves == {"files/atomic.py", "ops/lookup/native.py"} | folders
+
+
 def test_neither_tensorflow_nor_torch():
     """Mutation: `import torch` inside a function of convert/torch_file.py."""
     for path in FILES:

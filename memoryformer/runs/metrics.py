@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import jax
 
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.files import atomic
 
 MAX_STEP = 2**53  # beyond it a float has no neighbour one step away
 WALL_CLOCK = frozenset(
@@ -74,6 +75,8 @@ class MetricsWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}.") from error
         if config.tensorboard and importlib.util.find_spec("tensorboardX"):
@@ -146,12 +149,7 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
     kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
     if len(kept) == len(lines):
         return
-    fresh = path.with_suffix(".jsonl.tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    atomic.write_text(path, "".join(kept))
 
 
 def _lines(path: pathlib.Path) -> list[str]:
