@@ -30,6 +30,8 @@ _TESTS = {
         "runs/test_ledger.py",
         "training/test_loop.py",
     ),
+    "runs/retention": ("runs/test_checkpoint.py", "runs/test_ledger.py"),
+    "runs/orbax_files": ("runs/test_checkpoint.py", "files/test_paths.py"),
     "data/__init__": (
         *_DATA,
         "data/test_data_corpora.py",

@@ -15,7 +15,7 @@ import toy
 from memoryformer import cli
 from memoryformer.cluster import roll_call
 from memoryformer.errors import ConfigError, NumericError, StorageError
-from memoryformer.runs import console, metrics, outcome
+from memoryformer.runs import console, metrics, outcome, trackers
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop, spikes
 
@@ -182,13 +182,13 @@ class Tracker:
 def test_a_tracker_may_fail(tmp_path, monkeypatch, capsys, fails):
     """Not logged in, unreachable, gone: one line, and metrics.jsonl has every row.
 
-    Mutation: `except Exception` of `_Tracker` for `except OSError`.
+    Mutation: `except Exception` of `Tracker` for `except OSError`.
     """
     fake = Tracker(fails)
     real = importlib.import_module
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
-        metrics.importlib,
+        trackers.importlib,
         "import_module",
         lambda name: fake if name == "wandb" else real(name),
     )

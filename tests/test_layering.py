@@ -43,7 +43,7 @@ FLOOR = {
 # What may be read alone, and so knows nothing of a model.
 APART = {
     "ops": {"notation"},
-    "data": {"errors", "files", "config", "cli"},
+    "data": {"errors", "files", "config", "runs", "cli"},
     "cluster": {"errors"},
     "runs": {"notation", "errors", "files", "config", "cluster"},
 }

@@ -62,7 +62,7 @@ def test_restored_state_is_equal_bit_for_bit(tmp_path):
 def test_restore_onto_another_number_of_devices(tmp_path, before, after):
     """The arrays are equal bit for bit and lie as the abstract state asks.
 
-    Mutation: `runs.state_spec.abstract` ignores the sharding.
+    Mutation: `runs.orbax_files.abstract` ignores the sharding.
     """
 
     def shard(state, count):
