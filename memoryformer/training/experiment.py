@@ -160,7 +160,7 @@ def resolve(config: Mapping[str, Any]) -> Experiment:
     if not run.model.causal:
         raise ConfigError(
             "model.causal=False: a language model would see its targets; leave it True "
-            "(two-sided models train in memoryformer.tasks.listops)."
+            "(two-sided models train in memoryformer.tasks)."
         )
     _check_documents(run)
     return run
