@@ -15,6 +15,11 @@ _TESTS = {
     "model/__init__": ("model/test_model.py",),
     "model/implementations": ("model/test_implementations.py",),
     "model/narrow": ("model/test_narrow.py", "ops/test_narrow_rows.py"),
+    "model/narrow_layers": (
+        "model/test_narrow.py",
+        "ops/test_scores.py",
+        "generation/test_generation.py",
+    ),
     "model/params": ("model/test_model.py", "training/test_optimizer_lean.py"),
     "model/stack": ("ops/test_remat.py", "model/test_model.py"),
     "runs/steps": ("runs/test_checkpoint.py", "runs/test_ledger.py"),
@@ -141,6 +146,8 @@ _TESTS = {
     ),
     "ops/ring": ("ops/test_ring.py",),
     "ops/rotary": ("model/test_layers.py", "model/test_mixers.py"),
+    "training/schedules": ("training/test_optimizer.py",),
+    "training/table_storage": ("training/test_optimizer_lean.py",),
     "training/optimizer": (
         "training/test_optimizer.py",
         "training/test_optimizer_lean.py",

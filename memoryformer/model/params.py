@@ -16,6 +16,7 @@ from flax import nnx
 
 from memoryformer.model import (
     mixers,
+    narrow_layers,
     transformer,
 )
 from memoryformer.model.config import ModelConfig
@@ -40,8 +41,10 @@ def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
 
 
 def merge(model_config: ModelConfig, params: Params) -> transformer.Transformer:
-    """Put parameters into a `Transformer`."""
-    return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
+    """Put parameters into a `Transformer`; those of `narrow.prepare`, into narrow layers."""
+    model = nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
+    narrow_layers.swap_in(model)
+    return model
 
 
 def with_tables_as_read(model_config: ModelConfig, params: Params) -> Params:

@@ -18,7 +18,7 @@ Tables are nearly all of a model, and their state can be kept leaner:
 
     bytes an entry = p (4 or 2) + m (4, 2 or 0) + v (4 or 4 / F)
 
-Start at `make`; what `update` returns is added by `apply`.
+Start at `make`; what `update` returns is added by `table_storage.apply`.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
+from memoryformer.training import schedules
 
-SCHEDULES = ("cosine", "constant", "wsd")
 SECOND_MOMENTS = ("full", "row")
 MOMENT_DTYPES = ("float32", "bfloat16", "none")
 TABLE_DTYPES = ("float32", "bfloat16")
@@ -75,7 +75,8 @@ class OptimizerConfig:
         _require(
             0 < self.cooldown_fraction <= 1, "cooldown_fraction", self, "in (0, 1]"
         )
-        _require(self.schedule in SCHEDULES, "schedule", self, " | ".join(SCHEDULES))
+        names = schedules.SCHEDULES
+        _require(self.schedule in names, "schedule", self, " | ".join(names))
         _require(0 <= self.b1 < 1, "b1", self, "in [0, 1)")
         _require(0 <= self.b2 < 1, "b2", self, "in [0, 1)")
         _require(self.eps > 0, "eps", self, "above 0")
@@ -116,7 +117,7 @@ def make(
     compiles once. Without them the config's numbers are compiled in. They are never
     part of the state: what a checkpoint restores cannot override the config.
     """
-    shape = _shape(config, num_steps)
+    relative_rate = _relative_rate(config, num_steps)
 
     def init(params):
         moments = jax.tree.map(
@@ -130,7 +131,7 @@ def make(
             "learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
         }
-        learning_rate = hyper["learning_rate"] * shape(count(state))
+        learning_rate = hyper["learning_rate"] * relative_rate(count(state))
         number = optax.safe_increment(state.count)
         unbias = (1 - config.b1**number, 1 - config.b2**number)
 
@@ -149,54 +150,6 @@ def make(
         return updates, optax.ScaleByAdamState(number, first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def apply(
-    config: OptimizerConfig,
-    params: Params,
-    updates: Params,
-    groups: Any,
-    seed: Array | int,
-    step: Array,
-) -> Params:
-    """Add float32 updates, each sum in its parameter's type: p <- p + u.
-
-    bfloat16 tables are rounded as `table_rounding` says; `seed` and `step` are all that
-    stochastic rounding depends on.
-    """
-    if config.table_rounding == "nearest":
-        return optax.apply_updates(params, updates)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    keys = jax.random.split(key, len(jax.tree.leaves(params)))
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-
-    def add(p, u, group, key):
-        total = p.astype(u.dtype) + u
-        if group != "tables":
-            return total.astype(p.dtype)
-        return round_stochastically(total, jax.random.bits(key, p.shape, jnp.uint16))
-
-    return jax.tree.map(add, params, updates, groups, keys)
-
-
-def round_stochastically(x: Array, bits: Array) -> Array:
-    """Round float32 to a bfloat16 neighbour, by 16 random bits: the mean is x.
-
-    What is no number, and what has no upper neighbour, is rounded to nearest.
-    """
-    whole = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits.astype(jnp.uint32)
-    cut = jax.lax.bitcast_convert_type(whole & jnp.uint32(0xFFFF0000), jnp.float32)
-    good = jnp.isfinite(x) & jnp.isfinite(cut)
-    return jnp.where(good, cut, x).astype(jnp.bfloat16)
-
-
-def stored(config: OptimizerConfig, params: Params, groups: Any) -> Params:
-    """Tables in `table_dtype`, the rest as it is."""
-    return jax.tree.map(
-        lambda p, group: p.astype(config.table_dtype) if group == "tables" else p,
-        params,
-        groups,
-    )
 
 
 def state_specs(state: Any, params: Params, specs: Any) -> Any:
@@ -262,12 +215,10 @@ def hyperparams(config: OptimizerConfig) -> dict[str, Array]:
 def schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Array | int], Array]:
     """Return `step -> learning rate`; step 0 is the first update.
 
-    The warm-up is linear and reaches the peak at its last update (step
-    `warmup_steps - 1`), so no update has rate 0. From the horizon on the rate stays at
-    `learning_rate * end_fraction`. Raises `ConfigError` where the warm-up does not fit.
+    See `schedules`. Raises `ConfigError` where the warm-up does not fit.
     """
-    shape = _shape(config, num_steps)
-    return lambda step: config.learning_rate * shape(step)
+    relative_rate = _relative_rate(config, num_steps)
+    return lambda step: config.learning_rate * relative_rate(step)
 
 
 def count(opt_state: Any) -> Array:
@@ -275,7 +226,9 @@ def count(opt_state: Any) -> Array:
     return optax.tree.get(opt_state, "count")
 
 
-def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
+def _relative_rate(
+    config: OptimizerConfig, num_steps: int
+) -> Callable[[Array | int], Array]:
     """Return `step -> learning rate / peak`."""
     horizon = config.decay_steps or num_steps
     warmup = config.warmup_steps
@@ -284,24 +237,9 @@ def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
             f"optimizer.warmup_steps={warmup}: must be below the schedule's horizon of "
             f"{horizon} steps (optimizer.decay_steps, or train.num_steps where that is 0)."
         )
-    # The first step that is below the peak, and how many steps the fall takes.
-    start = warmup
-    if config.schedule == "wsd":
-        start = max(warmup, round(horizon * (1 - config.cooldown_fraction)))
-    length = max(horizon - start, 1)
-
-    def shape(step: Any) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-        done = jnp.clip((step - start) / length, 0.0, 1.0)
-        if config.schedule == "constant":
-            return rise
-        left = 1 - done
-        if config.schedule == "cosine":
-            left = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        return rise * (config.end_fraction + (1 - config.end_fraction) * left)
-
-    return shape
+    return schedules.relative_rate(
+        config.schedule, warmup, horizon, config.end_fraction, config.cooldown_fraction
+    )
 
 
 def _clipped(grads: Params, clip_norm: float) -> Params:
