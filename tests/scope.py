@@ -161,7 +161,8 @@ _TESTS = {
     "model/recurrence/base": _RECURRENCE,
     "model/recurrence/memformer": _RECURRENCE,
     "model/recurrence/rmt": _RECURRENCE,
-    "sharding": ("test_sharding_mesh.py", "test_sharding.py"),
+    "sharding/mesh": ("test_sharding_mesh.py", "test_sharding.py"),
+    "sharding/placement": ("test_sharding.py", "test_sharding_mesh.py"),
     "training/spikes": ("training/test_spikes.py", "training/test_loop.py"),
     "training/loop": (
         "training/test_loop.py",

@@ -138,6 +138,30 @@ def test_files_are_moved_into_place_in_one_module():
     assert moves == {"files/atomic.py", "ops/lookup/native.py"} | folders
 
 
+def test_axis_names_have_one_home():
+    """`ops.collectives` names the axes of a mesh.
+
+    Mutation: `collectives.psum(x, "model")` in model/losses.py.
+    """
+    talk = {"axis_size", "axis_index", "psum", "pmax", "mean", "all_gather", "P"}
+    talk |= {"reduce_scatter", "rotate", "scan_before", "PartitionSpec", "wire_bytes"}
+    wrong = []
+    for path in MODULES:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            literals = {
+                leaf.value
+                for argument in node.args
+                for leaf in ast.walk(argument)
+                if isinstance(leaf, ast.Constant)
+            }
+            if name in talk and literals & {"data", "sequence", "model"}:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
+
+
 def test_neither_tensorflow_nor_torch():
     """Mutation: `import torch` inside a function of convert/torch_file.py."""
     for path in FILES:

@@ -6,6 +6,7 @@ from typing import Any
 from memoryformer import sharding as sharding_lib
 from memoryformer.accounting.targets import GIB, Target
 from memoryformer.dryrun import hlo_messages
+from memoryformer.ops import collectives
 from memoryformer.training import experiment
 
 SLOW = 1.0  # messages take longer than this share of the products' time
@@ -36,7 +37,7 @@ def find(
 
 def _slow_messages(report, target):
     chip = target.chip
-    across = hlo_messages.wire_bytes(report.messages, "data")
+    across = hlo_messages.wire_bytes(report.messages, collectives.DATA_AXIS)
     if not across or not chip.link_bandwidth:
         return
     inside = report.num_devices <= chip.domain
@@ -53,8 +54,12 @@ def _slow_messages(report, target):
 
 def _to_fit(report, run, sharding):
     model, train = run.model, run.train
-    split = sharding.axis_size("model")
-    rows = train.batch_size // sharding.axis_size("data") // train.num_microbatches
+    split = sharding.axis_size(collectives.MODEL_AXIS)
+    rows = (
+        train.batch_size
+        // sharding.axis_size(collectives.DATA_AXIS)
+        // train.num_microbatches
+    )
     advice = []
     state = report.params_bytes + report.optimizer_bytes
     if "fsdp" not in run.mesh and report.num_devices > split:
@@ -67,9 +72,8 @@ def _to_fit(report, run, sharding):
         text = f"mesh=fsdp_tensor:model={size} splits parameters and gradients further"
         advice.append((held, text))
     if rows > 1:
-        text = (
-            f"train.num_microbatches={train.batch_size // sharding.axis_size('data')}"
-        )
+        devices = sharding.axis_size(collectives.DATA_AXIS)
+        text = f"train.num_microbatches={train.batch_size // devices}"
         advice.append((report.activation_bytes, f"{text} (now {rows} rows at a time)"))
     if not model.sequence_chunk and model.seq_len >= 1024:
         text = "model.sequence_chunk=256 recomputes attention and feed-forward layers"

@@ -30,7 +30,7 @@ from memoryformer.accounting import targets as targets_lib
 from memoryformer.accounting.targets import GIB
 from memoryformer.dryrun import advice, hlo_messages, jaxpr_messages, lowering
 from memoryformer.model import implementations
-from memoryformer.ops import lookup
+from memoryformer.ops import collectives, lookup
 from memoryformer.training import experiment
 
 HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
@@ -171,10 +171,12 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     read = jax.eval_shape(
         lambda p: model_lib.with_tables_as_read(model, p), state.params
     )
-    joined = sharding_lib.num_bytes(read) // sharding.axis_size("model")
+    joined = sharding_lib.num_bytes(read) // sharding.axis_size(collectives.MODEL_AXIS)
     values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    summed = 4 * values // sharding.axis_size("model")  # over microbatches, in float32
-    fsdp = "fsdp" in run.mesh and sharding.axis_size("data") > 1
+    summed = (
+        4 * values // sharding.axis_size(collectives.MODEL_AXIS)
+    )  # over microbatches, in float32
+    fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
     return Report(
         config=experiment.as_dict(run),

@@ -21,8 +21,6 @@ from memoryformer.notation import Activations, Array, Codes, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
 
-MODEL_AXIS = "model"
-
 _recorded: contextvars.ContextVar[dict[int, Codes] | None] = contextvars.ContextVar(
     "recorded_codes", default=None
 )
@@ -99,12 +97,14 @@ class MemoryLayer(nnx.Module):
 
     def _from_all_devices(self, codes, scores):
         """Gather what the other devices' parts of x hash to, in as few bytes as it takes."""
-        if collectives.axis_size(MODEL_AXIS) == 1:
+        if collectives.axis_size(collectives.MODEL_AXIS) == 1:
             return remat_lib.name(codes, "codes"), scores
         small = jnp.uint8 if self.code_bits <= 8 else jnp.uint16
-        codes = collectives.all_gather(codes.astype(small), MODEL_AXIS, -1)
+        codes = collectives.all_gather(codes.astype(small), collectives.MODEL_AXIS, -1)
         codes = remat_lib.name(codes, "codes")
-        scores = collectives.all_gather(scores.astype(self.dtype), MODEL_AXIS, -1)
+        scores = collectives.all_gather(
+            scores.astype(self.dtype), collectives.MODEL_AXIS, -1
+        )
         return codes.astype(jnp.int32), scores
 
 
@@ -142,9 +142,9 @@ class Dense(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.split_inputs:
             y = jnp.tensordot(x, kernel, axes=1)
-            y = collectives.reduce_scatter(y, MODEL_AXIS, -1)
+            y = collectives.reduce_scatter(y, collectives.MODEL_AXIS, -1)
         else:
-            x = collectives.all_gather(x, MODEL_AXIS, -1)
+            x = collectives.all_gather(x, collectives.MODEL_AXIS, -1)
             y = jnp.tensordot(x, kernel, axes=1)
         if self.bias is not None:
             y = y + align(self.bias[...].astype(self.dtype), y.ndim)
@@ -160,12 +160,15 @@ class Embed(nnx.Module):
         embed_dim: int,
         *,
         std: float = 0.02,
+        is_head: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
         self.embedding = nnx.Param(
-            _normal(rngs, (vocab_size, embed_dim), std), spec="columns", decay=True
+            _normal(rngs, (vocab_size, embed_dim), std),
+            spec="vocabulary" if is_head else "columns",
+            decay=True,
         )
 
     def __call__(self, tokens: Tokens) -> Activations:
@@ -182,7 +185,7 @@ class Embed(nnx.Module):
             weights,
             preferred_element_type=jnp.float32,
         )
-        return collectives.reduce_scatter(logits, MODEL_AXIS, -1)
+        return collectives.reduce_scatter(logits, collectives.MODEL_AXIS, -1)
 
 
 class Head(nnx.Module):
@@ -207,7 +210,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> float32 [.., V]."""
-        x = collectives.all_gather(x.astype(self.dtype), MODEL_AXIS, -1)
+        x = collectives.all_gather(x.astype(self.dtype), collectives.MODEL_AXIS, -1)
         kernel = self.kernel[...].astype(self.dtype)
         return jnp.einsum(
             "...d,dv->...v", x, kernel, preferred_element_type=jnp.float32
@@ -224,7 +227,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = collectives.mean(wide**2, MODEL_AXIS)
+        mean_square = collectives.mean(wide**2, collectives.MODEL_AXIS)
         y = wide / (jnp.sqrt(mean_square) + self.eps)
         return (y * align(self.scale[...], x.ndim)).astype(x.dtype)
 
@@ -240,8 +243,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - collectives.mean(wide, MODEL_AXIS)
-        variance = collectives.mean(centred**2, MODEL_AXIS)
+        centred = wide - collectives.mean(wide, collectives.MODEL_AXIS)
+        variance = collectives.mean(centred**2, collectives.MODEL_AXIS)
         y = centred * jax.lax.rsqrt(variance + self.eps)
         y = y * align(self.scale[...], x.ndim) + align(self.bias[...], x.ndim)
         return y.astype(x.dtype)

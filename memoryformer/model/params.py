@@ -21,6 +21,7 @@ from memoryformer.model import (
 )
 from memoryformer.model.config import ModelConfig
 from memoryformer.notation import Array, Float, Params, Tokens
+from memoryformer.ops import collectives
 
 
 def fingerprint(params: Params) -> str:
@@ -92,7 +93,9 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 
     Raises `ConfigError` for a mixer or a length that its `sequence` axis cannot split.
     """
-    mixers.validate_sequence(model_config, sharding.axis_size("sequence"))
+    mixers.validate_sequence(
+        model_config, sharding.axis_size(collectives.SEQUENCE_AXIS)
+    )
     shapes = jax.eval_shape(lambda: init(model_config))
     return sharding.param_specs(param_specs(model_config), shapes)
 

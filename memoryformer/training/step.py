@@ -108,7 +108,7 @@ def _make_gradient_sums(run, sharding, specs):
             nats = losses.batch_nats(run.model, params, batch, features)
             nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
-            return nats / collectives.axis_size("model"), (nats, weight)
+            return nats / collectives.axis_size(collectives.MODEL_AXIS), (nats, weight)
 
         def microbatch(_, batch):
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -120,7 +120,7 @@ def _make_gradient_sums(run, sharding, specs):
 
         grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
         grads = sharding_lib.sum_gradients(grads, specs)
-        tokens = sharding_lib.TOKEN_AXES
+        tokens = collectives.TOKEN_AXES
         return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
     return sharding.shard_map(
