@@ -5,7 +5,7 @@ under FOLDERS is here and that the files exist.
 """
 
 FOLDERS = ("ops", "model", "data")  # every module in them is in scope
-_DATA = ("data/test_data_source.py", "data/test_data_shards.py")
+_DATA = ("data/test_data_batches.py", "data/test_data_preparation.py")
 _MIXERS = ("model/test_mixers.py", "training/test_mixers_training.py")
 _RECURRENCE = ("model/test_recurrence.py", "training/test_recurrence_runs.py")
 _LOOKUP = ("ops/test_hashing.py", "ops/test_lookup.py", "ops/test_lookup_native.py")
@@ -35,7 +35,7 @@ _TESTS = {
         "data/test_data_corpora.py",
         "data/test_data_tokenizer.py",
     ),
-    "data/__main__": ("data/test_data_source.py", "data/test_data_corpora.py"),
+    "data/__main__": ("data/test_data_batches.py", "data/test_data_corpora.py"),
     "data/blocks": ("data/test_local_files.py", "data/test_data_fuzz.py"),
     "data/tfds_catalogue": ("data/test_data_corpora.py",),
     "data/corpora": ("data/test_data_corpora.py",),
@@ -46,18 +46,19 @@ _TESTS = {
     ),
     "data/local_files": ("data/test_local_files.py", "data/test_data_corpora.py"),
     "data/jsonlines": ("data/test_local_files.py", "data/test_data_fuzz.py"),
-    "data/layout": ("data/test_data_layout.py", "data/test_data_source.py"),
+    "data/layout": ("data/test_data_layout.py", "data/test_data_batches.py"),
     "data/listing": ("data/test_data_listing.py", "data/test_local_files.py"),
-    "data/manifest": ("data/test_data_shards.py", "data/test_data_source.py"),
+    "data/manifest": ("data/test_data_preparation.py", "data/test_data_batches.py"),
     "data/names": ("data/test_local_files.py", "data/test_data_corpora.py"),
     "data/options": (
-        "data/test_data_shards.py",
-        "data/test_data_source.py",
+        "data/test_data_preparation.py",
+        "data/test_data_batches.py",
         "data/test_data_corpora.py",
     ),
-    "data/progress": ("data/test_data_documents.py", "data/test_data_shards.py"),
-    "data/shards": ("data/test_data_shards.py", "data/test_data_source.py"),
-    "data/source": ("data/test_data_source.py", "data/test_data_layout.py"),
+    "data/progress": ("data/test_data_documents.py", "data/test_data_preparation.py"),
+    "data/preparation": ("data/test_data_preparation.py", "data/test_data_batches.py"),
+    "data/token_files": ("data/test_data_preparation.py", "data/test_data_batches.py"),
+    "data/batches": ("data/test_data_batches.py", "data/test_data_layout.py"),
     "data/tokenizer": ("data/test_data_tokenizer.py", "convert/test_convert_export.py"),
     "data/vocabulary": ("data/test_data_tokenizer.py", "data/test_data_bytes.py"),
     "data/yardsticks": ("data/test_data_yardsticks.py",),
