@@ -39,6 +39,7 @@ _TESTS = {
     "data/blocks": ("data/test_local_files.py", "data/test_data_fuzz.py"),
     "data/tfds_catalogue": ("data/test_data_corpora.py",),
     "data/corpora": ("data/test_data_corpora.py",),
+    "data/records": ("data/test_data_corpora.py", "data/test_data_documents.py"),
     "data/documents": (
         "data/test_data_documents.py",
         "data/test_data_corpora.py",
