@@ -135,6 +135,11 @@ _TESTS = {
     "ops/lookup/xla": ("ops/test_lookup.py", "ops/test_lookup_native.py"),
     "ops/only_on": ("model/test_implementations.py", "ops/test_lookup.py"),
     "ops/lookup/narrow": ("ops/test_narrow_rows.py", "model/test_narrow.py"),
+    "ops/document_max": (
+        "ops/test_prefix.py",
+        "model/test_mixers.py",
+        "ops/test_ring.py",
+    ),
     "ops/prefix": ("ops/test_prefix.py", "model/test_mixers.py", "ops/test_ring.py"),
     "ops/random_features": (
         "ops/test_random_features.py",
