@@ -30,6 +30,7 @@ from jax._src.lib import xla_client
 
 from benchmarks import lookup_cpu
 from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import gpu_order
 from memoryformer.ops.lookup import xla as lookup_xla
 
 # Milliseconds on an H200 at N=16384, K=128, tau=8, F=1024, bfloat16 tables; (best, worst).
@@ -204,7 +205,7 @@ class Case:
         peers["xla scatter"] = self.peer(scatter_gradients, *names)
         num_buckets = self.sizes[2]
         peers["sort"] = jax.jit(
-            lambda i: lookup_gpu.sort_by_code(i["codes"], num_buckets)
+            lambda i: gpu_order.sort_by_code(i["codes"], num_buckets)
         )
         return peers
 

@@ -98,7 +98,7 @@ def _train_step(config):
     run = experiment.resolve(config)
     sharding = sharding_lib.make(run.mesh)
     made = programs.programs(run, sharding)
-    dataset = data.open(run.data, run.model.vocab_size)
+    dataset = data.load(run.data, run.model.vocab_size)
     batches = dataset.train.batches(
         run.model.seq_len, run.train.batch_size, run.train.seed
     )

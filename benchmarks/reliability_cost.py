@@ -28,7 +28,7 @@ from memoryformer import config as config_lib
 from memoryformer import data, sharding
 from memoryformer.cluster import processes, watchdog
 from memoryformer.cluster import signals as signals_lib
-from memoryformer.data import manifest
+from memoryformer.data import token_files
 from memoryformer.runs import checkpoint, console, metrics
 from memoryformer.training import experiment, programs
 from memoryformer.training import log as training_log
@@ -53,7 +53,7 @@ def main() -> None:
     run = experiment.resolve(config_lib.load(options.config, **overrides))
     place = sharding.make("single")
     specs = programs.check_fit(run, place)
-    dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+    dataset = data.load(run.data, expected_vocab_size=run.model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(run, place, specs, dataset, pathlib.Path(folder))
         loops = {"bare": bench.bare, "real": bench.real}
@@ -111,7 +111,7 @@ class Bench:
 
     def bare(self, steps: int) -> float:
         """Seconds per step of the loop without anything."""
-        check, manifest.check_ids = manifest.check_ids, lambda *_: None
+        check, token_files.check_ids = token_files.check_ids, lambda *_: None
         state, pending = self.states["bare"], None
         began = self.clock()
         for step in range(steps):
@@ -122,7 +122,7 @@ class Bench:
             pending = values["nats"]
         float(pending)
         seconds = (self.clock() - began) / steps
-        manifest.check_ids = check
+        token_files.check_ids = check
         self.states["bare"] = state
         return seconds
 

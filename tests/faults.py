@@ -19,7 +19,7 @@ from patching import settle, wrap
 
 from memoryformer import errors
 from memoryformer.cluster import watchdog
-from memoryformer.data import progress, source
+from memoryformer.data import batches, progress
 from memoryformer.model import losses
 from memoryformer.runs import checkpoint, manifest, orbax_files, state_spec
 from memoryformer.training import loop
@@ -37,7 +37,7 @@ def _at_batch(action):
             result = original(self, step, rows)
             return (action(result) or result) if step == at else result
 
-        wrap(source.Batches, "batch", batch)
+        wrap(batches.Batches, "batch", batch)
 
     return fault
 
@@ -77,7 +77,7 @@ def _settled_after(at):
             settle()
         return original(self, step, *args, **kwargs)
 
-    wrap(source.Batches, "batch", batch)
+    wrap(batches.Batches, "batch", batch)
 
 
 def _full_disk(at):
@@ -106,11 +106,11 @@ def _slow_batches(milliseconds):
         time.sleep(milliseconds / 1000)
         return original(*args, **kwargs)
 
-    wrap(source.Batches, "batch", batch)
+    wrap(batches.Batches, "batch", batch)
 
 
 def _nan_always():
-    wrap(source.Batches, "batch", lambda f, *a, **k: _nan(f(*a, **k)))
+    wrap(batches.Batches, "batch", lambda f, *a, **k: _nan(f(*a, **k)))
 
 
 def _ragged():
@@ -123,7 +123,7 @@ def _ragged():
         keep = np.arange(length) < counts[:, None]
         return result | {"weights": keep.astype(np.float32)}
 
-    wrap(source.Batches, "batch", batch)
+    wrap(batches.Batches, "batch", batch)
 
 
 def _kill_before_manifest(at):
@@ -195,7 +195,7 @@ def _term_in_evaluation(at):
             _kill(signal.SIGTERM)
         return original(self, index, *args, **kwargs)
 
-    wrap(source.EvalBatches, "batch", batch)
+    wrap(batches.EvalBatches, "batch", batch)
 
 
 def _hang(*unused_args, **unused_kwargs):
@@ -264,7 +264,7 @@ FAULTS = {
     "bad_data": _at_batch(_bad_data),
     "kill_saved": _at_batch(_kill_saved),
     "hang": _at_batch(_hang),
-    "hang_in_evaluation": _hang_in(source.EvalBatches, "batch"),
+    "hang_in_evaluation": _hang_in(batches.EvalBatches, "batch"),
     "hang_in_checkpoint": _hang_in_checkpoint,
     "hang_in_first_step": _hang_in(losses, "batch_nats"),
     "full_disk": _full_disk,

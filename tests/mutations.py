@@ -19,7 +19,7 @@ from patching import put, wrap
 from memoryformer import cli, data, errors, model
 from memoryformer.cluster import lifeline, processes, roll_call, signals, watchdog
 from memoryformer.convert import export
-from memoryformer.data import manifest, progress, source
+from memoryformer.data import batches, progress, token_files
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.generation import sampler
 from memoryformer.ops.lookup import xla as lookup_xla
@@ -61,7 +61,7 @@ def _replay_a_batch():
         return original(self, step - bool(replayed), rows)
 
     wrap(loop._Loop, "_restore", restore)
-    wrap(source.Batches, "batch", batch)
+    wrap(batches.Batches, "batch", batch)
 
 
 def _reshuffle():
@@ -135,7 +135,7 @@ def _order_by_devices():
     def init(original, self, split, seq_len, batch_size, seed):
         original(self, split, seq_len, batch_size, seed + jax.device_count() - 1)
 
-    wrap(source.Batches, "__init__", init)
+    wrap(batches.Batches, "__init__", init)
 
 
 def _seed_from_the_clock():
@@ -165,10 +165,10 @@ def _restore_narrow(state):
 
 
 def _vocabulary_is_not_compared():
-    def open_data(original, data_config, *unused_args, **unused_kwargs):
+    def load_data(original, data_config, *unused_args, **unused_kwargs):
         return original(data_config)
 
-    wrap(data, "open", open_data)
+    wrap(data, "load", load_data)
 
 
 def _padding_counts():
@@ -176,7 +176,7 @@ def _padding_counts():
         result = original(self, index, rows)
         return result | {"weights": np.ones_like(result["weights"])}
 
-    wrap(source.EvalBatches, "batch", batch)
+    wrap(batches.EvalBatches, "batch", batch)
 
 
 def _mean_of_batches():
@@ -219,7 +219,7 @@ def _same_rows_everywhere():
         count = len(np.arange(self.batch_size)[rows])
         return original(self, step, slice(0, count))
 
-    wrap(source.Batches, "batch", batch)
+    wrap(batches.Batches, "batch", batch)
 
 
 MUTATIONS = {
@@ -263,7 +263,7 @@ MUTATIONS = {
     "forget_the_spike_history": _after_restore(
         lambda s: s._replace(spikes=_zeros(s.spikes))
     ),
-    "ids_are_not_checked": put(manifest, "check_ids", _nothing()),
+    "ids_are_not_checked": put(token_files, "check_ids", _nothing()),
     "vocabulary_is_not_compared": _vocabulary_is_not_compared,
     "restore_in_half_precision": _after_restore(_restore_narrow),
     "padding_counts": _padding_counts,

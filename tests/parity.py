@@ -28,7 +28,7 @@ def main(workdir):
     config, params = run_steps.load(workdir)
     run = experiment.resolve(config)
     params = jax.tree.map(jax.numpy.asarray, params)
-    dataset = data.open(run.data)
+    dataset = data.load(run.data)
     length = run.model.seq_len
     tokens = dataset.validation.eval_batches(length, 8).batch(0)["inputs"]
     forward = jax.jit(lambda tokens: model.forward(run.model, params, tokens))

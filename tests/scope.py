@@ -5,7 +5,7 @@ under FOLDERS is here and that the files exist.
 """
 
 FOLDERS = ("ops", "model", "data")  # every module in them is in scope
-_DATA = ("data/test_data_source.py", "data/test_data_shards.py")
+_DATA = ("data/test_data_batches.py", "data/test_data_preparation.py")
 _MIXERS = ("model/test_mixers.py", "training/test_mixers_training.py")
 _RECURRENCE = ("model/test_recurrence.py", "training/test_recurrence_runs.py")
 _LOOKUP = ("ops/test_hashing.py", "ops/test_lookup.py", "ops/test_lookup_native.py")
@@ -42,10 +42,11 @@ _TESTS = {
         "data/test_data_corpora.py",
         "data/test_data_tokenizer.py",
     ),
-    "data/__main__": ("data/test_data_source.py", "data/test_data_corpora.py"),
+    "data/__main__": ("data/test_data_batches.py", "data/test_data_corpora.py"),
     "data/blocks": ("data/test_local_files.py", "data/test_data_fuzz.py"),
     "data/tfds_catalogue": ("data/test_data_corpora.py",),
     "data/corpora": ("data/test_data_corpora.py",),
+    "data/records": ("data/test_data_corpora.py", "data/test_data_documents.py"),
     "data/documents": (
         "data/test_data_documents.py",
         "data/test_data_corpora.py",
@@ -53,18 +54,19 @@ _TESTS = {
     ),
     "data/local_files": ("data/test_local_files.py", "data/test_data_corpora.py"),
     "data/jsonlines": ("data/test_local_files.py", "data/test_data_fuzz.py"),
-    "data/layout": ("data/test_data_layout.py", "data/test_data_source.py"),
+    "data/layout": ("data/test_data_layout.py", "data/test_data_batches.py"),
     "data/listing": ("data/test_data_listing.py", "data/test_local_files.py"),
-    "data/manifest": ("data/test_data_shards.py", "data/test_data_source.py"),
+    "data/manifest": ("data/test_data_preparation.py", "data/test_data_batches.py"),
     "data/names": ("data/test_local_files.py", "data/test_data_corpora.py"),
     "data/options": (
-        "data/test_data_shards.py",
-        "data/test_data_source.py",
+        "data/test_data_preparation.py",
+        "data/test_data_batches.py",
         "data/test_data_corpora.py",
     ),
-    "data/progress": ("data/test_data_documents.py", "data/test_data_shards.py"),
-    "data/shards": ("data/test_data_shards.py", "data/test_data_source.py"),
-    "data/source": ("data/test_data_source.py", "data/test_data_layout.py"),
+    "data/progress": ("data/test_data_documents.py", "data/test_data_preparation.py"),
+    "data/preparation": ("data/test_data_preparation.py", "data/test_data_batches.py"),
+    "data/token_files": ("data/test_data_preparation.py", "data/test_data_batches.py"),
+    "data/batches": ("data/test_data_batches.py", "data/test_data_layout.py"),
     "data/tokenizer": ("data/test_data_tokenizer.py", "convert/test_convert_export.py"),
     "data/vocabulary": ("data/test_data_tokenizer.py", "data/test_data_bytes.py"),
     "data/yardsticks": ("data/test_data_yardsticks.py",),
@@ -132,11 +134,19 @@ _TESTS = {
         *_LOOKUP[2:],
         "ops/test_lookup_gpu.py",
     ),
+    "ops/jax_private": ("ops/test_lookup_gpu.py",),
     "ops/lookup/gpu": ("ops/test_lookup_gpu.py",),
+    "ops/lookup/gpu_kernels": ("ops/test_lookup_gpu.py",),
+    "ops/lookup/gpu_order": ("ops/test_lookup_gpu.py",),
     "ops/lookup/native": ("ops/test_lookup_native.py", "ops/test_narrow_rows.py"),
     "ops/lookup/xla": ("ops/test_lookup.py", "ops/test_lookup_native.py"),
     "ops/only_on": ("model/test_implementations.py", "ops/test_lookup.py"),
     "ops/lookup/narrow": ("ops/test_narrow_rows.py", "model/test_narrow.py"),
+    "ops/document_max": (
+        "ops/test_prefix.py",
+        "model/test_mixers.py",
+        "ops/test_ring.py",
+    ),
     "ops/prefix": ("ops/test_prefix.py", "model/test_mixers.py", "ops/test_ring.py"),
     "ops/random_features": (
         "ops/test_random_features.py",

@@ -154,7 +154,7 @@ QUICK += ("file_as_workdir", "unwritable_output", "two_prompts", "eval_over_its_
 )
 def test_mistake(folder, name):
     """Mutations: `run_main` without either except; `_check_fit` after the checkpointer;
-    `data.open` before the model's config is checked.
+    `data.load` before the model's config is checked.
     """
     arguments, code, message = MISTAKES[name]
     before = files(folder)

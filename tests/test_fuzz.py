@@ -102,8 +102,8 @@ def test_any_file_is_read_or_refused(files, source):
             validation_every=2,
         )
         try:
-            dataset = data.open_directory(
-                data.prepare(config, progress=False), verify=True
+            dataset = data.load_directory(
+                data.prepare(config, show_progress=False), verify=True
             )
         except MemoryFormerError as error:
             check_one_line(error)

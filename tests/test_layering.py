@@ -69,7 +69,7 @@ def imports(path):
 
 
 def parts_of_ours(path):
-    """First names below the package: memoryformer.data.shards -> data."""
+    """First names below the package: memoryformer.data.preparation -> data."""
     for name in imports(path):
         if name.startswith(f"{PACKAGE}."):
             yield name.split(".")[1]

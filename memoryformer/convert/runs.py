@@ -100,7 +100,7 @@ def import_run(
         data_fingerprint = source.text("data_fingerprint")
         tokenizer = export.own_tokenizer(directory, model_config.vocab_size)
     else:
-        dataset = data.open(run.data, expected_vocab_size=run.model.vocab_size)
+        dataset = data.load(run.data, expected_vocab_size=run.model.vocab_size)
         data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
         _check_same_tokens(directory, tokenizer)
     state = step_lib.new_state(run, jax.tree.map(jnp.asarray, params))

@@ -1,13 +1,13 @@
 """Corpora, tokenizers and batches.
 
     directory = data.prepare(data_config)            # once; later calls find it
-    dataset = data.open(data_config, expected_vocab_size=4096)
+    dataset = data.load(data_config, expected_vocab_size=4096)
     batches = dataset.train.batches(seq_len=256, batch_size=4, seed=0)
     batch = batches.batch(step)                      # numpy, a pure function of step
 
-Documents come from TFDS builders (`corpora`, `catalogue`), are tokenised once into flat
-token files with a manifest (`shards`, `manifest`), and are served as windows through
-Grain (`source`). TensorFlow is never imported. From a shell:
+Documents come from TFDS builders (`corpora`, `tfds_catalogue`), are tokenised once into flat
+token files with a manifest (`preparation`, `token_files`, `manifest`), and are served as
+windows through Grain (`batches`). TensorFlow is never imported. From a shell:
 
     python -m memoryformer.data inspect --config=configs/quickstart.py
 """
@@ -20,9 +20,9 @@ import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data.batches import Batch, Batches, EvalBatches, Split
 from memoryformer.data.options import DataConfig, cache_root
-from memoryformer.data.shards import prepare, resolve_dir
-from memoryformer.data.source import Batch, Batches, EvalBatches, Split
+from memoryformer.data.preparation import prepare, resolve_dir
 from memoryformer.data.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
     "check",
     "check_vocab_size",
     "find",
-    "open",
-    "open_directory",
+    "load",
+    "load_directory",
     "prepare",
     "resolve_dir",
 ]
@@ -50,7 +50,7 @@ class Dataset:
     """A prepared corpus: `train` and `validation` streams and their tokenizer."""
 
     directory: pathlib.Path
-    manifest: dict = dataclasses.field(repr=False)
+    manifest: manifest_lib.Manifest = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     train: Split
     validation: Split
@@ -58,28 +58,28 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """sha256 of contents and tokenizer; equal data has equal fingerprints."""
-        return self.manifest["fingerprint"]
+        return self.manifest.fingerprint
 
     @property
     def token_bytes(self) -> np.ndarray:
         """Bytes of the validation text that each token counts for: [V]."""
-        validation = self.manifest["splits"]["validation"]
+        validation = self.manifest.splits["validation"]
         return manifest_lib.text_bytes(validation, self.tokenizer.token_bytes)
 
 
-def open(
+def load(
     data_config: DataConfig,
     expected_vocab_size: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Dataset:
-    """Open what `prepare` made, preparing it first if need be.
+    """Load what `prepare` made, preparing it first if need be.
 
     expected_vocab_size: the model's V; raises `ConfigError` if the tokenizer has more
     tokens (0: not checked). Raises `DataError` for a damaged directory, and `Preempted`
     when `stop` says so during a preparation.
     """
     directory = prepare(data_config, stop=stop)
-    return open_directory(
+    return load_directory(
         directory, expected_vocab_size, align=data_config.align_documents
     )
 
@@ -87,7 +87,7 @@ def open(
 def find(
     data_config: DataConfig, fingerprint: str, expected_vocab_size: int = 0
 ) -> Dataset:
-    """Open the data that a run was trained on, known by its fingerprint.
+    """Load the data that a run was trained on, known by its fingerprint.
 
     Taken from the cache if it is there, whatever has become of the corpus and of
     data.tokenizer; else read anew. Raises `DataError` if that gives other data.
@@ -95,10 +95,10 @@ def find(
     root = cache_root(data_config)
     directory = manifest_lib.directory_of(root, fingerprint)
     if directory is not None and data_config.source != "prepared":
-        return open_directory(
+        return load_directory(
             directory, expected_vocab_size, align=data_config.align_documents
         )
-    dataset = open(data_config, expected_vocab_size)
+    dataset = load(data_config, expected_vocab_size)
     check(dataset, fingerprint)
     return dataset
 
@@ -113,28 +113,28 @@ def check(dataset: Dataset, fingerprint: str) -> None:
         )
 
 
-def open_directory(
+def load_directory(
     directory: pathlib.Path | str,
     expected_vocab_size: int = 0,
     verify: bool = False,
     align: int = 0,
 ) -> Dataset:
-    """Open a prepared directory; with `verify`, hash its files first. For align see `Split`."""
+    """Load a prepared directory; with `verify`, hash its files first. For align see `Split`."""
     directory = pathlib.Path(directory)
     manifest = manifest_lib.read(directory, verify=verify)
-    vocab_size = manifest["tokenizer"]["vocab_size"]
-    check_vocab_size(vocab_size, expected_vocab_size, manifest["tokenizer"]["name"])
+    used = manifest.tokenizer
+    check_vocab_size(used.vocab_size, expected_vocab_size, used.name)
     splits = {
         name: Split(
             name=name,
-            path=directory / info["file"],
-            info=info,
-            dtype=manifest["dtype"],
-            vocab_size=vocab_size,
-            eot_id=manifest["tokenizer"]["eot_id"],
+            path=directory / facts.file,
+            facts=facts,
+            dtype=manifest.dtype,
+            vocab_size=used.vocab_size,
+            eot_id=used.eot_id,
             align=align,
         )
-        for name, info in manifest["splits"].items()
+        for name, facts in manifest.splits.items()
     }
     tokenizer = manifest_lib.load_tokenizer(directory, manifest)
     return Dataset(directory, manifest, tokenizer, **splits)

@@ -69,7 +69,7 @@ def _run(argv: Sequence[str]) -> None:
     if command == "prepare":
         print(directory)
         return
-    dataset = data.open_directory(
+    dataset = data.load_directory(
         directory, verify=flags.FLAGS.verify, align=data_config.align_documents
     )
     if command == "inspect":
@@ -82,24 +82,28 @@ def _run(argv: Sequence[str]) -> None:
 def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     """Print what a data set holds and how its first batch looks."""
     if flags.FLAGS.json:
-        print(json.dumps({"directory": str(dataset.directory), **dataset.manifest}))
+        print(
+            json.dumps(
+                {"directory": str(dataset.directory), **dataset.manifest.to_json()}
+            )
+        )
         return
     manifest, tokenizer = dataset.manifest, dataset.tokenizer
-    used = manifest["tokenizer"]
+    used = manifest.tokenizer
     print(f"directory    {dataset.directory}")
     print(f"fingerprint  {dataset.fingerprint}" + " (verified)" * flags.FLAGS.verify)
-    print(f"source       {' '.join(v for v in manifest['source'].values() if v)}")
+    print(f"source       {' '.join(v for v in vars(manifest.source).values() if v)}")
     print(
-        f"tokenizer    {used['name']}: {used['vocab_size']} tokens, end of document "
-        f"{used['eot_id']}, sha256 {used['sha256'][:16]}"
+        f"tokenizer    {used.name}: {used.vocab_size} tokens, end of document "
+        f"{used.eot_id}, sha256 {used.sha256[:16]}"
     )
-    for name, split in manifest["splits"].items():
-        ratio = split["bytes"] / split["tokens"]
+    for name, split in manifest.splits.items():
+        ratio = split.bytes / split.tokens
         print(
-            f"{name:12s} {split['documents']:,} documents, {split['tokens']:,} tokens, "
-            f"{split['ends_of_document']:,} ends of document, {split['bytes']:,} bytes "
-            f"({ratio:.3f} bytes/token); dropped {split['empty_dropped']} empty, "
-            f"{split['duplicates_of_validation_dropped']} also in validation"
+            f"{name:12s} {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{split.ends_of_document:,} ends of document, {split.bytes:,} bytes "
+            f"({ratio:.3f} bytes/token); dropped {split.empty_dropped} empty, "
+            f"{split.duplicates_of_validation_dropped} also in validation"
         )
     if note := manifest_lib.byte_note(manifest):
         print(f"note         {note}")

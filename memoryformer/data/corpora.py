@@ -15,20 +15,26 @@ out, the one with the smallest remainder is, so a corpus of two documents has bo
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 # Importing this module registers the builders under their TFDS names.
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer, file_adapters
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines, listing, local_files, names, options
+from memoryformer.data import (
+    blocks,
+    jsonlines,
+    listing,
+    local_files,
+    names,
+    options,
+    records,
+)
+from memoryformer.data.records import Example
 
-Example = tuple[str, dict[str, str]]
 _MARKER = "<|endoftext|>"  # between the stories of many published text files
 
 
@@ -45,23 +51,16 @@ class TextConfig(tfds.core.BuilderConfig):
     max_documents: int = 0
 
 
-class _LocalInfo(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Ask no bucket: these data sets exist only here."""
-
-
-class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _LocalDocuments(records.RecordsBuilder, skip_registration=True):
     """Splits documents by the hash of a key; subclasses say which files and which key."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = (TextConfig(name="default", description="As configured."),)
 
-    def __init__(self, *, file_format: str = "array_record", **kwargs):
-        # TFDS's own default, tfrecord, cannot be written without TensorFlow.
-        super().__init__(file_format=file_format, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.on_bytes: Callable[[int], None] = lambda done: None
         self.notes: list[str] = []  # what the user should know of the files
-        self.text_bytes: dict[str, int] = {}  # by split
         self._lists: dict[str, listing.Files] = {}
         self._bytes_read = 0
         self._marked = 0  # documents that hold _MARKER
@@ -82,59 +81,6 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             f"documents, set data.separator='{_MARKER}'"
         )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {"name": tfds.features.Text(), "text": tfds.features.Text()}
-        )
-        # Records keep the order of the files: it is the same everywhere, and windows
-        # are shuffled when they are drawn.
-        return _LocalInfo(
-            builder=self,
-            description=type(self).__doc__,
-            features=features,
-            disable_shuffling=True,
-        )
-
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        """Write the records as they come, one file for each split.
-
-        TFDS's own writer holds a split in memory to sort it, and beyond a gigabyte it
-        needs TensorFlow. Here the order of the files is kept.
-        """
-        splits = self._split_generators(dl_manager).items()
-        infos = [self._write_split(split, examples) for split, examples in splits]
-        self.info.set_splits(tfds.core.SplitDict(infos))
-
-    def _write_split(
-        self, split: str, examples: Iterable[Example]
-    ) -> tfds.core.SplitInfo:
-        features = self.info.features
-        specs = features.get_serialized_info()
-        serializer = example_serializer.ExampleSerializer(specs)
-        sizes = []
-        self.text_bytes[split] = 0
-
-        def records() -> Iterator[tuple[str, bytes]]:
-            for key, example in examples:
-                encoded = features.encode_example(example)
-                record = serializer.serialize_example(encoded)
-                sizes.append(len(record))
-                self.text_bytes[split] += len(example["text"].encode("utf-8"))
-                yield key, record
-
-        template = self._get_filename_template(split_name=split)
-        path = template.sharded_filepath(shard_index=0, num_shards=1)
-        adapter = file_adapters.ADAPTER_FOR_FORMAT[self.info.file_format]
-        adapter.write_examples(path, records())
-        if not sizes:
-            raise errors.DataError(f"{split}: no document holds any text.")
-        return tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[len(sizes)],
-            num_bytes=sum(sizes),
-            filename_template=template,
-        )
-
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
         if self.builder_config.validation_path:
             held_out = self._list(self.builder_config.validation_path)
@@ -147,9 +93,6 @@ class _LocalDocuments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             split: self._examples(self._train_files(), split, chosen)
             for split in ("train", "validation")
         }
-
-    def _generate_examples(self, **kwargs) -> Iterator[Example]:
-        return self._examples(**kwargs)
 
     def _examples(
         self, files: listing.Files, split: str = "", fallback: str = ""
@@ -303,13 +246,11 @@ def _skipped_line(skipped: dict[str, str]) -> str:
     return names.counted(list(skipped), f"file skipped: {reasons}")
 
 
-def local_builder(
-    data_config: options.DataConfig, data_dir: str
-) -> tfds.core.GeneratorBasedBuilder:
+def local_builder(data_config: options.DataConfig, data_dir: str) -> _LocalDocuments:
     """The builder of a `stdlib`, `text` or `c4` source."""
-    shared = [field.name for field in dataclasses.fields(options.DataConfig)]
-    own = {field.name for field in dataclasses.fields(TextConfig)} - {"name"}
-    values = {key: getattr(data_config, key) for key in shared if key in own}
-    cls = Stdlib if data_config.source == "stdlib" else TextFiles
-    make = functools.partial(TextConfig, json_only=data_config.source == "c4")
-    return cls(config=make(name="configured", **values), data_dir=data_dir)
+    known = {field.name for field in dataclasses.fields(TextConfig)} - {"name"}
+    values = {k: v for k, v in vars(data_config).items() if k in known}
+    json_only = data_config.source == "c4"
+    config = TextConfig(name="configured", json_only=json_only, **values)
+    builder = Stdlib if data_config.source == "stdlib" else TextFiles
+    return builder(config=config, data_dir=data_dir)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from memoryformer import errors
-from memoryformer.data import corpora, local_files, options, tfds_catalogue
+from memoryformer.data import corpora, local_files, manifest, options, tfds_catalogue
 from memoryformer.data import progress as progress_lib
 
 # Small records are read together, several times faster than one by one; large ones alone,
@@ -128,7 +128,7 @@ class Texts:
 def read(
     data_config: options.DataConfig,
     records_dir: pathlib.Path,
-    line: progress_lib.Progress,
+    progress: progress_lib.Progress,
 ) -> dict[str, Texts]:
     """Texts of 'train' and 'validation'; local corpora go through `records_dir`."""
     tfds.disable_progress_bar()
@@ -138,13 +138,13 @@ def read(
         builder = corpora.local_builder(data_config, str(records_dir))
         total = builder.input_bytes()
         for note in builder.notes:
-            line.note(note)
-        line.start("reading", total, "B")
-        builder.on_bytes = line.update
+            progress.note(note)
+        progress.start("reading", total, "B")
+        builder.on_bytes = progress.update
         builder.download_and_prepare()
-    line.finish(total)
+    progress.finish(total)
     if marker := builder.marker_line():
-        line.note(marker)
+        progress.note(marker)
     return {
         split: Texts(
             builder.as_data_source(split=split),
@@ -156,15 +156,15 @@ def read(
     }
 
 
-def describe(data_config: options.DataConfig) -> dict[str, str]:
+def describe(data_config: options.DataConfig) -> manifest.SourceFacts:
     """What the manifest says about the origin of the documents."""
     licences = {"stdlib": "PSF-2.0 (read locally, not shipped)"}
-    return {
-        "kind": data_config.source,
-        "name": data_config.name,
-        "path": data_config.path,
-        "licence": licences.get(data_config.source, "the corpus's own"),
-    }
+    return manifest.SourceFacts(
+        kind=data_config.source,
+        name=data_config.name,
+        path=data_config.path,
+        licence=licences.get(data_config.source, "the corpus's own"),
+    )
 
 
 def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:

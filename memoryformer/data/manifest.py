@@ -6,9 +6,12 @@ so equal data has equal fingerprints everywhere; checkpoints record it.
 Start at `read`.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,106 +19,165 @@ from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
+FILE = "manifest.json"
 DTYPES = ("uint16", "uint32")
-_COUNTS = (  # of a split
-    "tokens",
-    "bytes",
-    "token_bytes",
-    "documents",
-    "ends_of_document",
-    "empty_dropped",
-    "duplicates_of_validation_dropped",
-)
 _LARGEST = 1 << 63
+_DAMAGE = (ValueError, KeyError, TypeError, OSError, RecursionError)
+T = TypeVar("T")
 
 
-def read(directory: pathlib.Path, verify: bool = False) -> dict:
+@dataclasses.dataclass(frozen=True)
+class SourceFacts:
+    """Where the documents come from."""
+
+    kind: str
+    name: str
+    path: str
+    licence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFacts:
+    """Which tokenizer made the tokens."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    eot_id: int
+    end_token: str = ""  # older manifests lack it
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFacts:
+    """What one token file holds."""
+
+    file: str
+    documents: int
+    tokens: int
+    ends_of_document: int
+    bytes: int  # of the text, as UTF-8
+    token_bytes: int  # that its tokens stand for
+    empty_dropped: int
+    duplicates_of_validation_dropped: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says; `splits` are 'validation' and 'train'."""
+
+    source: SourceFacts
+    tokenizer: TokenizerFacts
+    dtype: str  # of the token ids: one of DTYPES
+    splits: dict[str, SplitFacts]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of contents and tokenizer; see `fingerprint`."""
+        return fingerprint(self._content())
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return self._content() | {"fingerprint": self.fingerprint}
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": FORMAT} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
+        """Raises `ValueError` naming the first field that is not what `to_json` makes."""
+        if values["dtype"] not in DTYPES:
+            raise ValueError(
+                f"dtype {values['dtype']!r} is none of {', '.join(DTYPES)}, which are "
+                "little-endian"
+            )
+        splits = values["splits"]
+        if not isinstance(splits, Mapping):
+            raise ValueError(f"splits is {splits!r}")
+        manifest = cls(
+            _parsed(SourceFacts, values.get("source"), "source"),
+            _parsed(TokenizerFacts, values["tokenizer"], "tokenizer"),
+            values["dtype"],
+            {
+                name: _parsed(SplitFacts, splits.get(name), f"splits.{name}")
+                for name in ("validation", "train")
+            },
+        )
+        for name in splits:
+            if name not in manifest.splits or splits[name]["file"] != f"{name}.bin":
+                raise ValueError(f"splits.{name} is in another file")
+        return manifest
+
+
+def _parsed(cls: type[T], values: Any, where: str) -> T:
+    """A dataclass of texts and counts from JSON; raises `ValueError` for any other value."""
+    values = values if isinstance(values, Mapping) else {}
+    known = {}
+    for field in dataclasses.fields(cls):
+        default = None if field.default is dataclasses.MISSING else field.default
+        value = known[field.name] = values.get(field.name, default)
+        is_count = field.type is int
+        if type(value) is not field.type or (is_count and not 0 <= value < _LARGEST):
+            raise ValueError(f"{where}.{field.name} is {value!r}")
+    return cls(**known)
+
+
+def read(directory: pathlib.Path, verify: bool = False) -> Manifest:
     """The manifest of a prepared directory, its files checked by size.
 
     With `verify` their sha256 too, which reads them. Raises `DataError` for a missing,
     damaged or foreign directory.
     """
-    path = directory / "manifest.json"
+    path = directory / FILE
     again = "delete the directory and prepare it again"
     if not path.is_file():
-        raise errors.DataError(
-            f"{directory}: holds no manifest.json; not prepared data."
-        )
+        raise errors.DataError(f"{directory}: holds no {FILE}; not prepared data.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        splits = manifest["splits"]
-        sound = manifest["fingerprint"] == fingerprint(manifest)
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        sound = values["fingerprint"] == fingerprint(values)
+        is_ours = values["format"] == FORMAT and sound
+        manifest = Manifest.from_json(values) if is_ours else None
+    except _DAMAGE as error:
         raise errors.DataError(f"{path}: damaged ({error}); {again}.") from error
-    if manifest["format"] != FORMAT or not sound:
+    if manifest is None:
         raise errors.DataError(
             f"{path}: edited, or of another format than {FORMAT}; {again}."
         )
-    if wrong := _wrong_field(manifest):
-        raise errors.DataError(f"{path}: damaged ({wrong}); {again}.")
-    if manifest["dtype"] not in DTYPES:
-        raise errors.DataError(
-            f"{path}: dtype {manifest['dtype']!r} is none of {', '.join(DTYPES)}, "
-            f"which are little-endian; {again}."
-        )
-    for name, split in splits.items():
-        file = directory / split["file"]
+    for name, split in manifest.splits.items():
+        file = directory / split.file
         size = file.stat().st_size if file.is_file() else -1
-        expected = split["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        expected = split.tokens * np.dtype(manifest.dtype).itemsize
         if size != expected:
             raise errors.DataError(
                 f"{file}: {'missing' if size < 0 else f'{size} bytes'}, but the "
                 f"manifest says {expected} bytes for {name}; {again}."
             )
-        if verify and _file_sha256(file) != split["sha256"]:
+        if verify and _file_sha256(file) != split.sha256:
             raise errors.DataError(
                 f"{file}: its sha256 is not the manifest's; it is damaged: {again}."
             )
     return manifest
 
 
-def _wrong_field(manifest: dict) -> str:
-    """Name the first field that is not what `shards` writes; '' if all are."""
-    tokenizer = {"name": str, "sha256": str, "vocab_size": int, "eot_id": int}
-    split = {"file": str, "sha256": str} | dict.fromkeys(_COUNTS, int)
-    source = {"kind": str, "name": str, "path": str, "licence": str}
-    kinds = {"tokenizer": tokenizer, "splits.train": split, "splits.validation": split}
-    kinds["source"] = source
-    for section, fields in kinds.items():
-        values = manifest
-        for name in section.split("."):
-            values = values.get(name) if isinstance(values, dict) else None
-        for field, kind in fields.items():
-            value = values.get(field) if isinstance(values, dict) else None
-            if type(value) is not kind or (kind is int and not 0 <= value < _LARGEST):
-                return f"{section}.{field} is {value!r}"
-    end_token = manifest["tokenizer"].get("end_token", "")  # older ones lack it
-    if not isinstance(end_token, str):
-        return f"tokenizer.end_token is {end_token!r}"
-    for name, info in manifest["splits"].items():
-        if name not in ("train", "validation") or info["file"] != f"{name}.bin":
-            return f"splits.{name} is in another file"
-    return ""
-
-
-def load_tokenizer(directory: pathlib.Path, manifest: dict) -> tokenizer_lib.Tokenizer:
-    """The tokenizer that made the shards, checked against the manifest."""
-    path, recorded = directory / "tokenizer.json", manifest["tokenizer"]
-    end_token = recorded.get("end_token", "")
+def load_tokenizer(
+    directory: pathlib.Path, manifest: Manifest
+) -> tokenizer_lib.Tokenizer:
+    """The tokenizer that made the token files, checked against the manifest."""
+    path, facts = directory / "tokenizer.json", manifest.tokenizer
     tokenizer = tokenizer_lib.load_recorded(
-        path, recorded["sha256"], end_token, "these shards"
+        path, facts.sha256, facts.end_token, "these token files"
     )
-    tokenizer.name = manifest["tokenizer"]["name"]
+    tokenizer.name = facts.name
     return tokenizer
 
 
-def fingerprint(manifest: dict) -> str:
-    """sha256 of everything but itself and the names by which things were asked for."""
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's values, less itself and the names of corpus and tokenizer."""
     content = {
-        "format": manifest["format"],
-        "tokenizer": manifest["tokenizer"]["sha256"],
-        "dtype": manifest["dtype"],
-        "splits": manifest["splits"],
+        "format": values["format"],
+        "tokenizer": values["tokenizer"]["sha256"],
+        "dtype": values["dtype"],
+        "splits": values["splits"],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -125,47 +187,36 @@ def directory_of(root: pathlib.Path, wanted: str) -> pathlib.Path | None:
 
     Whatever else lies there, damaged or not, is passed over.
     """
-    for path in sorted(root.glob("*/manifest.json")):
+    for path in sorted(root.glob(f"*/{FILE}")):
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = manifest["fingerprint"]
-        except (ValueError, KeyError, TypeError, OSError, RecursionError):
+            if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == wanted:
+                return path.parent
+        except _DAMAGE:
             continue
-        if found == wanted:
-            return path.parent
     return None
 
 
-def text_bytes(split: dict, token_bytes: np.ndarray) -> np.ndarray:
+def text_bytes(split: SplitFacts, token_bytes: np.ndarray) -> np.ndarray:
     """Bytes of a split's text for each token: [V]; their sum over the split is exact.
 
     A tokenizer that adds a space, drops pieces or changes the text has tokens of other
     bytes than the text's: each then counts in proportion.
     """
-    if split["bytes"] == split["token_bytes"] or not split["token_bytes"]:
+    if split.bytes == split.token_bytes or not split.token_bytes:
         return token_bytes
-    return token_bytes * (split["bytes"] / split["token_bytes"])
+    return token_bytes * (split.bytes / split.token_bytes)
 
 
-def byte_note(manifest: dict) -> str:
+def byte_note(manifest: Manifest) -> str:
     """One line on the bytes that the tokenizer does not keep; '' where it keeps them all."""
-    splits = manifest["splits"].values()
-    text, tokens = (sum(s[key] for s in splits) for key in ("bytes", "token_bytes"))
+    text = sum(split.bytes for split in manifest.splits.values())
+    tokens = sum(split.token_bytes for split in manifest.splits.values())
     if text == tokens:
         return ""
     return (
-        f"data.tokenizer={manifest['tokenizer']['name']!r} does not keep every byte: the "
+        f"data.tokenizer={manifest.tokenizer.name!r} does not keep every byte: the "
         f"text has {text:,}, its tokens stand for {tokens:,}; bits per byte count the text's."
     )
-
-
-def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raise `DataError` naming the first id outside 0..vocab_size-1."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        bad = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
-        raise errors.DataError(
-            f"{where}: token id {int(bad)} is outside the vocabulary of {vocab_size}."
-        )
 
 
 def _file_sha256(path: pathlib.Path) -> str:

@@ -113,8 +113,8 @@ def _after_earlier_parts(b, c, segment_ids, shift, state):
         weight = _masked_exp(remains, shift - shift[:, -1:])
     b, c = (x.astype(state.sums.dtype) for x in (b, c))
     sums = jnp.einsum("bshr,bshf->bhrf", b * weight[..., None], c)
-    own = PrefixState(sums, segments[:, -1], last_shift)
-    before = collectives.scan_before(_combine, own, collectives.SEQUENCE_AXIS)
+    here = PrefixState(sums, segments[:, -1], last_shift)
+    before = collectives.scan_before(_combine, here, collectives.SEQUENCE_AXIS)
     return _combine(state, before)
 
 
@@ -142,17 +142,8 @@ def total(
     past, _ = prefix(a, b, c, segment_ids, chunk_size=chunk_size)
     reverse = (jnp.flip(x, axis=1) for x in (a, b, c, segment_ids))
     future = jnp.flip(prefix(*reverse, chunk_size=chunk_size)[0], axis=1)
-    own = jnp.sum(a * b, axis=-1, keepdims=True) * c  # in both of them
-    return past + future - jnp.where((segment_ids != 0)[..., None, None], own, 0)
-
-
-def document_max(
-    x: Float[Array, "B L H"], segment_ids: Int[Array, "B L"]
-) -> Float[Array, "B L H"]:
-    """Largest x of each token's whole document; padding does not count."""
-    past = running_max(x, segment_ids)
-    future = running_max(jnp.flip(x, axis=1), jnp.flip(segment_ids, axis=1))
-    return jnp.maximum(past, jnp.flip(future, axis=1))
+    present = jnp.sum(a * b, axis=-1, keepdims=True) * c  # in both of them
+    return past + future - jnp.where((segment_ids != 0)[..., None, None], present, 0)
 
 
 def fill_padding(
@@ -163,53 +154,6 @@ def fill_padding(
     last = jax.lax.cummax(jnp.where(segment_ids != 0, index, 0), axis=1)
     padded = jnp.concatenate([before[:, None], segment_ids], axis=1)
     return jnp.take_along_axis(padded, last, axis=1)
-
-
-def running_max(
-    x: Float[Array, "B L H"],
-    segment_ids: Int[Array, "B L"],
-    state: PrefixState | None = None,
-) -> Float[Array, "B L H"]:
-    """Largest x of the document so far, ready to be a `shift`; padding does not count."""
-    if state is None:
-        before, shift = jnp.zeros_like(segment_ids[:, 0]), jnp.zeros_like(x[:, 0])
-    else:
-        before, shift = state.segment_ids, state.shift
-    if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-        own = _running_max(x, segment_ids, *(0 * part for part in (before, shift)))[
-            :, -1
-        ]
-        own = fill_padding(segment_ids, 0 * before)[:, -1], own
-        earlier = collectives.scan_before(_larger, own, collectives.SEQUENCE_AXIS)
-        before, shift = _larger((before, shift), earlier)
-    return _running_max(x, segment_ids, before, shift)
-
-
-def _larger(left, right):
-    """Last document and its largest x of two runs of tokens, from those of each alone."""
-    (left_segment, left_max), (right_segment, right_max) = left, right
-    same, empty = left_segment == right_segment, right_segment == 0
-    highest = jnp.where(same[:, None], jnp.maximum(left_max, right_max), right_max)
-    highest = jnp.where(empty[:, None], left_max, highest)
-    return jnp.where(empty, left_segment, right_segment), highest
-
-
-def _running_max(x, segment_ids, before, shift):
-    """`before`, `shift`: the document before the first token, and its maximum."""
-    segments = fill_padding(segment_ids, before)
-    segments = jnp.concatenate([before[:, None], segments], axis=1)
-    x = jnp.where((segment_ids != 0)[..., None], x, -jnp.inf)
-    x = jnp.concatenate([shift[:, None], x.astype(shift.dtype)], axis=1)
-    starts = segments[:, 1:] != segments[:, :-1]
-    starts = jnp.concatenate([jnp.ones_like(starts[:, :1]), starts], axis=1)
-
-    def combine(left, right):
-        (left_start, left_max), (right_start, right_max) = left, right
-        highest = jnp.where(right_start, right_max, jnp.maximum(left_max, right_max))
-        return left_start | right_start, highest
-
-    starts = jnp.broadcast_to(starts[..., None], x.shape)
-    return jax.lax.associative_scan(combine, (starts, x), axis=1)[1][:, 1:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -231,9 +175,9 @@ def _prefix_bwd(chunk_size, operands, cotangents):
     after = (segments[:, -1], before[1] if shift is None else -shift[:, -1])
     segments = jnp.flip(segments, axis=1)
     shift = None if shift is None else -jnp.flip(shift, axis=1)
-    rest = (segments, shift, after, chunk_size)
-    db, _ = _scan_chunks(rc, rdo, ra, dsums.mT, *rest)
-    dc, total = _scan_chunks(rb, ra, rdo, dsums, *rest)
+    reverse = (segments, shift, after, chunk_size)
+    db, _ = _scan_chunks(rc, rdo, ra, dsums.mT, *reverse)
+    dc, total = _scan_chunks(rb, ra, rdo, dsums, *reverse)
     gap = 0 * before[1] if shift is None else before[1] + shift[:, -1]
     same = before[0] == segments[:, -1]
     dstate = total * _masked_exp(same[:, None], gap)[..., None, None]

@@ -46,7 +46,7 @@ def evaluate_checkpoint(
         # What is asked for here, not what the run was trained with.
         implementations.check(run.model, jax.default_backend())
         corpus = run_tokenizer.located(run.data, workdir)
-        dataset = data.open(corpus, run.model.vocab_size)
+        dataset = data.load(corpus, run.model.vocab_size)
         data.check(dataset, facts["data_fingerprint"])
     else:
         dataset = run_tokenizer.dataset(workdir, run.data, facts, run.model.vocab_size)

@@ -65,7 +65,7 @@ def train(
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = programs_lib.check_fit(run, sharding)
         corpus = run_tokenizer.located(run.data, workdir)
-        dataset = data.open(corpus, run.model.vocab_size, stop=lambda: bool(stop))
+        dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(stop))
         common = compatibility.shared(experiment.as_dict(run), experiment.may_differ())
         processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)

@@ -37,20 +37,20 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes")
     texts = [text.replace("hash", "NAÏVE Hash") for text in data_helpers.texts(60)]
     path = lossy(folder / "tokenizer.json")
-    return data.open(data_helpers.config(folder, texts, tokenizer=str(path)))
+    return data.load(data_helpers.config(folder, texts, tokenizer=str(path)))
 
 
 def test_the_bytes_of_a_split_are_those_of_its_text(dataset, tmp_path):
     """Mutation: `text_bytes` returns the bytes of the tokens."""
-    split = dataset.manifest["splits"]["validation"]
+    split = dataset.manifest.splits["validation"]
     targets = np.array(dataset.validation.tokens[1:], np.int64)
     tokens = int(dataset.tokenizer.token_bytes[targets].sum())
-    assert tokens == split["token_bytes"] != split["bytes"]
-    assert round(float(dataset.token_bytes[targets].sum())) == split["bytes"]
+    assert tokens == split.token_bytes != split.bytes
+    assert round(float(dataset.token_bytes[targets].sum())) == split.bytes
     half = targets[: len(targets) // 2]
     share = dataset.token_bytes[half].sum() / dataset.tokenizer.token_bytes[half].sum()
-    assert share == pytest.approx(split["bytes"] / split["token_bytes"], rel=1e-12)
-    plain = data.open(data_helpers.config(tmp_path, data_helpers.texts(30)))
+    assert share == pytest.approx(split.bytes / split.token_bytes, rel=1e-12)
+    plain = data.load(data_helpers.config(tmp_path, data_helpers.texts(30)))
     assert plain.token_bytes is plain.tokenizer.token_bytes
 
 
@@ -59,14 +59,16 @@ def test_what_a_tokenizer_does_not_keep_is_said(dataset, tmp_path, capsys):
 
     Mutation: `byte_note` compares a count with itself.
     """
-    splits = dataset.manifest["splits"].values()
-    text, tokens = (sum(s[key] for s in splits) for key in ("bytes", "token_bytes"))
+    splits = dataset.manifest.splits.values()
+    text, tokens = (
+        sum(getattr(s, key) for s in splits) for key in ("bytes", "token_bytes")
+    )
     note = manifest_lib.byte_note(dataset.manifest)
     assert f"the text has {text:,}, its tokens stand for {tokens:,}" in note
     config = data_helpers.config(
         tmp_path,
         data_helpers.texts(30),
-        tokenizer=dataset.manifest["tokenizer"]["name"],
+        tokenizer=dataset.manifest.tokenizer.name,
     )
     data.prepare(config)
     assert "does not keep every byte" in capsys.readouterr().err
@@ -96,13 +98,13 @@ def test_compressors_see_the_text_without_added_spaces(tmp_path, monkeypatch):
     config = data_helpers.config(
         tmp_path, texts, tokenizer=str(tmp_path / "tokenizer.json")
     )
-    opened = data.open(config)
+    opened = data.load(config)
     monkeypatch.setattr(yardsticks, "CHUNK_TOKENS", 1)  # each ends before a document
     for split in (opened.train, opened.validation):
         seen = yardsticks._split_bytes(split, opened.tokenizer, 1 << 30)
-        info = opened.manifest["splits"][split.name]
-        assert len(seen) == info["bytes"] == info["token_bytes"] - info["documents"]
-        assert sum(text.encode() in seen for text in texts) == info["documents"]
+        facts = opened.manifest.splits[split.name]
+        assert len(seen) == facts.bytes == facts.token_bytes - facts.documents
+        assert sum(text.encode() in seen for text in texts) == facts.documents
 
 
 def test_data_is_found_by_its_fingerprint(tmp_path, monkeypatch):
@@ -111,7 +113,7 @@ def test_data_is_found_by_its_fingerprint(tmp_path, monkeypatch):
     Mutation: `directory_of` compares nothing; `check` left out of `find`.
     """
     config = data_helpers.config(tmp_path, data_helpers.texts(30))
-    made = data.open(config)
+    made = data.load(config)
     for name, text in (("a", "{"), ("b", "[]"), ("c", "[" * 100_000), ("d", "{}")):
         (tmp_path / "cache" / name).mkdir()
         (tmp_path / "cache" / name / "manifest.json").write_text(text)
@@ -140,7 +142,7 @@ def test_an_end_token_that_would_be_ignored_is_refused(tmp_path):
 def test_the_end_token_is_part_of_the_data(tmp_path):
     """Another end is other data; a prepared directory needs no option to be read.
 
-    Mutation: `end_token` not handed to `tokenizer_lib.load` in `shards._request`, or not
+    Mutation: `end_token` not handed to `tokenizer_lib.load` in `preparation._request`, or not
     written to the manifest.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -162,11 +164,11 @@ def test_the_end_token_is_part_of_the_data(tmp_path):
             tokenizer=str(tmp_path / "tokenizer.json"),
             end_token=end,
         )
-        opened[end] = data.open(config)
+        opened[end] = data.load(config)
         assert opened[end].tokenizer.end_token == (end or "</s>")
         assert opened[end].train.tokens[0] == {"<a>": 0, "<b>": 1, "": 2}[end]
     assert len({dataset.fingerprint for dataset in opened.values()}) == 3
     moved = data.DataConfig(source="prepared", path=str(opened["<b>"].directory))
-    assert data.open(moved).tokenizer.eot_id == 1
+    assert data.load(moved).tokenizer.eot_id == 1
     manifest = json.loads((opened["<b>"].directory / "manifest.json").read_text())
     assert manifest["tokenizer"]["end_token"] == "<b>"

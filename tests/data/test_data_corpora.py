@@ -80,10 +80,10 @@ def test_preparing_the_stdlib_imports_no_tensorflow(tmp_path):
         "import sys\n"
         "from memoryformer import data\n"
         "c = data.DataConfig(max_documents=50, tokenizer='bytes', data_dir=sys.argv[1])\n"
-        "d = data.open(c)\n"
+        "d = data.load(c)\n"
         "assert 'tensorflow_datasets' in sys.modules\n"
         "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
-        "print(d.manifest['splits']['train']['documents'])\n"
+        "print(d.manifest.splits['train'].documents)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
@@ -94,7 +94,7 @@ def test_preparing_the_stdlib_imports_no_tensorflow(tmp_path):
 
 
 def prepared_texts(config):
-    dataset = data.open(config)
+    dataset = data.load(config)
     eot = dataset.tokenizer.eot_id
     result = []
     for split in (dataset.train, dataset.validation):
@@ -122,7 +122,7 @@ def test_c4_style_shards(tmp_path):
     )
     found, dataset = prepared_texts(config)
     assert found == sorted(texts)
-    assert sum(s["empty_dropped"] for s in dataset.manifest["splits"].values()) == 1
+    assert sum(s.empty_dropped for s in dataset.manifest.splits.values()) == 1
     globbed = data.DataConfig(
         source="c4",
         path=str(folder / "c4-train*.json.gz"),
@@ -168,15 +168,15 @@ def test_one_text_file_is_cut_into_documents(tmp_path):
     found, dataset = prepared_texts(config)
     assert sorted("".join(found)) == sorted(text)
     assert all(piece.endswith("\n") or text.endswith(piece) for piece in found)
-    assert dataset.manifest["splits"]["validation"]["documents"] >= 1
-    assert dataset.manifest["splits"]["train"]["documents"] > 50
+    assert dataset.manifest.splits["validation"].documents >= 1
+    assert dataset.manifest.splits["train"].documents > 50
 
 
 def test_two_documents_are_enough_for_two_splits(tmp_path):
     """Red if the split relies on the hash hitting some document."""
     config = data_helpers.config(tmp_path, data_helpers.texts(2), validation_every=1000)
-    splits = data.open(config).manifest["splits"]
-    assert splits["train"]["documents"] == splits["validation"]["documents"] == 1
+    splits = data.load(config).manifest.splits
+    assert splits["train"].documents == splits["validation"].documents == 1
 
 
 def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
@@ -300,8 +300,8 @@ def test_tfds_catalogue_names(tmp_path):
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
         found, dataset = prepared_texts(config)
     assert found == sorted(line.decode() for line in lines[:60])
-    validation = dataset.manifest["splits"]["validation"]
-    assert 1 <= validation["documents"] <= 10
+    validation = dataset.manifest.splits["validation"]
+    assert 1 <= validation.documents <= 10
 
 
 class _Records:
@@ -337,7 +337,7 @@ def test_a_prepared_tfds_directory_is_read(tmp_path):
     found, dataset = prepared_texts(config)
     assert found == sorted(texts)
     held_out = len(made.as_data_source(split="validation"))
-    assert dataset.manifest["splits"]["validation"]["documents"] == held_out
+    assert dataset.manifest.splits["validation"].documents == held_out
     with pytest.raises(errors.DataError, match=r"no feature 'body' .found: name, text"):
         data.prepare(dataclasses.replace(config, text_field="body"))
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoryformer import data, errors
-from memoryformer.data import documents, progress, shards
+from memoryformer.data import documents, preparation, progress
 from memoryformer.data import tokenizer as tokenizer_lib
 
 
@@ -158,7 +158,7 @@ def test_a_training_can_be_stopped(tmp_path, monkeypatch):
         begun.set()
         released.wait(60)
 
-    monkeypatch.setattr(shards.tokenizer_lib, "train_bpe", endless)
+    monkeypatch.setattr(preparation.tokenizer_lib, "train_bpe", endless)
     config = data_helpers.config(tmp_path, data_helpers.texts(40), tokenizer="bpe:300")
     started = time.monotonic()
     with pytest.raises(errors.Preempted):

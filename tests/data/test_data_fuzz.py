@@ -138,7 +138,7 @@ def change(value, path, new):
 def test_any_manifest(prepared, path, new, signed):
     """A changed field, its fingerprint right or not: refused in one line, or all is there.
 
-    Mutations: `_wrong_field` finds nothing; a dtype is read as little-endian whatever it
+    Mutations: `_parsed` refuses nothing; a dtype is read as little-endian whatever it
     says.
     """
     manifest = json.loads((prepared / "manifest.json").read_text())
@@ -153,7 +153,7 @@ def test_any_manifest(prepared, path, new, signed):
         shutil.copytree(prepared, copied)
         (copied / "manifest.json").write_text(json.dumps(changed))
         try:
-            dataset = data.open_directory(copied)
+            dataset = data.load_directory(copied)
             dataset.validation.eval_batches(8, 2).batch(0)
             assert np.isfinite(dataset.token_bytes).all()
             assert "\n" not in manifest_lib.byte_note(dataset.manifest)
@@ -172,7 +172,7 @@ def test_any_bytes_in_a_token_file(prepared, content, at):
         tokens[at : at + len(content)] = content
         (copied / "validation.bin").write_bytes(tokens)
         try:
-            dataset = data.open_directory(copied)
+            dataset = data.load_directory(copied)
             batches = dataset.validation.eval_batches(8, 2)
             top = max(int(batches[i]["inputs"].max()) for i in range(len(batches)))
             assert top < tokenizer_lib.byte_level().vocab_size

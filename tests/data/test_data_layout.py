@@ -33,7 +33,7 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
     toy.corpus(folder / "corpus")
     config = toy.run_config(folder, **{"data.align_documents": 8})
-    return data.open(experiment.resolve(config).data)
+    return data.load(experiment.resolve(config).data)
 
 
 def test_batches(dataset):

@@ -104,8 +104,8 @@ def test_a_name_that_is_not_utf8_works(tmp_path):
     with open(odd, "wb") as file:
         file.write(b"a text in a file with a latin-1 name")
     assert keys(tmp_path / "corpus")[-1] == "caf//e9\n.txt"
-    splits = data.open(config).manifest["splits"].values()
-    assert sum(split["documents"] for split in splits) == 13
+    splits = data.load(config).manifest.splits.values()
+    assert sum(split.documents for split in splits) == 13
     with open(odd, "wb") as file:
         file.write(b"caf\xe9")
     with pytest.raises(errors.DataError, match=r"caf\\udce9\\n.txt:1: not UTF-8") as e:

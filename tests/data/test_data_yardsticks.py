@@ -83,7 +83,7 @@ def test_compressors_see_what_they_should():
 
 def test_measuring_uses_the_documents_and_is_kept(tmp_path, monkeypatch):
     """Red if the end-of-document token becomes text, or the cache ignores the data."""
-    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(60)))
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(60)))
     seen = []
     compute = yardsticks.compute
     monkeypatch.setattr(
@@ -91,9 +91,9 @@ def test_measuring_uses_the_documents_and_is_kept(tmp_path, monkeypatch):
     )
     result = yardsticks.measure(dataset)
     train, validation = seen[0]
-    splits = dataset.manifest["splits"]
-    assert len(train) == splits["train"]["bytes"] == result["train_bytes"]
-    assert len(validation) == splits["validation"]["bytes"]
+    splits = dataset.manifest.splits
+    assert len(train) == splits["train"].bytes == result["train_bytes"]
+    assert len(validation) == splits["validation"].bytes
     joined = (train + validation).decode()
     assert all(text in joined for text in data_helpers.texts(60))
     assert yardsticks.measure(dataset) == result and len(seen) == 1
@@ -155,13 +155,10 @@ def test_the_commands(tmp_path):
     shown = command("inspect", f"--config={config}", "--verify")
     assert shown.returncode == 0, shown.stderr
     directory = shown.stdout.split()[1]
-    dataset = data.open_directory(directory, align=200)
-    counts = dataset.manifest["splits"]["train"]
-    assert (
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
-        in shown.stdout
-    )
-    assert f"{counts['documents']:,} ends of document" in shown.stdout
+    dataset = data.load_directory(directory, align=200)
+    counts = dataset.manifest.splits["train"]
+    assert f"{counts.documents:,} documents, {counts.tokens:,} tokens" in shown.stdout
+    assert f"{counts.documents:,} ends of document" in shown.stdout
     assert f"{dataset.fingerprint} (verified)" in shown.stdout
     assert "first batch: 3 x 600, seed 1" in shown.stdout
     rows = [line for line in shown.stdout.split("\n") if line.startswith("row ")]
@@ -214,7 +211,7 @@ def test_any_text_is_shown_on_any_terminal(tmp_path, monkeypatch, out):
 
 def test_data_that_cannot_be_written_are_measured_too(tmp_path, monkeypatch):
     """A read-only file system refuses even to remove. Mutation: no `suppress` in `_write`."""
-    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(60)))
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(60)))
 
     def refuse(path, *args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
@@ -228,7 +225,7 @@ def test_data_that_cannot_be_written_are_measured_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 1}', "[" * 100_000])
 def test_a_damaged_file_of_yardsticks_is_replaced(tmp_path, content):
-    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(20)))
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(20)))
     path = dataset.directory / "yardsticks.json"
     path.write_text(content)
     result = yardsticks.measure(dataset)

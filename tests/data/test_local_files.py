@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tensorflow_datasets.core import shuffle
 
 from memoryformer import data, errors
-from memoryformer.data import blocks, documents, jsonlines, local_files, names, shards
+from memoryformer.data import (
+    blocks,
+    documents,
+    jsonlines,
+    local_files,
+    names,
+    token_files,
+)
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = st.lists(st.sampled_from("xxxxxé \n"), max_size=60).map("".join)
@@ -113,7 +120,7 @@ def test_a_separator_makes_documents(tmp_path, capsys):
     config = data.DataConfig(
         path=str(tmp_path / "in"), separator="<|endoftext|>", **fields
     )
-    dataset = data.open(config)
+    dataset = data.load(config)
     assert "plain text" not in capsys.readouterr().err
     eot = dataset.tokenizer.eot_id
     documents = []
@@ -128,10 +135,10 @@ def test_a_separator_makes_documents(tmp_path, capsys):
     for path, held_out in (("in", "held.jsonl"), ("held.jsonl", "in")):
         places = [str(tmp_path / name) for name in (path, held_out)]
         fields |= {"path": places[0], "validation_path": places[1]}
-        counts = data.open(
+        counts = data.load(
             data.DataConfig(separator="<|endoftext|>", **fields)
         ).manifest
-        found = {split["documents"] for split in counts["splits"].values()}
+        found = {split.documents for split in counts.splits.values()}
         assert found == {1, len(stories)}  # lines of JSON beside it have no separator
     del fields["path"], fields["validation_path"]
     for path, message in (("in", "1 document .split at.*'@@'"), ("j.jsonl", "JSON li")):
@@ -276,8 +283,8 @@ def test_settings_in_json_are_no_corpus(tmp_path, capsys, source):
     config = data.DataConfig(
         source=source, path=str(corpus), tokenizer="bytes", data_dir=str(tmp_path / "c")
     )
-    splits = data.open(config).manifest["splits"].values()
-    assert sum(split["documents"] for split in splits) == 12
+    splits = data.load(config).manifest.splits.values()
+    assert sum(split.documents for split in splits) == 12
     noted = "preparing {}: 5 files skipped: 5 other JSON (array.json, ..)\n"
     assert noted.format(source) in capsys.readouterr().err
     for content, words in (
@@ -302,7 +309,7 @@ def test_a_large_text_is_never_held_whole(tmp_path, monkeypatch):
     for owner, limit in (
         (local_files, "MAX_CHARS"),
         (blocks, "BLOCK"),
-        (shards, "_BATCH_CHARS"),
+        (token_files, "_BATCH_CHARS"),
     ):
         monkeypatch.setattr(owner, limit, 1 << 16)
     monkeypatch.setattr(documents, "_SMALL", 1 << 12)
@@ -320,7 +327,7 @@ def test_a_large_text_is_never_held_whole(tmp_path, monkeypatch):
         data_dir=str(tmp_path / "cache"),
     )
     try:
-        data.prepare(config, progress=False)
+        data.prepare(config, show_progress=False)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -339,8 +346,8 @@ def test_a_corpus_beyond_the_writers_memory(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
-    splits = data.open(config).manifest["splits"].values()
-    assert sum(split["documents"] for split in splits) == 40
+    splits = data.load(config).manifest.splits.values()
+    assert sum(split.documents for split in splits) == 40
 
 
 def test_long_texts_of_a_folder_are_cut_and_named(tmp_path, monkeypatch):
@@ -351,9 +358,9 @@ def test_long_texts_of_a_folder_are_cut_and_named(tmp_path, monkeypatch):
     assert data.resolve_dir(config) == before
     (tmp_path / "corpus" / "book.txt").write_text("a line of a book\n" * 1000)
     directory = data.resolve_dir(config)
-    splits = data.open(config).manifest["splits"].values()
+    splits = data.load(config).manifest.splits.values()
     counted = 17_000 // 4012 + 1  # the first line end behind 4000 characters
-    assert sum(split["documents"] for split in splits) > 20
+    assert sum(split.documents for split in splits) > 20
     monkeypatch.setattr(local_files, "MAX_CHARS", 5000)
     assert data.resolve_dir(config) != directory
     found = local_files.read_documents(

@@ -93,14 +93,14 @@ def test_it_is_written_and_its_hash_is_in_every_manifest(grown):
     steps = [int(p.name) for p in (run / "checkpoints").iterdir() if p.is_dir()]
     assert steps
     assert all(run_steps.facts(run, step)["tokenizer"] == told for step in steps)
-    now = data.open(experiment.resolve(config).data).tokenizer
+    now = data.load(experiment.resolve(config).data).tokenizer
     assert now.fingerprint != made.fingerprint  # or nothing here can fail
 
 
 def test_a_grown_corpus_changes_nothing(grown, tmp_path, monkeypatch):
     """Text, evaluation, pictures and exports are those of before.
 
-    Mutations: `data.open(run.data)` in `generation.text.open_run`, `runs.export_run`,
+    Mutations: `data.load(run.data)` in `generation.text.open_run`, `runs.export_run`,
     `pictures._collect` or `evaluate_checkpoint`.
     """
     run, config, before = grown
@@ -113,7 +113,7 @@ def test_a_grown_corpus_changes_nothing(grown, tmp_path, monkeypatch):
         experiment.resolve(config).data, run_steps.facts(run)["data_fingerprint"]
     )
     result = evaluate_run.evaluate_checkpoint(run)
-    assert result["val/bytes"] == trained.manifest["splits"]["validation"]["bytes"]
+    assert result["val/bytes"] == trained.manifest.splits["validation"].bytes
     assert result["data_fingerprint"] == trained.fingerprint
     rows = [row for row in metrics.read(run) if "val/loss" in row]
     assert rows[-1]["val/tokens"] <= result["val/tokens"]
@@ -300,15 +300,15 @@ def test_bits_per_byte_are_of_the_text(tmp_path):
     }
     config = toy.run_config(tmp_path, **PYTHIA | values)
     trained = loop.train(config, tmp_path / "run")
-    split = data.open(experiment.resolve(config).data).manifest["splits"]["validation"]
-    assert split["token_bytes"] == split["bytes"] + split["documents"]
-    assert trained["val/bytes"] == split["bytes"]
+    split = data.load(experiment.resolve(config).data).manifest.splits["validation"]
+    assert split.token_bytes == split.bytes + split.documents
+    assert trained["val/bytes"] == split.bytes
     nats = trained["val/loss"] * trained["val/tokens"]
-    bits = nats / math.log(2) / split["bytes"]
+    bits = nats / math.log(2) / split.bytes
     assert trained["val/bits_per_byte"] == pytest.approx(bits, rel=1e-12)
     (tmp_path / "tokenizer.json").unlink()
     result = evaluate_run.evaluate_checkpoint(tmp_path / "run")
-    assert result["val/bytes"] == split["bytes"]
+    assert result["val/bytes"] == split.bytes
     assert text(tmp_path / "run")[1].end_token == "<fin>"
     runs.export_run(tmp_path / "run", tmp_path / "out")
     assert export.own_tokenizer(tmp_path / "out", 304).eot_id == 1

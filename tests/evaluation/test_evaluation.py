@@ -24,7 +24,7 @@ def opened(toy_run):
     """(run, params, dataset) of the toy run."""
     config, params = run_steps.load(toy_run)
     run = experiment.resolve(config)
-    return run, jax.tree.map(jax.numpy.asarray, params), data.open(run.data)
+    return run, jax.tree.map(jax.numpy.asarray, params), data.load(run.data)
 
 
 def evaluate(opened, batch_size, mesh="single", share=1, **options):
@@ -80,7 +80,7 @@ def test_equals_a_plain_loop(opened, by_eights):
     total, tokens = math.fsum(nats), len(stream) - 1
     num_bytes = int(dataset.tokenizer.token_bytes[stream[1:]].sum())
     assert by_eights["val/tokens"] == tokens and by_eights["val/bytes"] == num_bytes
-    assert num_bytes == dataset.manifest["splits"]["validation"]["bytes"]
+    assert num_bytes == dataset.manifest.splits["validation"].bytes
     expected = {
         "val/loss": total / tokens,
         "val/perplexity": math.exp(total / tokens),

@@ -308,7 +308,7 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
     config.train.update(num_steps=1, batch_size=4)
     config.optimizer.learning_rate = 1e-3
     run = experiment.resolve(config)
-    dataset = data_lib.open(run.data, expected_vocab_size=257)
+    dataset = data_lib.load(run.data, expected_vocab_size=257)
     stream = np.asarray(dataset.validation.tokens).tolist()
     documents = bytes_between(stream, 256)
     assert len(documents) > 5 and {len(d) for d in documents} == {47}

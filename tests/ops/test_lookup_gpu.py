@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import gpu_order
 
 
 def relative(got, expected):
@@ -55,8 +56,8 @@ def interpreted(tables, codes, scores, dy):
 def test_ragged_shapes():
     """No size is a multiple of a block's; the oracle's layer; codes outside are clamped.
 
-    Mutations: no `jnp.clip` in `_by_table`; `splits` partial sums of which one is left out
-    (`y[0]` always); `rest = end` in `_backward_body`.
+    Mutations: no `jnp.clip` in `by_table`; `splits` partial sums of which one is left out
+    (`y[0]` always); `tail = end` in the backward kernel.
     """
     tables, codes, scores, dy = operands(N=5, K=3, C=4, F=130)
     codes = codes.at[0, 0].set(-3).at[1, 1].set(99)
@@ -85,7 +86,7 @@ def test_popular_rows_in_bfloat16():
 
     ds is as exact as with float32 tables, bit for bit, whether dy is read as bfloat16
     (where that is exact) or not: no rounding of dy. Mutations: `exact` true; a run
-    left out of `_sum_runs_body`; `dscores[0]` alone for their sum over tiles.
+    left out of `sum_runs`; `dscores[0]` alone for their sum over tiles.
     """
     tables, codes, scores, noise = operands(N=7, K=2, C=2, F=256, dtype="bfloat16")
     codes = codes.at[:, 1].set(1)  # one row for all tokens
@@ -109,7 +110,7 @@ def test_runs_hold_every_token_once(N, K, C, run):
 
     Mutations: keys without `+ index`; `runs` without its `maximum(1, ..)`.
     """
-    sort = jax.jit(lookup_gpu.sort_by_code, static_argnums=(1, 2))
+    sort = jax.jit(gpu_order.sort_by_code, static_argnums=(1, 2))
     for seed in range(10):
         rng = np.random.default_rng(seed)
         codes = rng.integers(0, max(1, C - seed % 3), (N, K))
@@ -188,6 +189,6 @@ def test_mistakes_are_named():
     assert "float16" in lookup_gpu.why_not(tables.astype(jnp.float16), scores)
     with pytest.raises(ValueError, match="3000000 tokens of 1024 codes"):
         jax.eval_shape(
-            lambda c: lookup_gpu.sort_by_code(c, 1024),
+            lambda c: gpu_order.sort_by_code(c, 1024),
             jax.ShapeDtypeStruct((3_000_000, 1), jnp.int32),
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryformer.ops import prefix
+from memoryformer.ops import document_max, prefix
 
 B, L, H, R, F = 2, 23, 3, 5, 4
 SEGMENTS = np.array([[1] * 6 + [0] + [1] * 3 + [2] * 9 + [3] * 4, [0, 0] + [7] * 21])
@@ -146,7 +146,7 @@ def test_running_max_restarts_with_a_document_and_skips_padding():
     """Red if padding counts, or if a state's maximum enters another document."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, H)), jnp.float32)
     segments = jnp.asarray(SEGMENTS, jnp.int32)
-    running_max = jax.jit(prefix.running_max)
+    running_max = jax.jit(document_max.so_far)
     got = running_max(x, segments)
     for row in range(B):
         for t in range(L):

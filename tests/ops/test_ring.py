@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
 from memoryformer.model.mixers import kernel, linformer
-from memoryformer.ops import attention, prefix, ring
+from memoryformer.ops import attention, document_max, prefix, ring
 
 B, L, H, E = 2, 32, 2, 4
 SPEC = P(None, "sequence")
@@ -169,7 +169,7 @@ def test_states_of_earlier_parts(with_shift):
     level = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H)), jnp.float32)
 
     def read(q, k, v, segments, level):
-        shift = prefix.running_max(level, segments) if with_shift else None
+        shift = document_max.so_far(level, segments) if with_shift else None
         return prefix.prefix(q, k, v, segments, shift=shift, chunk_size=3)[0]
 
     def run(q, k, v, segments, level, dy):

@@ -132,7 +132,7 @@ def test_utilisation_command(tmp_path, capsys):
     run_config["model"] |= {"seq_len": 32, "lookup": "xla"}
     run_config["train"] = {"num_steps": 1, "batch_size": 4}
     run_config["data"] |= {"data_dir": str(tmp_path / "cache"), "validation_every": 4}
-    dataset = data.open(data.DataConfig(**run_config["data"]))
+    dataset = data.load(data.DataConfig(**run_config["data"]))
     params = model.init(model.ModelConfig.from_config(run_config["model"]))
     workdir = tmp_path / "run"
     with checkpoint.Checkpointer(

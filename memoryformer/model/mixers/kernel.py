@@ -23,7 +23,7 @@ from flax import nnx
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float
-from memoryformer.ops import prefix, random_features
+from memoryformer.ops import document_max, prefix, random_features
 
 
 class KernelAttention(base.MultiHead):
@@ -231,7 +231,7 @@ class Performer(KernelAttention):
         rows = self.rows(seq)
         q, k = (random_features.log_features(x, rows) for x in (q, k))
         highest = jax.lax.stop_gradient(jnp.max(k, axis=-1))  # [B, L, H]
-        shift = prefix.running_max(highest, seq.segment_ids, state)
+        shift = document_max.so_far(highest, seq.segment_ids, state)
         q = q - jax.lax.stop_gradient(jnp.max(q, axis=-1, keepdims=True))
         # The shift of padding is not its own: keep its exponent from overflowing.
         real = (seq.segment_ids != 0)[..., None, None]

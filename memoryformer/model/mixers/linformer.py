@@ -33,7 +33,7 @@ from flax import nnx
 
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
-from memoryformer.ops import collectives, prefix
+from memoryformer.ops import collectives, document_max, prefix
 
 
 class LinformerState(NamedTuple):
@@ -183,7 +183,7 @@ class Luna(base.MultiHead):
     def _both_directions(self, q, c, logits, segment_ids):
         """Pack with a softmax over the document, and read what was packed."""
         flat = logits.reshape(*logits.shape[:2], -1)
-        highest = prefix.document_max(jax.lax.stop_gradient(flat), segment_ids)
+        highest = document_max.whole(jax.lax.stop_gradient(flat), segment_ids)
         real = (segment_ids != 0)[..., None, None]
         logits = jnp.where(real, logits - highest.reshape(logits.shape), 0)
         omega, ones = jnp.exp(logits), jnp.ones_like(c[..., :1])

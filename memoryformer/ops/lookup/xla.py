@@ -33,7 +33,7 @@ def scan_tables(tables: Tables, codes: Codes, scores: Scores) -> Float[Array, "N
             y = y + scores_g[k][:, None] * _take(rows[k], codes_g[k], y.dtype)
         return y, None
 
-    group = _largest_divisor(tables.shape[0], SCAN_GROUP)
+    group = largest_divisor(tables.shape[0], SCAN_GROUP)
     y = jnp.zeros((codes.shape[0], tables.shape[2]), scores.dtype)
     operands = [_grouped(a, group) for a in (tables, codes.T, scores.T)]
     return jax.lax.scan(add_group, y, tuple(operands))[0]
@@ -111,7 +111,7 @@ _EXACT = {"precision": jax.lax.Precision.HIGHEST}
 
 def _onehot_groups(tables, codes, scores):
     wanted = max(1, ONEHOT_COLUMNS // tables.shape[1])
-    group = _largest_divisor(tables.shape[0], wanted)
+    group = largest_divisor(tables.shape[0], wanted)
     return tuple(_grouped(a, group) for a in (tables, codes.T, scores.T))
 
 
@@ -125,8 +125,9 @@ def _grouped(array, group):
     return array.reshape(array.shape[0] // group, group, *array.shape[1:])
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`, or 1."""
+    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
 
 
 def _keep_operands(function: Callable) -> Callable:

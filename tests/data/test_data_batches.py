@@ -17,7 +17,7 @@ SEQ_LEN, BATCH = 32, 8
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     path = tmp_path_factory.mktemp("source")
-    return data.open(data_helpers.config(path, data_helpers.texts(60)))
+    return data.load(data_helpers.config(path, data_helpers.texts(60)))
 
 
 def digest(batch):
@@ -42,7 +42,7 @@ def test_a_fresh_process_draws_the_same_batches(dataset):
     program = (
         "import sys, json, hashlib\n"
         "from memoryformer import data\n"
-        "b = data.open_directory(sys.argv[1]).train.batches(32, 8, 3)\n"
+        "b = data.load_directory(sys.argv[1]).train.batches(32, 8, 3)\n"
         "d = lambda x: hashlib.sha256(b''.join(x[k].tobytes() for k in sorted(x)))\n"
         "print(json.dumps([d(b.batch(s)).hexdigest() for s in (0, 40)]))\n"
         "assert 'tensorflow' not in sys.modules\n"
@@ -116,7 +116,7 @@ def test_target_bytes_of_evaluation_are_the_bytes_of_the_text(dataset):
         (dataset.tokenizer.token_bytes[b["targets"]] * b["weights"]).sum()
         for b in batches
     )
-    assert counted == dataset.manifest["splits"]["validation"]["bytes"]
+    assert counted == dataset.manifest.splits["validation"].bytes
 
 
 def test_segments_and_positions_restart_at_each_document(dataset):
@@ -178,7 +178,7 @@ def test_an_id_outside_the_vocabulary_is_named(dataset, tmp_path):
     bad[40:] = 999
     path = tmp_path / "train.bin"
     bad.tofile(path)
-    damaged = data.Split("train", path, split.info, split.dtype, 257, 256)
+    damaged = data.Split("train", path, split.facts, split.dtype, 257, 256)
     message = "token id 999 is outside the vocabulary of 257"
     with pytest.raises(errors.DataError, match=message):
         damaged.batches(SEQ_LEN, BATCH, 0).batch(0)

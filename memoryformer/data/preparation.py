@@ -1,23 +1,16 @@
-"""Tokenise a corpus once: flat token files and the manifest that describes them.
+"""Tokenise a corpus once: documents -> token files and the manifest that describes them.
 
 A prepared directory holds
 
-    train.bin, validation.bin   uint16 or uint32, little-endian, no header
+    train.bin, validation.bin   see `token_files`
     tokenizer.json              exactly what made them
     manifest.json               counts, hashes, fingerprint; written last
-
-Stream layout: each document is stored as [eot, t1, .., tn], and the file ends with one
-more eot. So an eot both ends the document before it and starts the next; inputs are
-stream[:-1], targets stream[1:], and every token and every end of document is predicted
-exactly once, each in the context of its own document.
 
 The directory appears by one rename, when it is complete. Its name is made of all that
 determines its bytes, so `prepare` is idempotent. Start at `prepare`.
 """
 
 import contextlib
-import ctypes
-import dataclasses
 import functools
 import hashlib
 import json
@@ -25,13 +18,11 @@ import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from memoryformer import errors
-from memoryformer.data import blocks, listing, local_files, names, options
+from memoryformer.data import blocks, listing, local_files, names, options, token_files
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
@@ -42,13 +33,11 @@ if TYPE_CHECKING:  # importing it imports TFDS
 
 BPE_TRAINING_BYTES = 3_000_000
 _SAMPLE = 2  # of the rule by which these are drawn
-_BATCH_CHARS = 1 << 20
-_BATCH_DOCUMENTS = 1024
 
 
 def prepare(
     data_config: options.DataConfig,
-    progress: bool = True,
+    show_progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> pathlib.Path:
     """Tokenise the corpus unless that is done, and return its directory.
@@ -59,7 +48,7 @@ def prepare(
     `stop`, asked every few documents and while waiting, says so.
     """
     directory = resolve_dir(data_config)
-    if (directory / "manifest.json").is_file() or data_config.source == "prepared":
+    if (directory / manifest_lib.FILE).is_file() or data_config.source == "prepared":
         manifest_lib.read(directory)
         return directory
     if directory.exists():
@@ -68,14 +57,16 @@ def prepare(
         )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        line = progress_lib.Progress(
-            f"preparing {data_config.source}", enabled=progress, stop=stop
+        progress = progress_lib.Progress(
+            f"preparing {data_config.source}", enabled=show_progress, stop=stop
         )
-        with _locked(directory, line) as locked:
+        with _locked(directory, progress) as locked:
             if not directory.exists():
                 if locked:
                     _remove_stale(directory)
-                _prepare_into(directory, data_config, line)
+                _prepare_into(directory, data_config, progress)
+    except errors.MemoryFormerError:
+        raise
     except OSError as error:
         raise errors.StorageError(
             f"data.data_dir={str(directory.parent)!r}: cannot be written "
@@ -101,7 +92,7 @@ def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
 
 
 def _request(data_config: options.DataConfig) -> dict:
-    """Everything that determines the bytes of the shards, cheap enough to ask often."""
+    """Everything that determines the bytes of the token files, cheap enough to ask often."""
     request = {
         "format": manifest_lib.FORMAT,
         "source": data_config.source,
@@ -160,13 +151,13 @@ def _catalogue_identity(data_config: options.DataConfig) -> str:
 def _prepare_into(
     directory: pathlib.Path,
     data_config: options.DataConfig,
-    line: progress_lib.Progress,
+    progress: progress_lib.Progress,
 ) -> None:
     """Write everything to a temporary sibling, then rename it to `directory`."""
     temporary = directory.with_name(f".tmp-{directory.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir()
-        _write(temporary, data_config, line)
+        _write(temporary, data_config, progress)
         # A rename must not outrun the contents.
         for path in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
             atomic.flush(path)
@@ -174,7 +165,7 @@ def _prepare_into(
             temporary.rename(directory)
         except OSError:
             # Another process, on a file system without locks, was first.
-            if not (directory / "manifest.json").is_file():
+            if not (directory / manifest_lib.FILE).is_file():
                 raise
         atomic.flush(directory.parent)
     finally:
@@ -184,160 +175,61 @@ def _prepare_into(
 def _write(
     directory: pathlib.Path,
     data_config: options.DataConfig,
-    line: progress_lib.Progress,
+    progress: progress_lib.Progress,
 ) -> None:
     from memoryformer.data import documents as documents_lib  # TFDS: slow to import
 
-    corpus = documents_lib.read(data_config, directory / "records", line)
-    held_out = {_digest(text) for text in line.watched(corpus["validation"])}
-    tokenizer = _tokenizer(data_config, corpus["train"], held_out, line)
+    corpus = documents_lib.read(data_config, directory / "records", progress)
+    held_out = set(map(token_files.digest, progress.watched(corpus["validation"])))
+    tokenizer = _tokenizer(data_config, corpus["train"], held_out, progress)
     tokenizer.save(directory / "tokenizer.json")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    manifest = {
-        "format": manifest_lib.FORMAT,
-        "source": documents_lib.describe(data_config),
-        "tokenizer": {
-            "name": data_config.tokenizer,
-            "sha256": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-            "end_token": tokenizer.end_token,
-        },
-        "dtype": dtype,
-        "splits": {},
-    }
+    splits = {}
     for name, skip in (("validation", set()), ("train", held_out)):
-        line.start(f"tokenising {name}", len(corpus[name]), "documents")
-        manifest["splits"][name] = _write_split(
-            directory / f"{name}.bin", corpus[name], tokenizer, skip, dtype, line
+        progress.start(f"tokenising {name}", len(corpus[name]), "documents")
+        splits[name] = token_files.write(
+            directory / f"{name}.bin", corpus[name], tokenizer, progress, skip
         )
+    shutil.rmtree(directory / "records", ignore_errors=True)
+    manifest = manifest_lib.Manifest(
+        documents_lib.describe(data_config),
+        manifest_lib.TokenizerFacts(
+            name=data_config.tokenizer,
+            sha256=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            end_token=tokenizer.end_token,
+        ),
+        token_files.dtype_for(tokenizer.vocab_size),
+        splits,
+    )
     if note := manifest_lib.byte_note(manifest):
         print(f"note: {note}", file=sys.stderr, flush=True)
-    shutil.rmtree(directory / "records", ignore_errors=True)
-    manifest["fingerprint"] = manifest_lib.fingerprint(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-@dataclasses.dataclass
-class _Writer:
-    """Appends documents to one token file and counts what it writes."""
-
-    stream: object
-    tokenizer: tokenizer_lib.Tokenizer
-    dtype: str
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0
-    token_bytes: int = 0
-    eots: int = 0
-
-    def __post_init__(self):
-        self.sha256 = hashlib.sha256()
-
-    def append(self, texts: list[str]) -> None:
-        eot = self.tokenizer.eot_id
-        for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-            ids = np.array(ids, np.int64)
-            manifest_lib.check_ids(
-                ids, self.tokenizer.vocab_size, "the tokenizer's output"
-            )
-            self._write(np.concatenate([[eot], ids]))
-            self.documents += 1
-            self.bytes += len(text.encode("utf-8"))
-            self.token_bytes += int(self.tokenizer.token_bytes[ids].sum())
-
-    def close(self) -> None:
-        self._write(np.array([self.tokenizer.eot_id]))
-
-    def _write(self, ids: np.ndarray) -> None:
-        data = ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        self.stream.write(data)
-        self.sha256.update(data)
-        self.tokens += len(ids)
-        self.eots += int((ids == self.tokenizer.eot_id).sum())
-
-
-def _write_split(
-    path: pathlib.Path,
-    texts: Iterable[str],
-    tokenizer: tokenizer_lib.Tokenizer,
-    skip: set[bytes],
-    dtype: str,
-    line: progress_lib.Progress,
-) -> dict:
-    duplicates = empty = seen = 0
-    with path.open("wb") as stream:
-        writer = _Writer(stream, tokenizer, dtype)
-        batch, size = [], 0
-        for text in line.watched(texts):
-            seen += 1
-            if not text:
-                empty += 1
-            elif skip and _digest(text) in skip:
-                duplicates += 1
-            else:
-                batch.append(text)
-                size += len(text)
-            if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-                line.during("", functools.partial(writer.append, batch))
-                if size >= _BATCH_CHARS:
-                    _give_back_memory()
-                batch, size = [], 0
-                line.update(seen)
-        writer.append(batch)
-        writer.close()
-    line.finish(seen)
-    if not writer.documents:
-        raise errors.DataError(f"{path.stem}: no document holds any text.")
-    if writer.eots != writer.documents + 1:
-        raise errors.DataError(
-            f"data.tokenizer={tokenizer.name!r}: made the end-of-document token from "
-            f"text ({writer.eots - 1} ends in {writer.documents} documents)."
-        )
-    return {
-        "file": path.name,
-        "documents": writer.documents,
-        "tokens": writer.tokens,
-        "ends_of_document": writer.eots - 1,
-        "bytes": writer.bytes,
-        "token_bytes": writer.token_bytes,
-        "empty_dropped": empty,
-        "duplicates_of_validation_dropped": duplicates,
-        "sha256": writer.sha256.hexdigest(),
-    }
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system: each thread of the tokenizer keeps its own else."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim:
-        trim(0)
+    text = json.dumps(manifest.to_json(), indent=2) + "\n"
+    (directory / manifest_lib.FILE).write_text(text)
 
 
 def _tokenizer(
     data_config: options.DataConfig,
     texts: "documents.Texts",
     held_out: set[bytes],
-    line: progress_lib.Progress,
+    progress: progress_lib.Progress,
 ) -> tokenizer_lib.Tokenizer:
     size = tokenizer_lib.bpe_size(data_config.tokenizer)
     if not size:
         return tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
 
     def accept(text: str) -> bool:
-        line.check()
-        return _digest(text) not in held_out
+        progress.check()
+        return token_files.digest(text) not in held_out
 
-    line.start("sampling for the tokenizer", texts.text_bytes or texts.num_bytes, "B")
-    sample = texts.sample(BPE_TRAINING_BYTES, accept, line.update)
-    return line.during(
+    progress.start(
+        "sampling for the tokenizer", texts.text_bytes or texts.num_bytes, "B"
+    )
+    sample = texts.sample(BPE_TRAINING_BYTES, accept, progress.update)
+    return progress.during(
         f"training {data_config.tokenizer}",
         lambda: tokenizer_lib.train_bpe(sample, size),
     )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
 def _remove_stale(directory: pathlib.Path) -> None:
@@ -346,13 +238,13 @@ def _remove_stale(directory: pathlib.Path) -> None:
 
 
 def _locked(
-    directory: pathlib.Path, line: progress_lib.Progress
+    directory: pathlib.Path, progress: progress_lib.Progress
 ) -> contextlib.AbstractContextManager[bool]:
     """Hold the data set's lock; yields False where the file system has none."""
 
     def waiting(holder: str) -> None:
         say(holder)
-        line.check()
+        progress.check()
 
     @functools.cache  # once for each holder
     def say(holder: str) -> None:

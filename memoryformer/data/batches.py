@@ -24,7 +24,8 @@ import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import layout as layout_lib
-from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import token_files
+from memoryformer.data.manifest import SplitFacts
 
 Batch = dict[str, np.ndarray]
 Rows = slice | np.ndarray
@@ -34,13 +35,13 @@ Rows = slice | np.ndarray
 class Split:
     """One memory-mapped token file.
 
-    name: 'train' or 'validation'.  info: its counts in the manifest.  align: documents
+    name: 'train' or 'validation'.  facts: its counts in the manifest.  align: documents
     begin at multiples of it in every row, behind padding; 0 and 1 leave them as they lie.
     """
 
     name: str
     path: pathlib.Path
-    info: dict
+    facts: SplitFacts
     dtype: str
     vocab_size: int
     eot_id: int
@@ -54,7 +55,7 @@ class Split:
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """The whole stream, read-only, mapped from disk."""
-        return np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), mode="r")
+        return token_files.read(self.path, self.dtype)
 
     def batches(self, seq_len: int, batch_size: int, seed: int) -> "Batches":
         """Shuffled training batches without end; each epoch in another order.
@@ -85,7 +86,7 @@ class Windows:
 
     def __repr__(self) -> str:
         # Grain prints sources in errors; an address would differ from run to run.
-        sha256 = self._split.info["sha256"][:16]
+        sha256 = self._split.facts.sha256[:16]
         return f"Windows({self._split.name} {sha256}, seq_len={self._seq_len})"
 
 
@@ -112,7 +113,7 @@ class Batches:
         first = int(step) * self.batch_size
         indices = first + np.arange(self.batch_size)[rows]
         windows = np.stack([self._windows[int(index)] for index in indices])
-        manifest_lib.check_ids(
+        token_files.check_ids(
             windows, self._split.vocab_size, f"{self._split.path} at step {step}"
         )
         return _batch(*np.moveaxis(windows, 1, 0), self._split.eot_id)
@@ -141,8 +142,8 @@ class EvalBatches:
         places = row[:, None] * self.seq_len + np.arange(self.seq_len)  # [B, L]
         inputs, targets, real = _read(self._split, places)
         where = f"{self._split.path} in batch {index}"
-        manifest_lib.check_ids(inputs, self._split.vocab_size, where)
-        manifest_lib.check_ids(targets, self._split.vocab_size, where)
+        token_files.check_ids(inputs, self._split.vocab_size, where)
+        token_files.check_ids(targets, self._split.vocab_size, where)
         return _batch(inputs, targets, real, self._split.eot_id)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import progress, shards
+from memoryformer.data import preparation, progress
 
 # Where a name is given, the process kills itself as it begins that file or directory.
 PREPARE = """
@@ -61,7 +61,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(config):
-    return data.open(config)
+    return data.load(config)
 
 
 def test_the_stream_holds_every_document_once(dataset):
@@ -69,16 +69,16 @@ def test_the_stream_holds_every_document_once(dataset):
     train, held_out = (documents(dataset, s) for s in ("train", "validation"))
     assert sorted(train + held_out) == sorted(data_helpers.texts(60))
     for split, texts in (("train", train), ("validation", held_out)):
-        counts = dataset.manifest["splits"][split]
-        assert counts["documents"] == counts["ends_of_document"] == len(texts)
-        assert counts["bytes"] == sum(len(text.encode()) for text in texts)
-        assert counts["bytes"] == counts["token_bytes"]
-        assert counts["tokens"] == len(getattr(dataset, split).tokens)
+        counts = dataset.manifest.splits[split]
+        assert counts.documents == counts.ends_of_document == len(texts)
+        assert counts.bytes == sum(len(text.encode()) for text in texts)
+        assert counts.bytes == counts.token_bytes
+        assert counts.tokens == len(getattr(dataset, split).tokens)
 
 
 def test_preparing_again_changes_nothing(dataset, config, monkeypatch):
     """Red if prepare() writes again: the writer is taken away."""
-    monkeypatch.setattr(shards, "_write", None)
+    monkeypatch.setattr(preparation, "_write", None)
     before = (dataset.directory / "train.bin").stat()
     assert data.prepare(config) == dataset.directory == data.resolve_dir(config)
     assert (dataset.directory / "train.bin").stat() == before
@@ -88,7 +88,7 @@ def test_opening_reads_no_token_file(dataset, config, monkeypatch):
     """Minutes to hours for large data. Mutation: `verify` is true unless it is asked for."""
     monkeypatch.setattr(manifest_lib, "_file_sha256", None)
     assert data.prepare(config) == dataset.directory
-    assert data.open(config).fingerprint == dataset.fingerprint
+    assert data.load(config).fingerprint == dataset.fingerprint
 
 
 def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
@@ -104,9 +104,9 @@ def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
         validation_every=5,
         data_dir=str(tmp_path / "cache"),
     )
-    assert data.open(config).fingerprint == dataset.fingerprint
+    assert data.load(config).fingerprint == dataset.fingerprint
     (corpus / "0001.txt").write_text("another text")
-    assert data.open(config).fingerprint != dataset.fingerprint
+    assert data.load(config).fingerprint != dataset.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_the_same_text_is_never_in_both_splits(tmp_path):
         tokenizer="bytes",
         data_dir=str(tmp_path / "cache"),
     )
-    dataset = data.open(config)
+    dataset = data.load(config)
     in_train, in_validation = (documents(dataset, s) for s in ("train", "validation"))
     assert not set(in_train) & set(in_validation)
     assert sorted(in_validation) == sorted([*texts[10:15], "new one"])
     assert len(in_train) == 60 - 10
-    counts = dataset.manifest["splits"]["train"]
-    assert counts["duplicates_of_validation_dropped"] == 10
-    hashed = data.open(
+    counts = dataset.manifest.splits["train"]
+    assert counts.duplicates_of_validation_dropped == 10
+    hashed = data.load(
         data.DataConfig(
             source="text",
             path=str(train),
@@ -160,20 +160,20 @@ def test_the_same_text_is_never_in_both_splits(tmp_path):
 def test_the_tokenizer_never_sees_validation(tmp_path, monkeypatch):
     """Red if BPE is trained on all documents, or on the beginning of the corpus."""
     seen = []
-    train_bpe = shards.tokenizer_lib.train_bpe
+    train_bpe = preparation.tokenizer_lib.train_bpe
 
     def spy(texts, size):
         seen.extend(texts)
         return train_bpe(seen, size)
 
-    monkeypatch.setattr(shards.tokenizer_lib, "train_bpe", spy)
-    monkeypatch.setattr(shards, "BPE_TRAINING_BYTES", 1500)
+    monkeypatch.setattr(preparation.tokenizer_lib, "train_bpe", spy)
+    monkeypatch.setattr(preparation, "BPE_TRAINING_BYTES", 1500)
     texts = data_helpers.texts(60)
     held_out = data_helpers.folder(tmp_path / "held_out", texts[::2])
     config = data_helpers.config(
         tmp_path, texts, tokenizer="bpe:260", validation_path=str(held_out)
     )
-    dataset = data.open(config)
+    dataset = data.load(config)
     assert len(seen) > 2 and not set(seen) & set(texts[::2])
     assert 500 < sum(len(text.encode()) for text in seen) <= 1500
     assert texts.index(seen[-2]) > 40
@@ -192,7 +192,7 @@ def test_a_killed_preparation_leaves_no_data_set(tmp_path, moment):
     assert process.returncode == -signal.SIGKILL, errors_told
     assert not data.resolve_dir(config).exists()
     assert list(root.glob(".tmp-*"))
-    directory = data.prepare(config, progress=False)
+    directory = data.prepare(config, show_progress=False)
     assert not list(root.glob(".tmp-*")), "debris stays"
     manifest_lib.read(directory, verify=True)
 
@@ -206,7 +206,7 @@ def test_a_preparation_that_is_asked_to_stop_keeps_nothing(tmp_path, moment):
     config = data_helpers.config(tmp_path, data_helpers.texts(40), tokenizer="bpe:300")
     root = tmp_path / "cache"
     with pytest.raises(errors.Preempted, match="while preparing text: nothing of it"):
-        data.open(config, stop=lambda: bool(list(root.glob(f".tmp-*/{moment}"))))
+        data.load(config, stop=lambda: bool(list(root.glob(f".tmp-*/{moment}"))))
     assert [p.name[:6] for p in root.iterdir()] == [".lock-"]
     manifest_lib.read(data.prepare(config), verify=True)
 
@@ -216,7 +216,7 @@ def test_who_waits_for_a_preparation_can_be_asked_to_stop(tmp_path):
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
     (tmp_path / "cache").mkdir()
     questions = iter([False, False, True])
-    with shards._locked(data.resolve_dir(config), progress.Progress("")):
+    with preparation._locked(data.resolve_dir(config), progress.Progress("")):
         with pytest.raises(errors.Preempted):
             data.prepare(config, stop=lambda: next(questions))
     assert next(questions, None) is None
@@ -238,7 +238,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path):
     """Red if a failed rename is an error although the data set is there."""
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
     directory = data.prepare(config)
-    shards._prepare_into(directory, config, progress.Progress("", enabled=False))
+    preparation._prepare_into(directory, config, progress.Progress("", enabled=False))
     manifest_lib.read(directory, verify=True)
     assert not list(directory.parent.glob(".tmp-*"))
 
@@ -246,7 +246,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path):
 def test_a_prepared_directory_can_move(dataset, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(dataset.directory, copy)
-    opened = data.open(data.DataConfig(source="prepared", path=str(copy)))
+    opened = data.load(data.DataConfig(source="prepared", path=str(copy)))
     assert opened.fingerprint == dataset.fingerprint
     assert opened.tokenizer.encode("a") == dataset.tokenizer.encode("a")
 
@@ -297,7 +297,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
         (
             "manifest.json",
             lambda p: sign(p, splits={}),
-            "splits.train.file is No",
+            "splits.validation.file is No",
             False,
         ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
@@ -305,7 +305,8 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
         (
             "manifest.json",
             lambda p: sign(
-                p, tokenizer=dataset.manifest["tokenizer"] | {"end_token": [1]}
+                p,
+                tokenizer=dataset.manifest.to_json()["tokenizer"] | {"end_token": [1]},
             ),
             "tokenizer.end_token is",
             False,
@@ -314,7 +315,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             (
                 "manifest.json",
                 lambda p, change=change: sign(
-                    p, splits=train_with(dataset.manifest, change)
+                    p, splits=train_with(dataset.manifest.to_json(), change)
                 ),
                 f"splits.train.{next(iter(change))} is",
                 False,
@@ -333,28 +334,28 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
         shutil.copytree(dataset.directory, copy)
         damage(copy / name)
         with pytest.raises(errors.DataError, match=message) as caught:
-            data.open_directory(copy, verify=verify)
+            data.load_directory(copy, verify=verify)
         assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
 
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(config):
     """Red if expected_vocab_size is ignored; the lookup would clamp silently."""
-    data.open(config, expected_vocab_size=257)
-    data.open(config, expected_vocab_size=512)
+    data.load(config, expected_vocab_size=257)
+    data.load(config, expected_vocab_size=512)
     message = r"model.vocab_size=256: the tokenizer 'bytes' has 257 tokens"
     with pytest.raises(errors.ConfigError, match=message):
-        data.open(config, expected_vocab_size=256)
+        data.load(config, expected_vocab_size=256)
 
 
 def test_an_id_outside_the_vocabulary_is_not_written(tmp_path, monkeypatch):
     """Red if ids go to disk unchecked: as uint16, 65536 becomes 0."""
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
-    encode = shards.tokenizer_lib.Tokenizer.encode_batch
+    encode = preparation.tokenizer_lib.Tokenizer.encode_batch
 
     def broken(self, texts):
         return [[*ids, 65536] for ids in encode(self, texts)]
 
-    monkeypatch.setattr(shards.tokenizer_lib.Tokenizer, "encode_batch", broken)
+    monkeypatch.setattr(preparation.tokenizer_lib.Tokenizer, "encode_batch", broken)
     with pytest.raises(errors.DataError, match=r"token id 65536 is outside .* 257"):
         data.prepare(config)
     assert not data.resolve_dir(config).exists()

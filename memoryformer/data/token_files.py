@@ -1,0 +1,148 @@
+"""One split on disk: a flat file of token ids, written once and mapped into memory.
+
+    train.bin, validation.bin   uint16 or uint32, little-endian, no header
+
+Each document is stored as [eot, t1, .., tn], and the file ends with one more eot. So an eot
+both ends the document before it and starts the next; inputs are stream[:-1], targets
+stream[1:], and every token and every end of document is predicted exactly once, each in the
+context of its own document.
+
+Start at `write` and `read`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from memoryformer import errors
+from memoryformer.data import progress as progress_lib
+from memoryformer.data.manifest import SplitFacts
+from memoryformer.data.tokenizer import Tokenizer
+
+_BATCH_CHARS = 1 << 20
+_BATCH_DOCUMENTS = 1024
+
+
+def read(path: pathlib.Path, dtype: str) -> np.ndarray:
+    """The whole stream of a token file, read-only, mapped from disk."""
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrower of `manifest.DTYPES` that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write(
+    path: pathlib.Path,
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    progress: progress_lib.Progress,
+    skip: set[bytes] = frozenset(),
+) -> SplitFacts:
+    """Tokenise `texts` into a new file, less empty ones and those whose `digest` is in `skip`.
+
+    Raises `DataError` where no text is left, and for ids that no table can hold.
+    """
+    num_read = empty = duplicates = 0
+    with path.open("wb") as stream:
+        writer = _Writer(stream, tokenizer)
+        batch, size = [], 0
+        for text in progress.watched(texts):
+            num_read += 1
+            if not text:
+                empty += 1
+            elif skip and digest(text) in skip:
+                duplicates += 1
+            else:
+                batch.append(text)
+                size += len(text)
+            if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+                progress.during("", functools.partial(writer.append, batch))
+                if size >= _BATCH_CHARS:
+                    _give_back_memory()
+                batch, size = [], 0
+                progress.update(num_read)
+        writer.append(batch)
+        writer.close()
+    progress.finish(num_read)
+    return writer.facts(path, empty, duplicates)
+
+
+def digest(text: str) -> bytes:
+    """What tells two documents apart: 16 bytes of sha256."""
+    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise `DataError` naming the first id outside 0..vocab_size-1."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise errors.DataError(
+            f"{where}: token id {int(bad)} is outside the vocabulary of {vocab_size}."
+        )
+
+
+class _Writer:
+    """Appends documents to one token file and counts what it writes."""
+
+    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer):
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(dtype_for(tokenizer.vocab_size)).newbyteorder("<")
+        self._sha256 = hashlib.sha256()
+        self._documents = self._tokens = self._eots = 0
+        self._bytes = self._token_bytes = 0
+
+    def append(self, texts: Sequence[str]) -> None:
+        encoded = self._tokenizer.encode_batch(texts)
+        for text, ids in zip(texts, encoded, strict=True):
+            ids = np.array(ids, np.int64)
+            check_ids(ids, self._tokenizer.vocab_size, "the tokenizer's output")
+            self._write(np.concatenate([[self._tokenizer.eot_id], ids]))
+            self._documents += 1
+            self._bytes += len(text.encode("utf-8"))
+            self._token_bytes += int(self._tokenizer.token_bytes[ids].sum())
+
+    def close(self) -> None:
+        self._write(np.array([self._tokenizer.eot_id]))
+
+    def facts(self, path: pathlib.Path, empty: int, duplicates: int) -> SplitFacts:
+        if not self._documents:
+            raise errors.DataError(f"{path.stem}: no document holds any text.")
+        ends = self._eots - 1
+        if ends != self._documents:
+            raise errors.DataError(
+                f"data.tokenizer={self._tokenizer.name!r}: made the end-of-document token "
+                f"from text ({ends} ends in {self._documents} documents)."
+            )
+        return SplitFacts(
+            file=path.name,
+            documents=self._documents,
+            tokens=self._tokens,
+            ends_of_document=ends,
+            bytes=self._bytes,
+            token_bytes=self._token_bytes,
+            empty_dropped=empty,
+            duplicates_of_validation_dropped=duplicates,
+            sha256=self._sha256.hexdigest(),
+        )
+
+    def _write(self, ids: np.ndarray) -> None:
+        content = ids.astype(self._dtype).tobytes()
+        self._stream.write(content)
+        self._sha256.update(content)
+        self._tokens += len(ids)
+        self._eots += int((ids == self._tokenizer.eot_id).sum())
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system, or each thread of the tokenizer keeps its own."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
