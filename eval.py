@@ -37,18 +37,18 @@ def main(argv):
     """Check the command line, evaluate and print JSON."""
     cli.check_arguments(argv, config=flags.FLAGS.config, required=False)
     _refuse_unused_flags()
-    from memoryformer.harness import tasks as tasks_lib
+    from memoryformer import harness
     from memoryformer.model import narrow
     from memoryformer.training import evaluate_run
 
-    files = tasks_lib.files_read(_TASKS.value, _TASKS_PATH.value or "")
+    files = harness.files_read(_TASKS.value, _TASKS_PATH.value or "")
     folder = _WORKDIR.value or _EXPORT.value
-    out = tasks_lib.Output(_OUTPUT.value or "", files, [folder])
+    out = harness.Output(_OUTPUT.value or "", files, [folder])
     kinds = cli.chosen(narrow.WeightKinds)
     step = None if _STEP.value < 0 else _STEP.value
     if not _TASKS.present:
-        given = (step, flags.FLAGS.config, kinds, _DENSITY.value)
-        out.give(evaluate_run.evaluate_checkpoint(_WORKDIR.value, *given))
+        settings = (step, flags.FLAGS.config, kinds, _DENSITY.value)
+        out.give(evaluate_run.evaluate_checkpoint(_WORKDIR.value, *settings))
         return
     options = {"tasks": _TASKS.value, "tasks_path": _TASKS_PATH.value or ""}
     options |= {"limit": _LIMIT.value, "num_fewshot": _NUM_FEWSHOT.value}
@@ -56,11 +56,11 @@ def main(argv):
     options |= {"kinds": kinds, "density": _DENSITY.value, "keep": out.keep}
     with out.unfinished():
         if _EXPORT.value:
-            result = tasks_lib.evaluate_export(_EXPORT.value, **options)
+            result = harness.evaluate_export(_EXPORT.value, **options)
         else:
-            result = tasks_lib.evaluate_checkpoint(_WORKDIR.value, step, **options)
+            result = harness.evaluate_checkpoint(_WORKDIR.value, step, **options)
     out.give(result)
-    print(tasks_lib.table(result), file=sys.stderr)
+    print(harness.table(result), file=sys.stderr)
 
 
 def _refuse_unused_flags():

@@ -8,7 +8,8 @@
     collective-permute   operand                                 1
 
 A collective in a loop's body counts as often as the loop runs; groups of one device send
-nothing and are left out. Start at `collectives`.
+nothing and are left out. The text is no stable format: tests/dryrun/hlo_samples holds what each
+version of jax writes, and a message that is not in the table is an error. Start at `collectives`.
 """
 
 import dataclasses
@@ -33,6 +34,11 @@ ITEM_BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # others end in thei
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _OP = re.compile(
     r"^(?:ROOT )?%?[\w.\-]+ = (.*?) (" + "|".join(WIRE) + r")(-start)?\((.*)$"
+)
+# The opcode of another instruction that names the devices it talks to.
+_UNKNOWN = re.compile(
+    r"^(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][\w\-]*)\(.*"
+    r"\b(?:replica_groups|source_target_pairs)=(?:mesh)?[\[{]."
 )
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -68,25 +74,42 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     Args:
       text: `compiled.as_text()`.
       mesh_shape: the mesh that it was compiled for, axis -> size, in the mesh's order.
+
+    Raises `ValueError` for what is no such module and for a collective of an unknown kind.
     """
     counts: Counter[Collective] = Counter()
     for line, times in _lines_with_counts(text):
         match = _OP.match(line)
         if match is None:
+            _refuse_unknown(line)
             continue
-        result, kind, start, rest = match.groups()
-        axes, size = _group(kind, rest, mesh_shape)
+        result, kind, start, operands = match.groups()
+        axes, size = _group(kind, operands, mesh_shape)
         if size == 1:
             continue
-        for dtype, shape in _payloads(kind, result, bool(start), size, rest):
+        for dtype, shape in _payloads(kind, result, bool(start), size, operands):
             counts[Collective(kind, axes, size, dtype, shape, 1)] += times
-    found = [dataclasses.replace(c, count=n) for c, n in counts.items()]
-    return sorted(found, key=lambda c: -c.wire_bytes)
+    return sorted_by_bytes(counts)
 
 
-def wire_bytes(found: Iterable[Collective], axis: str) -> float:
+def _refuse_unknown(line: str) -> None:
+    match = _UNKNOWN.match(line)
+    if match:
+        raise ValueError(
+            f"HLO instruction {match[1]!r} sends messages of an unknown kind; add it to "
+            f"hlo_messages.WIRE: {line[:120]}"
+        )
+
+
+def sorted_by_bytes(counts: Mapping[Collective, int]) -> list[Collective]:
+    """Return the collectives with their counts, those of most wire bytes first."""
+    counted = [dataclasses.replace(c, count=n) for c, n in counts.items() if n]
+    return sorted(counted, key=lambda c: -c.wire_bytes)
+
+
+def wire_bytes(messages: Iterable[Collective], axis: str) -> float:
     """Bytes that a device sends in the groups that span `axis`."""
-    return sum(c.wire_bytes for c in found if axis in c.axes)
+    return sum(c.wire_bytes for c in messages if axis in c.axes)
 
 
 def difference(
@@ -94,11 +117,10 @@ def difference(
 ) -> list[Collective]:
     """What the first program sends beyond the second; negative counts where it does less."""
     counts: Counter[Collective] = Counter()
-    for found, sign in ((more, 1), (fewer, -1)):
-        for c in found:
+    for messages, sign in ((more, 1), (fewer, -1)):
+        for c in messages:
             counts[dataclasses.replace(c, count=1)] += sign * c.count
-    left = [dataclasses.replace(c, count=n) for c, n in counts.items() if n]
-    return sorted(left, key=lambda c: -c.wire_bytes)
+    return sorted_by_bytes(counts)
 
 
 def extrapolated(
@@ -118,10 +140,10 @@ def item_bytes(dtype: str) -> float:
     return bits / 8 if bits < 8 else bits // 8
 
 
-def table(found: Iterable[Collective]) -> str:
-    """Return `found` as lines of text to read."""
+def table(messages: Iterable[Collective]) -> str:
+    """Return messages as lines of text to read, one kind of message a line."""
     lines = [f"{'kind':<20}{'axis':<14}{'count':>6}  {'payload':<30}{'wire bytes':>16}"]
-    for c in found:
+    for c in messages:
         payload = f"{c.dtype}[{','.join(map(str, c.shape))}]"
         axes = "+".join(c.axes)
         lines.append(
@@ -187,52 +209,53 @@ def _limit(line: str, bodies: Mapping[str, list[str]]) -> int:
     return int(bounds[0]) if len(bounds) == 1 else 1
 
 
-def _payloads(kind, result, started, size, rest):
+def _payloads(kind, result, started, size, operands):
     """(dtype, shape) of what the whole group exchanges; several where XLA combined."""
     arrays = [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in _ARRAY.findall(result)
     ]
-    if started and kind != "all-reduce":
-        # (operands, results, contexts): the results are as many as the operands.
-        operands = rest[: rest.index(")")].count("%") or 1
-        arrays = arrays[operands : 2 * operands]
+    if started:
+        # (operands, results, contexts), with as many results as operands; an all-reduce may
+        # have its results alone.
+        number = operands[: operands.index(")")].count("%") or 1
+        arrays = arrays[number : 2 * number] or arrays
     if kind == "all-to-all" and not started and len(arrays) == size:
         dtype, shape = arrays[0]  # one array, written as a tuple of its parts
         arrays = [(dtype, (size, *shape))]
     for dtype, shape in arrays:
         if kind == "reduce-scatter":
-            dim = int(re.search(r"dimensions=\{(\d+)\}", rest)[1])
+            dim = int(re.search(r"dimensions=\{(\d+)\}", operands)[1])
             shape = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
         yield dtype, shape
 
 
-def _group(kind: str, rest: str, mesh_shape: Mapping[str, int]):
+def _group(kind: str, operands: str, mesh_shape: Mapping[str, int]):
     """(axes, size) of the devices that talk to each other, judged by the first group."""
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{\{([\d,]+)\}", rest)
+        pairs = re.search(r"source_target_pairs=\{\{([\d,]+)\}", operands)
         members = [int(i) for i in pairs[1].split(",")] if pairs else [0]
         axes = _axes(members, mesh_shape)
         return axes, math.prod(mesh_shape[a] for a in axes)
-    members = _members(rest, mesh_shape)
+    members = _members(operands, mesh_shape)
     return _axes(members, mesh_shape), len(members)
 
 
-def _members(rest: str, mesh_shape: Mapping[str, int]) -> list[int]:
+def _members(operands: str, mesh_shape: Mapping[str, int]) -> list[int]:
     """Places, in the mesh, of the devices of the first group."""
     everyone = list(range(math.prod(mesh_shape.values())))
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", operands)
     if listed:
         return [int(i) for i in listed[1].split(",")]
     tiled = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", operands
     )
     if tiled:
         shape, order, turn = (_ints(part) for part in tiled.groups())
         ids = np.arange(math.prod(order)).reshape(order)
         ids = ids.transpose(turn) if turn else ids
         return ids.reshape(shape)[0].tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", operands)
     if named:
         shape = {
             name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])

@@ -5,7 +5,6 @@ holds its messages, with their types as the model wrote them; a compiler may com
 widen them (`hlo_messages`). Loops multiply. Start at `collectives`.
 """
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import jax.extend.core
 import jax.numpy as jnp
 
+from memoryformer.dryrun import hlo_messages
 from memoryformer.dryrun.hlo_messages import Collective
 
 KINDS = {
@@ -27,6 +27,9 @@ KINDS = {
     "all_to_all": "all-to-all",
     "ppermute": "collective-permute",
 }
+# These name axes of a mesh and send nothing.
+SILENT = {"axis_index", "pcast", "pvary", "preduced", "vary_unreduced_cast"}
+SILENT |= {"reduced_vary_cast", "vary_unreduced_cast_p"}
 _LETTERS = {"float": "f", "bfloat": "bf", "int": "s", "uint": "u", "bool": "pred"}
 
 
@@ -36,22 +39,27 @@ def collectives(jaxpr: Any, mesh_shape: Mapping[str, int]) -> list[Collective]:
     Args:
       jaxpr: such as `jax.jit(f).trace(...).jaxpr`.
       mesh_shape: axis -> size of the mesh that it was traced for.
+
+    Raises `ValueError` for a collective of an unknown kind.
     """
     counts: Counter[Collective] = Counter()
     for eqn, times in _equations(jaxpr, 1):
-        axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-        axes = tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+        axes = _axes(eqn)
         size = math.prod(mesh_shape.get(axis, 1) for axis in axes)
         if size == 1:
             continue
-        kind = KINDS[eqn.primitive.name]
+        kind = KINDS.get(eqn.primitive.name)
+        if kind is None:
+            raise ValueError(
+                f"primitive {eqn.primitive.name!r} sends messages of an unknown kind; add "
+                "it to jaxpr_messages.KINDS, or to SILENT."
+            )
         arrays = eqn.outvars if kind == "all-gather" else eqn.invars
         for array in arrays:
             aval = array.aval
             dtype, shape = hlo_dtype(aval.dtype), tuple(aval.shape)
             counts[Collective(kind, axes, size, dtype, shape, 1)] += times
-    found = [dataclasses.replace(c, count=n) for c, n in counts.items()]
-    return sorted(found, key=lambda c: -c.wire_bytes)
+    return hlo_messages.sorted_by_bytes(counts)
 
 
 def hlo_dtype(dtype: Any) -> str:
@@ -65,7 +73,7 @@ def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
     """Every collective equation, with how often it runs."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = eqn.primitive.name
-        if name in KINDS:
+        if _axes(eqn) and name not in SILENT:
             yield eqn, times
             continue
         inside = [list(_equations(sub, 1)) for sub in _subjaxprs(eqn)]
@@ -74,6 +82,13 @@ def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
         repeats = times * (eqn.params["length"] if name == "scan" else 1)
         for equations in inside:
             yield from ((sub, repeats * count) for sub, count in equations)
+
+
+def _axes(eqn: Any) -> tuple[str, ...]:
+    """The axes of the mesh that an equation names, such as ('data',)."""
+    axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    axes = axes if isinstance(axes, tuple | list) else (axes,)
+    return tuple(axis for axis in axes if isinstance(axis, str))
 
 
 def _subjaxprs(eqn: Any) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from memoryformer.errors import ConfigError, DataError
 from memoryformer.generation.sampler import SamplingConfig
 
 MAX_NEW_TOKENS = 256  # where a task does not say
-# Names of the most new tokens, the first that is given counts.
+# Names of the most new tokens, the first in the list that is there counts.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Other options: those that change nothing where nothing is drawn or there is one beam, and
 # those that change nothing at one value.
@@ -132,31 +132,33 @@ def continuing(options: Mapping[str, Any]) -> Continuing:
     """Read a task's `generation_kwargs`. Raises `ConfigError` for what cannot be served.
 
     As in the harness, a temperature above 0 draws unless `do_sample` is false, and nothing is
-    drawn where neither is given.
+    drawn where neither is there.
     """
-    given = {key: value for key, value in options.items() if value is not None}
-    stop = given.pop("until", [])
+    kwargs = {key: value for key, value in options.items() if value is not None}
+    stop = kwargs.pop("until", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, Sequence) or not all(isinstance(s, str) for s in stop):
         raise _unusable("until", stop, "must be a text or a list of texts")
-    limits = [_number(given, name, MAX_NEW_TOKENS) for name in _LIMITS if name in given]
+    limits = [
+        _number(kwargs, name, MAX_NEW_TOKENS) for name in _LIMITS if name in kwargs
+    ]
     max_tokens = limits[0] if limits else MAX_NEW_TOKENS
     if not max_tokens >= 1 or max_tokens % 1:  # nan and inf too
         raise _unusable("max_gen_toks", max_tokens, "must be a whole number above 0")
-    do_sample = given.pop("do_sample", None)
+    do_sample = kwargs.pop("do_sample", None)
     if do_sample not in (None, True, False):
         raise _unusable("do_sample", do_sample, "must be true or false")
-    temperature = _number(given, "temperature", 1.0 if do_sample else 0.0)
-    top_p = _number(given, "top_p", 1.0)
+    temperature = _number(kwargs, "temperature", 1.0 if do_sample else 0.0)
+    top_p = _number(kwargs, "top_p", 1.0)
     if not 0 <= temperature < math.inf:
         raise _unusable("temperature", temperature, "must be 0 or more")
     if not 0 <= top_p <= 1:
         raise _unusable("top_p", top_p, "must be in [0, 1]")
     drawn = do_sample is not False and temperature > 0 and top_p > 0
     harmless = _OF_BEAMS if drawn else _OF_BEAMS | _OF_DRAWING
-    for name in given.keys() - harmless - {*_LIMITS, "temperature", "top_p"}:
-        if name not in _NEUTRAL or given[name] != _NEUTRAL[name]:
-            raise _unusable(name, given[name], "is not supported; leave it out")
+    for name in kwargs.keys() - harmless - {*_LIMITS, "temperature", "top_p"}:
+        if name not in _NEUTRAL or kwargs[name] != _NEUTRAL[name]:
+            raise _unusable(name, kwargs[name], "is not supported; leave it out")
     sampling = SamplingConfig(
         max_tokens=int(max_tokens),
         temperature=temperature if drawn else 0.0,
@@ -175,8 +177,8 @@ def _text(string: Any) -> str:
     return string
 
 
-def _number(given: Mapping[str, Any], name: str, default: float) -> float:
-    value = given.get(name, default)
+def _number(kwargs: Mapping[str, Any], name: str, default: float) -> float:
+    value = kwargs.get(name, default)
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:

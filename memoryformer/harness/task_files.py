@@ -80,10 +80,10 @@ def task_config(
         raise ConfigError(
             f"task {name}: this lm-eval has no {file}; install lm-eval=={HARNESS_VERSION}."
         ) from error
-    found = (config.get("metadata") or {}).get("version")
-    if found != version:
+    installed = (config.get("metadata") or {}).get("version")
+    if installed != version:
         raise ConfigError(
-            f"task {name}: this lm-eval has version {found}, pinned is {version}; install "
+            f"task {name}: this lm-eval has version {installed}, pinned is {version}; install "
             f"lm-eval=={HARNESS_VERSION}."
         )
     rows = local_rows(name, tasks_path)
@@ -212,10 +212,10 @@ def _fetch(url: str, digest: str, path: pathlib.Path) -> str:
 
 
 def _check(data: bytes, digest: str, source: Any) -> None:
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
         raise DataError(
-            f"logiqa: {source} has SHA-256 {found[:12]}.., expected {digest[:12]}..; "
+            f"logiqa: {source} has SHA-256 {actual[:12]}.., expected {digest[:12]}..; "
             "delete it."
         )
 

@@ -8,5 +8,6 @@
 
 The page reads files only, needs no server and stands alone; it goes to the first directory
 unless `--output` says otherwise. So do the pictures, into DIR/plots. Each path is printed.
-Modules: `studies` (files to runs and groups of them), `page` and `svg` (to HTML), `pictures`.
+Modules: `studies` (files to runs and groups of them), `page` and `charts` (to HTML), `pictures`
+and `curves`; `drawing` holds colours and smoothing.
 """

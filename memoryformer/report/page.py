@@ -11,11 +11,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from matplotlib import pyplot as plt
 
+from memoryformer.report import charts, drawing
 from memoryformer.report import studies as studies_lib
-from memoryformer.report import svg
 from memoryformer.report.studies import BITS, LOSS, SPEED, VALIDATION, Run, Study
+from memoryformer.runs import console
 from memoryformer.sweep import points
 from memoryformer.sweep import statistics as statistics_lib
 
@@ -51,7 +52,7 @@ def render(studies: Sequence[Study]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{_text(title)}</title><style>{STYLE.read_text('utf-8')}</style></head>"
-        f"<body>{svg.DEFINITIONS}<header><h1>{_text(title)}</h1>"
+        f"<body><header><h1>{_text(title)}</h1>"
         f"<p>{number} runs in {len(studies)} "
         f"{'studies' if len(studies) > 1 else 'study'}. {_how_to_read(studies)}</p>"
         f"{contents}</header><main>{body}</main></body></html>\n"
@@ -76,7 +77,7 @@ def _section(index: int, study: Study) -> str:
     figures = "".join(chart for chart in charts if chart)
     return (
         f'<section id="s{index}"><h2>{_text(study.name)}</h2>'
-        f"{_results(study, metric)}{svg.legend(list(study.variants))}"
+        f"{_results(study, metric)}{_legend(study.variants)}"
         f'<div class="charts">{figures}</div>'
         f"{_utilisation(study)}{_differences(study)}{_runs(study)}</section>"
     )
@@ -101,9 +102,9 @@ def _results(study: Study, metric: str) -> str:
                 _plus_minus(summary.mean, summary.deviation),
                 against,
                 verdict,
-                svg.short(tokens),
-                svg.short(run.cost.parameters.total),
-                svg.short(tokens * run.cost.training_flops_per_token),
+                console.short_number(tokens),
+                console.short_number(run.cost.parameters.total),
+                f"{tokens * run.cost.training_flops_per_token:.2e}",
             )
         )
     header = ("variant", "seeds", NAMES[metric], "difference ± s.e.", "")
@@ -139,48 +140,19 @@ def _step(run: Run) -> str:
 
 
 def _curves(study: Study, metric: str, against: str) -> str:
-    found, ends = [], []
-    for label, runs in study.drawn.items():
-        one = band(label, runs, metric, against, marks=metric != LOSS)
-        found.append(one)
-        ends += [one.x[-1]] if len(one.x) else []
+    marks = metric != LOSS
+    bands = [
+        charts.band(label, runs, metric, against, marks=marks)
+        for label, runs in study.drawn.items()
+    ]
+    ends = [band.x[-1] for band in bands if len(band.x)]
     if not ends:
         return ""
     wide = against == "flops" and max(ends) > 4 * min(ends)
     label = {"flops": "training FLOPs", "tokens": "training tokens"}[against]
-    chart = svg.lines(found, label, NAMES[metric], log_x=wide)
+    chart = charts.lines(bands, label, NAMES[metric], log_x=wide)
     note = " (logarithmic)" if wide else ""
     return _figure(f"{NAMES[metric]} against {label}{note}", chart)
-
-
-def band(
-    label: str, runs: Iterable[Run], metric: str, against: str, *, marks: bool
-) -> svg.Series:
-    """Return mean and range over the seeds, where all of them have a value.
-
-    A run that is behind (none is done) ends its seeds' line: a mean of fewer would jump.
-    """
-    series = [run.series(metric, against) for run in runs]
-    series = [(x, y) for x, y in series if len(x)]
-    if not series:
-        nothing = np.zeros(0)
-        return svg.Series(label, nothing, nothing, nothing, nothing, marks)
-    common = series[0][0]
-    for x, _ in series[1:]:
-        common = np.intersect1d(common, x)
-    values = np.stack([y[np.searchsorted(x, common)] for x, y in series])
-    if metric == LOSS:
-        common, values = _smooth(common, values)
-    spread = values.mean(0), values.min(0), values.max(0)
-    return svg.Series(label, common, *spread, marks)
-
-
-def _smooth(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Running means over about 4 % of the points."""
-    window = max(1, len(x) // 25)
-    kernel = np.full(window, 1 / window)
-    smooth = [np.convolve(row, kernel, mode="valid") for row in values]
-    return np.convolve(x, kernel, mode="valid"), np.stack(smooth)
 
 
 def _throughput(study: Study) -> str:
@@ -193,7 +165,7 @@ def _throughput(study: Study) -> str:
     if not names:
         return ""
     title = "tokens per second while training (median of a run; bars: mean over seeds)"
-    return _figure(title, svg.bars(names, values, title))
+    return _figure(title, charts.bars(names, values))
 
 
 def _utilisation(study: Study) -> str:
@@ -258,8 +230,20 @@ def _runs(study: Study) -> str:
     return f"<details><summary>All {len(rows)} runs</summary>{body}</details>"
 
 
-def _figure(caption: str, chart: str) -> str:
-    return f"<figure><figcaption>{_text(caption)}</figcaption>{chart}</figure>"
+def _figure(caption: str, chart: plt.Figure) -> str:
+    text = drawing.svg(chart, caption)
+    return f"<figure><figcaption>{_text(caption)}</figcaption>{text}</figure>"
+
+
+def _legend(names: Iterable[str]) -> str:
+    """List the series, each with a piece of its line."""
+    items = ""
+    for index, name in enumerate(names):
+        style = drawing.series_style(index)
+        line = "solid" if style["linestyle"] == "-" else "dashed"
+        colour = drawing.VARIABLES[style["color"]]
+        items += f'<li><i style="border-top: 3px {line} var({colour})"></i>{_text(name)}</li>'
+    return f'<ul class="legend">{items}</ul>'
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -2,41 +2,22 @@
 
 import dataclasses
 import itertools
-import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 from memoryformer import accounting, config, errors
 from memoryformer.data import run_tokenizer
 from memoryformer.evaluation import buckets
 from memoryformer.files import paths
 from memoryformer.model import implementations
-from memoryformer.runs import metrics
+from memoryformer.report import drawing
+from memoryformer.report.curves import curves_figure
 from memoryformer.training import experiment
 
-matplotlib.use("Agg")  # no display needed; before pyplot is imported
-from matplotlib import pyplot as plt
-from matplotlib import ticker
-
-# Okabe and Ito's colours, told apart by every kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
 LAYERS = ("mixer.qkv", "ffn.up", "ffn.down")
 
 
@@ -45,7 +26,7 @@ def flops_figure() -> plt.Figure:
     widths = range(512, 3072 + 1, 128)
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     kinds = (("dense", "Transformer"), ("memory", "MemoryFormer"))
-    for colour, (projection, label) in zip(COLOURS, kinds, strict=False):
+    for colour, (projection, label) in zip(drawing.COLOURS, kinds, strict=False):
         for length, line in ((2048, "-"), (1024, "--")):
             cost = [_block_flops(width, length, projection) / 1e9 for width in widths]
             axes.plot(widths, cost, line, color=colour, label=f"{label}, L = {length}")
@@ -65,51 +46,6 @@ def flops_figure() -> plt.Figure:
     return figure
 
 
-def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
-    """Draw training and validation loss, and bits per byte, of one or more runs.
-
-    The x axis is tokens if every run logs `train/tokens`, else steps. Raises
-    `StorageError` for a run without `metrics.jsonl`, `DataError` for one without losses.
-    """
-    runs = {name: _curves(workdir) for name, workdir in _names(workdirs).items()}
-    by_tokens = all(len(run["train/tokens"][0]) for run in runs.values())
-    with_bytes = any(len(run["val/bits_per_byte"][0]) for run in runs.values())
-    columns = 1 + with_bytes
-    figure, all_axes = plt.subplots(
-        1, columns, figsize=(1.0 + 5.4 * columns, 4.2), squeeze=False
-    )
-    loss_axes, bytes_axes = all_axes[0, 0], all_axes[0, -1]
-    highest = []
-    for index, (name, run) in enumerate(runs.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        x, y = _against(run, "train/loss", by_tokens)
-        smooth_x, smooth_y, window = _smooth(x, y)
-        if window > 1:
-            loss_axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-        label = f"{name}, train" + (f" (mean of {window})" if window > 1 else "")
-        loss_axes.plot(smooth_x, smooth_y, color=colour, label=label)
-        x, y = _against(run, "val/loss", by_tokens)
-        if len(x):
-            mark = {"linestyle": "--", "marker": "o", "markersize": 4}
-            loss_axes.plot(x, y, color=colour, label=f"{name}, validation", **mark)
-        highest += [_after_start(smooth_y), *y]
-        x, y = _against(run, "val/bits_per_byte", by_tokens)
-        if with_bytes and len(x):
-            last = f"{name}, validation: {y[-1]:.3f} at the end"
-            bytes_axes.plot(x, y, color=colour, marker="o", markersize=4, label=last)
-    top = max((value for value in highest if np.isfinite(value)), default=None)
-    loss_axes.set(ylabel="loss (nats per token)", title="Loss")
-    if top is not None:
-        loss_axes.set_ylim(top=1.05 * top)  # the first few steps would flatten the rest
-    if with_bytes:
-        bytes_axes.set(ylabel="bits per byte", title="Bits per byte of validation text")
-    for axes in all_axes.flat:
-        axes.set(xlabel="training tokens" if by_tokens else "step", xlim=(0, None))
-        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        _legend(axes)
-    return figure
-
-
 def buckets_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
     """Draw how often each bucket is read in the first block, the paper's Fig. 4.
 
@@ -126,7 +62,7 @@ def buckets_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
             axes = all_axes[row, column]
             share = table_counts[table] / table_counts[table].mean()
             edges = np.arange(num_buckets + 1) - 0.5
-            colour = COLOURS[column]
+            colour = drawing.COLOURS[column]
             axes.stairs(share, edges, fill=True, color=colour, edgecolor=colour, lw=0.6)
             axes.axhline(1, color="black", linestyle="--", linewidth=1)
             used = f"{100 * use.used_fraction[table]:.0f} % used"
@@ -160,7 +96,7 @@ def layers_figure(counts: Mapping[str, np.ndarray]) -> plt.Figure:
         ("flip_rate", "flip rate of a bit, 2p(1 - p)"),
     )
     num_blocks = 1 + max(int(name.split(".")[1]) for name in counts)
-    for layer, marker, colour in zip(LAYERS, "osD", COLOURS, strict=False):
+    for layer, marker, colour in zip(LAYERS, "osD", drawing.COLOURS, strict=False):
         names = [f"blocks.{block}.{layer}" for block in range(num_blocks)]
         blocks = [b for b, name in enumerate(names) if name in counts]
         values = [_layer_values(counts[names[block]]) for block in blocks]
@@ -209,7 +145,7 @@ class Options:
 def run_flops(argv: Sequence[str], options: Options) -> None:
     """Draw Fig. 1 into `output`, by default the working directory."""
     _no_more(argv, "flops")
-    _save(flops_figure(), _folder(options.output or ".") / "flops.png")
+    drawing.save(flops_figure(), drawing.folder(options.output or ".") / "flops.png")
 
 
 def run_curves(argv: Sequence[str], options: Options) -> None:
@@ -218,8 +154,8 @@ def run_curves(argv: Sequence[str], options: Options) -> None:
         raise errors.ConfigError("report curves: name at least one run directory.")
     workdirs = [_existing(name) for name in argv]
     figure = curves_figure(workdirs)
-    output = _folder(options.output or workdirs[0] / "plots")
-    _save(figure, output / "curves.png")
+    output = drawing.folder(options.output or workdirs[0] / "plots")
+    drawing.save(figure, output / "curves.png")
 
 
 def run_utilisation(argv: Sequence[str], options: Options) -> None:
@@ -233,9 +169,9 @@ def run_utilisation(argv: Sequence[str], options: Options) -> None:
         raise errors.ConfigError("report utilisation: --workdir=DIR is missing.")
     workdir = _existing(options.workdir)
     counts = _collect(workdir, options.max_tokens)
-    output = _folder(options.output or workdir / "plots")
-    _save(buckets_figure(counts), output / "utilisation_buckets.png")
-    _save(layers_figure(counts), output / "utilisation_layers.png")
+    output = drawing.folder(options.output or workdir / "plots")
+    drawing.save(buckets_figure(counts), output / "utilisation_buckets.png")
+    drawing.save(layers_figure(counts), output / "utilisation_layers.png")
     print(f"{'layer':22s} {'used':>6s} {'entropy':>8s} {'max/mean':>9s} {'flip':>6s}")
     for name, layer_counts in counts.items():
         means = {k: np.mean(v) for k, v in _layer_values(layer_counts).items()}
@@ -254,7 +190,7 @@ def main(argv: Sequence[str], options: Options) -> None:
     if len(argv) < 2:
         raise errors.ConfigError(f"report: name one of {', '.join(SUBCOMMANDS)}.")
     name = config.choose(argv[1], SUBCOMMANDS, "report subcommand")
-    with plt.rc_context(STYLE):
+    with plt.rc_context(drawing.STYLE):
         SUBCOMMANDS[name](argv[2:], options)
 
 
@@ -283,45 +219,6 @@ def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     return buckets.collect(model_config, params, batches)
 
 
-def _curves(workdir: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of each plotted metric; what is not a finite number is left out."""
-    names = ("train/loss", "train/tokens", "val/loss", "val/bits_per_byte")
-    points: dict[str, dict[int, float]] = {name: {} for name in names}
-    for row in metrics.read(workdir):
-        for name in names:
-            if name in row and np.isfinite(float(row[name])):
-                points[name][row["step"]] = float(row[name])
-    if not points["train/loss"] and not points["val/loss"]:
-        raise errors.DataError(f"{workdir}/metrics.jsonl: holds no loss yet.")
-    curves = {}
-    for name, values in points.items():
-        steps = sorted(values)
-        curves[name] = (np.array(steps), np.array([values[step] for step in steps]))
-    return curves
-
-
-def _against(
-    run: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, by_tokens: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = run[name]
-    if not by_tokens or not len(steps):
-        return steps, values
-    # Validation rows need not say how many tokens were trained on: step tells.
-    return np.interp(steps, *run["train/tokens"]), values
-
-
-def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Running means over about 2 % of the points, and how many that is."""
-    window = max(1, len(y) // 50)
-    kernel = np.full(window, 1 / window)
-    x, y = (np.convolve(v, kernel, mode="valid") for v in (x, y))
-    return x, y, window
-
-
-def _after_start(y: np.ndarray) -> float:
-    return y[len(y) // 20] if len(y) else -np.inf
-
-
 def _layer_values(counts: np.ndarray) -> dict[str, np.ndarray]:
     use = buckets.utilisation(counts)
     return {
@@ -330,28 +227,6 @@ def _layer_values(counts: np.ndarray) -> dict[str, np.ndarray]:
         "max_over_mean": use.max_over_mean,
         "flip_rate": buckets.bit_rates(counts).flip_rate,
     }
-
-
-def _names(workdirs: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
-    """Label each run by as much of the end of its path as tells it from the others."""
-    resolved = list(dict.fromkeys(workdir.resolve() for workdir in workdirs))
-    depth = 1
-    while len({w.parts[-depth:] for w in resolved}) < len(resolved):
-        depth += 1
-    return {os.path.join(*w.parts[-depth:]): w for w in resolved}
-
-
-def _legend(axes: plt.Axes) -> None:
-    """Show the label of every line that was given one, as it is.
-
-    Matplotlib leaves out labels that begin with `_`, and reads `$` as a formula.
-    """
-    unnamed = re.compile(r"_child\d+")  # what it calls lines without a label
-    lines = [x for x in axes.get_lines() if not unnamed.fullmatch(x.get_label())]
-    legend = axes.legend(lines, list(map(str, range(len(lines)))))
-    for text, line in zip(legend.get_texts(), lines, strict=True):
-        text.set_parse_math(False)
-        text.set_text(line.get_label())
 
 
 def _no_more(argv: Sequence[str], subcommand: str) -> None:
@@ -366,22 +241,3 @@ def _existing(name: str) -> pathlib.Path:
     if not path.is_dir():
         raise errors.DataError(f"{name}: there is no such run directory.")
     return path
-
-
-def _folder(name: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(name)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.StorageError(f"{path}: cannot be made: {error}.") from error
-    return path
-
-
-def _save(figure: plt.Figure, path: pathlib.Path) -> None:
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise errors.StorageError(f"{path}: cannot be written: {error}.") from error
-    finally:
-        plt.close(figure)
-    print(path)

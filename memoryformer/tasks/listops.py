@@ -8,13 +8,13 @@ and a function of (seed, step), so there is no training set to fit by heart.
 
     python -m memoryformer.tasks --config=configs/listops.py:luna --workdir=runs/listops
 
-Start at `batch` for the data, at `train` for the classifier: the trunk of a `Transformer`
+Start at `batch` for the data, at `logits` for the classifier: the trunk of a `Transformer`
 (two-sided with `model.causal=False`) on tokens and learned positions, the mean over its
-tokens, and a linear head.
+tokens, and a linear head. `trainer` trains it.
 """
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +27,9 @@ from memoryformer import config as config_lib
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
 from memoryformer.evaluation import slots
-from memoryformer.files import atomic, paths
 from memoryformer.model import mixers
 from memoryformer.notation import Array, Params
+from memoryformer.tasks import trainer
 
 OPERATIONS = {
     "MIN": min,
@@ -42,26 +42,18 @@ NUM_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ListOpsConfig:
-    """Size of the trees and of the training."""
+class ListOpsConfig(trainer.TrainerConfig):
+    """Size of the trees, and of the training."""
 
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    min_len: int = 10
+    min_len: int = 10  # tokens
     max_depth: int = 10
     max_args: int = 10
     value_fraction: float = 0.75  # chance that an argument is a digit
-    seed: int = 0
-    eval_every: int = 100
-    eval_batches: int = 8
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "max_depth", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"task.{name}={getattr(self, name)}: must be >= 1.")
+        super().__post_init__()
+        if self.max_depth < 1:
+            raise ConfigError(f"task.max_depth={self.max_depth}: must be >= 1.")
         if self.max_args < 2 or not 0 < self.value_fraction < 1:
             raise ConfigError(
                 f"task.max_args={self.max_args} must be >= 2 and "
@@ -88,7 +80,9 @@ def tree(rng: np.random.Generator, config: ListOpsConfig) -> tuple[list[str], in
     return operation(1)
 
 
-def batch(config: ListOpsConfig, max_len: int, step: int, split: str = "train") -> dict:
+def batch(
+    config: ListOpsConfig, max_len: int, step: int, split: str = "train"
+) -> dict[str, np.ndarray]:
     """Batch of a step: inputs and segment_ids [B, L] (0 = padding), labels [B]."""
     rng = np.random.default_rng([config.seed, step, split != "train"])
     ids = {token: i for i, token in enumerate(TOKENS)}
@@ -147,7 +141,9 @@ def logits(
     return mean.astype(jnp.float32) @ params["classes"]["kernel"]
 
 
-def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
+def train(
+    config: Mapping[str, Any], workdir: str | os.PathLike
+) -> list[dict[str, float]]:
     """Train on fresh trees; write and return the rows of metrics.jsonl."""
     model_config = model_lib.ModelConfig.from_config(config.get("model", {}))
     task = config_lib.build(ListOpsConfig, config.get("task", {}), "task")
@@ -155,18 +151,6 @@ def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
         raise ConfigError(
             f"model.vocab_size={model_config.vocab_size}: ListOps has {len(TOKENS)} tokens."
         )
-    if task.warmup_steps >= task.num_steps:
-        raise ConfigError(
-            f"task.warmup_steps={task.warmup_steps}: must be below "
-            f"task.num_steps={task.num_steps}."
-        )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, task.learning_rate, task.warmup_steps, task.num_steps
-    )
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=task.weight_decay),
-    )
 
     def loss_and_accuracy(params, data):
         values = logits(model_config, params, data)
@@ -174,38 +158,17 @@ def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
         correct = jnp.argmax(values, axis=-1) == data["labels"]
         return jnp.mean(losses), jnp.mean(correct)
 
-    @jax.jit
-    def step(params, opt_state, data):
-        grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
-        (loss, accuracy), grads = grad(params, data)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss, accuracy
-
-    measure = jax.jit(loss_and_accuracy)
-    params = init(model_config, task.seed)
-    opt_state, rows = tx.init(params), []
-    folder = paths.local(workdir, "--workdir")
-    folder.mkdir(parents=True, exist_ok=True)  # before the time is spent
-    for i in range(task.num_steps):
-        data = batch(task, model_config.seq_len, i)
-        params, opt_state, loss, accuracy = step(params, opt_state, data)
-        if (i + 1) % task.eval_every and i + 1 < task.num_steps:
-            continue
-        held_out = [
-            measure(params, batch(task, model_config.seq_len, j, "validation"))
-            for j in range(task.eval_batches)
-        ]
-        row = {"step": i + 1, "train/loss": loss, "train/accuracy": accuracy}
-        row["val/loss"], row["val/accuracy"] = np.mean(held_out, axis=0)
-        row |= _degradation(model_config, task, params)
-        rows.append({name: float(value) for name, value in row.items()})
-        print(json.dumps(rows[-1]), flush=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic.write_text(folder / "metrics.jsonl", text)
-    return rows
+    return trainer.train(
+        task,
+        init(model_config, task.seed),
+        loss_and_accuracy,
+        lambda step, split: batch(task, model_config.seq_len, step, split),
+        workdir,
+        lambda params: _slot_figures(model_config, task, params),
+    )
 
 
-def _degradation(model_config, task, params):
+def _slot_figures(model_config, task, params):
     """How alike the slots of each layer's memory are; nothing without such memories."""
     if not slots.measures(model_config):
         return {}

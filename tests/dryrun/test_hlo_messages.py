@@ -1,13 +1,17 @@
 """Collectives read from the text of compiled programs: hand-written lines and real ones."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer.dryrun import hlo_messages
+from memoryformer.dryrun import hlo_messages, jaxpr_messages
 
+# What `program`, below, compiles to: jax-VERSION-TARGET.hlo, without metadata.
+SAMPLES = sorted((pathlib.Path(__file__).parent / "hlo_samples").glob("*.hlo"))
 MESH = {"data": 2, "model": 4}
 HEAD = "HloModule m, is_scheduled=true\n\n"
 
@@ -123,34 +127,87 @@ def test_loops_multiply(known):
     assert found.count == 5
 
 
+def program(x):
+    """Every kind of message, on 2 x 4 devices; x is [2, 4] on each."""
+    whole = jax.lax.all_gather(x, "model", axis=1, tiled=True)
+    part = jax.lax.psum_scatter(whole, "model", scatter_dimension=1, tiled=True)
+    part = jax.lax.ppermute(part, "data", [(0, 1), (1, 0)])
+    turned = jax.lax.all_to_all(part, "model", split_axis=1, concat_axis=0, tiled=True)
+    body = lambda i, y: jnp.cos(jax.lax.psum(y, "data")) * 0.5  # noqa: E731
+    return jax.lax.fori_loop(0, 3, body, turned)
+
+
+def traced(function):
+    mesh, spec = jax.make_mesh((2, 4), ("data", "model")), P("data", "model")
+    specs = {"in_specs": spec, "out_specs": spec, "check_vma": False}
+    mapped = jax.shard_map(function, mesh=mesh, **specs)
+    place = NamedSharding(mesh, spec)
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=place)
+    with jax.set_mesh(mesh):
+        return jax.jit(mapped).trace(x)
+
+
+SENT = {  # (kind, axis, values of the payload, times)
+    ("all-gather", "model", 32, 1),
+    ("reduce-scatter", "model", 32, 1),
+    ("collective-permute", "data", 8, 1),
+    ("all-to-all", "model", 8, 1),
+    ("all-reduce", "data", 8, 3),
+}
+
+
+def sent(messages):
+    assert all(c.dtype == "f32" for c in messages)
+    return {(c.kind, *c.axes, c.payload_bytes // 4, c.count) for c in messages}
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_what_each_version_of_jax_writes(path):
+    """Stored texts of one program, for CPU and, with asynchronous starts, for a GPU.
+
+    Mutations: `mesh[..]` groups not read; the operand of an `all-reduce-start` counted too.
+    """
+    assert sent(hlo_messages.collectives(path.read_text(), MESH)) == SENT
+
+
 def test_a_real_program():
-    """Gather, scatter and a loop, compiled for eight CPU devices.
+    """The same, compiled for eight CPU devices by the jax that is installed, and as traced.
 
     Mutation: `-done` of an asynchronous collective counted.
     """
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    step = traced(program)
+    text = step.lower().compile().as_text()
+    messages = hlo_messages.collectives(text, MESH)
+    assert sent(messages) == sent(jaxpr_messages.collectives(step.jaxpr, MESH)) == SENT
+    assert hlo_messages.wire_bytes(messages, "model") == 2 * 0.75 * 128 + 0.75 * 32
+    difference = hlo_messages.difference(messages, messages)
+    assert hlo_messages.wire_bytes(difference, "data") == 0
 
-    def f(x):  # [2, 4] on each device
-        whole = jax.lax.all_gather(x, "model", axis=1, tiled=True)
-        part = jax.lax.psum_scatter(whole, "model", scatter_dimension=1, tiled=True)
-        body = lambda i, y: jnp.cos(jax.lax.psum(y, "data")) * 0.5  # noqa: E731
-        return jax.lax.fori_loop(0, 3, body, part)
 
-    spec = P("data", "model")
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct(
-            (4, 16), jnp.float32, sharding=NamedSharding(mesh, spec)
-        )
-        compiled = jax.jit(mapped).lower(x).compile()
-    found = hlo_messages.collectives(compiled.as_text(), dict(mesh.shape))
-    assert {(c.kind, c.axes, c.shape, c.count) for c in found} == {
-        ("all-gather", ("model",), (2, 16), 1),
-        ("reduce-scatter", ("model",), (2, 16), 1),
-        ("all-reduce", ("data",), (2, 4), 3),
-    }
-    assert hlo_messages.wire_bytes(found, "model") == 2 * 0.75 * 128
-    assert hlo_messages.wire_bytes(hlo_messages.difference(found, found), "data") == 0
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%a = f32[16]{0} all-scatter(%p), channel_id=1, replica_groups=[2,4]<=[8]",
+        "ROOT %a = (f32[4]{0}, u32[]) pass-on-start(%p), source_target_pairs={{0,1}}",
+        "%a = f32[16]{0} all-mix(%p), replica_groups=mesh['data'=2,'model'=4] {'model'}",
+    ],
+)
+def test_an_unknown_message_is_an_error(line):
+    """... not a report that counts too little. Mutation: `_refuse_unknown` left out."""
+    name = line.split("(%p)")[0].split()[-1]
+    with pytest.raises(ValueError, match=f"'{name}' sends messages of an unknown kind"):
+        hlo_messages.collectives(module(line), MESH)
+
+
+def test_an_unknown_message_of_a_trace_is_an_error(monkeypatch):
+    """Mutation: only primitives of `KINDS` looked at."""
+    step = traced(lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]))
+    assert len(jaxpr_messages.collectives(step.jaxpr, MESH)) == 1
+    monkeypatch.delitem(jaxpr_messages.KINDS, "ppermute")
+    with pytest.raises(
+        ValueError, match="'ppermute' sends messages of an unknown kind"
+    ):
+        jaxpr_messages.collectives(step.jaxpr, MESH)
 
 
 def test_what_is_no_module_is_refused():

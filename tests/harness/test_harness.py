@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from known_model import SPACE, E, Z, known_model
 
-from memoryformer import convert, errors, model, sharding
+from memoryformer import convert, errors, harness, model, sharding
 from memoryformer import data as data_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.evaluation import loss as loss_lib
-from memoryformer.harness import scoring, task_files
-from memoryformer.harness import tasks as tasks_lib
+from memoryformer.harness import scoring, task_files, task_loading
 from memoryformer.model import params as params_lib
 from memoryformer.training import experiment
 
@@ -120,7 +119,7 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     continuations are cut at another place, or when a choice is read from another column.
     """
     config, params, tokenizer = known_model()
-    result = tasks_lib.evaluate(
+    result = harness.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=64
     )
     for name, (acc, acc_norm) in EXPECTED.items():
@@ -140,9 +139,9 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     assert settings["compilations"] <= 6 and settings["harness"] == "0.4.13"
     json.dumps(result)
 
-    text = tasks_lib.table(result)
+    text = harness.table(result)
     assert "piqa" in text and "0.750+-0.250" in text and "MF-tiny" in text
-    again = tasks_lib.evaluate(
+    again = harness.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=1
     )
     assert again["tasks"] == result["tasks"]
@@ -160,7 +159,7 @@ def test_few_shot_limit_and_bos(rows_path):
             return super().encode(text)
 
     spy = Spy(json.dumps(tokenizer.spec), "bytes")
-    result = tasks_lib.evaluate(
+    result = harness.evaluate(
         config,
         params,
         spy,
@@ -363,7 +362,7 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
         'doc_to_target: "{{page}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n"
     )
-    result = tasks_lib.evaluate(
+    result = harness.evaluate(
         run.model, params, dataset.tokenizer, "mine", tasks_path=str(folder)
     )
     bits = -sum(plain) / math.log(2) / (47 * len(documents))
@@ -412,11 +411,11 @@ def test_mistakes_are_refused_in_one_line(tmp_path):
         (dict(tasks="piqa", tasks_path=str(tmp_path / "no")), "no such folder"),
     ):
         with pytest.raises(errors.ConfigError, match=message) as caught:
-            tasks_lib.evaluate(config, params, tokenizer, **arguments)
+            harness.evaluate(config, params, tokenizer, **arguments)
         assert "\n" not in str(caught.value)
     (tmp_path / "piqa.jsonl").write_text("{")
     with pytest.raises(errors.DataError, match=r"piqa\.jsonl"):
-        tasks_lib.evaluate(config, params, tokenizer, "piqa", tasks_path=str(tmp_path))
+        harness.evaluate(config, params, tokenizer, "piqa", tasks_path=str(tmp_path))
 
 
 @needs_harness
@@ -471,6 +470,6 @@ def test_without_the_harness_the_message_says_what_to_install(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tasks_lib.importlib.metadata, "version", absent)
+    monkeypatch.setattr(task_loading.importlib.metadata, "version", absent)
     with pytest.raises(errors.ConfigError, match=r"requirements-eval\.txt"):
-        tasks_lib._import_harness()
+        task_loading.check_installed()

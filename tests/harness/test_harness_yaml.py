@@ -5,9 +5,8 @@ import json
 import pytest
 from known_model import known_model
 
-from memoryformer import errors
+from memoryformer import errors, harness
 from memoryformer.harness import summary
-from memoryformer.harness import tasks as tasks_lib
 from memoryformer.model import narrow
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
@@ -49,7 +48,7 @@ def define(folder, name, text, rows="rows.jsonl", **fields):
 
 
 def evaluate(folder, names, **options):
-    return tasks_lib.evaluate(*known_model(), names, tasks_path=str(folder), **options)
+    return harness.evaluate(*known_model(), names, tasks_path=str(folder), **options)
 
 
 def test_groups_tags_filters_and_texts(folder):
@@ -85,7 +84,7 @@ def test_groups_tags_filters_and_texts(folder):
     assert found["text"]["exact_match,whole"] == pytest.approx(2 / 3)
     assert found["text"]["exact_match,pair"] == pytest.approx(1 / 3)
     assert result["average"] is None and result["notes"] == {}
-    shown = tasks_lib.table(result).splitlines()
+    shown = harness.table(result).splitlines()
     for name, metric, value in (
         ("both", "acc", "0.600"),
         ("text", "exact_match,whole", "0.667"),
@@ -106,7 +105,7 @@ def test_a_task_that_does_not_say_how_much_to_generate(folder):
     define(folder, "long", TEXT, generation_kwargs={"until": ["."]})
     result = evaluate(folder, "long")
     assert result["notes"] == {"long": {"replies shortened": 2, "prompts cut": 1}}
-    assert "note: long: 2 replies shortened, 1 prompts cut" in tasks_lib.table(result)
+    assert "note: long: 2 replies shortened, 1 prompts cut" in harness.table(result)
 
 
 def test_what_was_scored_is_kept_before_anything_is_made_of_it(folder, monkeypatch):
@@ -162,8 +161,12 @@ YAML = {
 
 
 @pytest.mark.parametrize("case", YAML)
-def test_task_files_that_make_no_task(folder, case):
-    """One line with its reason. Red when the harness's own exception comes through."""
+def test_task_files_that_make_no_task(folder, case, monkeypatch, tmp_path_factory):
+    """One line with its reason. Red when the harness's own exception comes through.
+
+    Without data files, `datasets` reads all that lies below the working directory: nothing.
+    """
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     name, text, message = YAML[case]
     (folder / name).write_text(text)
     with pytest.raises(errors.MemoryFormerError, match=message) as caught:
@@ -217,7 +220,7 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
     path = str(folder)
 
     def bits(params, **options):
-        result = tasks_lib.evaluate(
+        result = harness.evaluate(
             config, params, tokenizer, "page", tasks_path=path, **options
         )
         return result["tasks"]["page"]["bits_per_byte"], result
@@ -247,4 +250,4 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
 def test_options_out_of_range(options, message):
     """Red when one reaches the harness."""
     with pytest.raises(errors.ConfigError, match=message):
-        tasks_lib.evaluate(*known_model(), **({"tasks": "piqa"} | options))
+        harness.evaluate(*known_model(), **({"tasks": "piqa"} | options))

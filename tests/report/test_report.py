@@ -87,7 +87,7 @@ def test_train_curve_is_a_running_mean(tmp_path):
 
 
 def test_run_without_losses_is_an_error(tmp_path):
-    """Red: the check in `_curves` left out."""
+    """Red: the check in `_read` left out."""
     workdir = write_metrics(tmp_path / "a", [{"step": 1, "train/tokens": 5}])
     with pytest.raises(errors.DataError, match="holds no loss"):
         report.curves_figure([workdir])
@@ -180,7 +180,7 @@ def test_utilisation_command(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments, options, error, message, tmp_path):
-    """And draw nothing. Red: `_existing`, `_folder` or `_no_more` without its check."""
+    """And draw nothing. Red: `_existing`, `drawing.folder` or `_no_more` without its check."""
     arguments = [argument.format(tmp_path) for argument in arguments]
     options = {key: value.format(tmp_path) for key, value in options.items()}
     with pytest.raises(error) as raised:

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import toy
+from matplotlib import pyplot as plt
 
 from memoryformer.errors import DataError, StorageError
-from memoryformer.report import page, studies, svg
-from memoryformer.runs import compatibility, metrics, outcome
+from memoryformer.report import charts, drawing, page, studies
+from memoryformer.runs import compatibility, console, metrics, outcome
 from memoryformer.sweep import files, points, statistics
 from memoryformer.training import experiment
 
@@ -84,7 +85,7 @@ def test_page_of_a_sweep(sweep, tmp_path, monkeypatch):
     assert first[:5] == ["learning_rate=0.001", "10", "2.0450 ± 0.03", "", "baseline"]
     assert second[2] == "2.5450 ± 0.03"
     assert second[3:5] == [f"+0.5000 ± {error:.2g}", "higher"]
-    assert first[5] == svg.short(20 * 8 * 16)
+    assert first[5] == console.short_number(20 * 8 * 16)
     assert ["learning_rate=0.001", "0.001"] in rows
     assert any(row[1:3] == ["ffn.up", "0.25 (0.25 to 0.25)"] for row in rows)
     assert f"{spread:.2g}" in re.search(r"Noise floor: ([\d.]+)", text)[1]
@@ -97,7 +98,7 @@ def test_page_stands_alone_and_is_well_formed(sweep):
     """
     text = page.render(studies.load([sweep.directory]))
     assert not re.search(r"""(src|href)=["'](?!#)""", text)
-    assert "<script" not in text and "url(" not in text.replace("url(#plot)", "")
+    assert "<script" not in text and not re.search(r"url\((?!#)", text)
     for query in ("prefers-color-scheme: dark", "max-width: 40rem", "@media print"):
         assert query in text
     open_tags = []
@@ -133,15 +134,15 @@ def test_band_is_of_the_steps_that_all_seeds_have(sweep):
     [study] = studies.load([sweep.directory])
     runs = study.variants["learning_rate=0.001"]
     behind = studies.Run(runs[0].workdir, runs[0].config, runs[0].rows[:5])
-    one = page.band("a", runs, studies.BITS, "tokens", marks=True)
+    one = charts.band("a", runs, studies.BITS, "tokens", marks=True)
     np.testing.assert_array_equal(one.x, [10 * 128, 20 * 128])
     np.testing.assert_allclose(one.mean, [3.045, 2.045])
     np.testing.assert_allclose(one.low, [3.0, 2.0])
     np.testing.assert_allclose(one.high, [3.09, 2.09])
     cost = runs[0].cost.training_flops_per_token
-    flops = page.band("a", runs, studies.BITS, "flops", marks=True)
+    flops = charts.band("a", runs, studies.BITS, "flops", marks=True)
     np.testing.assert_allclose(flops.x, one.x * cost)
-    both = page.band("a", [*runs, behind], studies.LOSS, "tokens", marks=False)
+    both = charts.band("a", [*runs, behind], studies.LOSS, "tokens", marks=False)
     assert len(both.x) == 5
 
 
@@ -244,25 +245,50 @@ def test_only_done_runs_count(tmp_path):
     )
     assert f"Not done, and in no mean: {listed} of 20)." in text
     [runs] = study.drawn.values()
-    one = page.band("a", runs, studies.BITS, "steps", marks=True)
+    one = charts.band("a", runs, studies.BITS, "steps", marks=True)
     np.testing.assert_allclose([one.x[-1], one.mean[-1]], [20, 2.0])
 
 
 def test_charts_draw_what_they_are_given():
-    """Axis, points and ticks; a hundredth of the range is a few pixels.
+    """Line, band and bars hold the values; text stays text; colours are the page's; the
+    same figure is the same text. A variant keeps its colour where another is empty.
 
-    Mutation: the y axis not turned round.
+    Mutations: `fill_between` from low to mean; no `svg.hashsalt`; empty bands dropped before
+    colours are chosen; `after_start` of the lowest values.
     """
-    x = np.array([0.0, 50.0, 100.0])
-    y = np.array([3.0, 2.0, 1.0])
-    drawn = svg.lines([svg.Series("a", x, y, y, y)], "x", "y")
-    pairs = re.search(r'<polyline[^>]*points="([^"]*)"', drawn)[1].split()
-    pixels = np.array([[float(v) for v in pair.split(",")] for pair in pairs])
-    assert np.all(np.diff(pixels[:, 0]) > 0) and np.all(np.diff(pixels[:, 1]) > 0)
-    np.testing.assert_allclose(pixels[1], (pixels[0] + pixels[2]) / 2, atol=0.1)
-    assert "band" not in drawn
-    assert "band" in svg.lines([svg.Series("a", x, y, y - 1, y + 1)], "x", "y")
-    assert svg.Axis(0, 100, 0, 1).ticks() == [0, 20, 40, 60, 80, 100]
-    assert svg.Axis(1, 1000, 0, 1, log=True).ticks()[:4] == [1, 2, 5, 10]
-    assert [svg.nice(v) for v in (0.011, 3, 7)] == [0.02, 5, 10]
-    assert [svg.short(v) for v in (0.5, 512_000, 3.2e12)] == ["0.5", "512k", "3.2e12"]
+    x, y = np.array([1.0, 50.0, 100.0]), np.array([3.0, 2.0, 1.0])
+    empty = charts.Band("none", *np.zeros((4, 0)))
+    bands = [empty, charts.Band("a", x, y, y - 1, y + 1, marks=True)]
+    figure = charts.lines(bands, "training tokens", "loss, nats")
+    [axes] = figure.axes
+    _, line = axes.get_lines()
+    np.testing.assert_array_equal(line.get_data(), [x, y])
+    assert line.get_color() == drawing.COLOURS[1] and line.get_marker() == "o"
+    [shade] = axes.collections
+    corners = shade.get_paths()[0].get_extents()
+    np.testing.assert_allclose([corners.min, corners.max], [[1, 0], [100, 4]])
+    assert axes.get_ylim() == pytest.approx((0 - 0.24, 4 + 0.24))
+    first, second = (
+        drawing.svg(charts.lines(bands, "training tokens", "loss, nats"), "<a>")
+        for _ in range(2)
+    )
+    assert first == second and 'aria-label="&lt;a&gt;"' in first
+    assert ">training tokens</text>" in first and "var(--c1)" in first
+    assert "var(--c0)" not in first and "#0" not in re.sub(r"#\w{11}", "", first)
+    ids = re.findall(r'\bid="([^"]*)"', first)
+    assert set(re.findall(r"#(\w+)", first)) == set(ids) and len(ids) == len(set(ids))
+
+    [axes] = charts.bars(["a", "b$x^$"], [(1.0, 2.0, 3.0), (4.0, 4.0, 4.0)]).axes
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 4.0]
+    assert list(axes.get_lines()[0].get_xdata()) == [1.0, 3.0]
+    assert [text.get_text() for text in axes.texts] == ["a: 2", "b$x^$: 4"]
+    plt.close("all")
+
+
+def test_the_start_of_a_curve_may_leave_the_picture():
+    """Mutation: `after_start` of all values."""
+    x = np.arange(100.0)
+    y = np.where(x < 5, 1000.0, 2.0)
+    [axes] = charts.lines([charts.Band("a", x, y, y, y)], "x", "y").axes
+    assert axes.get_ylim()[1] < 3 and len(axes.collections) == 0
+    plt.close("all")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from memoryformer import config, errors, model
-from memoryformer.tasks import listops
+from memoryformer.runs import metrics
+from memoryformer.tasks import listops, trainer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TASK = listops.ListOpsConfig(num_steps=1, batch_size=4, learning_rate=1e-3)
+TASK = listops.ListOpsConfig(1, batch_size=4, learning_rate=1e-3, warmup_steps=0)
 
 
 def _value(tokens):
@@ -109,3 +110,35 @@ def test_a_warmup_that_does_not_fit_is_refused(warmup, tmp_path):
     with pytest.raises(errors.ConfigError, match="must be below"):
         listops.train(experiment, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path):
+    """Rows are written as they are measured, the first after a step of Adam: w = 1 - 0.1 - 0.001.
+
+    Mutations: written at the end; no weight decay; steps that are no whole numbers.
+    """
+
+    def batch(step, split):
+        if step == 3 and split == "train":
+            raise KeyboardInterrupt
+        return {"x": np.ones(2, np.float32)}
+
+    config = trainer.TrainerConfig(8, 1, 0.1, warmup_steps=0, eval_every=1)
+
+    def loss(params, data):
+        return (params["w"] ** 2 * data["x"]).mean(), data["x"].mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config, {"w": np.float32(1)}, loss, batch, tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["train/loss"] == 1.0
+    assert rows[0]["val/loss"] == pytest.approx(0.899**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("field", ["num_steps", "eval_every", "eval_batches"])
+def test_a_count_below_one_is_refused(field):
+    """Mutation: the field left out of the check."""
+    fields = {"num_steps": 2, "batch_size": 1, "learning_rate": 0.1, "warmup_steps": 0}
+    with pytest.raises(errors.ConfigError, match=rf"task\.{field}=0: must be >= 1"):
+        trainer.TrainerConfig(**(fields | {field: 0}))

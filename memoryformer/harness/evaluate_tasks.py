@@ -1,49 +1,26 @@
-"""Benchmarks through EleutherAI's lm-evaluation-harness, an optional dependency.
-
-    result = tasks.evaluate(model_config, params, tokenizer, tasks="piqa,wsc")
-    print(tasks.table(result))
-
-`encoding` turns what a task asks into tokens, `scoring` computes log-likelihoods, `harness` is
-the adapter, `catalogue` pins the paper's six tasks, `summary` lays results out, `output` keeps
-them. Needs `pip install -r requirements-eval.txt`, and no PyTorch. Start at `evaluate`.
-"""
+"""A model, a checkpoint or an export on tasks of the harness. Start at `evaluate`."""
 
 import dataclasses
 import importlib.metadata
-import logging
 import os
 import pathlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from memoryformer import config as config_lib
 from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer.convert import export
 from memoryformer.data import run_tokenizer
-from memoryformer.errors import ConfigError, DataError, MemoryFormerError
+from memoryformer.errors import ConfigError, MemoryFormerError
 from memoryformer.generation import sampler
-from memoryformer.harness import scoring, summary, task_files
-from memoryformer.harness.output import Output
-from memoryformer.harness.summary import table
-from memoryformer.harness.task_files import files_read
+from memoryformer.harness import scoring, summary, task_files, task_loading
 from memoryformer.model import narrow
 from memoryformer.model import params as params_lib
 from memoryformer.notation import Params
 from memoryformer.training import experiment
-
-__all__ = [
-    "Options",
-    "Output",
-    "evaluate",
-    "evaluate_checkpoint",
-    "evaluate_export",
-    "files_read",
-    "table",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +79,7 @@ def evaluate_checkpoint(
     workdir: str | os.PathLike, step: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """Evaluate one step of a run (None: the newest); `options` are fields of `Options`."""
-    asked = Options(**options)
+    chosen = Options(**options)
     run, params, facts = experiment.load(workdir, step)
     tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     origin = {
@@ -110,12 +87,12 @@ def evaluate_checkpoint(
         "step": facts["step"],
         "data_fingerprint": facts["data_fingerprint"],
     }
-    return _evaluate(run.model, params, tokenizer, asked, origin)
+    return _evaluate(run.model, params, tokenizer, chosen, origin)
 
 
 def evaluate_export(directory: str | os.PathLike, **options: Any) -> dict[str, Any]:
     """Evaluate what `python -m memoryformer.convert` wrote, such as a Pythia model."""
-    asked = Options(**options)
+    chosen = Options(**options)
     config, params = export.load_export(directory)
     tokenizer = export.own_tokenizer(directory, config.vocab_size)
     source = export.source(directory).values
@@ -124,7 +101,7 @@ def evaluate_export(directory: str | os.PathLike, **options: Any) -> dict[str, A
         "step": source.get("step"),
         "data_fingerprint": source.get("data_fingerprint"),
     }
-    return _evaluate(config, params, tokenizer, asked, origin)
+    return _evaluate(config, params, tokenizer, chosen, origin)
 
 
 def evaluate(
@@ -141,15 +118,14 @@ def evaluate(
     for each name, how often a text was cut or a reply shortened. Raises `ConfigError` for an
     unknown task and without lm-eval, `DataError` for a task that cannot be evaluated.
     """
-    asked = Options(tasks, **options)
-    return _evaluate(model_config, params, tokenizer, asked, {})
+    chosen = Options(tasks, **options)
+    return _evaluate(model_config, params, tokenizer, chosen, {})
 
 
 def _evaluate(model_config, params, tokenizer, options: Options, origin):
-    _import_harness()
-    loaded = dict(
-        _load(options)
-    )  # all before one is evaluated: a mistake shows at once
+    task_loading.check_installed()
+    # All before one is evaluated: a mistake shows at once.
+    loaded = task_loading.load(options.names, options.tasks_path, options.num_fewshot)
     params, changed = narrow.altered(
         model_config, params, options.kinds, options.density
     )
@@ -171,9 +147,9 @@ def _evaluate(model_config, params, tokenizer, options: Options, origin):
         counts = {what: count for what, count in adapter.notes.items() if count}
         notes |= {name: counts} if counts else {}
         options.keep(results)
-    found = {}
+    tasks = {}
     for result in results.values():
-        found |= summary.flat(result)
+        tasks |= summary.flat(result)
     settings = {
         "harness": importlib.metadata.version("lm_eval"),
         "num_fewshot": options.num_fewshot,
@@ -190,8 +166,8 @@ def _evaluate(model_config, params, tokenizer, options: Options, origin):
     return {
         **origin,
         **changed,
-        "tasks": found,
-        "average": summary.average(found),
+        "tasks": tasks,
+        "average": summary.average(tasks),
         "notes": notes,
         "settings": settings,
     }
@@ -209,7 +185,7 @@ def _run(name: str, parts: list[Any], adapter: Any, options: Options) -> dict[st
             limit=options.limit or None,
             bootstrap_iters=1000,  # of metrics that are no means
             log_samples=False,
-            task_manager=_manager(options.tasks_path),
+            task_manager=task_loading.task_manager(options.tasks_path),
         )
     except MemoryFormerError:
         raise
@@ -217,94 +193,5 @@ def _run(name: str, parts: list[Any], adapter: Any, options: Options) -> dict[st
         frames = traceback.walk_tb(error.__traceback__)
         if any(f.f_globals["__name__"] == type(adapter).__module__ for f, _ in frames):
             raise  # below the adapter: ours
-        raise _task_error(name, "cannot be evaluated", error) from error
+        raise task_loading.task_error(name, "cannot be evaluated", error) from error
     return summary.kept(results)
-
-
-def _task_error(name: str, failure: str, error: Exception) -> DataError:
-    return DataError(f"task {name}: {failure} ({_reason(error)}).")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _import_harness() -> None:
-    # It would fork for bootstraps, and a process that runs JAX must not be forked.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            "--tasks: needs the lm-evaluation-harness; "
-            "`pip install -r requirements-eval.txt`."
-        ) from None
-    if version != task_files.HARNESS_VERSION:
-        logging.warning(
-            "lm-eval %s is installed, %s is pinned.",
-            version,
-            task_files.HARNESS_VERSION,
-        )
-
-
-def _manager(tasks_path: str) -> Any:
-    from lm_eval import tasks as harness_tasks
-
-    # Not the defaults: indexing 14,000 names takes longer than a small evaluation.
-    has_yaml = tasks_path and any(pathlib.Path(tasks_path).rglob("*.yaml"))
-    try:
-        return harness_tasks.TaskManager(
-            include_path=tasks_path if has_yaml else None, include_defaults=False
-        )
-    except Exception as error:  # whatever a YAML file makes it raise
-        raise ConfigError(
-            f"--tasks_path={tasks_path}: its YAML files cannot be read "
-            f"({_reason(error)})."
-        ) from error
-
-
-def _load(options: Options) -> Iterator[tuple[str, list[Any]]]:
-    """Yield each name with the harness's tasks, or the one group, that it stands for."""
-    manager = _manager(options.tasks_path)
-    theirs = set(manager.all_tasks)
-    known = sorted({*task_files.TASKS, *theirs})
-    cache = data.cache_root(data.DataConfig()) / "tasks" / "logiqa"
-    for name in options.names:
-        if name not in known:
-            _refuse_damaged(options.tasks_path)
-        config_lib.choose(name, known, "--tasks")
-        spec: Any = name
-        if name not in theirs:
-            spec = task_files.task_config(name, options.tasks_path, cache=cache)
-        try:
-            loaded = manager.load([spec])
-        except Exception as error:  # its YAML, its templates, its data's file or server
-            raise _task_error(name, "cannot be loaded", error) from error
-        for task in loaded["tasks"].values():
-            _check_fewshot(task, options.num_fewshot)
-        group = loaded.get("groups", {}).get(name)
-        yield name, [group] if group else [*loaded["tasks"].values()]
-
-
-def _refuse_damaged(tasks_path: str) -> None:
-    """Name the first YAML file that the harness left out because it cannot be read."""
-    from lm_eval.tasks import _yaml_loader
-
-    for path in sorted(pathlib.Path(tasks_path).rglob("*.yaml")) if tasks_path else ():
-        try:
-            _yaml_loader.load_yaml(path, resolve_func=False, recursive=False)
-        except Exception as error:  # of the YAML reader's or of the file's kind
-            raise ConfigError(f"{path}: cannot be read ({_reason(error)}).") from error
-
-
-def _check_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """Refuse examples that the harness would leave out without a word."""
-    if not num_fewshot:
-        return
-    flag = f"--num_fewshot={num_fewshot}: task {task.task_name}"
-    if task.get_config("num_fewshot") == 0:
-        raise ConfigError(f"{flag} is defined with num_fewshot: 0, which stays.")
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        raise ConfigError(f"{flag} scores whole texts, which have no examples.")
