@@ -49,13 +49,12 @@ def codes(
     config: model_lib.ModelConfig,
     params: Params,
     batch: dict[str, Array],
-    features: Any = None,
 ) -> dict[str, Codes]:
     """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
     # A code cannot be recorded from inside a loop over chunks or layers.
     plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
     model = model_lib.merge(dataclasses.replace(config, **plain), params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     with layers.record_codes() as recorded:
         model.features(batch["inputs"], seq)
     return {
@@ -143,7 +142,6 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
-    features: Array | None = None,
 ) -> dict[str, Int[np.ndarray, "K C"]]:
     """Bucket counts of every memory layer, summed over `batches`, padding left out.
 
@@ -158,7 +156,7 @@ def collect(
         ours = sharding.local_rows(len(batch["inputs"]))
         keys = ("inputs", "positions", "segment_ids")
         needed = {key: batch[key][ours] for key in keys}
-        for name, counts in count(params, sharding.put_batch(needed), features).items():
+        for name, counts in count(params, sharding.put_batch(needed)).items():
             totals[name] = totals.get(name, 0) + np.asarray(counts, np.int64)
     if not totals:
         raise errors.DataError("utilisation: no batch of data to count codes on.")
@@ -169,7 +167,7 @@ def collect(
 def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Int[Array, "K C"]]]:
-    """Compile `(params, batch, features) -> counts of each layer`, the same on every device."""
+    """Compile `(params, batch) -> counts of each layer`, the same on every device."""
     if model_config.projection != "memory":
         raise errors.ConfigError(
             f"model.projection={model_config.projection!r}: has no tables to look at; "
@@ -177,17 +175,17 @@ def make_count_step(
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         params = sharding_lib.gather_params(params, specs)
         keep = batch["segment_ids"] > 0
         counts = {}
-        for name, read in codes(model_config, params, batch, features).items():
+        for name, read in codes(model_config, params, batch).items():
             ours = bucket_counts(read, _num_buckets(params, name), keep)
             ours = collectives.psum(ours, sharding_lib.TOKEN_AXES)
             counts[name] = collectives.all_gather(ours, "model", 0)  # [K, C]
         return counts
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
+    in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 

@@ -35,27 +35,22 @@ MEMORY_BATCHES = 4  # of validation text, to look at tables and slots with
 def make_eval_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., Array]:
-    """Compile `(params, batch, features=None) -> nats of each row, [B]`."""
+    """Compile `(params, batch) -> nats of each row, [B]`."""
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         params = sharding_lib.gather_params(params, specs)
 
         def row_nats(group):
-            nats = losses.batch_nats(model_config, params, group, features)
+            nats = losses.batch_nats(model_config, params, group)
             return jnp.sum(nats, axis=-1)
 
         rows = _by_groups(row_nats, batch)
         rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
         return collectives.all_gather(rows, "data", 0)  # every process reads them all
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
-    mapped = sharding.shard_map(per_device, in_specs, P(None))
-
-    def eval_step(params, batch, features=None):
-        return mapped(params, batch, features)
-
-    return jax.jit(eval_step)
+    in_specs = (specs, sharding.specs.batch_bl)
+    return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))
 
 
 def _by_groups(function, batch):
@@ -78,13 +73,11 @@ def evaluate(
     token_bytes: np.ndarray,
     sharding: sharding_lib.Sharding,
     *,
-    features: Array | None = None,
     num_batches: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
 
-    `features` are `mixers.draw`'s of a step; None: those of the model's config.
     `token_bytes` [V] are the bytes of text that a token counts for (`data.Dataset`).
     Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
     'val/seconds'}, or None if `stop()` said so between two batches.
@@ -101,7 +94,7 @@ def evaluate(
         num_bytes += float((token_bytes[batch["targets"]] * batch["weights"]).sum())
         ours = sharding.local_rows(len(batch["inputs"]))
         local = {name: rows[ours] for name, rows in batch.items()}
-        rows = eval_step(params, sharding.put_batch(local), features)
+        rows = eval_step(params, sharding.put_batch(local))
         nats += 0.0 if pending is None else _total(pending)
         pending = rows
     nats += 0.0 if pending is None else _total(pending)
@@ -123,7 +116,6 @@ def memories(
     params: Params,
     batches: data.EvalBatches,
     sharding: sharding_lib.Sharding,
-    features: Array | None = None,
 ) -> dict[str, float]:
     """Return how evenly tables are read and how alike a mixer's slots are.
 
@@ -132,10 +124,10 @@ def memories(
     few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
     values = {}
     if model_config.projection == "memory":
-        counts = buckets.collect(model_config, params, few, sharding, features)
+        counts = buckets.collect(model_config, params, few, sharding)
         values |= buckets.summary(counts)
     if slots.measures(model_config):
-        values |= slots.collect(model_config, params, few, sharding, features)
+        values |= slots.collect(model_config, params, few, sharding)
     return values
 
 

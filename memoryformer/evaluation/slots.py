@@ -60,7 +60,7 @@ def measures(model_config: model_lib.ModelConfig) -> bool:
 def make_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Array]]:
-    """Compile `(params, batch, features) -> sums over rows` of both figures, and the rows' number.
+    """Compile `(params, batch) -> sums over rows` of both figures, and the rows' number.
 
     Raises `ConfigError` for other mixers.
     """
@@ -71,14 +71,14 @@ def make_step(
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
-        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
         sums = figures(model, model.embed(batch["inputs"]), seq)
         tokens = sharding_lib.TOKEN_AXES
         return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
+    in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 
@@ -133,7 +133,6 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
-    features: Array | None = None,
 ) -> dict[str, float]:
     """Metrics of every memory: 'degradation/blocks.0.mixer/cosine' and '.../effective_rank';
     a memory carried over chunks is 'degradation/recurrence/..'.
@@ -146,7 +145,7 @@ def collect(
         ours = sharding.local_rows(len(batch["inputs"]))
         keys = ("inputs", "positions", "segment_ids")
         needed = {key: batch[key][ours] for key in keys}
-        for name, value in step(params, sharding.put_batch(needed), features).items():
+        for name, value in step(params, sharding.put_batch(needed)).items():
             totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
     rows = totals.pop("rows", 0)
     if not rows:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -31,6 +31,8 @@ class ModelConfig:
 
     What `field` declares may change while a run goes on, and for an evaluation (`fields`).
     """
+
+    RETIRED: ClassVar = ("performer_seed", "performer_draw")  # see `model.older`
 
     vocab_size: int = field("numbers", doc="V, tokens.")
     embed_dim: int = field("numbers", doc="D, the width.")
@@ -137,8 +139,6 @@ class ModelConfig:
     performer_redraw_every: int = field(
         "numbers", 0, doc="Training steps between two draws; 0: never."
     )
-    performer_seed: int = field("numbers", 0, doc="Added to the run's own seed.")
-    performer_draw: int = field("numbers", 0, doc="Added to the run's redraws.")
     linformer_slots: int = field("numbers", 64, doc="m.")
     linformer_max_len: int = field("numbers", 0, doc="Positions; 0: seq_len.")
     luna_slots: int = field("numbers", 64, doc="m, also of conv_luna.")

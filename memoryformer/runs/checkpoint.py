@@ -32,6 +32,7 @@ from memoryformer import config as config_lib
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError, first_line
 from memoryformer.files import paths
+from memoryformer.notation import Params
 from memoryformer.runs import compatibility, manifest, state_spec
 from memoryformer.runs import steps as run_steps
 
@@ -71,8 +72,9 @@ class Checkpointer:
     `run_config` is the resolved config and `data_fingerprint` names the data; both are
     stored with every step, and a step written under others is refused (see `compatibility`)
     unless `allow` holds the fields that differ, as is one of another `tokenizer` whatever
-    `allow` holds; `complete` fills a stored config in with
-    the fields that it was written without. Every process makes one and calls the
+    `allow` holds. `complete` fills a stored config in with the fields that it was written
+    without, `absent_params` returns the parameters that a step was written without, by what
+    its manifest says. Every process makes one and calls the
     same methods at the same steps; process 0 writes manifests and deletes.
     """
 
@@ -86,6 +88,7 @@ class Checkpointer:
         tokenizer: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
+        absent_params: Callable[[dict], Params] = lambda facts: {},
     ):
         self.directory = paths.workdir(workdir).absolute() / run_steps.FOLDER
         self._config = config
@@ -97,6 +100,7 @@ class Checkpointer:
         }
         self._allow = allow
         self._complete = complete
+        self._absent_params = absent_params
         self._chief = processes.is_chief()
         self._damaged: set[int] = set()
         self._current: int | None = None  # the step whose state this run holds on disk
@@ -273,13 +277,15 @@ class Checkpointer:
         if processes.from_chief(bool(problem)):
             self._damaged.add(step)
             raise manifest.DamagedError(problem or f"{target}: found by process 0.")
-        self._compare(step, abstract_state)
+        absent = self._absent_params(self.facts(step))
+        saved_state = state_spec.without(abstract_state, absent)
+        self._compare(step, saved_state)
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(
-                        jax.tree.map(state_spec.abstract, abstract_state)
+                        jax.tree.map(state_spec.abstract, saved_state)
                     )
                 ),
             )
@@ -288,7 +294,7 @@ class Checkpointer:
                 f"{target}: cannot be restored: {first_line(error)}."
             ) from error
         self._current = step
-        return restored["state"]
+        return state_spec.filled(restored["state"], absent, abstract_state)
 
     def _finalise(self, step: int, facts: dict[str, Any], samples: Any) -> None:
         """In a thread: wait for Orbax's commit, write the manifest, delete what is old."""

@@ -170,6 +170,10 @@ def train(config: Mapping[str, Any], workdir: str) -> list[dict[str, float]]:
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=task.weight_decay),
     )
+    groups = model_lib.param_groups(model_config)
+    groups |= {"positions": {"embedding": "decayed"}, "classes": {"kernel": "decayed"}}
+    kinds = jax.tree.map(lambda g: "fixed" if g == "fixed" else "trained", groups)
+    tx = optax.partition({"trained": tx, "fixed": optax.set_to_zero()}, kinds)
 
     def loss_and_accuracy(params, data):
         values = logits(model_config, params, data)

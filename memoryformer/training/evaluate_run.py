@@ -37,12 +37,7 @@ def evaluate_checkpoint(
     if config is not None:
         given = experiment.resolve(config)
         check_same_model(facts["config"], given)
-        given_model = dataclasses.replace(
-            given.model,
-            performer_seed=run.model.performer_seed,
-            performer_draw=run.model.performer_draw,
-        )
-        run = dataclasses.replace(given, model=given_model)
+        run = given
         # What is asked for here, not what the run was trained with.
         implementations.check(run.model, jax.default_backend())
         corpus = run_tokenizer.located(run.data, workdir)

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from memoryformer import config as config_lib
 from memoryformer import data
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
-from memoryformer.model import ModelConfig, mixers, recurrence
+from memoryformer.model import ModelConfig, joined, older, recurrence
 from memoryformer.notation import Params
 from memoryformer.runs import steps as run_steps
 from memoryformer.runs.checkpoint import CheckpointConfig
@@ -226,14 +228,24 @@ def load(
 ) -> tuple[Experiment, Params, dict[str, Any]]:
     """Load a run, the parameters and the manifest of a step (None: the newest).
 
-    The run's model is the one after that step (`mixers.with_draw`), to be used, not trained:
-    that starts from the manifest's 'config'. Raises as `runs.steps.load`.
+    Raises as `runs.steps.load`.
     """
     config, params = run_steps.load(workdir, step)
     facts = run_steps.facts(workdir, step)
     run = resolve(config)
-    model = mixers.with_draw(run.model, run.train.seed, facts["step"])
-    return dataclasses.replace(run, model=model), params, facts
+    return run, joined(params, absent_params(facts)), facts
+
+
+def absent_params(facts: Mapping[str, Any]) -> Params:
+    """Return the parameters that a step lacks because an older version wrote it.
+
+    facts: what the step's manifest says.
+    """
+    run = resolve(facts["config"])
+    drawn = older.random_features(
+        run.model, facts["config"]["model"], run.train.seed, facts["step"]
+    )
+    return jax.tree.map(np.asarray, drawn)
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def train(
                 tokenizer=run_tokenizer.identity(dataset.tokenizer),
                 allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
+                absent_params=experiment.absent_params,
             ) as checkpointer,
         ):
             made = programs_lib.programs(run, sharding, specs, compiled)
@@ -216,20 +217,18 @@ class _Loop:
         batches = self.dataset.validation.eval_batches(
             run.model.seq_len, run.eval.batch_size
         )
-        features = mixers.draw(run.model, run.train.seed, step)
         values = loss_lib.evaluate(
             self.eval_step,
             params,
             batches,
             self.dataset.token_bytes,
             self.sharding,
-            features=features,
             num_batches=run.eval.num_batches,
             stop=stop,
         )
         if values is None:  # asked to stop: the next run makes up for it
             return {}
-        values |= loss_lib.memories(run.model, params, batches, self.sharding, features)
+        values |= loss_lib.memories(run.model, params, batches, self.sharding)
         writer.write(step, values)
         self.progress.note(
             f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "

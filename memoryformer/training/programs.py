@@ -70,7 +70,10 @@ def init_state(
         return step_lib.new_state(run, model_lib.init(run.model, seed))
 
     abstract = jax.eval_shape(draw)
-    opt_specs = optimizer.state_specs(abstract.opt_state, abstract.params, specs)
+    trained, trained_specs = (
+        model_lib.split_trained(run.model, tree)[0] for tree in (abstract.params, specs)
+    )
+    opt_specs = optimizer.state_specs(abstract.opt_state, trained, trained_specs)
     everywhere = jax.tree.map(lambda _: P(), abstract.spikes)
     shardings = sharding.named(step_lib.TrainState(P(), specs, opt_specs, everywhere))
     abstract = jax.tree.map(

@@ -33,12 +33,10 @@ class SeqInfo(NamedTuple):
 
     positions: position inside the token's document.
     segment_ids: which document of the row; 0 is padding.
-    features: random features in use [layers, M, E], `mixers.draw`; None: the config's own.
     """
 
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
-    features: Float[Array, "N M E"] | None = None
 
     @classmethod
     def of_tokens(cls, tokens: Int[Array, "B L"]) -> "SeqInfo":

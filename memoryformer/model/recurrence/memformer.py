@@ -52,12 +52,10 @@ class Memformer(base.Recurrence):
         """b / |b|."""
         return self._normalised(jnp.zeros_like(self.bias[...]))
 
-    def whole(self, trunk, memory, x, real, features):
+    def whole(self, trunk, memory, x, real):
         """The chunk with its memory read: y [B, S, D] and the new memory."""
         reads = self._reads(memory)
-        y, _ = trunk.run_blocks(
-            x, self.sequence(real, features=features), None, self._reader(reads)
-        )
+        y, _ = trunk.run_blocks(x, self.sequence(real), None, self._reader(reads))
         return y, self._write(memory, y, real)
 
     def init_chunk(self, state):
@@ -68,17 +66,17 @@ class Memformer(base.Recurrence):
         real = jnp.zeros((batch_size, self.chunk_size), bool)
         return _OpenChunk(self._stored_reads(state.memory, dtype), outputs, real)
 
-    def open(self, trunk, state, dtype, features):
+    def open(self, trunk, state, dtype):
         """Project the memory once for all tokens of the chunk."""
         reads = self._stored_reads(state.memory, dtype)
         real = jnp.zeros_like(state.chunk.real)
         return state._replace(chunk=state.chunk._replace(reads=reads, real=real))
 
-    def extend(self, trunk, state, x, real, features):
+    def extend(self, trunk, state, x, real):
         """Some tokens of a chunk, after those in the state."""
         chunk = state.chunk
         seq, read = (
-            self.sequence(real, state.tokens, features),
+            self.sequence(real, state.tokens),
             self._reader(chunk.reads),
         )
         y, blocks = trunk.run_blocks(x, seq, state.blocks, read)
@@ -91,7 +89,7 @@ class Memformer(base.Recurrence):
         chunk = chunk._replace(outputs=outputs, real=real)
         return y, state._replace(blocks=blocks, chunk=chunk)
 
-    def close(self, trunk, state, dtype, features):
+    def close(self, trunk, state, dtype):
         """Write the chunk's outputs."""
         memory, chunk = state.memory.astype(dtype), state.chunk
         return self._write(memory, chunk.outputs.astype(dtype), chunk.real)
