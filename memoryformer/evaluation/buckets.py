@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.model import layers, mixers
+from memoryformer.model import codes as codes_lib
+from memoryformer.model import mixers
 from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
 
@@ -51,17 +51,9 @@ def codes(
     batch: dict[str, Array],
 ) -> dict[str, Codes]:
     """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
-    # A code cannot be recorded from inside a loop over chunks or layers.
-    plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
-    model = model_lib.merge(dataclasses.replace(config, **plain), params)
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-    with layers.record_codes() as recorded:
-        model.features(batch["inputs"], seq)
-    return {
-        ".".join(map(str, path)): recorded[id(module)]
-        for path, module in nnx.iter_modules(model, graph=False)
-        if id(module) in recorded
-    }
+    model = model_lib.merge(config, params)
+    return codes_lib.of_tokens(model, batch["inputs"], seq)
 
 
 def bucket_counts(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import layers, mixers
+from memoryformer.model import codes, mixers
 from memoryformer.notation import Activations, Array, Bool, Float, Int
 
 Read = Callable[[int, Activations], Activations]  # (block, x) -> x
@@ -16,7 +16,7 @@ Memory = Float[Array, "B m D"]
 
 
 class Trunk(Protocol):
-    """What the recurrence is around: a `model.Transformer`."""
+    """What the recurrence is around: a `model.Transformer`, whose `recurrence` this is."""
 
     def run_blocks(
         self,
@@ -114,32 +114,33 @@ class Recurrence(nnx.Module):
     def _scan(self, trunk, x, seq):
         """Training: chunk by chunk, each run again for its gradient."""
 
+        def chunk_of(trunk, memory, x, real):
+            return trunk.recurrence.whole(trunk, memory, x, real)
+
+        whole, params = codes.pure(trunk, chunk_of)
+
         def body(memory, chunk):
             index, x, positions, segment_ids = chunk
             if self.bptt_chunks:
                 cut = index % self.bptt_chunks == 0
                 memory = jnp.where(cut, jax.lax.stop_gradient(memory), memory)
             memory = self._reset(memory, positions, segment_ids)
-            real, recorded = segment_ids != 0, {}
-            if layers.recording():
-                with layers.record_codes() as recorded:
-                    y, written = self.whole(trunk, memory, x, real)
-            else:
-                y, written = self.whole(trunk, memory, x, real)
+            real = segment_ids != 0
+            (y, written), read = whole(params, memory, x, real)
             end = self.before + self.chunk_size
-            codes = {i: codes[:, self.before : end] for i, codes in recorded.items()}
-            return _where_any(real, written, memory), (y, codes)
+            read = {path: part[:, self.before : end] for path, part in read.items()}
+            return _where_any(real, written, memory), (y, read)
 
         chunks = [
             _chunks(a, self.chunk_size) for a in (x, seq.positions, seq.segment_ids)
         ]
         index = jnp.arange(len(chunks[0]))
         memory = self._initial(x.shape[0]).astype(x.dtype)
-        memory, (y, codes) = jax.lax.scan(
-            jax.checkpoint(body), memory, (index, *chunks)
-        )
+        memory, (y, read) = jax.lax.scan(jax.checkpoint(body), memory, (index, *chunks))
         length = x.shape[1]
-        layers.record({i: _joined(c)[:, :length] for i, c in codes.items()})
+        codes.give(
+            trunk, {path: _joined(part)[:, :length] for path, part in read.items()}
+        )
         return _joined(y)[:, :length], memory
 
     def _piece(self, trunk, state, arrays):

@@ -33,6 +33,8 @@ class Memformer(base.Recurrence):
     1, which a hash needs: tables are hardly read where all values are near zero.
     """
 
+    of_memory = ("query",)  # projections of slots
+
     def __init__(self, config, project, norm, *, rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.head_dim, width = config.head_dim, config.embed_dim
@@ -107,10 +109,9 @@ class Memformer(base.Recurrence):
     def _write(self, memory, y, real):
         """[B, m, D], [B, S, D] -> [B, m, D]."""
         heads = (-1, self.head_dim)
-        with layers.record_codes():  # those of slots are not asked for
-            normed = self.norm(memory)
-            q = wide(self.query(normed)).reshape(*memory.shape[:2], *heads)
-            own = wide(self.key_value(normed))[:, :, 0].reshape(q.shape)
+        normed = self.norm(memory)
+        q = wide(self.query(normed)).reshape(*memory.shape[:2], *heads)
+        own = wide(self.key_value(normed))[:, :, 0].reshape(q.shape)
         kv = wide(self.key_value(y)).reshape(*y.shape[:2], 2, *heads)
         slots = wide(memory).reshape(q.shape)
         scale = self.temperature * self.head_dim**0.5
@@ -134,6 +135,8 @@ class Memformer(base.Recurrence):
 class _Reader(nnx.Module):
     """x + Attn(q = norm(x), kv = norm(M)) for one block: every slot is seen by every token."""
 
+    of_memory = ("key_value",)
+
     def __init__(self, config, project, norm):
         self.head_dim, width = config.head_dim, config.embed_dim
         self.norm, self.memory_norm = norm(width), norm(width)
@@ -144,8 +147,7 @@ class _Reader(nnx.Module):
 
     def keys_values(self, memory: base.Memory) -> Array:
         """[B, m, D] -> [B, m, 2, H, E]."""
-        with layers.record_codes():  # those of slots are not asked for
-            kv = self.key_value(self.memory_norm(memory))
+        kv = self.key_value(self.memory_norm(memory))
         return kv.reshape(*memory.shape[:2], 2, -1, self.head_dim)
 
     def __call__(self, x: Activations, keys_values: Array) -> Activations:
