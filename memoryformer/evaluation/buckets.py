@@ -22,10 +22,30 @@ from jax.sharding import PartitionSpec as P
 from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.evaluation import base
 from memoryformer.model import codes as codes_lib
 from memoryformer.model import mixers
 from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
+
+
+class Buckets:
+    """The evaluator of how evenly tables are read, over the first batches."""
+
+    name = "buckets"
+
+    def __init__(self, subject: base.Subject):
+        self.every, self._subject = subject.every, subject
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """Whether there are tables."""
+        return model_config.projection == "memory"
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{'utilisation/LAYER/used_fraction', ...}, see `summary`."""
+        subject = self._subject
+        return summary(collect(subject.model, params, subject.few(), subject.sharding))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,25 +157,18 @@ def collect(
 ) -> dict[str, Int[np.ndarray, "K C"]]:
     """Bucket counts of every memory layer, summed over `batches`, padding left out.
 
-    On a mesh, `params` lie where its specs say; every process is given all rows of a batch. Returns
-    layer name -> [K, C]. Raises `ConfigError` for a model without tables and `DataError`
-    if there is no batch.
+    See `base.sums`. Returns layer name -> [K, C]. Raises `ConfigError` for a model without
+    tables and `DataError` if there is no batch.
     """
     sharding = sharding or sharding_lib.make("single")
-    count = make_count_step(model_config, sharding)
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-        ours = sharding.local_rows(len(batch["inputs"]))
-        keys = ("inputs", "positions", "segment_ids")
-        needed = {key: batch[key][ours] for key in keys}
-        for name, counts in count(params, sharding.put_batch(needed)).items():
-            totals[name] = totals.get(name, 0) + np.asarray(counts, np.int64)
+    step = make_count_step(model_config, sharding)
+    totals = base.sums(step, params, batches, sharding)
     if not totals:
         raise errors.DataError("utilisation: no batch of data to count codes on.")
     return totals
 
 
-@functools.lru_cache(maxsize=4)  # a run counts many times, and compiles once
+@functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Int[Array, "K C"]]]:

@@ -5,10 +5,10 @@
     val/bits_per_byte = sum of nats / ln 2 / bytes of the text
 
 Rows are computed in groups of a fixed size and their sums added exactly in float64, so on one
-device the result is the same to the bit whatever the batch size. Start at `evaluate`, or from
-a checkpoint at `evaluate_checkpoint`.
+device the result is the same to the bit whatever the batch size. Start at `Loss`.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -22,16 +22,44 @@ from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import DataError
-from memoryformer.evaluation import buckets, slots
+from memoryformer.evaluation import base
 from memoryformer.model import losses
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
 
 # Tokens of a group of rows: XLA rounds by the shape of a product, so all have one shape.
 GROUP_TOKENS = 2048
-MEMORY_BATCHES = 4  # of validation text, to look at tables and slots with
 
 
+class Loss:
+    """The evaluator of the loss."""
+
+    name = "loss"
+
+    def __init__(self, subject: base.Subject):
+        self.every, self._subject = subject.every, subject
+        self._step = make_eval_step(subject.model, subject.sharding)
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """Every model has a loss."""
+        return True
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{'val/loss', ...}, see `evaluate`."""
+        subject = self._subject
+        return evaluate(
+            self._step,
+            params,
+            subject.batches,
+            subject.token_bytes,
+            subject.sharding,
+            num_batches=subject.num_batches,
+            stop=subject.stop,
+        )
+
+
+@functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_eval_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., Array]:
@@ -75,12 +103,12 @@ def evaluate(
     *,
     num_batches: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
 
     `token_bytes` [V] are the bytes of text that a token counts for (`data.Dataset`).
     Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
-    'val/seconds'}, or None if `stop()` said so between two batches.
+    'val/seconds'}; raises `base.Stopped` if `stop()` says so before a batch.
     """
     started = time.perf_counter()
     count = min(num_batches or len(batches), len(batches))
@@ -88,7 +116,7 @@ def evaluate(
     pending = None  # one batch is computed while the next is read
     for i in range(count):
         if stop():
-            return None
+            raise base.Stopped
         batch = batches[i * len(batches) // count]
         weight += float(batch["weights"].sum(dtype=np.float64))
         num_bytes += float((token_bytes[batch["targets"]] * batch["weights"]).sum())
@@ -109,26 +137,6 @@ def evaluate(
         "val/bytes": round(num_bytes),
         "val/seconds": time.perf_counter() - started,
     }
-
-
-def memories(
-    model_config: model_lib.ModelConfig,
-    params: Params,
-    batches: data.EvalBatches,
-    sharding: sharding_lib.Sharding,
-) -> dict[str, float]:
-    """Return how evenly tables are read and how alike a mixer's slots are.
-
-    Metrics of `buckets.summary` and `slots`, over the first few batches.
-    """
-    few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
-    values = {}
-    if model_config.projection == "memory":
-        counts = buckets.collect(model_config, params, few, sharding)
-        values |= buckets.summary(counts)
-    if slots.measures(model_config):
-        values |= slots.collect(model_config, params, few, sharding)
-    return values
 
 
 def _total(rows: Array) -> float:

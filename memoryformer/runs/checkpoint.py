@@ -128,6 +128,11 @@ class Checkpointer:
         """Return what the manifest of `step` says: config, data_fingerprint, leaves, ..."""
         return manifest.facts(self.directory / str(step))
 
+    def amend(self, step: int, **facts: Any) -> None:
+        """Change facts of a step that is whole; process 0 writes them."""
+        if self._chief:
+            manifest.amend(self.directory / str(step), **facts)
+
     def should_save(self, step: int) -> bool:
         """Whether it is time, by steps or by minutes; never for the step already saved."""
         if step == self._current:
@@ -158,8 +163,12 @@ class Checkpointer:
                 f"{one / 2**30:.2f} GiB each); free some space or lower checkpoint.keep."
             )
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, *, wait: bool = False, evaluated: bool = True
+    ) -> bool:
         """Start saving `state` as `step`; return False if it is there already.
+
+        `evaluated`: whether the evaluation that was due at this step was done.
 
         Blocks for the copy to the host, and for the save before if that still runs. What
         an earlier run left under the same step (damaged, or of a future given up by
@@ -169,7 +178,11 @@ class Checkpointer:
         if step == self._current:
             return False
         target = self.directory / str(step)
-        facts = self._facts | {"step": step, "leaves": state_spec.describe(state)}
+        facts = self._facts | {
+            "step": step,
+            "leaves": state_spec.describe(state),
+            "evaluated": evaluated,
+        }
         try:
             if self._chief and target.exists():
                 listed = run_steps.listed(self.directory) - {step}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import model, sharding
+from memoryformer import evaluation, model, sharding
 from memoryformer.evaluation import buckets, slots
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import mixers, recurrence
@@ -61,7 +61,8 @@ def traced_only(function, **options):
 
 def forget_steps():
     """Empty the caches of compiled meters, where they have one."""
-    for make in (slots.make_step, buckets.make_count_step):
+    makers = (loss_lib.make_eval_step, slots.make_step, buckets.make_count_step)
+    for make in makers:
         getattr(make, "cache_clear", lambda: None)()
 
 
@@ -81,12 +82,12 @@ def test_five_evaluations_compile_once(case, monkeypatch):
     forget_steps()
     batches = [toy.batch(config, seed, batch_size=2) for seed in range(2)]
     token_bytes = np.ones(config.vocab_size, np.int32)
-    eval_step = loss_lib.make_eval_step(config, single)
+    subject = evaluation.Subject(config, single, batches, token_bytes)
     counts = []
     with counted(TRACED) as traced:
         for _ in range(5):
-            loss_lib.evaluate(eval_step, params, batches, token_bytes, single)
-            loss_lib.memories(config, params, batches, single)
+            for evaluator in evaluation.make(subject):
+                evaluator(params)
             counts.append(len(traced))
     forget_steps()  # they only trace
     assert counts[0] > 0, "nothing was counted: the event has another name"
