@@ -140,9 +140,7 @@ class _Loop:
         hyper = step_lib.hyperparams(run)
         hyper = self.sharding.put(hyper, jax.tree.map(lambda _: P(), hyper))
         rows = self.sharding.local_rows(run.train.batch_size)
-        values: (
-            dict[str, float] | None
-        ) = {}  # of the last evaluation; None: stopped in it
+        values: dict[str, float] | None = {}  # evaluated last; None: stopped in it
         with metrics.MetricsWriter(
             self.workdir, run.metrics, start, run_config=self.run_config
         ) as writer:

@@ -40,7 +40,7 @@ def _config(old):
 def test_logits_and_evaluation_are_those_of_old(old):
     """Step 4 of a run that drew anew at its fourth batch.
 
-    Mutation: `step // every` in `older.random_features` (right here) or no seed (red).
+    Mutation: the redraws since its first step are not counted in `older.random_features`.
     """
     run, params, _ = experiment.load(old / "performer")
     stored = np.load(old / "logits.npz")
@@ -56,10 +56,14 @@ def test_logits_and_evaluation_are_those_of_old(old):
 def test_training_goes_on_as_if_it_had_been_stored(old):
     """Two more steps: of the old run, and of one that was trained by this code from the start.
 
-    Mutation: `absent_params` not given to the checkpointer (refused), or another draw.
+    Mutation: `absent_params` not given to the checkpointer (refused), or another draw; an old
+    step taken for one that was not evaluated.
     """
     config = _config(old)
     loop.train(config, old / "new")
+    # Its last step was evaluated: the metrics say so, for the checkpoint does not.
+    assert "evaluated" not in run_steps.facts(old / "performer")
+    assert loop.train(config, old / "performer") == {}
     config["train"]["num_steps"] = 6
     rows = []
     for name in ("performer", "new"):
@@ -82,7 +86,7 @@ def test_an_export_of_old_is_read_with_its_draw(old, tmp_path):
 
     Mutation: `load_export` without `older.random_features`.
     """
-    runs.export_run(old / "performer", tmp_path / "export", step=4)
+    runs.export_run(old / "performer", tmp_path / "export")
     _, params = export.load_export(tmp_path / "export")
     path = tmp_path / "export" / "model.safetensors"
     arrays, _ = safetensors_file.read(path)
