@@ -300,10 +300,11 @@ def test_sigterm_from_outside(folder, straight):
 
 
 def test_a_transfer_that_nobody_asked_for_is_refused(folder, monkeypatch):
-    """A batch that is left on the host, and a number of the step read at once.
+    """A batch that is left on the host. A mesh's batch is placed, which is asked for.
 
     Mutation: no `transfer_guard` in the loop.
     """
+    toy.trained(folder, "placed", **{"train.num_steps": 1, "mesh": "data"})
     monkeypatch.setattr(sharding.Sharding, "put_batch", lambda self, batch: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         toy.trained(folder, "implicit", **{"train.num_steps": 2})
