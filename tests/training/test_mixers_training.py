@@ -159,7 +159,7 @@ def test_seeds_share_a_program_and_no_features(tmp_path):
     run = made[0][0]
     assert programs_lib.program(run) == programs_lib.program(made[1][0])
     programs = programs_lib.make(run, single)
-    state, batch = programs.draw(0), toy.batch(run.model, seq_len=16)
+    state, batch = _at(programs.draw(0), 3), toy.batch(run.model, seq_len=16)
     norms = [
         float(programs.train_step(state, batch, h)[1]["grad_norm"]) for _, h in made
     ]
