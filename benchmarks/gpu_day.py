@@ -148,7 +148,7 @@ def time_step(preset: str, fields: Row, toy: bool, steps: int = 20) -> Row:
         chosen.train.batch_size, steps = 2, 2
     run = experiment.resolve(chosen)
     mesh = sharding.make(run.mesh)
-    programs = programs_lib.programs(run, mesh)
+    programs = programs_lib.make(run, mesh)
     hyper = step_lib.hyperparams(run)
     batches = [
         jax.device_put(train_step.make_batch(run.model, run.train.batch_size, i))

@@ -74,13 +74,14 @@ def _config(args, name, projection):
 
 
 def _measure(args, folder, name, projection):
-    config, bits, compiled = _config(args, name, projection), [], {}
+    config, bits = _config(args, name, projection), []
+    cache = programs.Cache()
     for seed in range(args.seeds or (3 if name in PAPER else 1)):
         config.train.seed = seed
         workdir = folder / f"{name}-{projection}-{seed}"
         if not _finished(workdir, config.train.num_steps):
             print(f"--- {workdir}", flush=True)
-            loop.train(config, workdir, compiled=compiled)
+            loop.train(config, workdir, programs=cache)
         bits.append(_last(workdir, "val/bits_per_byte"))
     counted = accounting.count(config.model, value_bytes=4)
     return {
@@ -97,7 +98,7 @@ def _train_step(config):
     """Return a function of a step's index: one update, the number of its tokens."""
     run = experiment.resolve(config)
     sharding = sharding_lib.make(run.mesh)
-    made = programs.programs(run, sharding)
+    made = programs.make(run, sharding)
     dataset = data.load(run.data, run.model.vocab_size)
     batches = dataset.train.batches(
         run.model.seq_len, run.train.batch_size, run.train.seed

@@ -152,11 +152,13 @@ class Bench:
                 if stop():
                     break
                 watch.enter("step", step + 1)
-                batch = log.timed(lambda: self.batches.batch(step))  # noqa: B023
-                state, values = self.real_step(
-                    state, self.place.put_batch(batch), self.hyper
-                )
-                log.push(step + 1, values)
+                with jax.transfer_guard("disallow"):
+                    with log.section("data"):
+                        batch = self.batches.batch(step)
+                    batch = self.place.put_batch(batch)
+                    with log.section("step"):
+                        state, values = self.real_step(state, batch, self.hyper)
+                    log.push(step + 1, values)
                 checkpointer.check()
                 checkpointer.should_save(step + 1)
             log.drain()

@@ -91,8 +91,8 @@ def _preempted_exits_0():
 
 
 def _stop_without_saving():
-    def save(original, self, step, state, *, wait=False):
-        return False if wait else original(self, step, state)
+    def save(original, self, step, state, *, wait=False, **facts):
+        return False if wait else original(self, step, state, **facts)
 
     wrap(checkpoint.Checkpointer, "save", save)
 

@@ -143,12 +143,12 @@ def trained_kernel(config, params, x, positions, segment_ids):
 
 
 def performer(config, params, x, positions, segment_ids):
-    """`params['rows']` are the random features, which are no parameters."""
+    """`params['random_rows']` are the random features."""
 
     def phi(x):
         x = x / x.shape[-1] ** 0.25
         norm = (x**2).sum(axis=-1, keepdims=True)
-        return np.exp(np.einsum("blhe,me->blhm", x, params["rows"]) - norm / 2)
+        return np.exp(np.einsum("blhe,me->blhm", x, params["random_rows"]) - norm / 2)
 
     q, k, v = split(config, params, x)
     q, k = phi(rotate(config, q, positions)), phi(rotate(config, k, positions))

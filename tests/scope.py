@@ -14,6 +14,8 @@ _TESTS = {
     "data/run_tokenizer": ("data/test_run_tokenizer.py",),
     "model/__init__": ("model/test_model.py",),
     "model/implementations": ("model/test_implementations.py",),
+    "model/codes": ("model/test_codes.py", "model/test_recurrence.py"),
+    "model/older": ("runs/test_old_performer.py",),
     "model/narrow": ("model/test_narrow.py", "ops/test_narrow_rows.py"),
     "model/narrow_layers": (
         "model/test_narrow.py",
@@ -102,6 +104,11 @@ _TESTS = {
     ),
     "model/mixers/base": _MIXERS,
     "model/mixers/linformer": (
+        "model/test_mixers.py",
+        "evaluation/test_slots.py",
+        "ops/test_ring.py",
+    ),
+    "model/mixers/luna": (
         "model/test_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",

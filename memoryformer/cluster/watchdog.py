@@ -44,6 +44,11 @@ class Watchdog:
         """Leave the phase before and start this one. Costs less than a microsecond."""
         self._now = (phase, step, self._clock())
 
+    def again(self) -> None:
+        """Start the clock of the present phase anew."""
+        if self._now is not None:
+            self.enter(*self._now[:2])
+
     def __enter__(self) -> "Watchdog":
         if self._limits:
             self._thread.start()

@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -32,6 +33,7 @@ from memoryformer import data, model
 from memoryformer.convert import folders, reference_reader, safetensors_file, trees
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.model import older
 from memoryformer.notation import Params
 
 TABLE_TYPES = ("float32", "bfloat16", "int8")
@@ -86,7 +88,8 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     """
     directory = pathlib.Path(directory)
     fields = _read_fields(directory)
-    config = model.ModelConfig.from_config(fields.section("model").values)
+    section = fields.section("model").values
+    config = model.ModelConfig.from_config(section)
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)
@@ -99,6 +102,8 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
             f"{len(flat)} parameters."
         )
     params = trees.unflatten(flat)
+    drawn = jax.tree.map(np.asarray, older.random_features(config, section))
+    params = model.joined(params, drawn)
     trees.check(config, params, directory)
     return config, params
 

@@ -3,7 +3,6 @@
 Start at `export_run` and `import_run`.
 """
 
-import dataclasses
 import itertools
 import os
 import pathlib
@@ -18,7 +17,6 @@ from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.files import hub
-from memoryformer.model import mixers
 from memoryformer.runs import checkpoint
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
@@ -83,17 +81,15 @@ def import_run(
         )
     stored = source.section("config").values
     run = experiment.resolve(stored if config is None else config)
-    if config is None:  # what is random at its step 0 is what the export has
-        draw = {"performer_draw": model_config.performer_draw}
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, **draw))
-    begun = mixers.with_draw(run.model, run.train.seed, 0)
     fields = vars(model_config)
     free = {name.removeprefix("model.") for name in experiment.may_change()}
-    differing = [n for n in fields if n not in free and fields[n] != getattr(begun, n)]
+    differing = [
+        n for n in fields if n not in free and fields[n] != getattr(run.model, n)
+    ]
     if differing:
         name = differing[0]
         raise ConfigError(
-            f"--config: model.{name}={getattr(begun, name)!r}, but {directory} has "
+            f"--config: model.{name}={getattr(run.model, name)!r}, but {directory} has "
             f"{fields[name]!r}."
         )
     if config is None:

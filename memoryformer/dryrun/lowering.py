@@ -47,7 +47,7 @@ def trace(
     Raises `ConfigError` where run and mesh do not fit together.
     """
     # Outside the mesh: on devices that are not there, nothing can be computed.
-    programs = programs_lib.programs(run, sharding)
+    programs = programs_lib.make(run, sharding)
     hyper = jax.eval_shape(lambda: step_lib.hyperparams(run))
     with sharding.activate():
         traced = programs.train_step.trace(
@@ -60,16 +60,17 @@ def state(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
 ) -> step_lib.TrainState:
     """Return the shapes and places of what a checkpoint holds."""
-    return programs_lib.programs(run, sharding).abstract
+    return programs_lib.make(run, sharding).abstract
 
 
 def trace_forward(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
 ) -> jax.stages.Traced:
     """Trace the evaluation step, on a batch of training's size."""
-    programs = programs_lib.programs(run, sharding)
+    programs = programs_lib.make(run, sharding)
     with sharding.activate():
-        return programs.eval_step.trace(programs.abstract.params, batch(run, sharding))
+        step = loss_lib.make_eval_step(run.model, sharding)
+        return step.trace(programs.abstract.params, batch(run, sharding))
 
 
 def lower(

@@ -17,15 +17,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.model import layers, mixers
+from memoryformer.evaluation import base
+from memoryformer.model import codes as codes_lib
+from memoryformer.model import mixers
 from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
+
+
+class Buckets:
+    """The evaluator of how evenly tables are read, over the first batches."""
+
+    name = "buckets"
+
+    def __init__(self, subject: base.Subject):
+        self.every, self._subject = subject.every, subject
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """Whether there are tables."""
+        return model_config.projection == "memory"
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{'utilisation/LAYER/used_fraction', ...}, see `summary`."""
+        subject = self._subject
+        return summary(collect(subject.model, params, subject.few(), subject.sharding))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +69,11 @@ def codes(
     config: model_lib.ModelConfig,
     params: Params,
     batch: dict[str, Array],
-    features: Any = None,
 ) -> dict[str, Codes]:
     """Return the hash codes of every memory layer, by path: {path: int32 [B, L, K]}."""
-    # A code cannot be recorded from inside a loop over chunks or layers.
-    plain = {"sequence_chunk": 0, "remat": "none", "scan_layers": False}
-    model = model_lib.merge(dataclasses.replace(config, **plain), params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
-    with layers.record_codes() as recorded:
-        model.features(batch["inputs"], seq)
-    return {
-        ".".join(map(str, path)): recorded[id(module)]
-        for path, module in nnx.iter_modules(model, graph=False)
-        if id(module) in recorded
-    }
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+    model = model_lib.merge(config, params)
+    return codes_lib.of_tokens(model, batch["inputs"], seq)
 
 
 def bucket_counts(
@@ -143,33 +154,25 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
-    features: Array | None = None,
 ) -> dict[str, Int[np.ndarray, "K C"]]:
     """Bucket counts of every memory layer, summed over `batches`, padding left out.
 
-    On a mesh, `params` lie where its specs say; every process is given all rows of a batch. Returns
-    layer name -> [K, C]. Raises `ConfigError` for a model without tables and `DataError`
-    if there is no batch.
+    See `base.sums`. Returns layer name -> [K, C]. Raises `ConfigError` for a model without
+    tables and `DataError` if there is no batch.
     """
     sharding = sharding or sharding_lib.make("single")
-    count = make_count_step(model_config, sharding)
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-        ours = sharding.local_rows(len(batch["inputs"]))
-        keys = ("inputs", "positions", "segment_ids")
-        needed = {key: batch[key][ours] for key in keys}
-        for name, counts in count(params, sharding.put_batch(needed), features).items():
-            totals[name] = totals.get(name, 0) + np.asarray(counts, np.int64)
+    step = make_count_step(model_config, sharding)
+    totals = base.sums(step, params, batches, sharding)
     if not totals:
         raise errors.DataError("utilisation: no batch of data to count codes on.")
     return totals
 
 
-@functools.lru_cache(maxsize=4)  # a run counts many times, and compiles once
+@functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Int[Array, "K C"]]]:
-    """Compile `(params, batch, features) -> counts of each layer`, the same on every device."""
+    """Compile `(params, batch) -> counts of each layer`, the same on every device."""
     if model_config.projection != "memory":
         raise errors.ConfigError(
             f"model.projection={model_config.projection!r}: has no tables to look at; "
@@ -177,11 +180,11 @@ def make_count_step(
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         params = sharding_lib.gather_params(params, specs)
         keep = batch["segment_ids"] > 0
         counts = {}
-        for name, read in codes(model_config, params, batch, features).items():
+        for name, read in codes(model_config, params, batch).items():
             ours = bucket_counts(read, _num_buckets(params, name), keep)
             ours = collectives.psum(ours, collectives.TOKEN_AXES)
             counts[name] = collectives.all_gather(
@@ -189,7 +192,7 @@ def make_count_step(
             )  # [K, C]
         return counts
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
+    in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 

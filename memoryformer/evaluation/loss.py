@@ -5,10 +5,10 @@
     val/bits_per_byte = sum of nats / ln 2 / bytes of the text
 
 Rows are computed in groups of a fixed size and their sums added exactly in float64, so on one
-device the result is the same to the bit whatever the batch size. Start at `evaluate`, or from
-a checkpoint at `evaluate_checkpoint`.
+device the result is the same to the bit whatever the batch size. Start at `Loss`.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -22,27 +22,55 @@ from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import DataError
-from memoryformer.evaluation import buckets, slots
+from memoryformer.evaluation import base
 from memoryformer.model import losses
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
 
 # Tokens of a group of rows: XLA rounds by the shape of a product, so all have one shape.
 GROUP_TOKENS = 2048
-MEMORY_BATCHES = 4  # of validation text, to look at tables and slots with
 
 
+class Loss:
+    """The evaluator of the loss."""
+
+    name = "loss"
+
+    def __init__(self, subject: base.Subject):
+        self.every, self._subject = subject.every, subject
+        self._step = make_eval_step(subject.model, subject.sharding)
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """Every model has a loss."""
+        return True
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{'val/loss', ...}, see `evaluate`."""
+        subject = self._subject
+        return evaluate(
+            self._step,
+            params,
+            subject.batches,
+            subject.token_bytes,
+            subject.sharding,
+            num_batches=subject.num_batches,
+            stop=subject.stop,
+        )
+
+
+@functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_eval_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., Array]:
-    """Compile `(params, batch, features=None) -> nats of each row, [B]`."""
+    """Compile `(params, batch) -> nats of each row, [B]`."""
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         params = sharding_lib.gather_params(params, specs)
 
         def row_nats(group):
-            nats = losses.batch_nats(model_config, params, group, features)
+            nats = losses.batch_nats(model_config, params, group)
             return jnp.sum(nats, axis=-1)
 
         rows = _by_groups(row_nats, batch)
@@ -51,13 +79,8 @@ def make_eval_step(
             rows, collectives.DATA_AXIS, 0
         )  # every process reads them all
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
-    mapped = sharding.shard_map(per_device, in_specs, P(None))
-
-    def eval_step(params, batch, features=None):
-        return mapped(params, batch, features)
-
-    return jax.jit(eval_step)
+    in_specs = (specs, sharding.specs.batch_bl)
+    return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))
 
 
 def _by_groups(function, batch):
@@ -80,16 +103,14 @@ def evaluate(
     token_bytes: np.ndarray,
     sharding: sharding_lib.Sharding,
     *,
-    features: Array | None = None,
     num_batches: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Evaluate `params` on `num_batches` batches spread over the text (0: on all).
 
-    `features` are `mixers.draw`'s of a step; None: those of the model's config.
     `token_bytes` [V] are the bytes of text that a token counts for (`data.Dataset`).
     Returns {'val/loss', 'val/perplexity', 'val/bits_per_byte', 'val/tokens', 'val/bytes',
-    'val/seconds'}, or None if `stop()` said so between two batches.
+    'val/seconds'}; raises `base.Stopped` if `stop()` says so before a batch.
     """
     started = time.perf_counter()
     count = min(num_batches or len(batches), len(batches))
@@ -97,13 +118,13 @@ def evaluate(
     pending = None  # one batch is computed while the next is read
     for i in range(count):
         if stop():
-            return None
+            raise base.Stopped
         batch = batches[i * len(batches) // count]
         weight += float(batch["weights"].sum(dtype=np.float64))
         num_bytes += float((token_bytes[batch["targets"]] * batch["weights"]).sum())
         ours = sharding.local_rows(len(batch["inputs"]))
         local = {name: rows[ours] for name, rows in batch.items()}
-        rows = eval_step(params, sharding.put_batch(local), features)
+        rows = eval_step(params, sharding.put_batch(local))
         nats += 0.0 if pending is None else _total(pending)
         pending = rows
     nats += 0.0 if pending is None else _total(pending)
@@ -118,27 +139,6 @@ def evaluate(
         "val/bytes": round(num_bytes),
         "val/seconds": time.perf_counter() - started,
     }
-
-
-def memories(
-    model_config: model_lib.ModelConfig,
-    params: Params,
-    batches: data.EvalBatches,
-    sharding: sharding_lib.Sharding,
-    features: Array | None = None,
-) -> dict[str, float]:
-    """Return how evenly tables are read and how alike a mixer's slots are.
-
-    Metrics of `buckets.summary` and `slots`, over the first few batches.
-    """
-    few = [batches[i] for i in range(min(len(batches), MEMORY_BATCHES))]
-    values = {}
-    if model_config.projection == "memory":
-        counts = buckets.collect(model_config, params, few, sharding, features)
-        values |= buckets.summary(counts)
-    if slots.measures(model_config):
-        values |= slots.collect(model_config, params, few, sharding, features)
-    return values
 
 
 def _total(rows: Array) -> float:

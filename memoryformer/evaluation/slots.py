@@ -18,17 +18,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import errors
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.evaluation import base
 from memoryformer.model import mixers
 from memoryformer.notation import Activations, Array, Float, Params
 from memoryformer.ops import collectives
 
 MEASURED = ("luna", "conv_luna")
+
+
+class Slots:
+    """The evaluator of how alike a memory's slots are, over the first batches."""
+
+    name = "slots"
+
+    def __init__(self, subject: base.Subject):
+        self.every, self._subject = subject.every, subject
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """See `measures`."""
+        return measures(model_config)
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{'degradation/MEMORY/cosine', ...}, see `collect`."""
+        subject = self._subject
+        return collect(subject.model, params, subject.few(), subject.sharding)
 
 
 def cosine(rows: Float[Array, "*B m D"]) -> Float[Array, "*B"]:
@@ -56,11 +75,11 @@ def measures(model_config: model_lib.ModelConfig) -> bool:
     return model_config.mixer in MEASURED
 
 
-@functools.lru_cache(maxsize=4)  # a run measures many times, and compiles once
+@functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Array]]:
-    """Compile `(params, batch, features) -> sums over rows` of both figures, and the rows' number.
+    """Compile `(params, batch) -> sums over rows` of both figures, and the rows' number.
 
     Raises `ConfigError` for other mixers.
     """
@@ -71,14 +90,14 @@ def make_step(
         )
     specs = model_lib.partition_specs(model_config, sharding)
 
-    def per_device(params, batch, features):
+    def per_device(params, batch):
         model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
-        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
         sums = figures(model, model.embed(batch["inputs"]), seq)
         tokens = collectives.TOKEN_AXES
         return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
-    in_specs = (specs, sharding.specs.batch_bl, P())
+    in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P()))
 
 
@@ -133,22 +152,18 @@ def collect(
     params: Params,
     batches: Iterable[Mapping[str, Any]],
     sharding: sharding_lib.Sharding | None = None,
-    features: Array | None = None,
 ) -> dict[str, float]:
     """Metrics of every memory: 'degradation/blocks.0.mixer/cosine' and '.../effective_rank';
     a memory carried over chunks is 'degradation/recurrence/..'.
 
-    Means over the rows of `batches`; every process is given all rows of a batch.
+    Means over the rows of `batches`, see `base.sums`.
     """
     sharding = sharding or sharding_lib.make("single")
-    step, totals = make_step(model_config, sharding), {}
-    for batch in batches:
-        ours = sharding.local_rows(len(batch["inputs"]))
-        keys = ("inputs", "positions", "segment_ids")
-        needed = {key: batch[key][ours] for key in keys}
-        for name, value in step(params, sharding.put_batch(needed), features).items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
+    step = make_step(model_config, sharding)
+    totals = base.sums(step, params, batches, sharding)
     rows = totals.pop("rows", 0)
     if not rows:
         raise errors.DataError("no row to measure a memory on: batches is empty.")
-    return {f"degradation/{name}": value / rows for name, value in totals.items()}
+    return {
+        f"degradation/{name}": float(value / rows) for name, value in totals.items()
+    }

@@ -8,10 +8,12 @@ from memoryformer.model.params import (
     fingerprint,
     forward,
     init,
+    joined,
     merge,
     param_groups,
     param_specs,
     partition_specs,
+    split_trained,
     with_tables_as_read,
 )
 from memoryformer.model.transformer import Block, Transformer
@@ -23,9 +25,11 @@ __all__ = [
     "fingerprint",
     "forward",
     "init",
+    "joined",
     "merge",
     "param_groups",
     "param_specs",
     "partition_specs",
+    "split_trained",
     "with_tables_as_read",
 ]

@@ -9,21 +9,13 @@ weight decay shrinks it (`decay=`): weights do, scales, biases and scalars do no
 Start at `MemoryLayer`.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.notation import Activations, Array, Codes, Tokens
+from memoryformer.notation import Activations, Array, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
-
-_recorded: contextvars.ContextVar[dict[int, Codes] | None] = contextvars.ContextVar(
-    "recorded_codes", default=None
-)
 
 
 class MemoryLayer(nnx.Module):
@@ -59,6 +51,7 @@ class MemoryLayer(nnx.Module):
         self.temperature = temperature
         self.implementation = implementation
         self.dtype = dtype
+        self.keeps_codes = False  # see `model.codes`
         self.tables = nnx.Param(
             _normal(rngs, shape, table_std), spec="tables", decay=True
         )
@@ -72,7 +65,8 @@ class MemoryLayer(nnx.Module):
         """[.., D] -> [.., *features], in the layer's dtype."""
         chunks = hashing.split_chunks(x, self.code_bits)  # [.., K / n, tau]
         codes = hashing.hash_codes(chunks)
-        _record(self, codes)
+        if self.keeps_codes:
+            self.codes = nnx.Intermediate(codes)  # [.., K / n]
         scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
         codes, scores = self._from_all_devices(codes, scores)  # [.., K]
         scores = remat_lib.name(scores, "scores")
@@ -248,35 +242,6 @@ class LayerNorm(nnx.Module):
         y = centred * jax.lax.rsqrt(variance + self.eps)
         y = y * align(self.scale[...], x.ndim) + align(self.bias[...], x.ndim)
         return y.astype(x.dtype)
-
-
-@contextlib.contextmanager
-def record_codes() -> Iterator[dict[int, Codes]]:
-    """Collect the codes of every memory layer called inside, by `id` of the layer."""
-    recorded: dict[int, Codes] = {}
-    token = _recorded.set(recorded)
-    try:
-        yield recorded
-    finally:
-        _recorded.reset(token)
-
-
-def recording() -> bool:
-    """Whether codes are being collected."""
-    return _recorded.get() is not None
-
-
-def record(codes: dict[int, Codes]) -> None:
-    """Hand over codes collected elsewhere, as inside a loop, by `id` of the layer."""
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.update(codes)
-
-
-def _record(layer: MemoryLayer, codes: Codes) -> None:
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded[id(layer)] = codes
 
 
 def _as_tuple(features: int | tuple[int, ...]) -> tuple[int, ...]:

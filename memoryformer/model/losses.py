@@ -42,11 +42,10 @@ def batch_nats(
     model_config: model_lib.ModelConfig,
     params: Params,
     batch: Batch,
-    features: Array | None = None,
 ) -> Array:
-    """Return the weighted nats of every target: [B, L] float32; `mixers.draw` in a run."""
+    """Return the weighted nats of every target: [B, L] float32."""
     model = model_lib.merge(model_config, params)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     logits, _ = model(batch["inputs"], seq)
     nats = losses.token_nats(logits, batch["targets"])
     # Not a product: padding must not turn 0 * inf into nan.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from memoryformer.model import (
     mixers,
@@ -46,6 +46,21 @@ def merge(model_config: ModelConfig, params: Params) -> transformer.Transformer:
     model = nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
     narrow_layers.swap_in(model)
     return model
+
+
+def split_trained(model_config: ModelConfig, tree: Any) -> tuple[Any, Any]:
+    """Part a tree like the parameters into what is trained and what is not."""
+    groups = traverse_util.flatten_dict(param_groups(model_config))
+    trained, fixed = {}, {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        (fixed if groups[path] == "fixed" else trained)[path] = leaf
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(fixed)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Undo `split_trained`."""
+    flat = traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second)
+    return traverse_util.unflatten_dict(flat)
 
 
 def with_tables_as_read(model_config: ModelConfig, params: Params) -> Params:
@@ -84,7 +99,7 @@ def param_specs(model_config: ModelConfig) -> dict[str, Any]:
 
 
 def param_groups(model_config: ModelConfig) -> dict[str, Any]:
-    """Name the group of each parameter for `optimizer.make`: a tree of its `GROUPS`."""
+    """Name the group of each parameter: one of `optimizer.GROUPS`, or 'fixed' (not trained)."""
     return _abstract(model_config)[2]
 
 
@@ -123,7 +138,9 @@ def _abstract(
     return graphdef, of_each(lambda spec, **_: spec), of_each(_group)
 
 
-def _group(spec, decay, **unused_metadata):
+def _group(spec, decay, trained=True, **unused_metadata):
+    if not trained:
+        return "fixed"
     if spec == "tables":
         return "tables"
     return "decayed" if decay else "undecayed"

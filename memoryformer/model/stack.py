@@ -7,6 +7,7 @@ from flax import nnx
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
+from memoryformer.model import codes
 from memoryformer.notation import Activations
 from memoryformer.ops import remat as remat_lib
 
@@ -25,11 +26,9 @@ def run_blocks(
     blocks: Sequence[nnx.Module], x: Activations, seq: Any, remat: str, scan: bool
 ) -> Activations:
     """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.remat` says."""
-    split = (nnx.split(block, graph=False) for block in blocks)
-    graphs, params = zip(*split, strict=True)
-
-    def as_function(graph):
-        return lambda own, x: nnx.merge(graph, own)(x, seq)[0]
-
-    functions = [as_function(graph) for graph in graphs]
-    return remat_lib.apply(functions, params, x, remat=remat, scan=scan)
+    pure = [codes.pure(block, lambda block, x: block(x, seq)[0]) for block in blocks]
+    functions, params = zip(*pure, strict=True)
+    x, read = remat_lib.apply(functions, params, x, remat=remat, scan=scan)
+    for block, codes_of_block in zip(blocks, read, strict=True):
+        codes.give(block, codes_of_block)
+    return x

@@ -14,7 +14,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import layers, mixers, recurrence, stack
+from memoryformer.model import codes, layers, mixers, recurrence, stack
 from memoryformer.model.config import ACTIVATIONS, NORMS, ModelConfig
 from memoryformer.notation import Activations, Array, Float, Tokens
 
@@ -135,7 +135,11 @@ class Block(nnx.Module):
                 return normed + mixed + self._feed_forward(normed), state
 
     def _feed_forward(self, x):
-        return mixers.by_chunks(self.ffn, (x,), self.sequence_chunk)
+        ffn, params = codes.pure(self.ffn)
+        ffn = functools.partial(ffn, params)
+        y, read = mixers.by_chunks(ffn, (x,), self.sequence_chunk)
+        codes.give(self.ffn, read)
+        return y
 
 
 class Transformer(nnx.Module):

@@ -25,7 +25,9 @@ _KEPT = {"projections": (*_CODES, "projected"), "codes": _CODES, "full": ()}
 REMAT = ("none", *_KEPT)
 NAMES = _KEPT["projections"]  # everything that a policy may keep
 
-Layer = Callable[[Any, Array], Array]
+Layer = Callable[
+    [Any, Array], tuple[Array, Any]
+]  # (params, x) -> x, something beside it
 
 
 def name(x: Array, what: str) -> Array:
@@ -51,8 +53,8 @@ def apply(
     *,
     remat: str = "none",
     scan: bool = False,
-) -> Array:
-    """x -> layers[n](params[n], .. layers[0](params[0], x)).
+) -> tuple[Array, list[Any]]:
+    """x -> layers[n](params[n], .. layers[0](params[0], x)), and what each layer returns beside.
 
     With `scan` all layers must be one function of trees of the same shapes: it is traced
     and compiled once, and the parameters are copied into one stack [n, ..] each step.
@@ -60,7 +62,10 @@ def apply(
     if scan:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         layer = rematerialise(layers[0], remat, scanned=True)
-        return jax.lax.scan(lambda x, own: (layer(own, x), None), x, stacked)[0]
-    for layer, own in zip(layers, params, strict=True):
-        x = rematerialise(layer, remat)(own, x)
-    return x
+        x, beside = jax.lax.scan(lambda x, params: layer(params, x), x, stacked)
+        return x, [jax.tree.map(lambda a: a[i], beside) for i in range(len(layers))]  # noqa: B023
+    besides = []
+    for layer, layer_params in zip(layers, params, strict=True):
+        x, beside = rematerialise(layer, remat)(layer_params, x)
+        besides.append(beside)
+    return x, besides

@@ -26,9 +26,11 @@ from typing import Any
 
 import jax
 
+from memoryformer import config as config_lib
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError, first_line
 from memoryformer.files import paths
+from memoryformer.notation import Params
 from memoryformer.runs import (
     compatibility,
     manifest,
@@ -45,10 +47,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 class CheckpointConfig:
     """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
 
-    every_steps: int = 1000  # 0 = off
-    every_minutes: float = 0.0  # 0 = off
-    keep: int = 2
-    keep_every: int = 0  # 0 = off
+    every_steps: int = config_lib.field(
+        "nothing", 1000, doc="Steps between two saves; 0: off."
+    )
+    every_minutes: float = config_lib.field(
+        "nothing", 0.0, doc="Minutes between two saves; 0: off."
+    )
+    keep: int = config_lib.field("nothing", 2, doc="Newest checkpoints to keep.")
+    keep_every: int = config_lib.field(
+        "nothing",
+        0,
+        doc="Keep every checkpoint of a multiple of so many steps; 0: off.",
+    )
 
     def __post_init__(self):
         least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
@@ -65,9 +75,10 @@ class Checkpointer:
 
     `run_config`, `data_fingerprint` and `tokenizer` are stored with every step, and a step
     written under others is refused unless `allow` names the fields that differ (see
-    `compatibility`); `complete` adds to a stored config the fields that are younger than it.
-    Every process makes a checkpointer and calls the same methods at the same steps; process
-    0 writes manifests and deletes.
+    `compatibility`). `complete` adds to a stored config the fields that are younger than it;
+    `absent_params` returns the parameters that a step was written without, by what its
+    manifest says. Every process makes a checkpointer and calls the same methods at the same
+    steps; process 0 writes manifests and deletes.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Checkpointer:
         tokenizer: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
+        absent_params: Callable[[dict], Params] = lambda facts: {},
     ):
         self.directory = paths.workdir(workdir).absolute() / run_steps.FOLDER
         self._config = config
@@ -91,6 +103,7 @@ class Checkpointer:
         }
         self._allow = allow
         self._complete = complete
+        self._absent_params = absent_params
         self._chief = processes.is_chief()
         self._damaged: set[int] = set()
         self._current: int | None = None  # the step whose state this run holds on disk
@@ -116,6 +129,11 @@ class Checkpointer:
         """Return what the manifest of `step` says: config, data_fingerprint, leaves, ..."""
         return manifest.facts(self.directory / str(step))
 
+    def amend(self, step: int, **facts: Any) -> None:
+        """Change facts of a step that is whole; process 0 writes them."""
+        if self._chief:
+            manifest.amend(self.directory / str(step), **facts)
+
     def should_save(self, step: int) -> bool:
         """Whether it is time, by steps or by minutes; never for the step already saved."""
         if step == self._current:
@@ -136,8 +154,12 @@ class Checkpointer:
             one = state_spec.total_bytes(state)
             retention.check_space(self.directory, one, self._config.keep)
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, *, wait: bool = False, evaluated: bool = True
+    ) -> bool:
         """Start saving `state` as `step`; return False if it is there already.
+
+        `evaluated`: whether the evaluation that was due at this step was done.
 
         Blocks for the copy to the host, and for the save before if that still runs. What
         an earlier run left under the same step (damaged, or of a future given up by
@@ -147,7 +169,11 @@ class Checkpointer:
         if step == self._current:
             return False
         target = self.directory / str(step)
-        facts = self._facts | {"step": step, "leaves": state_spec.describe(state)}
+        facts = self._facts | {
+            "step": step,
+            "leaves": state_spec.describe(state),
+            "evaluated": evaluated,
+        }
         try:
             if self._chief and target.exists():
                 retention.remove(self.directory, step)
@@ -252,10 +278,12 @@ class Checkpointer:
         if processes.from_chief(bool(problem)):
             self._damaged.add(step)
             raise manifest.DamagedError(problem or f"{target}: found by process 0.")
-        self._compare(step, abstract_state)
-        state = orbax_files.restore(self._manager, step, abstract_state)
+        absent = self._absent_params(self.facts(step))
+        saved_state = state_spec.without(abstract_state, absent)
+        self._compare(step, saved_state)
+        state = orbax_files.restore(self._manager, step, saved_state)
         self._current = step
-        return state
+        return state_spec.filled(state, absent, abstract_state)
 
     def _finalise(self, step: int, facts: dict[str, Any], samples: Any) -> None:
         """In a thread: wait for Orbax's commit, write the manifest, delete what is old."""

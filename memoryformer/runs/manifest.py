@@ -42,6 +42,15 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
     _seal(directory / MANIFEST, {"facts": facts, "files": files})
 
 
+def amend(directory: pathlib.Path, **facts: Any) -> None:
+    """Write the manifest again with these facts changed, in one step."""
+    manifest = _read(directory)
+    _seal(
+        directory / MANIFEST,
+        {"facts": manifest["facts"] | facts, "files": manifest["files"]},
+    )
+
+
 def exists(directory: pathlib.Path) -> bool:
     """Whether the directory was complete once."""
     return (directory / MANIFEST).is_file()

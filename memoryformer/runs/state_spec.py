@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from memoryformer.errors import ConfigError
+from memoryformer.notation import Params
+from memoryformer.runs import orbax_files
 
 Leaf = list[Any]  # [[key, ...], [size, ...], dtype], as JSON gives it back
 
@@ -51,6 +54,27 @@ def nested(described: Iterable[Leaf], root: str) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
     return tree
+
+
+def without(state: Any, absent: Params) -> Any:
+    """Return a state without these parameters; as it is if there are none."""
+    if not absent:
+        return state
+    gone = traverse_util.flatten_dict(absent)
+    flat = traverse_util.flatten_dict(state.params)
+    kept = {path: x for path, x in flat.items() if path not in gone}
+    return state._replace(params=traverse_util.unflatten_dict(kept))
+
+
+def filled(state: Any, absent: Params, abstract_state: Any) -> Any:
+    """Put these parameters into a state, placed as `abstract_state` says."""
+    if not absent:
+        return state
+    flat = traverse_util.flatten_dict(state.params)
+    places = traverse_util.flatten_dict(abstract_state.params)
+    for path, x in traverse_util.flatten_dict(absent).items():
+        flat[path] = jax.device_put(x, orbax_files.abstract(places[path]).sharding)
+    return state._replace(params=traverse_util.unflatten_dict(flat))
 
 
 def total_bytes(state: Any) -> int:

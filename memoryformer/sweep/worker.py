@@ -24,12 +24,14 @@ LOCKED = -1  # in the place of an exit code: another process trains the point
 PARENT_SECONDS = 1.0  # between looks at whether the parent is there
 
 
-def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -> None:
+def serve(requests: Any, replies: Any, programs: Any = None) -> None:
     """Answer requests until there are no more, or until the process is told to stop.
 
-    `compiled` is what points share, see `training.loop.train`.
+    `programs`, a `training.programs.Cache`, is what points share.
     """
     import jax
+
+    from memoryformer.training import programs as programs_lib
 
     compilations: list[float] = []
 
@@ -38,12 +40,12 @@ def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -
             compilations.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    compiled = {} if compiled is None else compiled
+    programs = programs or programs_lib.Cache()
     for line in requests:
         request = json.loads(line)
         compilations.clear()
         started = time.perf_counter()
-        code, error = train(request["config"], request["workdir"], compiled)
+        code, error = train(request["config"], request["workdir"], programs)
         reply = {
             "index": request["index"],
             "code": code,
@@ -58,7 +60,7 @@ def serve(requests: Any, replies: Any, compiled: dict[Any, Any] | None = None) -
 
 
 def train(
-    config: dict[str, Any], workdir: str, compiled: dict[Any, Any]
+    config: dict[str, Any], workdir: str, programs: Any = None
 ) -> tuple[int, str]:
     """Train one point; return its exit code, or `LOCKED`, and what went wrong, if not 0."""
     from memoryformer import cli, errors
@@ -70,7 +72,7 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         with _log(folder / "log.txt"):
             try:
-                loop.train(config, folder, compiled=compiled, patience=LOCK_SECONDS)
+                loop.train(config, folder, programs=programs, patience=LOCK_SECONDS)
             except directory.OccupiedError:
                 return LOCKED, "another process trains it"
             except Exception as error:

@@ -165,7 +165,17 @@ def train(
         lambda step, split: batch(task, model_config.seq_len, step, split),
         workdir,
         lambda params: _slot_figures(model_config, task, params),
+        _kinds(model_config),
     )
+
+
+def _kinds(model_config):
+    """Whether each parameter is 'trained' or 'fixed', as random features are."""
+    trunk = jax.tree.map(
+        lambda group: "fixed" if group == "fixed" else "trained",
+        model_lib.param_groups(model_config),
+    )
+    return trunk | {"positions": "trained", "classes": "trained"}
 
 
 def _slot_figures(model_config, task, params):

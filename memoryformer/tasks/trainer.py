@@ -52,6 +52,7 @@ def train(
     batch: Callable[[int, str], Batch],
     workdir: str | os.PathLike,
     figures: Callable[[Params], Mapping[str, float]] = lambda params: {},
+    kinds: Any = "trained",
 ) -> list[dict[str, float]]:
     """Train, and write and return the rows of metrics.jsonl.
 
@@ -62,6 +63,7 @@ def train(
       batch: batch of (step, 'train' or 'validation').
       workdir: folder of metrics.jsonl.
       figures: what else a row holds, from the parameters of that step.
+      kinds: 'trained' or 'fixed', for all parameters or a tree with one for each.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.num_steps
@@ -70,6 +72,7 @@ def train(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=config.weight_decay),
     )
+    tx = optax.partition({"trained": tx, "fixed": optax.set_to_zero()}, kinds)
 
     @jax.jit
     def train_step(params, opt_state, data):

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from memoryformer import config as config_lib
 from memoryformer import data
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
-from memoryformer.model import ModelConfig, mixers, recurrence
+from memoryformer.model import ModelConfig, joined, older, recurrence
 from memoryformer.notation import Params
 from memoryformer.runs import steps as run_steps
 from memoryformer.runs.checkpoint import CheckpointConfig
@@ -28,27 +30,57 @@ from memoryformer.training import optimizer as optimizer_lib
 class TrainConfig:
     """How long, how much at a time, and what to do about numbers that are not finite."""
 
-    num_steps: int
-    batch_size: int  # sequences of one optimizer step, over all devices
-    # Gradient accumulation; must divide the device's share.
-    num_microbatches: int = field("rounding", 1)
-    seed: int = 0  # of the parameters and of the order of the data
-    log_every: int = field("nothing", 10)
-    # Halt, or skip the update, and halt after so many in a row all the same: when to give
-    # up, for the state never takes such an update.
-    nonfinite: str = field("nothing", "halt")
-    max_skipped: int = field("nothing", 10)
-    spike_sigmas: float = 0.0  # skip updates that leap out this far (`spikes`); 0 = off
-    spike_window: int = 128  # ... out of this many steps
-    # Where compiled programs are kept for the next start; 'off': nowhere (`compilation_cache`).
-    compilation_cache: str = field("nothing", compilation_cache_lib.DEFAULT)
-    # Seconds before a phase counts as hanging (`watchdog`); 0 = no limit.
-    first_step_timeout: float = field("nothing", 7200.0)  # with its compilation
-    step_timeout: float = field("nothing", 1800.0)
+    num_steps: int = field("numbers", doc="Optimizer steps of the whole run.")
+    batch_size: int = field(
+        "numbers", doc="Sequences of one optimizer step, over all devices."
+    )
+    num_microbatches: int = field(
+        "rounding",
+        1,
+        doc="Parts of a batch worked on in turn; must divide each device's share.",
+    )
+    seed: int = field(
+        "numbers", 0, doc="Of the parameters and of the order of the data."
+    )
+    log_every: int = field("nothing", 10, doc="Steps between two rows of metrics.")
+    # The state never takes an update that is not finite: this says when to give up.
+    nonfinite: str = field(
+        "nothing",
+        "halt",
+        doc="halt | skip: stop at an update that is not finite, or leave it out.",
+    )
+    max_skipped: int = field(
+        "nothing", 10, doc="Updates left out in a row after which the run stops."
+    )
+    spike_sigmas: float = field(
+        "numbers",
+        0.0,
+        doc="Leave out an update whose norm leaps out by so many deviations; 0: off.",
+    )
+    spike_window: int = field(
+        "numbers", 128, doc="Steps that the deviations of spike_sigmas are taken over."
+    )
+    compilation_cache: str = field(
+        "nothing",
+        compilation_cache_lib.DEFAULT,
+        doc="Folder of compiled programs for the next start; 'off': none.",
+    )
+    first_step_timeout: float = field(
+        "nothing",
+        7200.0,
+        doc="Seconds before the first step, which compiles, counts as hanging; 0: never.",
+    )
+    step_timeout: float = field(
+        "nothing", 1800.0, doc="Seconds before a step counts as hanging; 0: never."
+    )
     evaluation_timeout: float = field(
-        "nothing", 3600.0
-    )  # of a batch; the first compiles
-    checkpoint_timeout: float = field("nothing", 7200.0)
+        "nothing",
+        3600.0,
+        doc="Seconds before a batch of an evaluation counts as hanging; 0: never.",
+    )
+    checkpoint_timeout: float = field(
+        "nothing", 7200.0, doc="Seconds before a save counts as hanging; 0: never."
+    )
 
     def __post_init__(self):
         positive = ("num_steps", "batch_size", "num_microbatches", "log_every")
@@ -90,9 +122,13 @@ class TrainConfig:
 class EvalConfig:
     """When to evaluate during training, and on how much; eval.py reads all the text."""
 
-    every_steps: int = 0  # 0: only at the end
-    batch_size: int = 16
-    num_batches: int = 0  # spread over the validation split; 0: all of it
+    every_steps: int = field(
+        "nothing", 0, doc="Steps between two evaluations; 0: only at the end."
+    )
+    batch_size: int = field("nothing", 16, doc="Sequences of one evaluation batch.")
+    num_batches: int = field(
+        "nothing", 0, doc="Batches, spread over the validation split; 0: all of it."
+    )
 
     def __post_init__(self):
         if self.batch_size < 1 or self.every_steps < 0 or self.num_batches < 0:
@@ -113,7 +149,9 @@ class Experiment:
     eval: EvalConfig = field("nothing")  # what is measured
     checkpoint: CheckpointConfig = field("nothing")  # when to save
     metrics: MetricsConfig = field("nothing", local=True)  # where values go
-    mesh: str = field("rounding", "data")  # the same sums on other devices
+    mesh: str = field(
+        "rounding", "data", doc="How devices share the work: a preset[:AXIS=SIZE,..]."
+    )
 
 
 _SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"}
@@ -190,14 +228,24 @@ def load(
 ) -> tuple[Experiment, Params, dict[str, Any]]:
     """Load a run, the parameters and the manifest of a step (None: the newest).
 
-    The run's model is the one after that step (`mixers.with_draw`), to be used, not trained:
-    that starts from the manifest's 'config'. Raises as `runs.steps.load`.
+    Raises as `runs.steps.load`.
     """
     config, params = run_steps.load(workdir, step)
     facts = run_steps.facts(workdir, step)
     run = resolve(config)
-    model = mixers.with_draw(run.model, run.train.seed, facts["step"])
-    return dataclasses.replace(run, model=model), params, facts
+    return run, joined(params, absent_params(facts)), facts
+
+
+def absent_params(facts: Mapping[str, Any]) -> Params:
+    """Return the parameters that a step lacks because an older version wrote it.
+
+    facts: what the step's manifest says.
+    """
+    run = resolve(facts["config"])
+    drawn = older.random_features(
+        run.model, facts["config"]["model"], run.train.seed, facts["step"]
+    )
+    return jax.tree.map(np.asarray, drawn)
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:

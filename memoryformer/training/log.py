@@ -1,19 +1,22 @@
 """The training loop's log: metrics read one step late, one row every `log_every` steps.
 
     train/mfu            training FLOPs of `accounting` over the devices' bf16 peak of `targets`
-    train/memory_bytes   the most that this process's first device has used so far
+    train/memory_bytes   the most that this process's first device has used so far; on CPU,
+                         the most that the process has had in memory
     train/wall_seconds   since this start of the run, with all that is not a step
 
-The first two where the device is known and tells; on CPU neither.
+The first two where the device is known and says so: a CPU's peak is not.
 
 Reading a metric waits for the device. What is pushed at step n is read at step n + 1, when
 the next step is under way, so the device never waits for the host. Start at `TrainingLog`.
 """
 
 import contextlib
+import os
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -52,31 +55,25 @@ class TrainingLog:
         self._started = time.perf_counter()
         self._reset(self._started)
 
-    def timed(self, function: Callable[[], Any]) -> Any:
-        """Call `function` and count its time as time spent on data."""
-        started = time.perf_counter()
-        result = function()
-        self._data_seconds += time.perf_counter() - started
-        return result
-
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
-        """Leave what happens inside out of the time of a step."""
+    def section(self, name: str) -> Iterator[None]:
+        """Count the time inside as `data`, as a `step`, or, `evaluate` and `save`, as neither.
+
+        The first step returns when it is compiled, not when it is done: its time is told.
+        """
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._away += time.perf_counter() - started
-
-    def called(self, train_step: Callable[..., Any], *args: Any) -> Any:
-        """Call the step; its first call returns when it is compiled, not when it is done."""
-        started = time.perf_counter()
-        result = train_step(*args)
-        if self._compile_seconds is None:
-            self._compile_seconds = time.perf_counter() - started
-            self._away += self._compile_seconds
-            self._progress.note(f"step ready in {self._compile_seconds:.1f} s")
-        return result
+            seconds = time.perf_counter() - started
+            if name == "data":
+                self._data_seconds += seconds
+            elif name != "step":
+                self._away += seconds
+            elif self._compile_seconds is None:
+                self._compile_seconds = seconds
+                self._away += seconds
+                self._progress.note(f"step ready in {seconds:.1f} s")
 
     def push(self, step: int, values: dict[str, Array]) -> None:
         """Take the metrics of `step` as they are dispatched, and read those before."""
@@ -89,7 +86,7 @@ class TrainingLog:
             return
         step, values = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in values.items()}
+        values = {name: float(x) for name, x in jax.device_get(values).items()}
         self._check(step, values)
         if values["finite"]:
             self._nats += values["nats"]
@@ -99,23 +96,23 @@ class TrainingLog:
             self._write(step, values)
 
     def _check(self, step, values):
-        """Tell of an update that the step did not take; raise if they are too many."""
+        """Report an update that the step did not take; raise if they are too many."""
         self._nonfinite = 0 if values["finite"] else self._nonfinite + 1
-        told = (
+        message = (
             f"step {step}: loss {values['nats'] / max(values['weight'], 1):.4g}, gradient "
             f"norm {values['grad_norm']:.4g}"
         )
         if values["spike"]:
-            self._progress.note(f"{told} leap out of the last ones; update skipped")
+            self._progress.note(f"{message} leap out of the last ones; update skipped")
         if values["finite"]:
             return
-        told += " are not finite; the update was dropped"
+        message += " are not finite; the update was dropped"
         if self._train.nonfinite == "halt" or self._nonfinite > self._train.max_skipped:
             raise NumericError(
-                f"{told} and nothing later is saved; lower optimizer.learning_rate, or "
+                f"{message} and nothing later is saved; lower optimizer.learning_rate, or "
                 "set train.nonfinite=skip to go on past single ones."
             )
-        self._progress.note(f"{told} ({self._nonfinite} in a row)")
+        self._progress.note(f"{message} ({self._nonfinite} in a row)")
 
     def _write(self, step, values):
         now = time.perf_counter()
@@ -124,13 +121,14 @@ class TrainingLog:
         rate = self._tokens_per_step / seconds
         loss = self._nats / self._weight if self._weight else float("nan")
         updates = int(values["updates"])  # fewer than steps, if some were not taken
-        learning_rate = float(self._schedule(max(updates - 1, 0)))
+        with jax.transfer_guard("allow"):  # of one number of the host
+            learning_rate = float(self._schedule(max(updates - 1, 0)))
         mfu = rate * self._flops_per_token / self._peak if self._peak else None
         memory = _memory()
         wall = now - self._started
-        known = {} if mfu is None else {"train/mfu": mfu}
+        of_device = {} if mfu is None else {"train/mfu": mfu}
         if memory is not None:
-            known["train/memory_bytes"] = memory[0]
+            of_device["train/memory_bytes"] = memory[0]
         self._writer.write(
             step,
             {
@@ -144,7 +142,7 @@ class TrainingLog:
                 "train/compile_seconds": self._compile_seconds or 0.0,
                 "train/data_fraction": self._data_seconds / elapsed,
                 "train/wall_seconds": wall,
-                **known,
+                **of_device,
             },
         )
         num_steps = self._train.num_steps
@@ -187,8 +185,16 @@ def _peak_flops() -> float:
 
 
 def _memory() -> tuple[int, int] | None:
-    """Return (most bytes that a device has used so far, bytes it has), if it says."""
-    stats = jax.local_devices()[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:
+    """Return (most bytes used so far, bytes there are): of a device, or of a CPU's process.
+
+    None if neither is known.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["peak_bytes_in_use"], stats["bytes_limit"]
+    if device.platform != "cpu":
         return None
-    return stats["peak_bytes_in_use"], stats["bytes_limit"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

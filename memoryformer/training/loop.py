@@ -1,21 +1,23 @@
-"""Training: the step, and the loop around it.
+"""The training loop: the order in which a run steps, logs, evaluates and saves.
 
 The batch of step n is a pure function of (data, seed, n), so that a run is resumed from its
-step alone. Start at `train`; the step's mathematics is `make_train_step`.
+step alone. Start at `train`; the mathematics is in `training.step`.
 """
 
+import dataclasses
 import os
+import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
-from memoryformer import data
+from memoryformer import data, evaluation
 from memoryformer import sharding as sharding_lib
 from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted
-from memoryformer.evaluation import loss as loss_lib
 from memoryformer.files import atomic, paths
 from memoryformer.model import mixers
 from memoryformer.runs import checkpoint as checkpoint_lib
@@ -32,7 +34,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     allow: Collection[str] = (),
-    compiled: dict[Any, programs_lib.Programs] | None = None,
+    programs: programs_lib.Cache | None = None,
     patience: float = 0.0,
 ) -> dict[str, float]:
     """Train a model, or go on training it; return its last validation metrics.
@@ -43,8 +45,8 @@ def train(
         checkpoint, the run goes on from there, and its config must be the same but for what
         `experiment.may_change`.
       allow: further fields that may differ.
-      compiled: what an earlier run of this process left in the same dict, if this one
-        differs from it in traced inputs only (seed, learning rate, weight decay).
+      programs: what an earlier run of this process has compiled, used if this one differs
+        from it in traced inputs only (seed, learning rate, weight decay).
       patience: seconds to wait for another process that still trains in `workdir`.
 
     Raises `Preempted` after SIGTERM or SIGINT, with the state saved; `NumericError`,
@@ -52,12 +54,13 @@ def train(
     longer than `train.*_timeout` ends the process with exit code 43 (`watchdog`).
     """
     run = experiment.resolve(config)
+    run_config = experiment.as_dict(run)
     workdir = paths.workdir(workdir)
     directory.refuse_foreign(workdir)
     with (
         directory.only_one(workdir, patience),
         outcome.recorded(workdir),
-        signals.StopRequest() as stop,
+        signals.StopRequest() as signal,
         watchdog.Watchdog(run.train.timeouts) as watch,
     ):
         processes.check_joined(run.mesh)
@@ -65,8 +68,8 @@ def train(
         sharding = sharding_lib.make(run.mesh, striped=striped)
         specs = programs_lib.check_fit(run, sharding)
         corpus = run_tokenizer.located(run.data, workdir)
-        dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(stop))
-        common = compatibility.shared(experiment.as_dict(run), experiment.may_differ())
+        dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(signal))
+        common = compatibility.shared(run_config, experiment.may_differ())
         processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)
         with (
@@ -74,100 +77,120 @@ def train(
             checkpoint_lib.Checkpointer(
                 workdir,
                 run.checkpoint,
-                run_config=experiment.as_dict(run),
+                run_config=run_config,
                 data_fingerprint=dataset.fingerprint,
                 tokenizer=run_tokenizer.identity(dataset.tokenizer),
                 allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
+                absent_params=experiment.absent_params,
             ) as checkpointer,
         ):
-            made = programs_lib.programs(run, sharding, specs, compiled)
-            parts = (sharding, made, dataset, checkpointer, stop, watch)
-            return _Loop(run, workdir, *parts).run()
+            loop = _Loop(
+                config=run,
+                run_config=run_config,
+                workdir=workdir,
+                sharding=sharding,
+                programs=(programs or programs_lib.Cache()).programs(
+                    run, sharding, specs
+                ),
+                dataset=dataset,
+                batches=dataset.train.batches(
+                    run.model.seq_len, run.train.batch_size, run.train.seed
+                ),
+                checkpointer=checkpointer,
+                signal=signal,
+                watch=watch,
+            )
+            return loop.run()
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Loop:
-    """The training loop's parts; `run` is the loop."""
+    """What the training loop works with; `run` is the loop."""
 
-    def __init__(
-        self, run, workdir, sharding, programs, dataset, checkpointer, stop, watch
-    ):
-        self.config = run
-        self.workdir = workdir
-        self.sharding = sharding
-        self.dataset = dataset
-        self.checkpointer = checkpointer
-        self.signal = stop
-        self.stop = processes.SharedFlag(stop)
-        self.watch = watch
+    config: experiment.Experiment
+    run_config: dict[str, Any]  # the same as plain values
+    workdir: pathlib.Path
+    sharding: sharding_lib.Sharding
+    programs: programs_lib.Programs
+    dataset: data.Dataset
+    batches: data.Batches
+    checkpointer: checkpoint_lib.Checkpointer
+    signal: signals.StopRequest
+    watch: watchdog.Watchdog
+
+    def __post_init__(self):
+        self.stop = processes.SharedFlag(self.signal)
         self.progress = console.ProgressPrinter()
-        self.progress.note(compilation_cache.use_cache(run.train.compilation_cache))
-        self.draw, self.abstract, self.train_step, self.eval_step = programs
-        self.hyper = step_lib.hyperparams(run)
-        self.batches = dataset.train.batches(
-            run.model.seq_len, run.train.batch_size, run.train.seed
-        )
-        self.rows = sharding.local_rows(run.train.batch_size)
+        self.evaluators = self._evaluators()
 
     def run(self) -> dict[str, float]:
-        """Restore, step, evaluate and save until `train.num_steps`."""
+        """Restore, step, log, evaluate and save, in this order, until `train.num_steps`.
+
+        The order is the contract: state n is logged, evaluated and saved before batch n is
+        consumed. Metrics are read one step late, so that the host never waits for a step
+        that it has just dispatched; what it sends to the devices in a step it sends
+        explicitly.
+        """
         run, checkpointer, watch = self.config, self.checkpointer, self.watch
+        num_steps, num_devices = run.train.num_steps, self.sharding.num_devices
+        self.progress.note(compilation_cache.use_cache(run.train.compilation_cache))
         state, start = self._restore()
         self._write_config()
-        validation: dict[str, float] = {}
+        hyper = step_lib.hyperparams(run)
+        hyper = self.sharding.put(hyper, jax.tree.map(lambda _: P(), hyper))
+        rows = self.sharding.local_rows(run.train.batch_size)
+        values: dict[str, float] | None = {}  # evaluated last; None: stopped in it
         with metrics.MetricsWriter(
-            self.workdir, run.metrics, start, run_config=experiment.as_dict(run)
+            self.workdir, run.metrics, start, run_config=self.run_config
         ) as writer:
             log = training_log.TrainingLog(
-                run, writer, self.progress, start, self.sharding.num_devices
+                run, writer, self.progress, start, num_devices
             )
-            if self._evaluation_missed(start):
-                validation = self._evaluate(state.params, writer, start)
-            # The order is the contract: state n is logged, evaluated and saved, in this
-            # order, before batch n is consumed. Metrics are read one step late, so that
-            # the host never waits for a step that it has just dispatched.
-            for step in range(start, run.train.num_steps):
+            if not self._was_evaluated(start):
+                values = self._evaluate(state.params, writer, start)
+                if values is not None:
+                    checkpointer.amend(start, evaluated=True)
+            for step in range(start, num_steps):
                 if self.stop():
                     break
                 watch.enter("first_step" if step == start else "step", step + 1)
-                batch = log.timed(lambda: self.batches.batch(step, self.rows))  # noqa: B023
-                batch = self.sharding.put_batch(batch)
-                state, values = log.called(self.train_step, state, batch, self.hyper)
-                log.push(step + 1, values)
+                with jax.transfer_guard("disallow"):
+                    with log.section("data"):
+                        batch = self.batches.batch(step, rows)
+                    batch = self.sharding.put_batch(batch)
+                    with log.section("step"):
+                        state, sums = self.programs.train_step(state, batch, hyper)
+                    log.push(step + 1, sums)
                 checkpointer.check()
-                if self._evaluation_due(step + 1):
+                if self._due(step + 1):
                     log.drain()
-                    with log.away():
-                        validation = self._evaluate(state.params, writer, step + 1)
-                if step + 1 == run.train.num_steps or checkpointer.should_save(
-                    step + 1
-                ):
+                    with log.section("evaluate"):
+                        values = self._evaluate(state.params, writer, step + 1)
+                if step + 1 == num_steps or checkpointer.should_save(step + 1):
                     log.drain()
-                    watch.enter("checkpoint", step + 1)
-                    with log.away():
-                        self._save(step + 1, state)
+                    with log.section("save"):
+                        self._save(step + 1, state, evaluated=values is not None)
                     log.saved = step + 1
             log.drain()
             done = int(state.step)
-            watch.enter("checkpoint", done)
-            self._save(done, state, wait=True)
+            self._save(done, state, evaluated=values is not None, wait=True)
             self.progress.close()
-        if done < run.train.num_steps or self._evaluation_missed(done):
+        if done < num_steps or values is None:
             raise Preempted(
                 f"{self.signal.name or 'asked to stop by another process'}: stopped after "
-                f"step {done} of {run.train.num_steps}, state saved; run the same command "
-                "to go on."
+                f"step {done} of {num_steps}, state saved; run the same command to go on."
             )
-        return validation
+        return values
 
-    def _restore(self):
+    def _restore(self) -> tuple[step_lib.TrainState, int]:
         """Return (state, step): the newest whole checkpoint, or a fresh state at 0."""
         self.watch.enter("checkpoint")
-        self.checkpointer.preflight(self.abstract)
-        restored = self.checkpointer.restore_latest(self.abstract)
+        self.checkpointer.preflight(self.programs.abstract)
+        restored = self.checkpointer.restore_latest(self.programs.abstract)
         if restored is None:
             self.watch.enter("first_step")
-            return self.draw(self.config.train.seed), 0
+            return self.programs.draw(self.config.train.seed), 0
         step, state = restored
         if step > (goal := self.config.train.num_steps):
             raise ConfigError(
@@ -176,63 +199,74 @@ class _Loop:
         self.progress.note(f"going on from step {step} in {self.workdir}")
         return state, step
 
-    def _save(self, step, state, wait=False):
+    def _save(self, step, state, *, evaluated, wait=False):
+        self.watch.enter("checkpoint", step)
         if not spikes_lib.are_finite(state.params):  # which its loss need not tell
             raise NumericError(
                 f"step {step}: a parameter is not finite; lower optimizer.learning_rate."
             )
-        self.checkpointer.save(step, state, wait=wait)
+        self.checkpointer.save(step, state, wait=wait, evaluated=evaluated)
 
     def _write_config(self):
         if jax.process_index():
             return
         begun = bool(self.checkpointer.steps())
         run_tokenizer.check(self.workdir, self.dataset.tokenizer, begun=begun)
-        config = experiment.as_dict(self.config)
-        atomic.write_json(self.workdir / "config.json", config, indent=2)
+        atomic.write_json(self.workdir / "config.json", self.run_config, indent=2)
         run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
 
-    def _evaluation_due(self, step):
-        every = self.config.eval.every_steps
-        return step == self.config.train.num_steps or bool(every and step % every == 0)
-
-    def _evaluation_missed(self, step):
-        """Whether the run was asked to stop in the evaluation of `step`."""
-        if not step or not self._evaluation_due(step):
-            return False
-        missed = False
-        if processes.is_chief():
-            rows = metrics.read(self.workdir)
-            missed = not any(r["step"] == step and "val/loss" in r for r in rows)
-        return processes.from_chief(missed)
-
-    def _evaluate(self, params, writer, step):
+    def _evaluators(self):
         run = self.config
 
-        def stop():  # asked before every batch
-            self.watch.enter("evaluation", step)
+        def stop():  # asked before every batch, each of which may take its time
+            self.watch.again()
             return self.stop()
 
         batches = self.dataset.validation.eval_batches(
             run.model.seq_len, run.eval.batch_size
         )
-        features = mixers.draw(run.model, run.train.seed, step)
-        values = loss_lib.evaluate(
-            self.eval_step,
-            params,
-            batches,
-            self.dataset.token_bytes,
-            self.sharding,
-            features=features,
-            num_batches=run.eval.num_batches,
-            stop=stop,
+        return evaluation.make(
+            evaluation.Subject(
+                model=run.model,
+                sharding=self.sharding,
+                batches=batches,
+                token_bytes=self.dataset.token_bytes,
+                every=run.eval.every_steps,
+                num_batches=run.eval.num_batches,
+                stop=stop,
+            )
         )
-        if values is None:  # asked to stop: the next run makes up for it
-            return {}
-        values |= loss_lib.memories(run.model, params, batches, self.sharding, features)
+
+    def _due(self, step):
+        """The evaluators whose turn it is after `step`."""
+        num_steps = self.config.train.num_steps
+        return [e for e in self.evaluators if evaluation.is_due(e, step, num_steps)]
+
+    def _was_evaluated(self, step):
+        """Whether the evaluation due at the restored step was done, and not stopped in."""
+        if not step or not self._due(step):
+            return True
+        evaluated = True
+        if processes.is_chief():
+            evaluated = self.checkpointer.facts(step).get("evaluated")
+            if evaluated is None:  # an older version's: its metrics say so
+                logged = metrics.read(self.workdir)
+                evaluated = any(r["step"] == step and "val/loss" in r for r in logged)
+        return processes.from_chief(evaluated)
+
+    def _evaluate(self, params, writer, step):
+        """Measure and write what is due; None if asked to stop: the next start makes up for it."""
+        self.watch.enter("evaluation", step)
+        values: dict[str, float] = {}
+        try:
+            for evaluator in self._due(step):
+                values |= evaluator(params)
+        except evaluation.Stopped:
+            return None
         writer.write(step, values)
-        self.progress.note(
-            f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "
-            f"{values['val/bits_per_byte']:.4f} bits per byte"
-        )
+        if "val/loss" in values:
+            self.progress.note(
+                f"step {step}: validation loss {values['val/loss']:.4f} nats per token, "
+                f"{values['val/bits_per_byte']:.4f} bits per byte"
+            )
         return values

@@ -1,8 +1,8 @@
-"""The functions that a run compiles, once for all runs that share them. Start at `programs`."""
+"""The functions that a run compiles, once for all runs that share them. Start at `make`."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -11,7 +11,6 @@ from memoryformer import config as config_lib
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
-from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import implementations
 from memoryformer.notation import Array
 from memoryformer.ops import collectives
@@ -19,13 +18,30 @@ from memoryformer.training import experiment, optimizer
 from memoryformer.training import step as step_lib
 
 
-class Programs(NamedTuple):
-    """The functions of a run; jit compiles each at its first call."""
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The functions of a run's updates; jit compiles each at its first call."""
 
-    draw: Callable[..., step_lib.TrainState]
+    draw: Callable[..., step_lib.TrainState]  # seed -> the first state
     abstract: step_lib.TrainState
     train_step: Callable[..., tuple[step_lib.TrainState, dict[str, Array]]]
-    eval_step: Callable[..., Array]
+
+
+class Cache:
+    """The programs of the last run of a process, for the next one that shares them."""
+
+    def __init__(self):
+        self._key: Any = None
+        self._programs: Programs | None = None
+
+    def programs(
+        self, run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+    ) -> Programs:
+        """Return the run's programs, made anew if those of the last run are others."""
+        key = program(run)
+        if self._programs is None or key != self._key:
+            self._key, self._programs = key, make(run, sharding, specs)
+        return self._programs
 
 
 def program(run: experiment.Experiment) -> Any:
@@ -44,22 +60,16 @@ def program(run: experiment.Experiment) -> Any:
     return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 
 
-def programs(run, sharding, specs=None, cache=None) -> Programs:
-    """Return the run's functions, from `cache` if it holds them; it keeps one set.
+def make(
+    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any = None
+) -> Programs:
+    """Make the run's programs; raises `ConfigError` as `check_fit`.
 
-    `dryrun` compiles them from abstract arrays. Raises `ConfigError` as `check_fit`.
+    `dryrun` compiles them from abstract arrays.
     """
     specs = check_fit(run, sharding) if specs is None else specs
-    cache = {} if cache is None else cache
-    key = program(run)
-    if key not in cache:
-        cache.clear()
-        cache[key] = Programs(
-            *init_state(run, sharding, specs),
-            step_lib.make_train_step(run, sharding, specs),
-            loss_lib.make_eval_step(run.model, sharding),
-        )
-    return cache[key]
+    draw, abstract = init_state(run, sharding, specs)
+    return Programs(draw, abstract, step_lib.make_train_step(run, sharding, specs))
 
 
 def init_state(
@@ -71,7 +81,10 @@ def init_state(
         return step_lib.new_state(run, model_lib.init(run.model, seed))
 
     abstract = jax.eval_shape(draw)
-    opt_specs = optimizer.state_specs(abstract.opt_state, abstract.params, specs)
+    trained, trained_specs = (
+        model_lib.split_trained(run.model, tree)[0] for tree in (abstract.params, specs)
+    )
+    opt_specs = optimizer.state_specs(abstract.opt_state, trained, trained_specs)
     everywhere = jax.tree.map(lambda _: P(), abstract.spikes)
     shardings = sharding.named(step_lib.TrainState(P(), specs, opt_specs, everywhere))
     abstract = jax.tree.map(

@@ -35,14 +35,18 @@ def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     params = table_storage.stored(
         run.optimizer, params, model_lib.param_groups(run.model)
     )
+    trained, _ = model_lib.split_trained(run.model, params)
     history = spikes_lib.init(run.train.spike_window)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained), history)
 
 
 def transformation(run: experiment.Experiment) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run."""
-    groups = model_lib.param_groups(run.model)
-    return optimizer.make(run.optimizer, run.train.num_steps, groups)
+    return optimizer.make(run.optimizer, run.train.num_steps, _trained_groups(run))
+
+
+def _trained_groups(run):
+    return model_lib.split_trained(run.model, model_lib.param_groups(run.model))[0]
 
 
 def make_train_step(
@@ -56,30 +60,30 @@ def make_train_step(
     devices and microbatches. Gradients cross the devices once a step. A step whose loss or
     gradient is not finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
     """
-    tx = transformation(run)
-
-    groups = model_lib.param_groups(run.model)
+    tx, groups = transformation(run), _trained_groups(run)
     gradient_sums = _make_gradient_sums(run, sharding, specs)
 
     def train_step(state, batch, hyper=None):
-        features = draw_features(run, hyper, state.step)
-        grads, (nats, weight) = gradient_sums(state.params, batch, features)
+        seed = run.train.seed if hyper is None else hyper["seed"]
+        before, fixed = model_lib.split_trained(run.model, state.params)
+        fixed = mixers.redraw(run.model, fixed, seed, state.step)
+        grads, (nats, weight) = gradient_sums(before, fixed, batch)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = nats / weight, optimizer.norm(grads)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, hyperparams=hyper
+            grads, state.opt_state, before, hyperparams=hyper
         )
-        seed = run.train.seed if hyper is None else hyper["seed"]
-        params = table_storage.apply(
-            run.optimizer, state.params, updates, groups, seed, state.step
+        trained = table_storage.apply(
+            run.optimizer, before, updates, groups, seed, state.step
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes_lib.is_spike(
             state.spikes, loss, grad_norm, run.train.spike_sigmas
         )
-        params, opt_state = _take(
-            finite & ~spike, (params, opt_state), (state.params, state.opt_state)
+        trained, opt_state = _take(
+            finite & ~spike, (trained, opt_state), (before, state.opt_state)
         )
+        params = model_lib.joined(trained, fixed)
         history = spikes_lib.record(state.spikes, loss, grad_norm)
         values = {
             "nats": nats,
@@ -97,46 +101,43 @@ def make_train_step(
 
 
 def _make_gradient_sums(run, sharding, specs):
-    """`(params, batch, features) -> (gradients of the nats, (nats, weight))`, all of them sums."""
+    """`(trained, fixed, batch) -> (gradients of the nats, (nats, weight))`, all of them sums."""
+    trained_specs, fixed_specs = model_lib.split_trained(run.model, specs)
 
-    def gradient_sums(params, batch, features):  # on one device, of its rows
+    def gradient_sums(trained, fixed, batch):  # on one device, of its rows
+        params = model_lib.joined(trained, fixed)
         # Tables are read in the model's type, and so are their gradients: half the bytes.
         params = model_lib.with_tables_as_read(run.model, params)
         params = sharding_lib.gather_params(params, specs)
+        trained, fixed = model_lib.split_trained(run.model, params)
 
-        def objective(params, batch):
-            nats = losses.batch_nats(run.model, params, batch, features)
+        def objective(trained, batch):
+            params = model_lib.joined(trained, fixed)
+            nats = losses.batch_nats(run.model, params, batch)
             nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
             return nats / collectives.axis_size(collectives.MODEL_AXIS), (nats, weight)
 
         def microbatch(_, batch):
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
-                params, batch
+                trained, batch
             )
             if run.train.num_microbatches > 1:  # many terms: not in bfloat16
                 grads = optax.tree.cast(grads, jnp.float32)
             return grads, sums
 
         grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
-        grads = sharding_lib.sum_gradients(grads, specs)
+        grads = sharding_lib.sum_gradients(grads, trained_specs)
         tokens = collectives.TOKEN_AXES
         return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
-    return sharding.shard_map(
-        gradient_sums, (specs, sharding.specs.batch_bl, P()), (specs, P())
-    )
+    in_specs = (trained_specs, fixed_specs, sharding.specs.batch_bl)
+    return sharding.shard_map(gradient_sums, in_specs, (trained_specs, P()))
 
 
 def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
     """Return the traced inputs of the train step: the optimizer's, and the seed."""
     return optimizer.hyperparams(run.optimizer) | {"seed": jnp.int32(run.train.seed)}
-
-
-def draw_features(run, hyper, step):
-    """Draw the random features that batch `step` trains with."""
-    seed = run.train.seed if hyper is None else hyper["seed"]
-    return mixers.draw(run.model, seed, step + 1)
 
 
 def _take(good, new, old):

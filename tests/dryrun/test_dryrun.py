@@ -81,7 +81,7 @@ def test_the_trainers_own_step_is_lowered(mesh):
     devices = jax.devices() if mesh != "single" else jax.devices()[:1]
     place = lowering.device_sharding(run, devices)
     _, step = lowering.trace(run, place)
-    programs = programs_lib.programs(run, place)
+    programs = programs_lib.make(run, place)
     with place.activate():
         state = jax.tree.map(
             lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import toy
 
-from memoryformer import data, model, sharding
+from memoryformer import data, evaluation, model, sharding
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import losses
@@ -107,7 +107,8 @@ def test_a_few_batches_and_a_stop(opened, by_eights):
     assert few["val/bytes"] == dataset.tokenizer.token_bytes[targets].sum()
     assert without_time(evaluate(opened, 8, num_batches=10**6)) == by_eights
     asked = iter([False, False, True])
-    assert evaluate(opened, 8, stop=lambda: next(asked)) is None
+    with pytest.raises(evaluation.Stopped):
+        evaluate(opened, 8, stop=lambda: next(asked))
     assert next(asked, None) is None
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryformer.model import layers, losses
+from memoryformer.model import codes, layers, losses
 from memoryformer.ops import attention, collectives, hashing, rotary
 
 
@@ -70,18 +70,16 @@ def test_memory_layer_in_bfloat16():
     close(np.asarray(y, np.float64), expected, 1e-2)
 
 
-def test_recorded_codes():
-    """By layer, only inside the context.
-
-    Mutation: `_recorded` not reset.
-    """
+def test_kept_codes():
+    """Of the last call, once asked for. Mutation: kept without being asked."""
     layer, x = memory_layer(), jnp.asarray(normal((3, 12)))
-    with layers.record_codes() as recorded:
-        layer(x)
-    expected = oracle.codes(np.asarray(x).reshape(3, 3, 4))
-    np.testing.assert_array_equal(recorded[id(layer)], expected)
+    layer(x)
+    assert codes.taken(layer) == {}
+    codes.ask(layer)
     layer(jnp.zeros_like(x))
-    assert len(recorded) == 1 and (recorded[id(layer)] == expected).all()
+    layer(x)
+    expected = oracle.codes(np.asarray(x).reshape(3, 3, 4))
+    np.testing.assert_array_equal(codes.taken(layer)[""], expected)
 
 
 def test_norms():

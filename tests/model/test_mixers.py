@@ -156,14 +156,7 @@ class Case:
         """The oracle, in float64."""
         as_float64 = functools.partial(np.asarray, dtype=np.float64)
         params, x = jax.tree.map(as_float64, params), as_float64(x)
-        if self.config.mixer == "performer":
-            rows = nnx.merge(self.graphdef, self.params).rows(_no_seq())
-            params = params | {"rows": as_float64(rows)}
         return self.oracle(self.config, params, x, toy.positions(segments), segments)
-
-
-def _no_seq():
-    return mixers.SeqInfo(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
 
 
 _case = functools.cache(Case)

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from memoryformer import model
-from memoryformer.evaluation import buckets
-from memoryformer.model import layers
 
 LENGTH = 23
 
@@ -59,13 +57,3 @@ def test_less_memory():
         return step.memory_analysis().temp_size_in_bytes
 
     assert temporary(64) < temporary(0) / 3
-
-
-def test_codes_are_recorded_all_the_same():
-    """Red if codes are taken from inside the loop, whose values do not leave it."""
-    config = _config("memory", 5)
-    ones = jnp.ones((1, LENGTH), jnp.int32)
-    batch = {"inputs": ones, "positions": ones, "segment_ids": ones}
-    codes = buckets.codes(config, model.init(config), batch)
-    assert codes["blocks.0.ffn.up"].shape == (1, LENGTH, 4)
-    assert layers._recorded.get() is None

@@ -61,7 +61,7 @@ def test_no_lapack_in_training(mixer, tmp_path):
     fields = {f"model.{name}": value for name, value in mixer.items()}
     run = experiment.resolve(toy.run_config(tmp_path, **fields))
     single = sharding.make(run.mesh)
-    draw = programs.programs(run, single).draw.lower(0).as_text()
+    draw = programs.make(run, single).draw.lower(0).as_text()
     step = lowering.lower(lowering.trace(run, single)[1], single).as_text()
     for text in (draw, step):
         assert "lapack" not in text and "geqrf" not in text

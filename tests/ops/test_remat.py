@@ -121,7 +121,6 @@ def test_a_scan_compiles_one_layer():
     "fields, message",
     [
         ({"remat": "ful"}, "model.remat='ful': unknown choice; did you mean 'full'?"),
-        ({"mixer": "performer", "scan_layers": True}, "features differ by layer"),
         (
             {"recurrence": "rmt", "remat": "full"},
             "model.recurrence='rmt': runs blocks in its own loop",

@@ -11,7 +11,7 @@ import toy
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
-from memoryformer.model.mixers import kernel, linformer
+from memoryformer.model.mixers import luna
 from memoryformer.ops import attention, document_max, prefix, ring
 
 B, L, H, E = 2, 32, 2, 4
@@ -200,21 +200,6 @@ def test_tails_of_earlier_parts():
         return kept
 
     for cut, last in ((4, 7), (6, 12), (3, 11), (7, 7), (0, 5)):
-        whole = linformer._later_tail(tail(0, cut), tail(cut, last))
+        whole = luna._later_tail(tail(0, cut), tail(cut, last))
         for x, y in zip(whole, tail(0, last), strict=True):
             np.testing.assert_array_equal(x, y)
-
-
-def test_constants_of_a_layer_are_of_no_mesh():
-    """Drawn while a mesh's program is traced. Mutation: `no_mesh` left out."""
-    kernel._fixed_rows.cache_clear()
-    mesh = sharding.make("sequence")
-    read = mesh.shard_map(
-        lambda x: x + jnp.sum(kernel._fixed_rows(1, 2, 1, 5, 4)), P(), P()
-    )
-    with mesh.activate():
-        inside = jax.jit(read)(np.zeros((), np.float32))
-    kernel._fixed_rows.cache_clear()
-    np.testing.assert_allclose(
-        inside, kernel._fixed_rows(1, 2, 1, 5, 4).sum(), rtol=1e-5
-    )

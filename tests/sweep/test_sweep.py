@@ -18,11 +18,12 @@ import pytest
 import toy
 from absl import flags
 
-from memoryformer import cli
+from memoryformer import cli, sharding
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.runs import compatibility, metrics, outcome
 from memoryformer.sweep import best, commands, files, points, runner, statistics, worker
 from memoryformer.training import experiment
+from memoryformer.training import programs as programs_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 SWEEPS = '''
@@ -86,7 +87,7 @@ def expand(folder, *names, argument="", root="", **base):
 def train(point):
     """Train one point in this process."""
     config = compatibility.plain(experiment.as_dict(point.run))
-    return worker.train(config, str(point.workdir), {})
+    return worker.train(config, str(point.workdir))
 
 
 def test_product_of_sweeps(folder):
@@ -203,7 +204,7 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
 def test_check_builds_every_point(folder, capsys):
     """Sizes in its table; a point that does not fit its mesh is named; nothing is written.
 
-    Mutation: `check` without `training.programs.programs`.
+    Mutation: `check` without `training.programs.make`.
     """
     sweep = expand(folder, "rate", "seed", root="/nowhere")
     commands.check(sweep, commands.Options())
@@ -235,14 +236,15 @@ def test_twelve_points_compile_once(folder, tmp_path):
         )
         for point in sweep.points
     ]
-    replies, compiled = io.StringIO(), {}
-    worker.serve(requests, replies, compiled)
+    replies, programs = io.StringIO(), programs_lib.Cache()
+    worker.serve(requests, replies, programs)
     replies = [json.loads(line) for line in replies.getvalue().splitlines()]
     assert [reply["code"] for reply in replies] == [0] * 12
     assert replies[0]["compilations"] > 0
     assert [reply["compilations"] for reply in replies[1:]] == [0] * 11
-    [programs] = compiled.values()
-    assert programs.train_step._cache_size() == 1
+    run = sweep.points[0].run
+    shared = programs.programs(run, sharding.make(run.mesh), None)
+    assert shared.train_step._cache_size() == 1
     losses = {p.index: files.values(p.workdir, ["val/loss"]) for p in sweep.points}
     assert len({loss["val/loss"] for loss in losses.values()}) == 12
     alone = expand(folder, "rate", "seed", root=tmp_path / "alone", **short).points[7]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import model, sharding
+from memoryformer import evaluation, model, sharding
 from memoryformer.evaluation import buckets, slots
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import mixers, recurrence
@@ -19,7 +19,6 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 JIT = jax.jit
 CASES = {
     **{name: {"mixer": name} for name in mixers.MIXERS},
-    "performer, redrawn": {"mixer": "performer", "performer_redraw_every": 1},
     **{kind: {"recurrence": kind} for kind in recurrence.KINDS},
     "rmt of luna": {"recurrence": "rmt", "mixer": "luna"},
 }
@@ -62,7 +61,8 @@ def traced_only(function, **options):
 
 def forget_steps():
     """Empty the caches of compiled meters, where they have one."""
-    for make in (slots.make_step, buckets.make_count_step):
+    makers = (loss_lib.make_eval_step, slots.make_step, buckets.make_count_step)
+    for make in makers:
         getattr(make, "cache_clear", lambda: None)()
 
 
@@ -82,15 +82,12 @@ def test_five_evaluations_compile_once(case, monkeypatch):
     forget_steps()
     batches = [toy.batch(config, seed, batch_size=2) for seed in range(2)]
     token_bytes = np.ones(config.vocab_size, np.int32)
-    eval_step = loss_lib.make_eval_step(config, single)
+    subject = evaluation.Subject(config, single, batches, token_bytes)
     counts = []
     with counted(TRACED) as traced:
-        for step in range(1, 6):
-            features = mixers.draw(config, 0, step)
-            loss_lib.evaluate(
-                eval_step, params, batches, token_bytes, single, features=features
-            )
-            loss_lib.memories(config, params, batches, single, features)
+        for _ in range(5):
+            for evaluator in evaluation.make(subject):
+                evaluator(params)
             counts.append(len(traced))
     forget_steps()  # they only trace
     assert counts[0] > 0, "nothing was counted: the event has another name"

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import data, sharding
+from memoryformer import data, evaluation, sharding
 from memoryformer.cluster import signals
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
+from memoryformer.evaluation import loss as loss_lib
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
 from memoryformer.runs import steps as run_steps
-from memoryformer.training import experiment, programs
+from memoryformer.training import experiment, loop, programs
 from memoryformer.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -95,8 +96,9 @@ def test_what_a_run_writes(straight):
         assert all(0 <= row[key] for key in tables)
     seconds = [row["train/wall_seconds"] for row in train]
     assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
-    # A CPU has no peak to compare with, and does not tell how much memory it took.
-    assert not any({"train/mfu", "train/memory_bytes"} & row.keys() for row in train)
+    # A CPU has no peak to compare with; its memory is the process's.
+    assert not any("train/mfu" in row for row in train)
+    assert all(row["train/memory_bytes"] > 2**20 for row in train)
     names = sorted(p.name for p in (straight / run_steps.FOLDER).iterdir())
     assert names == ["15", "20", manifest.LEDGER]
 
@@ -295,3 +297,70 @@ def test_sigterm_from_outside(folder, straight):
     (step, state), (_, wanted) = whole_state(workdir), whole_state(straight)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
+
+
+def test_a_transfer_that_nobody_asked_for_is_refused(folder, monkeypatch):
+    """A batch that is left on the host. A mesh's batch is placed, which is asked for.
+
+    Mutation: no `transfer_guard` in the loop.
+    """
+    toy.trained(folder, "placed", **{"train.num_steps": 1, "mesh": "data"})
+    monkeypatch.setattr(sharding.Sharding, "put_batch", lambda self, batch: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        toy.trained(folder, "implicit", **{"train.num_steps": 2})
+
+
+def test_an_evaluation_stopped_in_is_made_up_for_once(folder, monkeypatch):
+    """A stop in the last evaluation: the step is saved as one that was not evaluated; the next
+    start evaluates, and the one after it has nothing to do.
+
+    Mutations: `evaluated` always true; no `amend`.
+    """
+    fields = {"train.num_steps": 2, "eval.every_steps": 0}
+    calls = []
+
+    def stopped(original):
+        def evaluate(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        return evaluate
+
+    monkeypatch.setattr(loss_lib, "evaluate", stopped(loss_lib.evaluate))
+    with pytest.raises(Preempted):
+        toy.trained(folder, "missed", **fields)
+    assert run_steps.facts(folder / "missed")["evaluated"] is False
+    assert not any("val/loss" in row for row in metrics.read(folder / "missed"))
+    config = toy.run_config(folder, **fields)
+    assert loop.train(config, folder / "missed")["val/loss"] > 0
+    assert run_steps.facts(folder / "missed")["evaluated"] is True
+    assert loop.train(config, folder / "missed") == {} and len(calls) == 2
+
+
+def test_a_new_figure_is_one_class_and_one_line(folder, monkeypatch):
+    """Measured when it is due, by its own clock, and written; nothing else is told of it.
+
+    Mutation: the loop asks the loss alone when to evaluate.
+    """
+
+    class Largest:
+        name = "largest"
+        every = 2
+
+        def __init__(self, subject):
+            self.seq_len = subject.model.seq_len
+
+        @staticmethod
+        def measures(model_config):
+            return model_config.mixer == "softmax"
+
+        def __call__(self, params):
+            return {"largest": float(max(x.max() for x in jax.tree.leaves(params)))}
+
+    monkeypatch.setattr(evaluation, "EVALUATORS", (*evaluation.EVALUATORS, Largest))
+    fields = {"train.num_steps": 5, "eval.every_steps": 4}
+    rows = metrics.read(toy.trained(folder, "figure", **fields))
+    measured = {r["step"]: "val/loss" in r for r in rows if "largest" in r}
+    assert measured == {2: False, 4: True, 5: True}

@@ -10,7 +10,8 @@ from memoryformer import errors, model, sharding
 from memoryformer.convert import export, runs
 from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
-from memoryformer.model import losses, mixers
+from memoryformer.model import mixers
+from memoryformer.model.mixers import kernel
 from memoryformer.ops import attention
 from memoryformer.runs import metrics
 from memoryformer.runs import steps as run_steps
@@ -18,11 +19,12 @@ from memoryformer.training import evaluate_run, experiment
 from memoryformer.training import programs as programs_lib
 from memoryformer.training import step as step_lib
 
-PERFORMER = {
-    "model.mixer": "performer",
-    "model.performer_features": 6,
-    "model.performer_redraw_every": 3,
+PERFORMER_MODEL = {
+    "mixer": "performer",
+    "performer_features": 6,
+    "performer_redraw_every": 3,
 }
+PERFORMER = {f"model.{name}": value for name, value in PERFORMER_MODEL.items()}
 
 
 def _gradients_at(steps, folder, **fields):
@@ -67,35 +69,30 @@ def test_redrawn_features_are_those_of_one_device(tmp_path):
     np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
-def test_draw_0_is_the_constant_one():
-    """Red if evaluation and the first steps of training see other features."""
-    config = model.ModelConfig(
-        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=2
-    )
-    drawn = mixers.draw(config, jnp.int32(0), jnp.int32(2))
-    np.testing.assert_array_equal(drawn, mixers.draw(config, 0, 2))
-    network = model.merge(config, model.init(config))
-    nothing = mixers.SeqInfo(None, None)
-    for i, block in enumerate(network.blocks):
-        np.testing.assert_array_equal(drawn[i], block.mixer.rows(nothing))
-    assert np.abs(drawn[0] - drawn[1]).max() > 0.1
+def test_a_run_draws_by_its_seed_and_its_schedule():
+    """Every layer its own, at every third batch others, and all of them by the run's seed.
 
-
-def test_a_run_adds_its_seed_and_its_schedule():
-    """Mutation: `step // redraw_every`, which changes the features after the last step."""
-    config = model.ModelConfig(
-        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=3
-    )
-    draws = [mixers.with_draw(config, 5, step).performer_draw for step in range(8)]
-    assert draws == [0, 0, 0, 0, 1, 1, 1, 2]
-    later = mixers.with_draw(config, 5, 4)
-    assert later.performer_seed == 5
-    # What goes on from there, as step 0 of another run, has them still.
-    np.testing.assert_array_equal(
-        mixers.draw(later, 0, 0), mixers.draw(config, 5, jnp.int32(4))
-    )
+    Mutation: `number = step`; or a key without the layer.
+    """
+    config = model.ModelConfig(8, 16, 3, 2, 32, code_bits=4, **PERFORMER_MODEL)
+    _, fixed = model.split_trained(config, model.init(config, 5))
+    rows = lambda tree: [b["mixer"]["random_rows"] for b in tree["blocks"].values()]  # noqa: E731
+    redraw = jax.jit(lambda fixed, step: mixers.redraw(config, fixed, 5, step))
+    for step in range(8):
+        fixed = redraw(fixed, step)
+        expected = kernel.random_rows(config, 5, step // 3)
+        np.testing.assert_array_equal(rows(fixed), rows(expected))
+    assert np.abs(rows(fixed)[0] - rows(fixed)[1]).max() > 0.1
     same = model.ModelConfig(8, 16, 3, 2, 32, code_bits=4)
-    assert mixers.with_draw(same, 5, 4) is same and mixers.draw(same, 5, 4) is None
+    assert mixers.redraw(same, {}, 5, 4) == {}
+
+
+def test_an_import_begins_with_the_features_it_was_trained_with():
+    """Mutation: no `step > 0` in `kernel.redraw`."""
+    config = model.ModelConfig(8, 16, 2, 2, 32, code_bits=4, **PERFORMER_MODEL)
+    imported = kernel.random_rows(config, 9, 4)
+    kept = mixers.redraw(config, imported, 5, jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, kept, imported)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +103,23 @@ def performer_run(tmp_path_factory):
     return toy.trained(folder, **PERFORMER, **fields)
 
 
+def test_random_features_are_not_trained(performer_run):
+    """No moments, no decay: after six steps they are a draw of the seed, bit for bit.
+
+    Mutation: `trained=False` left out of the parameter's metadata.
+    """
+    run, params, facts = experiment.load(performer_run)
+    _, fixed = model.split_trained(run.model, params)
+    assert jax.tree.leaves(fixed)
+    jax.tree.map(
+        np.testing.assert_array_equal, fixed, kernel.random_rows(run.model, 3, 1)
+    )
+    names = ["/".join(path) for path, _, _ in facts["leaves"]]
+    assert sum("random_rows" in name for name in names) == run.model.num_layers
+
+
 def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
-    """Mutation: `experiment.load` without `with_draw`, or `_evaluate` without features."""
+    """Mutation: `redraw` in `experiment.load` too, one draw ahead."""
     logged = [r["val/loss"] for r in metrics.read(performer_run) if "val/loss" in r][-1]
     later = evaluate_run.evaluate_checkpoint(performer_run)
     config = toy.run_config(performer_run.parent, **PERFORMER)
@@ -116,36 +128,23 @@ def test_a_checkpoint_is_evaluated_with_its_features(performer_run):
     np.testing.assert_allclose(
         [later["val/loss"], given["val/loss"]], logged, rtol=1e-6
     )
-    run, params, facts = experiment.load(performer_run)
-    assert (run.model.performer_seed, run.model.performer_draw) == (3, 1)
-    stored = experiment.resolve(facts["config"]).model
-    batch = toy.batch(stored, seq_len=16)
-    nats = [
-        losses.batch_nats(m, params, batch, features)
-        for m, features in [
-            (run.model, None),
-            (stored, mixers.draw(stored, 3, 6)),  # what the last step was computed with
-            (stored, None),
-        ]
-    ]
-    np.testing.assert_array_equal(nats[0], nats[1])
-    assert np.abs(nats[0] - nats[2]).max() > 1e-3
 
 
 def test_generation_and_exports_have_the_features(performer_run, tmp_path):
-    """Mutation: `open_run` or `export_run` with the stored config; `import_run` as well."""
+    """Mutation: an export without what is not trained; `import_run` that draws anew."""
     generator, _, run = text_lib.open_run(performer_run)
     _, params = run_steps.load(performer_run)
     prompt = np.arange(40, 50)[None]
     sampling = sampler.SamplingConfig(max_tokens=1, temperature=0)
     logits = model.forward(run.model, params, prompt)[0, -1]
     assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
-    assert generator.model_config.performer_draw == 1
     runs.export_run(performer_run, tmp_path / "export")
-    assert export.load_export(tmp_path / "export")[0] == run.model
     runs.import_run(tmp_path / "export", tmp_path / "back")
-    again = experiment.load(tmp_path / "back")[0]
-    assert again.model == run.model
+    for read in (
+        export.load_export(tmp_path / "export"),
+        experiment.load(tmp_path / "back")[:2],
+    ):
+        jax.tree.map(np.testing.assert_array_equal, read[1], params)
 
 
 def test_seeds_share_a_program_and_no_features(tmp_path):
@@ -159,8 +158,8 @@ def test_seeds_share_a_program_and_no_features(tmp_path):
         made.append((run, step_lib.hyperparams(run)))
     run = made[0][0]
     assert programs_lib.program(run) == programs_lib.program(made[1][0])
-    programs = programs_lib.programs(run, single)
-    state, batch = programs.draw(0), toy.batch(run.model, seq_len=16)
+    programs = programs_lib.make(run, single)
+    state, batch = _at(programs.draw(0), 3), toy.batch(run.model, seq_len=16)
     norms = [
         float(programs.train_step(state, batch, h)[1]["grad_norm"]) for _, h in made
     ]

@@ -53,7 +53,7 @@ def test_mfu_memory_and_wall(world):
     for step in range(1, 5):
         seconds[0] += 2.0
         if step == 3:
-            with log.away():
+            with log.section("evaluate"):
                 seconds[0] += 100.0
         log.push(step, values())
     log.drain()
@@ -75,12 +75,15 @@ def test_mfu_memory_and_wall(world):
     } <= metrics.WALL_CLOCK
 
 
-def test_nothing_is_said_of_an_unknown_device(world, monkeypatch, tmp_path):
-    """As of a CPU: no MFU against a peak that is not known, no memory that is not told."""
+def test_mfu_is_left_out_for_an_unknown_chip(world, monkeypatch):
+    """No MFU against a peak that is not known, no memory that the device does not tell.
+
+    Mutation: a peak of 1 where the chip is not known.
+    """
     run, _, seconds, rows, lines = world
     monkeypatch.setattr(targets_lib, "chip_of", lambda kind: None)
-    cpu = types.SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
-    monkeypatch.setattr(jax, "local_devices", lambda *_: [cpu])
+    other = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [other])
     writer = types.SimpleNamespace(write=lambda step, row: rows.append(row))
     printer = types.SimpleNamespace(update=lines.append, note=lambda line: None)
     log = training_log.TrainingLog(run, writer, printer, 0, num_devices=1)
@@ -89,3 +92,34 @@ def test_nothing_is_said_of_an_unknown_device(world, monkeypatch, tmp_path):
         log.push(step, values())
     assert not {"train/mfu", "train/memory_bytes"} & rows[0].keys()
     assert "mfu" not in lines[0] and "mem" not in lines[0] and "wall 3s" in lines[0]
+
+
+def test_a_cpu_tells_the_memory_of_its_process(monkeypatch):
+    """The resident set at its largest, of what the machine has.
+
+    Mutation: kilobytes taken for bytes.
+    """
+    cpu = types.SimpleNamespace(platform="cpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [cpu])
+    usage = types.SimpleNamespace(ru_maxrss=5 * 2**20)  # KiB on Linux
+    monkeypatch.setattr(training_log.resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr(training_log.sys, "platform", "linux")
+    used, total = training_log._memory()
+    assert used == 5 * GIB and total > 0
+
+
+def test_time_by_section(world):
+    """Of data as its share of a step; the first step's as the time to compile, alone.
+
+    Mutation: `data` counted as away; every step counted as compiled.
+    """
+    _, log, seconds, rows, _ = world
+    for step, taken in ((1, 7.0), (2, 3.0), (3, 3.0)):
+        with log.section("data"):
+            seconds[0] += 1.0
+        with log.section("step"):
+            seconds[0] += taken
+        log.push(step, values())
+    assert rows[0]["train/compile_seconds"] == 7.0
+    assert rows[0]["train/step_seconds"] == pytest.approx((3 + 6) / 2)
+    assert rows[0]["train/data_fraction"] == pytest.approx(3 / 9)

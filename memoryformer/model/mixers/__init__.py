@@ -1,15 +1,14 @@
 """Sequence mixers, one file per family; `MIXERS` names them."""
 
-import dataclasses
-
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import kernel
 from memoryformer.model.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
 from memoryformer.model.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
-from memoryformer.model.mixers.linformer import ConvLuna, Linformer, Luna
+from memoryformer.model.mixers.linformer import Linformer
+from memoryformer.model.mixers.luna import ConvLuna, Luna
 from memoryformer.model.mixers.softmax import Softmax
-from memoryformer.notation import Array
+from memoryformer.notation import Array, Params
 from memoryformer.ops import attention
 
 MIXERS = {
@@ -84,20 +83,11 @@ def takes_any_order(config) -> bool:
     return config.mixer == "softmax"
 
 
-def draw(config, seed: Array | int, step: Array | int) -> Array | None:
-    """Draw the random features in use after `step` steps of a run with `seed`.
-
-    They go into `SeqInfo.features`; None for a mixer without. Both may be traced.
-    """
-    return kernel.draw(config, seed, step) if config.mixer == "performer" else None
-
-
-def with_draw(config, seed: int, step: int):
-    """Return a model's config with the features in use after `step` steps as its own."""
+def redraw(config, fixed: Params, seed: Array | int, step: Array) -> Params:
+    """Return the parameters that are not trained, as batch `step` of a run needs them."""
     if config.mixer != "performer":
-        return config
-    seed, number = kernel.in_use(config, seed, step)
-    return dataclasses.replace(config, performer_seed=seed, performer_draw=number)
+        return fixed
+    return kernel.redraw(config, fixed, seed, step)
 
 
 def max_length(config) -> int:
@@ -113,10 +103,9 @@ __all__ = [
     "SequenceMixer",
     "State",
     "by_chunks",
-    "draw",
     "max_length",
+    "redraw",
     "takes_any_order",
     "validate",
     "validate_sequence",
-    "with_draw",
 ]

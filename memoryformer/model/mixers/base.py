@@ -32,12 +32,10 @@ class SeqInfo(NamedTuple):
 
     positions: position inside the token's document.
     segment_ids: which document of the row; 0 is padding.
-    features: random features in use [layers, M, E], `mixers.draw`; None: the config's own.
     """
 
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
-    features: Float[Array, "N M E"] | None = None
 
     @classmethod
     def of_tokens(cls, tokens: Int[Array, "B L"]) -> "SeqInfo":
@@ -126,11 +124,11 @@ def refuse_state(state: State | None) -> None:
 
 
 def by_chunks(
-    function: Callable[..., Array], arrays: tuple[Array, ...], chunk: int
-) -> Array:
+    function: Callable[..., Any], arrays: tuple[Array, ...], chunk: int
+) -> Any:
     """Apply `function` to `chunk` positions at a time, recomputing it for the gradient.
 
-    For functions that treat the positions (axis 1 of all arrays and of the result) apart:
+    For functions that treat the positions (axis 1 of all arrays, also of the result) apart:
     the result is the same, and what they keep between is of one chunk. 0: all at once.
     """
     length = arrays[0].shape[1]
@@ -142,9 +140,13 @@ def by_chunks(
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     checkpointed = jax.checkpoint(lambda part: function(*part))
-    y = jax.lax.map(checkpointed, tuple(split(x) for x in arrays))
-    y = jnp.moveaxis(y, 0, 1)
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+    def join(y):
+        y = jnp.moveaxis(y, 0, 1)
+        return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+    parts = jax.lax.map(checkpointed, tuple(split(x) for x in arrays))
+    return jax.tree.map(join, parts)
 
 
 def take_rows(x: Array, index: Int[Array, "B N"]) -> Array:

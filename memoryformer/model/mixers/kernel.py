@@ -13,8 +13,6 @@ a state of fixed size. The variants differ in phi and in how they guard the deno
 Start at `KernelAttention`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +20,7 @@ from flax import nnx
 
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base
-from memoryformer.notation import Activations, Array, Float
+from memoryformer.notation import Activations, Array, Params
 from memoryformer.ops import document_max, prefix, random_features
 
 
@@ -196,39 +194,33 @@ class Performer(KernelAttention):
     published code (a maximum over all positions, a seed from the sum of all queries, a
     denominator raised to 1e-6).
 
-    The features w are no parameters and are not stored: they follow from a seed, the number
-    of the draw and the layer. A model outside a run uses those of its config,
-    `performer_seed` and `performer_draw`; a run adds its own seed and its schedule (`in_use`),
-    and whatever reads a checkpoint takes the config after its last step (`with_draw`): a
-    model scores well only with the features that it was trained on.
+    The features w are parameters that are not trained: drawn with the model, `redraw` puts
+    others in their place while it trains, and checkpoints hold them.
     """
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
         self.num_features = config.performer_features
-        self.own = (*in_use(config), config.num_layers)
-        self.layer = layer
+        # The key itself, and none of its stream: whatever else is drawn stays the same.
+        key = _row_key(rngs.params.key[...], layer, 0)
+        rows = random_features.draw(key, self.num_features, self.head_dim)
+        self.random_rows = nnx.Param(rows, spec="whole", decay=False, trained=False)
 
     @staticmethod
     def validate(config) -> None:
         """Refuse a model without features, or a negative schedule."""
         base.check_positive(config, "performer_features")
-        if config.scan_layers:
+        if not 0 <= config.performer_redraw_every < 2**31:
             raise ConfigError(
-                "model.scan_layers=True: the performer's random features differ by layer "
-                "and are no parameters; use scan_layers=False."
+                f"model.performer_redraw_every={config.performer_redraw_every}: must be in "
+                "[0, 2^31)."
             )
-        for name in ("performer_redraw_every", "performer_seed", "performer_draw"):
-            if not 0 <= getattr(config, name) < 2**31:
-                raise ConfigError(
-                    f"model.{name}={getattr(config, name)}: must be in [0, 2^31)."
-                )
 
     def features(self, q, k, seq, state):
         """exp(log features - shift)."""
         q, k = self.rotary(q, k, seq)
-        rows = self.rows(seq)
+        rows = self.random_rows[...]  # [M, E], the same for all heads
         q, k = (random_features.log_features(x, rows) for x in (q, k))
         highest = jax.lax.stop_gradient(jnp.max(k, axis=-1))  # [B, L, H]
         shift = document_max.so_far(highest, seq.segment_ids, state)
@@ -238,57 +230,36 @@ class Performer(KernelAttention):
         k = jnp.where(real, k - shift[..., None], 0)
         return jnp.exp(q), jnp.exp(k), shift
 
-    def rows(self, seq: base.SeqInfo) -> Array:
-        """The w in use: [M, E], the same for all heads of a layer."""
-        features = seq.features
-        if features is None:
-            features = _fixed_rows(*self.own, self.num_features, self.head_dim)
-        return features[self.layer]
-
     @property
     def width(self):
         """The number of random features."""
         return self.num_features
 
 
-def in_use(config, seed=0, step=0):
-    """Return (seed, number) of the draw in use after `step` steps of a run with `seed`.
+def redraw(config, params: Params, seed: Array | int, step: Array) -> Params:
+    """Return the random features that batch `step` of a run with `seed` trains with.
 
-    seed = performer_seed + the run's, number = performer_draw + (step - 1) // redraw_every:
-    after a step its features stay in use until the next one. All may be traced.
+    `params` are those in use so far: the tree of all that is not trained.
     """
-    seed = (config.performer_seed + seed) & 0x7FFFFFFF
-    number = config.performer_draw
-    if config.performer_redraw_every:
-        done = step - 1 + (step == 0)  # the last step's index
-        number = number + done // config.performer_redraw_every
-    return seed, number
+    every = config.performer_redraw_every
+    if not every:
+        return params
+    due = (step % every == 0) & (step > 0)
+    return jax.lax.cond(
+        due, lambda: random_rows(config, seed, step // every), lambda: params
+    )
 
 
-def draw(config, seed: Array | int, step: Array | int) -> Float[Array, "N M E"]:
-    """Draw the rows w of every layer that are in use after `step` steps (`in_use`).
+def random_rows(config, seed: Array | int, number: Array | int) -> Params:
+    """Draw the rows w of every layer, as a part of the parameters; both may be traced."""
 
-    Of plain numbers a constant, a numpy array of no mesh.
-    """
-    sizes = config.num_layers, config.performer_features, config.head_dim
-    constant = isinstance(seed, int) and isinstance(step, int)
-    return (_fixed_rows if constant else _rows)(*in_use(config, seed, step), *sizes)
+    def rows(layer):
+        key = _row_key(jax.random.key(seed), layer, number)
+        return random_features.draw(key, config.performer_features, config.head_dim)
 
-
-@functools.partial(jax.jit, static_argnames=("num_layers", "num_features", "head_dim"))
-def _rows(seed, number, num_layers, num_features, head_dim):
-    def of_layer(layer):
-        key = jax.random.fold_in(jax.random.key(seed), layer)
-        key = jax.random.fold_in(key, number)
-        return random_features.draw(key, num_features, head_dim)
-
-    return jax.vmap(of_layer)(jnp.arange(num_layers))
+    layers = range(config.num_layers)
+    return {"blocks": {str(i): {"mixer": {"random_rows": rows(i)}} for i in layers}}
 
 
-@functools.lru_cache(maxsize=16)
-def _fixed_rows(seed, number, num_layers, num_features, head_dim):
-    # Also while a program of a mesh is traced: these numbers are of no mesh.
-    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-    with no_mesh, jax.ensure_compile_time_eval():
-        rows = _rows(seed, number, num_layers, num_features, head_dim)
-        return np.asarray(rows)
+def _row_key(key, layer, number):
+    return jax.random.fold_in(jax.random.fold_in(key, layer), number)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import layers, mixers
+from memoryformer.model import codes, mixers
 from memoryformer.notation import Activations, Array, Bool, Float, Int
 
 Read = Callable[[int, Activations], Activations]  # (block, x) -> x
@@ -16,7 +16,7 @@ Memory = Float[Array, "B m D"]
 
 
 class Trunk(Protocol):
-    """What the recurrence is around: a `model.Transformer`."""
+    """What the recurrence is around: a `model.Transformer`, whose `recurrence` this is."""
 
     def run_blocks(
         self,
@@ -57,12 +57,10 @@ class Recurrence(nnx.Module):
 
     A subclass has `initial() -> [m, D]`, `before` (memory tokens in front of a chunk), and
 
-        whole(trunk, memory, x, real, features) -> y, memory    a whole chunk [B, S, D]
-        open(trunk, state, dtype, features) -> state            before a chunk's first token
-        extend(trunk, state, x, real, features) -> y, state     some of its tokens
-        close(trunk, state, dtype, features) -> memory          after its last
-
-    `features` as in `SeqInfo`.
+        whole(trunk, memory, x, real) -> y, memory    a whole chunk [B, S, D]
+        open(trunk, state, dtype) -> state            before a chunk's first token
+        extend(trunk, state, x, real) -> y, state     some of its tokens
+        close(trunk, state, dtype) -> memory          after its last
     """
 
     before = 0
@@ -84,7 +82,7 @@ class Recurrence(nnx.Module):
         if state is None:
             return self._scan(trunk, x, seq)[0], None
         whole = x.shape[1] // self.chunk_size * self.chunk_size
-        ys, piece = [], functools.partial(self._piece, trunk, seq.features)
+        ys, piece = [], functools.partial(self._piece, trunk)
         arrays = (x, seq.positions, seq.segment_ids)
         if whole:
             chunks = [_chunks(a[:, :whole], self.chunk_size) for a in arrays]
@@ -116,37 +114,38 @@ class Recurrence(nnx.Module):
     def _scan(self, trunk, x, seq):
         """Training: chunk by chunk, each run again for its gradient."""
 
+        def chunk_of(trunk, memory, x, real):
+            return trunk.recurrence.whole(trunk, memory, x, real)
+
+        whole, params = codes.pure(trunk, chunk_of)
+
         def body(memory, chunk):
             index, x, positions, segment_ids = chunk
             if self.bptt_chunks:
                 cut = index % self.bptt_chunks == 0
                 memory = jnp.where(cut, jax.lax.stop_gradient(memory), memory)
             memory = self._reset(memory, positions, segment_ids)
-            real, recorded = segment_ids != 0, {}
-            if layers.recording():
-                with layers.record_codes() as recorded:
-                    y, written = self.whole(trunk, memory, x, real, seq.features)
-            else:
-                y, written = self.whole(trunk, memory, x, real, seq.features)
+            real = segment_ids != 0
+            (y, written), read = whole(params, memory, x, real)
             end = self.before + self.chunk_size
-            codes = {i: codes[:, self.before : end] for i, codes in recorded.items()}
-            return _where_any(real, written, memory), (y, codes)
+            read = {path: part[:, self.before : end] for path, part in read.items()}
+            return _where_any(real, written, memory), (y, read)
 
         chunks = [
             _chunks(a, self.chunk_size) for a in (x, seq.positions, seq.segment_ids)
         ]
         index = jnp.arange(len(chunks[0]))
         memory = self._initial(x.shape[0]).astype(x.dtype)
-        memory, (y, codes) = jax.lax.scan(
-            jax.checkpoint(body), memory, (index, *chunks)
-        )
+        memory, (y, read) = jax.lax.scan(jax.checkpoint(body), memory, (index, *chunks))
         length = x.shape[1]
-        layers.record({i: _joined(c)[:, :length] for i, c in codes.items()})
+        codes.give(
+            trunk, {path: _joined(part)[:, :length] for path, part in read.items()}
+        )
         return _joined(y)[:, :length], memory
 
-    def _piece(self, trunk, features, state, arrays):
+    def _piece(self, trunk, state, arrays):
         """Continue with [B, P, ..], P <= S, which may reach into the next chunk."""
-        append = functools.partial(self._append, trunk, features)
+        append = functools.partial(self._append, trunk)
         length = arrays[0].shape[1]
         if length == 1:
             return append(state, arrays)
@@ -158,7 +157,7 @@ class Recurrence(nnx.Module):
         fits = state.slots + length <= self.chunk_size
         return jax.lax.cond(fits, append, one_by_one, state, arrays)
 
-    def _append(self, trunk, features, state, arrays):
+    def _append(self, trunk, state, arrays):
         """Continue with tokens of one chunk."""
         x, positions, segment_ids = arrays
         real = segment_ids != 0
@@ -169,18 +168,16 @@ class Recurrence(nnx.Module):
             blocks = trunk.init_blocks(x.shape[0], self.capacity, dtype)
             tokens = jnp.zeros_like(state.tokens)
             state = state._replace(memory=memory, blocks=blocks, tokens=tokens)
-            return self.open(trunk, state, x.dtype, features)
+            return self.open(trunk, state, x.dtype)
 
         def closed(state):
-            written = self.close(trunk, state, x.dtype, features).astype(
-                state.memory.dtype
-            )
+            written = self.close(trunk, state, x.dtype).astype(state.memory.dtype)
             seen = (state.tokens > 0)[:, None]
             memory = _where_any(seen, written, state.memory)
             return state._replace(memory=memory, slots=jnp.zeros_like(state.slots))
 
         state = jax.lax.cond(state.slots == 0, opened, lambda state: state, state)
-        y, state = self.extend(trunk, state, x, real, features)
+        y, state = self.extend(trunk, state, x, real)
         state = state._replace(
             slots=state.slots + x.shape[1],
             tokens=state.tokens + jnp.sum(real, axis=1, dtype=jnp.int32),
@@ -198,13 +195,11 @@ class Recurrence(nnx.Module):
         fresh = self._initial(memory.shape[0]).astype(memory.dtype)
         return _where_any(begins, fresh, memory)
 
-    def sequence(
-        self, real: Bool[Array, "B P"], tokens=0, features=None
-    ) -> mixers.SeqInfo:
+    def sequence(self, real: Bool[Array, "B P"], tokens=0) -> mixers.SeqInfo:
         """Describe tokens of a chunk after `tokens` real ones: one document, no padding."""
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32) + _column(tokens)
         positions = jnp.maximum(count - 1, 0)
-        return mixers.SeqInfo(positions, real.astype(jnp.int32), features)
+        return mixers.SeqInfo(positions, real.astype(jnp.int32))
 
 
 def _chunks(x, size):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import layers
 from memoryformer.model.mixers.base import wide
 from memoryformer.model.recurrence import base
 from memoryformer.notation import Activations, Array, Bool
@@ -33,6 +32,8 @@ class Memformer(base.Recurrence):
     1, which a hash needs: tables are hardly read where all values are near zero.
     """
 
+    of_memory = ("query",)  # projections of slots
+
     def __init__(self, config, project, norm, *, rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.head_dim, width = config.head_dim, config.embed_dim
@@ -52,12 +53,10 @@ class Memformer(base.Recurrence):
         """b / |b|."""
         return self._normalised(jnp.zeros_like(self.bias[...]))
 
-    def whole(self, trunk, memory, x, real, features):
+    def whole(self, trunk, memory, x, real):
         """The chunk with its memory read: y [B, S, D] and the new memory."""
         reads = self._reads(memory)
-        y, _ = trunk.run_blocks(
-            x, self.sequence(real, features=features), None, self._reader(reads)
-        )
+        y, _ = trunk.run_blocks(x, self.sequence(real), None, self._reader(reads))
         return y, self._write(memory, y, real)
 
     def init_chunk(self, state):
@@ -68,17 +67,17 @@ class Memformer(base.Recurrence):
         real = jnp.zeros((batch_size, self.chunk_size), bool)
         return _OpenChunk(self._stored_reads(state.memory, dtype), outputs, real)
 
-    def open(self, trunk, state, dtype, features):
+    def open(self, trunk, state, dtype):
         """Project the memory once for all tokens of the chunk."""
         reads = self._stored_reads(state.memory, dtype)
         real = jnp.zeros_like(state.chunk.real)
         return state._replace(chunk=state.chunk._replace(reads=reads, real=real))
 
-    def extend(self, trunk, state, x, real, features):
+    def extend(self, trunk, state, x, real):
         """Some tokens of a chunk, after those in the state."""
         chunk = state.chunk
         seq, read = (
-            self.sequence(real, state.tokens, features),
+            self.sequence(real, state.tokens),
             self._reader(chunk.reads),
         )
         y, blocks = trunk.run_blocks(x, seq, state.blocks, read)
@@ -91,7 +90,7 @@ class Memformer(base.Recurrence):
         chunk = chunk._replace(outputs=outputs, real=real)
         return y, state._replace(blocks=blocks, chunk=chunk)
 
-    def close(self, trunk, state, dtype, features):
+    def close(self, trunk, state, dtype):
         """Write the chunk's outputs."""
         memory, chunk = state.memory.astype(dtype), state.chunk
         return self._write(memory, chunk.outputs.astype(dtype), chunk.real)
@@ -109,10 +108,9 @@ class Memformer(base.Recurrence):
     def _write(self, memory, y, real):
         """[B, m, D], [B, S, D] -> [B, m, D]."""
         heads = (-1, self.head_dim)
-        with layers.record_codes():  # those of slots are not asked for
-            normed = self.norm(memory)
-            q = wide(self.query(normed)).reshape(*memory.shape[:2], *heads)
-            own = wide(self.key_value(normed))[:, :, 0].reshape(q.shape)
+        normed = self.norm(memory)
+        q = wide(self.query(normed)).reshape(*memory.shape[:2], *heads)
+        own = wide(self.key_value(normed))[:, :, 0].reshape(q.shape)
         kv = wide(self.key_value(y)).reshape(*y.shape[:2], 2, *heads)
         slots = wide(memory).reshape(q.shape)
         scale = self.temperature * self.head_dim**0.5
@@ -136,6 +134,8 @@ class Memformer(base.Recurrence):
 class _Reader(nnx.Module):
     """x + Attn(q = norm(x), kv = norm(M)) for one block: every slot is seen by every token."""
 
+    of_memory = ("key_value",)
+
     def __init__(self, config, project, norm):
         self.head_dim, width = config.head_dim, config.embed_dim
         self.norm, self.memory_norm = norm(width), norm(width)
@@ -146,8 +146,7 @@ class _Reader(nnx.Module):
 
     def keys_values(self, memory: base.Memory) -> Array:
         """[B, m, D] -> [B, m, 2, H, E]."""
-        with layers.record_codes():  # those of slots are not asked for
-            kv = self.key_value(self.memory_norm(memory))
+        kv = self.key_value(self.memory_norm(memory))
         return kv.reshape(*memory.shape[:2], 2, -1, self.head_dim)
 
     def __call__(self, x: Activations, keys_values: Array) -> Activations:

@@ -26,32 +26,30 @@ class RMT(base.Recurrence):
         """[m, D], trained."""
         return self.memory[...]
 
-    def whole(self, trunk, memory, x, real, features):
+    def whole(self, trunk, memory, x, real):
         """[M; x; M] through the trunk: y [B, S, D] and the new memory."""
         m, size = self.num_slots, x.shape[1]
         ones = jnp.ones((x.shape[0], m), bool)
-        seq = self.sequence(
-            jnp.concatenate([ones, real, ones], axis=1), features=features
-        )
+        seq = self.sequence(jnp.concatenate([ones, real, ones], axis=1))
         y, _ = trunk.run_blocks(jnp.concatenate([memory, x, memory], axis=1), seq)
         return y[:, m : m + size], y[:, m + size :]
 
-    def open(self, trunk, state, dtype, features):
+    def open(self, trunk, state, dtype):
         """Read the memory."""
         ones = jnp.ones(state.memory.shape[:2], bool)
-        seq = self.sequence(ones, features=features)
+        seq = self.sequence(ones)
         _, blocks = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
         return state._replace(blocks=blocks)
 
-    def extend(self, trunk, state, x, real, features):
+    def extend(self, trunk, state, x, real):
         """Some tokens of a chunk, after those in the state."""
-        seq = self.sequence(real, self.num_slots + state.tokens, features)
+        seq = self.sequence(real, self.num_slots + state.tokens)
         y, blocks = trunk.run_blocks(x, seq, state.blocks)
         return y, state._replace(blocks=blocks)
 
-    def close(self, trunk, state, dtype, features):
+    def close(self, trunk, state, dtype):
         """What the memory tokens behind the chunk become."""
         ones = jnp.ones(state.memory.shape[:2], bool)
-        seq = self.sequence(ones, self.num_slots + state.tokens, features)
+        seq = self.sequence(ones, self.num_slots + state.tokens)
         y, _ = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
         return y

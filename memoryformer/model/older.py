@@ -1,0 +1,28 @@
+"""What older checkpoints and exports lack.
+
+Random features were not stored: they followed from two fields of a model's config, the seed and
+the step of the run. Now they are parameters, and are drawn once for what was written before.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from memoryformer.model.config import ModelConfig
+from memoryformer.model.mixers import kernel
+from memoryformer.notation import Params
+
+
+def random_features(
+    model_config: ModelConfig, stored: Mapping[str, Any], seed: int = 0, step: int = 0
+) -> Params:
+    """Draw the parameters that a model had in use after `step` steps of a run with `seed`.
+
+    `stored` is its section of the config as it was written. {} for what lacks none.
+    """
+    if model_config.mixer != "performer" or "performer_draw" not in stored:
+        return {}
+    number, every = stored["performer_draw"], model_config.performer_redraw_every
+    if every:
+        number += max(step - 1, 0) // every
+    seed = (stored["performer_seed"] + seed) & 0x7FFFFFFF
+    return kernel.random_rows(model_config, seed, number)

@@ -1,0 +1,70 @@
+"""Codes of memory layers come out of every loop as they are, and cost nothing unless asked for."""
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import model
+from memoryformer.evaluation import buckets
+from memoryformer.model import codes, losses, mixers
+
+LOOPS = {
+    "chunks": {"sequence_chunk": 5},
+    "remat": {"remat": "full"},
+    "scan": {"scan_layers": True},
+    "all": {"scan_layers": True, "remat": "codes", "sequence_chunk": 4},
+}
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_loops_do_not_change_them(loops):
+    """Of two layers, in a scan, computed again, by chunks that do not divide the row.
+
+    Mutation: `give` left out of the stack; the padding of the last chunk kept.
+    """
+    plain = toy.model_config()
+    config = toy.model_config(**LOOPS[loops])
+    params, batch = model.init(plain), toy.batch(plain, batch_size=2)
+    expected = buckets.codes(plain, params, batch)
+    read = jax.jit(lambda p: buckets.codes(config, p, batch))(params)
+    assert read.keys() == expected.keys() and len(read) == 6
+    for path, theirs in expected.items():
+        assert theirs.shape[:2] == batch["inputs"].shape
+        np.testing.assert_array_equal(read[path], theirs)
+
+
+def _looped_outputs(jaxpr):
+    """Types of what loops and checkpoints put out, at any depth."""
+    for equation in jaxpr.eqns:
+        inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+        inner = [p for p in inner if hasattr(p, "eqns")]
+        if inner and equation.primitive.name in ("scan", "checkpoint", "remat2"):
+            yield from (out.aval.dtype for out in equation.outvars)
+        for part in inner:
+            yield from _looped_outputs(part)
+
+
+def test_a_model_that_is_not_asked_returns_none():
+    """No integer leaves a loop of the loss; it does where codes are asked for.
+
+    Mutation: `keeps_codes = True` in every layer.
+    """
+    config = toy.model_config(**LOOPS["all"])
+    params, batch = model.init(config), toy.batch(config, batch_size=2)
+    loss = jax.make_jaxpr(lambda p: losses.batch_nats(config, p, batch))(params)
+    asked = jax.make_jaxpr(lambda p: buckets.codes(config, p, batch))(params)
+    integers = [
+        [dtype for dtype in _looped_outputs(traced.jaxpr) if dtype == np.int32]
+        for traced in (loss, asked)
+    ]
+    assert not integers[0] and integers[1]
+
+
+def test_what_is_taken_is_gone():
+    """Mutation: `taken` that leaves the codes where they are."""
+    config = toy.model_config()
+    network = model.merge(config, model.init(config))
+    batch = toy.batch(config, batch_size=2)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+    assert codes.of_tokens(network, batch["inputs"], seq) and not codes.taken(network)

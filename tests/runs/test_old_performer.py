@@ -1,0 +1,106 @@
+"""Runs of a performer written before its random features were stored: read, and gone on with."""
+
+import json
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+
+from memoryformer import model
+from memoryformer.convert import export, runs, safetensors_file
+from memoryformer.runs import metrics
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import evaluate_run, experiment, loop
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "data" / "runs_of_old.tar.xz"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """The folder of the fixture; its config names the corpus relative to it."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(FIXTURE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(old, monkeypatch):
+    monkeypatch.chdir(old)
+
+
+def _config(old):
+    """The run's, on one device."""
+    return experiment.complete(run_steps.facts(old / "performer")["config"]) | {
+        "mesh": "single"
+    }
+
+
+def test_logits_and_evaluation_are_those_of_old(old):
+    """Step 4 of a run that drew anew at its fourth batch.
+
+    Mutation: the redraws since its first step are not counted in `older.random_features`.
+    """
+    run, params, _ = experiment.load(old / "performer")
+    stored = np.load(old / "logits.npz")
+    logits = model.forward(run.model, params, stored["tokens"])
+    np.testing.assert_allclose(logits, stored["performer"], atol=1e-6)
+    then = json.loads((old / "eval_performer.json").read_text())
+    now = evaluate_run.evaluate_checkpoint(old / "performer", config=_config(old))
+    assert now["data_fingerprint"] == then["data_fingerprint"]
+    for name in then.keys() - {"val/seconds", "model_fingerprint", "data_fingerprint"}:
+        assert now[name] == pytest.approx(then[name], rel=1e-6), name
+
+
+def test_training_goes_on_as_if_it_had_been_stored(old):
+    """Two more steps: of the old run, and of one that was trained by this code from the start.
+
+    Mutation: `absent_params` not given to the checkpointer (refused), or another draw; an old
+    step taken for one that was not evaluated.
+    """
+    config = _config(old)
+    loop.train(config, old / "new")
+    # Its last step was evaluated: the metrics say so, for the checkpoint does not.
+    assert "evaluated" not in run_steps.facts(old / "performer")
+    assert loop.train(config, old / "performer") == {}
+    config["train"]["num_steps"] = 6
+    rows = []
+    for name in ("performer", "new"):
+        loop.train(config, old / name, allow=("train.num_steps",))
+        rows.append(
+            [
+                row["train/loss"]
+                for row in metrics.read(old / name)
+                if "train/loss" in row and row["step"] > 4
+            ]
+        )
+    assert len(rows[0]) == 2
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-6)
+    leaves = run_steps.facts(old / "performer")["leaves"]
+    assert any(path[-1] == "random_rows" for path, _, _ in leaves)
+
+
+def test_an_export_of_old_is_read_with_its_draw(old, tmp_path):
+    """Its config names seed and draw, and its arrays lack the features.
+
+    Mutation: `load_export` without `older.random_features`.
+    """
+    runs.export_run(old / "performer", tmp_path / "export")
+    _, params = export.load_export(tmp_path / "export")
+    path = tmp_path / "export" / "model.safetensors"
+    arrays, _ = safetensors_file.read(path)
+    older = {name: x for name, x in arrays.items() if "random_rows" not in name}
+    assert len(older) < len(arrays)
+    path.unlink()
+    safetensors_file.write(path, older, {"format": "np"})
+    config_path = tmp_path / "export" / "config.json"
+    fields = json.loads(config_path.read_text())
+    seed = fields["source"]["config"]["train"]["seed"]
+    fields["model"] |= {"performer_seed": seed, "performer_draw": 1}
+    config_path.write_text(json.dumps(fields))
+    _, again = export.load_export(tmp_path / "export")
+    np.testing.assert_array_equal(
+        again["blocks"]["0"]["mixer"]["random_rows"],
+        params["blocks"]["0"]["mixer"]["random_rows"],
+    )
