@@ -34,10 +34,22 @@ class _ConfigParser(flags.ArgumentParser):
     """Loads the config as `load` does, with its errors."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return config_lib.load(argument).lock()
+        config = config_lib.load(argument)
+        config_lib.forget_options(config, _overrides(sys.argv))
+        return config.lock()
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def _overrides(argv: Sequence[str]) -> dict[str, str]:
+    """Return {'SECTION.KEY': VALUE} of `--config.SECTION.KEY=VALUE` on a command line."""
+    values = {}
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.startswith("config."):
+            values[name.removeprefix("config.")] = value if equals else following
+    return values
 
 
 def define_debug_flag() -> None:

@@ -241,7 +241,7 @@ def absent_params(facts: Mapping[str, Any]) -> Params:
 
     facts: what the step's manifest says.
     """
-    run = resolve(facts["config"])
+    run = resolve(complete(facts["config"]))
     drawn = older.random_features(
         run.model, facts["config"]["model"], run.train.seed, facts["step"]
     )
