@@ -18,7 +18,7 @@ from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.model import mixers
-from memoryformer.runs import checkpoint, compatibility
+from memoryformer.runs import checkpoint, compatibility, old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 from memoryformer.training import step as step_lib
@@ -80,7 +80,7 @@ def import_run(
         raise ConfigError(
             f"{directory}: does not say how to train or evaluate it; give --config=FILE."
         )
-    stored = source.section("config").values
+    stored = old_configs.upgraded(source.section("config").values)
     run = experiment.resolve(stored if config is None else config)
     if config is None:  # what is random at its step 0 is what the export has
         draw = {"performer_draw": model_config.performer_draw}
