@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.files import paths
-from memoryformer.runs import console
+from memoryformer.runs import console, old_configs
 
 flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
@@ -175,6 +175,10 @@ def _override_error(argv: Sequence[str]) -> errors.ConfigError | None:
     for argument in argv:
         key = argument.removeprefix("--config.").partition("=")[0]
         if argument.startswith("--config.") and key not in known:
+            if new := old_configs.MOVED.get(key):
+                return errors.ConfigError(
+                    f"--config.{key}: is no longer a field; set {new}."
+                )
             near = config_lib.suggest(key, known)
             return errors.ConfigError(
                 f"--config.{key}: the config has no such field{near}."

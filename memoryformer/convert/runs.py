@@ -17,7 +17,7 @@ from memoryformer import data
 from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
-from memoryformer.runs import checkpoint, compatibility
+from memoryformer.runs import checkpoint, compatibility, old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 from memoryformer.training import step as step_lib
@@ -79,7 +79,7 @@ def import_run(
         raise ConfigError(
             f"{directory}: does not say how to train or evaluate it; give --config=FILE."
         )
-    stored = source.section("config").values
+    stored = old_configs.upgraded(source.section("config").values)
     run = experiment.resolve(stored if config is None else config)
     differences = compatibility.drift(
         *({"model": dataclasses.asdict(m)} for m in (model_config, run.model))

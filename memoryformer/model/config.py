@@ -12,6 +12,7 @@ from memoryformer.errors import ConfigError
 from memoryformer.model import layers, mixers, stack
 from memoryformer.model import recurrence as recurrence_lib
 from memoryformer.ops import hashing, lookup
+from memoryformer.runs import old_configs
 
 NORMS = {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm}
 RESIDUALS = ("sequential", "parallel", "eq13")
@@ -193,6 +194,7 @@ class ModelConfig:
     @classmethod
     def from_config(cls, section: Any) -> "ModelConfig":
         """Check a config section and freeze it; raises `ConfigError`."""
+        old_configs.refuse(section, "model")
         return config_lib.build(cls, section, "model")
 
     @property

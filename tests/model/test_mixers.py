@@ -91,7 +91,7 @@ class Case:
 
     def __init__(self, name, projection):
         mixer, options, fields = CASES[name]
-        if mixer != "softmax":
+        if hasattr(mixers.MIXERS[mixer].Options(), "prefix_chunk"):
             options = {"prefix_chunk": 8} | options
         self.config = model.ModelConfig(
             vocab_size=8,

@@ -27,14 +27,10 @@ NOTHING = {
     "eval.num_batches": 1,
     "metrics.tensorboard": True,
     "metrics.wandb": "",  # a service: not tried here
-    "train.checkpoint_timeout": 70.0,
     "train.compilation_cache": "off",
-    "train.evaluation_timeout": 70.0,
-    "train.first_step_timeout": 700.0,
     "train.log_every": 1,
     "train.max_skipped": 2,
-    "train.nonfinite": "skip",
-    "train.step_timeout": 70.0,
+    "train.timeout_scale": 0.5,
 }
 ROUNDING = {
     "mesh": "tensor:model=2",
