@@ -102,7 +102,7 @@ _TESTS = {
         "model/test_mixers_performer.py",
         "model/test_model.py",
     ),
-    "model/mixers/base": _MIXERS,
+    "model/mixers/base": (*_MIXERS, "model/test_made_up_mixer.py"),
     "model/mixers/linformer": (
         "model/test_mixers.py",
         "evaluation/test_slots.py",

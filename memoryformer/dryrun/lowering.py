@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
+from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import losses, mixers
 from memoryformer.ops import collectives
 from memoryformer.training import experiment

@@ -1,12 +1,11 @@
 """What evaluators share: what they are made of, and the loop over a few batches.
 
-An evaluator is a class with `measures(model_config)`, whether a model has what it looks at, made
-as `Evaluator(subject)`. Start at `Evaluator`.
+Start at `Evaluator`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,14 +44,22 @@ class Subject:
         return [self.batches[i] for i in range(min(len(self.batches), FEW))]
 
 
-class Evaluator(Protocol):
+class Evaluator:
     """A figure of the parameters, by the names under which metrics.jsonl has it."""
 
-    name: str
-    every: int
+    name: ClassVar[str]
+
+    def __init__(self, subject: Subject):
+        self.subject, self.every = subject, subject.every
+
+    @staticmethod
+    def measures(model_config: model_lib.ModelConfig) -> bool:
+        """Whether a model has what this looks at."""
+        return True
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Measure; raises `Stopped`, or `DataError` where there is no text."""
+        raise NotImplementedError
 
 
 def is_due(evaluator: Evaluator, step: int, num_steps: int) -> bool:

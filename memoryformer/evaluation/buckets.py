@@ -29,13 +29,10 @@ from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
 
 
-class Buckets:
+class Buckets(base.Evaluator):
     """The evaluator of how evenly tables are read, over the first batches."""
 
     name = "buckets"
-
-    def __init__(self, subject: base.Subject):
-        self.every, self._subject = subject.every, subject
 
     @staticmethod
     def measures(model_config: model_lib.ModelConfig) -> bool:
@@ -44,7 +41,7 @@ class Buckets:
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{'utilisation/LAYER/used_fraction', ...}, see `summary`."""
-        subject = self._subject
+        subject = self.subject
         return summary(collect(subject.model, params, subject.few(), subject.sharding))
 
 

@@ -31,25 +31,16 @@ from memoryformer.ops import collectives
 GROUP_TOKENS = 2048
 
 
-class Loss:
+class Loss(base.Evaluator):
     """The evaluator of the loss."""
 
     name = "loss"
 
-    def __init__(self, subject: base.Subject):
-        self.every, self._subject = subject.every, subject
-        self._step = make_eval_step(subject.model, subject.sharding)
-
-    @staticmethod
-    def measures(model_config: model_lib.ModelConfig) -> bool:
-        """Every model has a loss."""
-        return True
-
     def __call__(self, params: Params) -> dict[str, float]:
         """{'val/loss', ...}, see `evaluate`."""
-        subject = self._subject
+        subject = self.subject
         return evaluate(
-            self._step,
+            make_eval_step(subject.model, subject.sharding),
             params,
             subject.batches,
             subject.token_bytes,

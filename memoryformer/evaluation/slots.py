@@ -31,22 +31,21 @@ from memoryformer.ops import collectives
 MEASURED = ("luna", "conv_luna")
 
 
-class Slots:
+class Slots(base.Evaluator):
     """The evaluator of how alike a memory's slots are, over the first batches."""
 
     name = "slots"
 
-    def __init__(self, subject: base.Subject):
-        self.every, self._subject = subject.every, subject
-
     @staticmethod
     def measures(model_config: model_lib.ModelConfig) -> bool:
-        """See `measures`."""
-        return measures(model_config)
+        """Whether there are memories that `collect` can read."""
+        if model_config.recurrence != "none":
+            return True
+        return model_config.mixer in MEASURED
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{'degradation/MEMORY/cosine', ...}, see `collect`."""
-        subject = self._subject
+        subject = self.subject
         return collect(subject.model, params, subject.few(), subject.sharding)
 
 
@@ -68,13 +67,6 @@ def effective_rank(rows: Float[Array, "*B m D"]) -> Float[Array, "*B"]:
     return jnp.exp(-jnp.sum(share * logs, axis=-1))
 
 
-def measures(model_config: model_lib.ModelConfig) -> bool:
-    """Whether a model has memories that `collect` can read."""
-    if model_config.recurrence != "none":
-        return True
-    return model_config.mixer in MEASURED
-
-
 @functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
@@ -83,7 +75,7 @@ def make_step(
 
     Raises `ConfigError` for other mixers.
     """
-    if not measures(model_config):
+    if not Slots.measures(model_config):
         raise errors.ConfigError(
             f"model.mixer={model_config.mixer!r}: has no memory to measure; "
             f"{' and '.join(MEASURED)} and recurrences have."

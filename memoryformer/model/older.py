@@ -21,7 +21,7 @@ def random_features(
     """
     if model_config.mixer != "performer" or "performer_draw" not in stored:
         return {}
-    number, every = stored["performer_draw"], model_config.performer_redraw_every
+    number, every = stored["performer_draw"], model_config.mixer_options.redraw_every
     if every:
         number += max(step - 1, 0) // every
     seed = (stored["performer_seed"] + seed) & 0x7FFFFFFF

@@ -20,6 +20,7 @@ from typing import Any
 
 from memoryformer.errors import StorageError
 from memoryformer.files import atomic
+from memoryformer.runs import old_configs
 
 MANIFEST = "MANIFEST"
 LEDGER = "LEDGER"
@@ -125,6 +126,9 @@ def _read(directory: pathlib.Path) -> dict[str, Any]:
     parts = manifest if isinstance(manifest, dict) else {}
     if not all(isinstance(parts.get(name), dict) for name in ("facts", "files")):
         raise DamagedError(f"{path}: is no manifest.")
+    if isinstance(parts["facts"].get("config"), dict):
+        config = old_configs.upgraded(parts["facts"]["config"])
+        return parts | {"facts": parts["facts"] | {"config": config}}
     return manifest
 
 

@@ -180,7 +180,7 @@ def _kinds(model_config):
 
 def _slot_figures(model_config, task, params):
     """How alike the slots of each layer's memory are; nothing without such memories."""
-    if not slots.measures(model_config):
+    if not slots.Slots.measures(model_config):
         return {}
     data = batch(task, model_config.seq_len, 0, "validation")
     sums = slots.figures(*_embedded(model_config, params, data))

@@ -151,9 +151,9 @@ def _accumulate(function, batch, count):
         return function(None, batch)
     parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
     first = function(None, jax.tree.map(lambda x: x[0], parts))
-    rest = jax.tree.map(lambda x: x[1:], parts)
+    others = jax.tree.map(lambda x: x[1:], parts)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, function(None, part)), None
 
-    return jax.lax.scan(add, first, rest)[0]
+    return jax.lax.scan(add, first, others)[0]

@@ -12,12 +12,14 @@ state) the sums run over past and future, which is the published form.
 It has its own code for positions and takes no rotary ones. Start at `Linformer`.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations
 from memoryformer.ops import prefix
@@ -30,27 +32,57 @@ class LinformerState(NamedTuple):
     values: prefix.PrefixState
 
 
-class Linformer(base.MultiHead):
-    """Causal Linformer (prefix form): w = E[pos], u = F[pos], shared by a layer's heads."""
+class Linformer(base.LimitedPositions, base.MultiHead):
+    """Causal Linformer (prefix form), E and F shared by a layer's heads."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And the size of E and F."""
+
+        num_slots: int = field("numbers", 64, doc="m, slots of the memory.")
+        max_len: int = field(
+            "numbers", 0, doc="Positions that E and F have rows for; 0: model.seq_len."
+        )
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "num_slots")
+            base.at_least(self, 0, "max_len")
+
+    EXAMPLES: ClassVar = {  # the paper states no m; 'matched' to its Table 2 at 410M: 26.1G
+        "linformer": {"num_slots": 64},
+        "linformer_matched": {"num_slots": 40},
+    }
+    ABOUT = base.About(
+        "m slots written by position: the **causal prefix form**",
+        "4 m D",
+        "2 m E",
+        "its own, up to `max_len`",
+    )
+    LOOKS_AHEAD = True
+
+    @classmethod
+    def cost(cls, config, length):
+        """4 m D per token: keys and values, each written and read."""
+        num_slots, width = config.mixer_options.num_slots, config.embed_dim
+        return base.Cost(
+            multiply_adds=length * 4 * num_slots * width,
+            state_values=2 * num_slots * width,
+            parameters=2 * num_slots * cls.max_length(config),
+            state_value_bytes=4,
+        )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
-        self.chunk_size = config.prefix_chunk
-        self.max_len = config.linformer_max_len or config.seq_len
-        self.num_slots = config.linformer_slots
+        self.chunk_size = config.mixer_options.prefix_chunk
+        self.max_len = self.max_length(config)
+        self.num_slots = config.mixer_options.num_slots
         self.causal = config.causal
         shape = (self.max_len, self.num_slots)
         std = sum(shape) ** -0.5  # as a Glorot initialiser with gain 1 / sqrt(2)
         for name in ("write_keys", "write_values"):
             value = std * jax.random.normal(rngs.params(), shape)
             setattr(self, name, nnx.Param(value, spec="whole", decay=True))
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse rows longer than the positions that E and F have."""
-        base.check_positive(config, "linformer_slots")
-        max_len = config.linformer_max_len or config.seq_len
-        base.check_length("model.linformer_max_len", max_len, config.seq_len)
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: LinformerState | None = None
@@ -85,7 +117,7 @@ class Linformer(base.MultiHead):
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
     ) -> LinformerState:
         """2 m E values a head, but not for more tokens than E and F have rows."""
-        base.check_length("model.linformer_max_len", self.max_len, max_len)
+        base.check_length(self.max_len, max_len)
         heads, width, slots = self.local_heads, self.head_dim, self.num_slots
         return LinformerState(
             prefix.init_state(batch_size, heads, width, slots),

@@ -18,13 +18,16 @@ where P is each layer's own and does not flow through the layers as in the paper
 code for positions, and takes no rotary ones. Start at `Luna`.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer import config as config_lib
+from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, document_max, prefix
@@ -49,19 +52,41 @@ class Luna(base.MultiHead):
     tau = tau_pack = sqrt(E).
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And the size of P."""
+
+        num_slots: int = field("numbers", 64, doc="m, slots of the memory.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "num_slots")
+
+    EXAMPLES: ClassVar = {"luna": {"num_slots": 64}}
+    ABOUT = base.About(
+        "m slots written by content, tied keys and values", "4 m D", "m E", "none"
+    )
+    LOOKS_AHEAD = True
+
+    @classmethod
+    def cost(cls, config, length):
+        """4 m D per token: the slots, written once and read twice, and the logits of packing."""
+        num_slots, width = config.mixer_options.num_slots, config.embed_dim
+        return base.Cost(
+            multiply_adds=length * 4 * num_slots * width,
+            state_values=num_slots * width,
+            parameters=num_slots * width,
+            state_value_bytes=4,
+        )
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)  # q, c and pack share one hash
-        self.chunk_size = config.prefix_chunk
-        self.num_slots = config.luna_slots
+        self.chunk_size = config.mixer_options.prefix_chunk
+        self.num_slots = config.mixer_options.num_slots
         self.causal = config.causal
         shape = (self.num_slots, config.embed_dim)
         p = jax.random.normal(rngs.params(), shape)
         self.memory = nnx.Param(p, spec="last_axis", decay=True)  # P: [m, D]
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a memory without slots."""
-        base.check_positive(config, "luna_slots")
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: LunaState | None = None
@@ -159,10 +184,47 @@ class ConvLuna(Luna):
     where the one for reading is never learned, by mistake.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(Luna.Options):
+        """And the filter."""
+
+        filter: str = field("numbers", "conv", doc="conv | pool: f_t as above.")
+        width: int = field("numbers", 4, doc="W, tokens of the filter.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            name = f"{base.OPTIONS}.filter"
+            config_lib.choose(self.filter, ("conv", "pool"), name)
+            base.at_least(self, 1, "width")
+
+    EXAMPLES: ClassVar = {"conv_luna": {"num_slots": 64}}
+    ABOUT = base.About(
+        "luna behind a filter of W tokens, learned temperatures",
+        "4 m D + 2 W D",
+        "m E + 2 (W - 1) E",
+        "the filter",
+    )
+
+    @classmethod
+    def cost(cls, config, length):
+        """2 W D per token more than Luna for a convolution, and the tail that it sees."""
+        luna, options = super().cost(config, length), config.mixer_options
+        taps = options.width if options.filter == "conv" else 0
+        filters = 2 * taps * config.embed_dim * length
+        tail = 2 * (options.width - 1) * config.embed_dim
+        return dataclasses.replace(
+            luna,
+            multiply_adds=luna.multiply_adds + filters,
+            state_values=luna.state_values + tail,
+            parameters=luna.parameters
+            + taps * config.num_heads
+            + 2,  # two temperatures
+        )
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
-        self.filter_width = config.conv_luna_width
-        self.kind = config.conv_luna_filter
+        self.filter_width = config.mixer_options.width
+        self.kind = config.mixer_options.filter
         self.log_tau = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
         self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
         if self.kind == "conv":
@@ -171,11 +233,6 @@ class ConvLuna(Luna):
                 rngs.params(), shape, minval=-bound, maxval=bound
             )
             self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a memory without slots, or a filter without width."""
-        base.check_positive(config, "luna_slots", "conv_luna_width")
 
     def scales(self):
         """exp(-log tau) of each."""
