@@ -104,6 +104,11 @@ _TESTS = {
         "evaluation/test_slots.py",
         "ops/test_ring.py",
     ),
+    "model/mixers/luna": (
+        "model/test_mixers.py",
+        "evaluation/test_slots.py",
+        "ops/test_ring.py",
+    ),
     "model/mixers/dape": _MIXERS,
     "model/mixers/kernel": (
         "model/test_mixers_performer.py",

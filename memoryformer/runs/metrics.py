@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import jax
 
+from memoryformer import config as config_lib
 from memoryformer.errors import StorageError
 from memoryformer.files import atomic
 from memoryformer.runs import trackers
@@ -40,8 +41,15 @@ WALL_CLOCK = frozenset(
 class MetricsConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
-    tensorboard: bool = True  # if tensorboardX is installed
-    wandb: str = ""  # a Weights & Biases project; '' = off
+    tensorboard: bool = config_lib.field(
+        "nothing",
+        True,
+        local=True,
+        doc="Write TensorBoard's files, if tensorboardX is installed.",
+    )
+    wandb: str = config_lib.field(
+        "nothing", "", local=True, doc="A Weights & Biases project; '': off."
+    )
 
 
 class MetricsWriter:
