@@ -210,7 +210,7 @@ def test_a_damaged_step_is_saved_anew(tmp_path):
 def test_leftovers_of_killed_saves(tmp_path, capfd):
     """An unfinished save, one without manifest and a half-deleted step do no harm.
 
-    Mutation: `restore_latest` looks at every numbered directory; or `_remove_debris`
+    Mutation: `restore_latest` looks at every numbered directory; or `retention.remove_debris`
     does nothing.
     """
     save_steps(tmp_path, [1, 2, 3])
@@ -232,7 +232,7 @@ def test_leftovers_of_killed_saves(tmp_path, capfd):
 
 
 def test_retention_keeps_newest_and_every_nth(tmp_path):
-    """Mutation: `_retain` without `keep_every`; or with `whole[: keep]`."""
+    """Mutation: `retention.keep` without `keep_every`; or with `whole[: keep]`."""
     config = checkpoint.CheckpointConfig(keep=2, keep_every=4)
     save_steps(tmp_path, range(1, 8), config)
     assert steps_on_disk(tmp_path) == [4, 6, 7]
@@ -241,7 +241,7 @@ def test_retention_keeps_newest_and_every_nth(tmp_path):
 def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
     """The older step stays as long as the newer one is not proven whole.
 
-    Mutation: call `_retain` before `runs.manifest.write`.
+    Mutation: call `retention.keep` before `runs.manifest.write`.
     """
     config = checkpoint.CheckpointConfig(keep=1)
     save_steps(tmp_path, [1], config)
@@ -260,7 +260,7 @@ def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
 def test_a_future_given_up_is_not_resumed(tmp_path, capfd):
     """Going on from step 1 replaces step 2 and, once that is whole, deletes step 3.
 
-    Mutation: `_retain` counts steps above the newest one as kept; then 3 survives.
+    Mutation: `retention.keep` counts steps above the newest one as kept; then 3 survives.
     """
     config = checkpoint.CheckpointConfig(keep=5)
     save_steps(tmp_path, [1, 2, 3], config)
