@@ -136,6 +136,22 @@ def test_saving_and_loading_change_nothing_global(tmp_path):
     assert (list(log.filters), log.level, dict(jax.config.values)) == before
 
 
+def test_what_a_killed_writer_left_does_no_harm(tmp_path):
+    """A temporary file beside the ledger goes; one in a step is no part of the step.
+
+    Mutations: `atomic.TEMPORARY` left out of `retention.remove_debris`; of `manifest._files`.
+    """
+    save_steps(tmp_path, [1])
+    folder = tmp_path / run_steps.FOLDER
+    for name in (".LEDGER.12ab.tmp", "1/.MANIFEST.34cd.tmp"):
+        (folder / name).write_bytes(b"half")
+    manifest.write(folder / "1", manifest.facts(folder / "1"))
+    (folder / "1" / ".MANIFEST.34cd.tmp").unlink()
+    with open_run(tmp_path) as run:
+        assert run.restore_latest(make_state(0))[0] == 1
+    assert not (folder / ".LEDGER.12ab.tmp").exists()
+
+
 # Damage.
 
 
