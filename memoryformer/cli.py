@@ -83,20 +83,20 @@ def run_main(
     """
     before = set(flags.FLAGS)
     define_debug_flag()
-    written, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
-    own: set[str] = set()
+    saved_argv, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
+    defined: set[str] = set()
     try:
         try:
             define_flags()  # that of a config reads the command line
         except flags.Error as error:
             sys.exit(report(_usage_error(error, sys.argv), debug=False))
         finally:
-            own = set(flags.FLAGS) - before  # the others are absl's, defined once
+            defined = set(flags.FLAGS) - before  # the others are absl's, defined once
         app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
     finally:
-        sys.argv = written
+        sys.argv = saved_argv
         for name in set(flags.FLAGS):
-            if name in own or name.startswith("config."):
+            if name in defined or name.startswith("config."):
                 delattr(flags.FLAGS, name)
 
 

@@ -15,10 +15,8 @@ Start at `Checkpointer` (training) or `load` (everything else).
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -26,9 +24,8 @@ from typing import Any
 
 import jax
 
-from memoryformer import config as config_lib
 from memoryformer.cluster import processes
-from memoryformer.errors import ConfigError, StorageError, first_line
+from memoryformer.errors import StorageError, first_line
 from memoryformer.files import paths
 from memoryformer.notation import Params
 from memoryformer.runs import (
@@ -39,35 +36,9 @@ from memoryformer.runs import (
     state_spec,
 )
 from memoryformer.runs import steps as run_steps
+from memoryformer.runs.retention import CheckpointConfig
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
-
-    every_steps: int = config_lib.field(
-        "nothing", 1000, doc="Steps between two saves; 0: off."
-    )
-    every_minutes: float = config_lib.field(
-        "nothing", 0.0, doc="Minutes between two saves; 0: off."
-    )
-    keep: int = config_lib.field("nothing", 2, doc="Newest checkpoints to keep.")
-    keep_every: int = config_lib.field(
-        "nothing",
-        0,
-        doc="Keep every checkpoint of a multiple of so many steps; 0: off.",
-    )
-
-    def __post_init__(self):
-        least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value < bound:
-                raise ConfigError(
-                    f"checkpoint.{name}={value}: must be {bound} or more."
-                )
 
 
 class Checkpointer:
@@ -152,7 +123,7 @@ class Checkpointer:
         """Raise `StorageError` if the disk cannot hold what `retention` keeps."""
         if self._chief:
             one = state_spec.total_bytes(state)
-            retention.check_space(self.directory, one, self._config.keep)
+            retention.check_space(self.directory, self._config, one)
 
     def save(
         self, step: int, state: Any, *, wait: bool = False, evaluated: bool = True
@@ -294,21 +265,14 @@ class Checkpointer:
                 # Whole files are not enough: Orbax must find what it wrote.
                 orbax_files.read(self.directory / str(step), samples)
                 manifest.write(self.directory / str(step), facts)
-                retention.keep(
-                    self.directory,
-                    newest=step,
-                    number=self._config.keep,
-                    every=self._config.keep_every,
-                    damaged=self._damaged,
-                )
+                retention.keep(self.directory, self._config, step, self._damaged)
         except BaseException as error:
             self._failure = self._failed(step, error)
 
     def _failed(self, step: int, error: BaseException) -> StorageError:
         """Tidy up after a failed save, which would keep a full disk full."""
         if self._chief:
-            for folder in retention.unfinished(self.directory, step):
-                shutil.rmtree(folder, ignore_errors=True)
+            retention.remove_unfinished(self.directory, step)
         failure = StorageError(
             f"{self.directory / str(step)}: saving failed: {first_line(error)}."
         )

@@ -71,11 +71,11 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     files = manifest["files"]
     for name, (size, _) in files.items():
         try:
-            found = (directory / name).stat().st_size
+            actual = (directory / name).stat().st_size
         except OSError as error:
             raise DamagedError(f"{directory / name}: missing.") from error
-        if found != size:
-            raise DamagedError(f"{directory / name}: {found} bytes, was {size}.")
+        if actual != size:
+            raise DamagedError(f"{directory / name}: {actual} bytes, was {size}.")
 
     def differs(item: tuple[str, list]) -> bool:
         name, (_, digest) = item

@@ -1,36 +1,63 @@
 """Which checkpoints stay: the newest few, and some for good; what killed runs left goes.
 
-    kept = the newest `number` whole steps + every whole step divisible by `every`
+    kept = the newest `keep` whole steps + every whole step divisible by `keep_every`
 
 The ledger is written before anything is deleted, so that what a kill leaves half deleted is
 not taken for a damaged checkpoint. Process 0 alone calls this. Start at `keep`.
 """
 
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
 
+from memoryformer import config as config_lib
 from memoryformer.cluster import processes
-from memoryformer.errors import StorageError
+from memoryformer.errors import ConfigError, StorageError
 from memoryformer.files import atomic
 from memoryformer.runs import manifest
 from memoryformer.runs import steps as run_steps
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
+
+    every_steps: int = config_lib.field(
+        "nothing", 1000, doc="Steps between two saves; 0: off."
+    )
+    every_minutes: float = config_lib.field(
+        "nothing", 0.0, doc="Minutes between two saves; 0: off."
+    )
+    keep: int = config_lib.field("nothing", 2, doc="Newest checkpoints to keep.")
+    keep_every: int = config_lib.field(
+        "nothing",
+        0,
+        doc="Keep every checkpoint of a multiple of so many steps; 0: off.",
+    )
+
+    def __post_init__(self):
+        least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise ConfigError(
+                    f"checkpoint.{name}={value}: must be {bound} or more."
+                )
+
+
 def keep(
     directory: pathlib.Path,
-    *,
+    config: CheckpointConfig,
     newest: int,
-    number: int,
-    every: int,
     damaged: Collection[int],
 ) -> None:
     """Delete all other steps, whole or not; those after `newest` were given up."""
     finished = run_steps.finished(directory)
     whole = [step for step in finished if step <= newest and step not in damaged]
-    kept = set(whole[-number:])
-    if every:
-        kept |= {step for step in whole if step % every == 0}
+    kept = set(whole[-config.keep :])
+    if config.keep_every:
+        kept |= {step for step in whole if step % config.keep_every == 0}
     manifest.write_ledger(directory, kept)
     for step in run_steps.numbered(directory):
         if step in kept:
@@ -72,17 +99,25 @@ def unfinished(
     return directory.glob(f"{step}.orbax-checkpoint-tmp*")
 
 
-def check_space(directory: pathlib.Path, state_bytes: int, number: int) -> None:
-    """Raise `StorageError` if the disk cannot hold `number` + 2 states.
+def remove_unfinished(directory: pathlib.Path, step: int) -> None:
+    """Delete what a failed save left, which would keep a full disk full."""
+    for folder in unfinished(directory, step):
+        shutil.rmtree(folder, ignore_errors=True)
 
-    `number` stay, one is being written and one not yet deleted. What checkpoints take up
+
+def check_space(
+    directory: pathlib.Path, config: CheckpointConfig, state_bytes: int
+) -> None:
+    """Raise `StorageError` if the disk cannot hold `keep` + 2 states.
+
+    `keep` stay, one is being written and one not yet deleted. What checkpoints take up
     already counts as free; the steps that are kept for good come on top, not counted.
     """
-    need = state_bytes * (number + 2)
+    need = state_bytes * (config.keep + 2)
     free = shutil.disk_usage(directory).free + manifest.size(directory)
     if free < need:
         raise StorageError(
             f"{directory}: {free / 2**30:.2f} GiB free, checkpoints need "
-            f"{need / 2**30:.2f} GiB (checkpoint.keep={number} plus 2, "
+            f"{need / 2**30:.2f} GiB (checkpoint.keep={config.keep} plus 2, "
             f"{state_bytes / 2**30:.2f} GiB each); free some space or lower checkpoint.keep."
         )

@@ -76,7 +76,7 @@ class Sharding:
     def param_specs(self, names: Any, shapes: Any) -> Any:
         """Turn a tree of field names and one of shaped arrays into PartitionSpecs."""
 
-        def spec(name, array):
+        def spec(name: str, array: Any) -> P:
             spec = getattr(self.specs, name)
             extra = (None,) * (array.ndim - len(spec))
             return P(*spec[:-1], *extra, *spec[-1:])
@@ -117,11 +117,11 @@ class Sharding:
         sharding = NamedSharding(self.mesh, self.specs.batch_bl)
         parts = self._local_parts()
 
-        def put(rows):
+        def put(rows: np.ndarray) -> Array:
             rows, share = self._dealt(rows), len(rows) // len(parts)
             shape = (share * self.axis_size(DATA_AXIS), *rows.shape[1:])
 
-            def of_device(index):
+            def of_device(index: tuple[slice, ...]) -> np.ndarray:
                 part = index[0].indices(shape[0])[0] // share
                 first = int(np.searchsorted(parts, part)) * share
                 return rows[first : first + share, index[1]]
@@ -139,7 +139,8 @@ class Sharding:
         held = by_row.addressable_devices_indices_map((size,)).values()
         return np.unique([part[0].indices(size)[0] for part in held])
 
-    def _dealt(self, rows):
+    def _dealt(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens in the order in which the devices of `sequence` hold them."""
         size = self.axis_size(SEQUENCE_AXIS)
         if not self.striped or size == 1:
             return rows

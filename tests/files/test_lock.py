@@ -22,7 +22,7 @@ def test_who_waits_is_told_the_holder(tmp_path):
             if len(told) == 3:
                 raise InterruptedError
 
-        with pytest.raises(InterruptedError), lock.hold(path, waiting=waiting):
+        with pytest.raises(InterruptedError), lock.hold(path, 5.0, waiting):
             pytest.fail("two at once")
         assert len(told) == 3 and {*told} == {path.read_text().strip()}
         assert told[0].startswith(f"{os.getpid()} on ")

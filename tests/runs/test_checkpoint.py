@@ -3,6 +3,7 @@
 The children (killed, or out of space) run `python tests/runs/test_checkpoint.py NAME WORKDIR`.
 """
 
+import logging
 import os
 import pathlib
 import random
@@ -30,7 +31,13 @@ from toy_checkpoints import (
 )
 
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.runs import checkpoint, compatibility, manifest, state_spec
+from memoryformer.runs import (
+    checkpoint,
+    compatibility,
+    manifest,
+    orbax_files,
+    state_spec,
+)
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 
@@ -102,6 +109,47 @@ def test_load_needs_neither_model_nor_state(tmp_path):
     assert facts["versions"]["jax"] == jax.__version__
     _, params = run_steps.load(tmp_path, step=1)
     assert_equal(params, jax.tree.map(np.asarray, make_state(1).params))
+
+
+def test_saving_and_loading_change_nothing_global(tmp_path):
+    """Loggers and jax are as before; Orbax's dump of an error that we report is kept off.
+
+    Mutations: no `removeFilter` in `orbax_files.no_dumps`; a filter for the process; the same
+    filter for two blocks, so that the end of one ends the other's.
+    """
+    log = logging.getLogger("absl")
+    before = list(log.filters), log.level, dict(jax.config.values)
+    save_steps(tmp_path, [1, 2])
+    run_steps.load(tmp_path)
+
+    def dump():
+        record = log.makeRecord("absl", 40, "/x/orbax/y.py", 1, "dump", (), (1, 2, 3))
+        return bool(log.filter(record))
+
+    assert dump()
+    with orbax_files.no_dumps():
+        with orbax_files.no_dumps():
+            assert not dump()
+        assert not dump()
+        assert log.filter(log.makeRecord("absl", 40, "/x/orbax/y.py", 1, "", (), None))
+    assert dump()
+    assert (list(log.filters), log.level, dict(jax.config.values)) == before
+
+
+def test_what_a_killed_writer_left_does_no_harm(tmp_path):
+    """A temporary file beside the ledger goes; one in a step is no part of the step.
+
+    Mutations: `atomic.TEMPORARY` left out of `retention.remove_debris`; of `manifest._files`.
+    """
+    save_steps(tmp_path, [1])
+    folder = tmp_path / run_steps.FOLDER
+    for name in (".LEDGER.12ab.tmp", "1/.MANIFEST.34cd.tmp"):
+        (folder / name).write_bytes(b"half")
+    manifest.write(folder / "1", manifest.facts(folder / "1"))
+    (folder / "1" / ".MANIFEST.34cd.tmp").unlink()
+    with open_run(tmp_path) as run:
+        assert run.restore_latest(make_state(0))[0] == 1
+    assert not (folder / ".LEDGER.12ab.tmp").exists()
 
 
 # Damage.
@@ -178,7 +226,7 @@ def test_a_damaged_step_is_saved_anew(tmp_path):
 def test_leftovers_of_killed_saves(tmp_path, capfd):
     """An unfinished save, one without manifest and a half-deleted step do no harm.
 
-    Mutation: `restore_latest` looks at every numbered directory; or `_remove_debris`
+    Mutation: `restore_latest` looks at every numbered directory; or `retention.remove_debris`
     does nothing.
     """
     save_steps(tmp_path, [1, 2, 3])
@@ -200,7 +248,7 @@ def test_leftovers_of_killed_saves(tmp_path, capfd):
 
 
 def test_retention_keeps_newest_and_every_nth(tmp_path):
-    """Mutation: `_retain` without `keep_every`; or with `whole[: keep]`."""
+    """Mutation: `retention.keep` without `keep_every`; or with `whole[: keep]`."""
     config = checkpoint.CheckpointConfig(keep=2, keep_every=4)
     save_steps(tmp_path, range(1, 8), config)
     assert steps_on_disk(tmp_path) == [4, 6, 7]
@@ -209,7 +257,7 @@ def test_retention_keeps_newest_and_every_nth(tmp_path):
 def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
     """The older step stays as long as the newer one is not proven whole.
 
-    Mutation: call `_retain` before `runs.manifest.write`.
+    Mutation: call `retention.keep` before `runs.manifest.write`.
     """
     config = checkpoint.CheckpointConfig(keep=1)
     save_steps(tmp_path, [1], config)
@@ -228,7 +276,7 @@ def test_nothing_is_deleted_before_the_manifest(tmp_path, monkeypatch):
 def test_a_future_given_up_is_not_resumed(tmp_path, capfd):
     """Going on from step 1 replaces step 2 and, once that is whole, deletes step 3.
 
-    Mutation: `_retain` counts steps above the newest one as kept; then 3 survives.
+    Mutation: `retention.keep` counts steps above the newest one as kept; then 3 survives.
     """
     config = checkpoint.CheckpointConfig(keep=5)
     save_steps(tmp_path, [1, 2, 3], config)

@@ -20,7 +20,7 @@ from memoryformer.runs import steps as run_steps
 def test_a_lost_manifest_is_damage(tmp_path, capfd):
     """Named, with an older step in its place; without one the run stops, nothing deleted.
 
-    Mutations: `read_ledger` returns nothing; `_remove_debris` deletes what is listed.
+    Mutations: `read_ledger` returns nothing; `retention.remove_debris` deletes what is listed.
     """
     save_steps(tmp_path, [1, 2, 3], checkpoint.CheckpointConfig(keep=3))
     lose_manifests(tmp_path, 1)
@@ -79,7 +79,7 @@ def test_without_a_ledger_it_is_as_it_was(tmp_path, capfd):
 def test_the_ledger_forgets_what_is_deleted(tmp_path, monkeypatch, capfd):
     """Retention, and a kill in the middle of it: what was deleted is not damaged.
 
-    Mutations: `_retain` deletes first; the ledger is only added to; `save` deletes what it
+    Mutations: `retention.keep` deletes first; the ledger is only added to; `save` deletes what it
     replaces before the ledger forgets it.
     """
     config = checkpoint.CheckpointConfig(keep=2)
