@@ -26,6 +26,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
 
@@ -77,8 +78,8 @@ def memory_layer(
     scales: Float[Array, "K C"] | None,
     bias: Float[Array, "F"] | None,
     power: int,
-    beta: Array | float,
-    gamma: Array | float,
+    beta: ArrayLike,
+    gamma: ArrayLike,
 ) -> Float[Array, "N F"]:
     """Hash, score and sum in one call: sum_k s(z_k) T_k[h(z_k)] + b; not differentiable.
 

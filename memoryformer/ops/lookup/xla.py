@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Codes, Float, Scores, Tables
+from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
 
 # Tables per scan step. The accumulator is read and written once a step, so more is less
 # traffic; far more makes XLA split its fusion and materialise gathered rows.
@@ -24,8 +24,13 @@ ONEHOT_COLUMNS = 2048
 
 
 @jax.custom_vjp
-def scan_tables(tables: Tables, codes: Codes, scores: Scores) -> Float[Array, "N F"]:
-    """Gather and add the rows of a few tables at a time: [K,C,F], [N,K], [N,K] -> [N,F]."""
+def scan_tables(
+    tables: Tables | Int[Array, "K C F"], codes: Codes, scores: Scores
+) -> Float[Array, "N F"]:
+    """Gather and add the rows of a few tables at a time: [K,C,F], [N,K], [N,K] -> [N,F].
+
+    Integer tables are read as they are and have no gradient.
+    """
 
     def add_group(y, group):
         rows, codes_g, scores_g = group  # [g, C, F], [g, N], [g, N]
