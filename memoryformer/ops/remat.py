@@ -60,7 +60,7 @@ def apply(
     if scan:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         layer = rematerialise(layers[0], remat, scanned=True)
-        return jax.lax.scan(lambda x, own: (layer(own, x), None), x, stacked)[0]
-    for layer, own in zip(layers, params, strict=True):
-        x = rematerialise(layer, remat)(own, x)
+        return jax.lax.scan(lambda x, p: (layer(p, x), None), x, stacked)[0]
+    for layer, layer_params in zip(layers, params, strict=True):
+        x = rematerialise(layer, remat)(layer_params, x)
     return x

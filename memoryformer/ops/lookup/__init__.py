@@ -1,7 +1,12 @@
 """The memory layer: y = sum_k s(z_k) * T_k[h(z_k)] + b (Eq. 11).
 
-`lookup` sums one row of each table, weighted by its score; implementations with the same
-signature live one to a file and are chosen by one argument:
+`lookup` sums one row of each table, weighted by its score:
+
+    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
+    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
+    ds[n, k]  = dy[n] . T_k[h[n, k]]
+
+Implementations with the same signature live one to a file and are chosen by one argument:
 
     reference   gathers [.., K, F] and sums it: the definition, for tests
     xla         scans groups of tables; no array of shape [.., K, F], any platform

@@ -1,9 +1,5 @@
 """The lookup on CPU as C++, compiled on first use and called through XLA's FFI.
 
-    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
-    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
-    ds[n, k]  = dy[n] . T_k[h[n, k]]
-
 The system compiler ($CXX, or the first of c++, g++, clang++) builds `lookup_native.cc` into
 $MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler, kind
 of machine and jax. Without a compiler `available` is False and callers use `lookup_xla`.

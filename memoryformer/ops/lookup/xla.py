@@ -1,9 +1,5 @@
 """The lookup in plain XLA: a scan over groups of tables, and one-hot products.
 
-    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
-    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
-    ds[n, k]  = dy[n] . T_k[h[n, k]]
-
 Residuals are the tables, the codes and the scores. Both gradients come from one pass over
 the tables, sums are in the scores' type (float32), nothing of shape [N, K, F] is built, and
 the order of every sum is fixed, so the result is deterministic.
