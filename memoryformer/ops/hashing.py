@@ -18,7 +18,7 @@ The index has no gradient and no straight-through estimator; the score has
     ds/dz_i = sign(z_i) * q * (a ||z||_1^(a-1) + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
 
 with q the exponential above. A new row works wherever a memory layer is computed: what has
-the formula in another language (`lookup_native.memory_layer`) serves the powers a that it
+the formula in another language (`native.memory_layer`) serves the powers a that it
 lists, and XLA computes the rest. Start at `hash_codes` and `scores`.
 """
 

@@ -113,7 +113,7 @@ REFUSED = {  # the whole of what may refuse, and whom
 @pytest.mark.parametrize("way", WAYS)
 def test_right_or_refused(way, kind):
     """Mutations tried: `power not in POWERS` dropped from the native layer, or the choice of
-    it in `packed`; a default score in the reader.
+    it in `narrow`; a default score in the reader.
     """
     if way in NATIVE and not lookup_native.available():
         pytest.skip("no C++ compiler")

@@ -2,7 +2,7 @@
 
 The system compiler ($CXX, or the first of c++, g++, clang++) builds `lookup_native.cc` into
 $MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler, kind
-of machine and jax. Without a compiler `available` is False and callers use `lookup_xla`.
+of machine and jax. Without a compiler `available` is False and callers use `xla`.
 
 $MEMORYFORMER_THREADS bounds the threads of one call (default: the cores this process may
 use); results do not depend on it, bit for bit. Start at `native`.
@@ -102,7 +102,7 @@ def matrix_product(
     """Multiply a few vectors with a matrix stored by output; not differentiable.
 
     Weights are float32 or bfloat16 [V, D], int8 with scales [V], or uint8 [V, D / 2] pairs
-    of 4 bits with scales [V, D / INT4_GROUP] (see `packed`).
+    of 4 bits with scales [V, D / INT4_GROUP] (see `narrow`).
     """
     _library()
     y = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
