@@ -11,8 +11,10 @@ z, h(z), s  chunk [.., K, tau], its code (int32), its score    chunks, codes, sc
 T           all tables of a layer, one array [K, C, F]         tables
 """
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+AnyArray = Array | np.ndarray  # what is taken where numpy's arrays will do
 Tokens = Int[Array, "B L"]
 Activations = Float[Array, "*B D"]
 Chunks = Float[Array, "*B K tau"]
@@ -23,6 +25,7 @@ Params = dict[str, "Params | Array"]
 
 __all__ = [
     "Activations",
+    "AnyArray",
     "Array",
     "Bool",
     "Chunks",

@@ -21,7 +21,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+import jaxtyping
 import pytest
+
+# Checks the annotations of `ops`, and is there when they are imported first. It is switched on
+# in the tests of `ops` only: see `ops/conftest.py`.
+jaxtyping.install_import_hook("memoryformer.ops", "beartype.beartype")
+jaxtyping.config.update("jaxtyping_disable", True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

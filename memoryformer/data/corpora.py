@@ -24,15 +24,7 @@ from collections.abc import Callable, Iterator
 import tensorflow_datasets as tfds
 
 from memoryformer import errors
-from memoryformer.data import (
-    blocks,
-    jsonlines,
-    listing,
-    local_files,
-    names,
-    options,
-    records,
-)
+from memoryformer.data import blocks, listing, local_files, names, options, records
 from memoryformer.data.records import Example
 
 _MARKER = "<|endoftext|>"  # between the stories of many published text files
@@ -198,12 +190,8 @@ class TextFiles(_LocalDocuments):
             path, json_only=config.json_only, note=self.notes.append
         )
         if len(files) > 1:
-            reasons = [self._reason(file) for _, file in files]
-            skipped = {
-                key: reason
-                for (key, _), reason in zip(files, reasons, strict=True)
-                if reason
-            }
+            reasons = {key: self._reason(file) for key, file in files}
+            skipped = {key: reason for key, reason in reasons.items() if reason}
             if skipped:
                 self.notes.append(_skipped_line(skipped))
             if len(skipped) == len(files):
@@ -228,12 +216,9 @@ class TextFiles(_LocalDocuments):
     def _reason(self, file: pathlib.Path) -> str:
         """Why a file among others is no part of the corpus, or ''."""
         config = self.builder_config
-        if not config.json_only:
-            return local_files.without_text(file, config.text_field)
+        reason = local_files.without_text(file, config.text_field)
         # An empty shard is a broken download, which `read_documents` reports.
-        is_other = blocks.kind(file) == ".json" and file.stat().st_size
-        is_other = is_other and jsonlines.is_other_json(file, config.text_field)
-        return "other JSON" if is_other else ""
+        return "" if config.json_only and reason == "empty" else reason
 
     def _split_key(self, name: str, text: str) -> str:
         return text

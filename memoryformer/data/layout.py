@@ -37,11 +37,11 @@ def make(tokens: np.ndarray, eot_id: int, align: int) -> Layout:
     num_targets = len(tokens) - 1
     starts = np.zeros(1, np.int64)
     if align > 1:
-        found = [
+        ends = [
             first + np.flatnonzero(tokens[first : first + SCAN] == eot_id)
             for first in range(0, num_targets, SCAN)
         ]
-        starts = np.unique(np.concatenate([starts, *found]))
+        starts = np.unique(np.concatenate([starts, *ends]))
         starts = starts[starts < num_targets]
     lengths = np.diff(starts, append=num_targets)
     align = max(align, 1)

@@ -154,11 +154,11 @@ class _Walk:
             return
         self._read.add(real)
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        if names and _is_ours(folder, {entry.name for entry in found}):
+            listed = sorted(entries, key=lambda entry: entry.name)
+        if names and _is_ours(folder, {entry.name for entry in listed}):
             self._ours.append("/".join(names))
             return
-        for entry in found:
+        for entry in listed:
             inner, link = (*names, entry.name), entry.is_symlink()
             path = folder / entry.name
             if entry.name.startswith("."):

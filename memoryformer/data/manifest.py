@@ -21,6 +21,7 @@ from memoryformer.data import tokenizer as tokenizer_lib
 FORMAT = 1
 FILE = "manifest.json"
 DTYPES = ("uint16", "uint32")
+SPLITS = ("validation", "train")
 _LARGEST = 1 << 63
 _DAMAGE = (ValueError, KeyError, TypeError, OSError, RecursionError)
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class SplitFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says; `splits` are 'validation' and 'train'."""
+    """What manifest.json says; `splits` are those of SPLITS."""
 
     source: SourceFacts
     tokenizer: TokenizerFacts
@@ -74,14 +75,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """sha256 of contents and tokenizer; see `fingerprint`."""
-        return fingerprint(self._content())
+        return self.to_json()["fingerprint"]
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return self._content() | {"fingerprint": self.fingerprint}
-
-    def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT} | dataclasses.asdict(self)
+        values = {"format": FORMAT} | dataclasses.asdict(self)
+        return values | {"fingerprint": fingerprint(values)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
@@ -92,21 +91,18 @@ class Manifest:
                 "little-endian"
             )
         splits = values["splits"]
-        if not isinstance(splits, Mapping):
+        if not isinstance(splits, Mapping) or set(splits) - set(SPLITS):
             raise ValueError(f"splits is {splits!r}")
-        manifest = cls(
-            _parsed(SourceFacts, values.get("source"), "source"),
-            _parsed(TokenizerFacts, values["tokenizer"], "tokenizer"),
-            values["dtype"],
-            {
-                name: _parsed(SplitFacts, splits.get(name), f"splits.{name}")
-                for name in ("validation", "train")
-            },
-        )
-        for name in splits:
-            if name not in manifest.splits or splits[name]["file"] != f"{name}.bin":
-                raise ValueError(f"splits.{name} is in another file")
-        return manifest
+        parsed = {
+            name: _parsed(SplitFacts, splits.get(name), f"splits.{name}")
+            for name in SPLITS
+        }
+        for name, split in parsed.items():
+            if split.file != f"{name}.bin":  # it may name any file of the machine
+                raise ValueError(f"splits.{name}.file is {split.file!r}")
+        source = _parsed(SourceFacts, values.get("source"), "source")
+        tokenizer = _parsed(TokenizerFacts, values["tokenizer"], "tokenizer")
+        return cls(source, tokenizer, values["dtype"], parsed)
 
 
 def _parsed(cls: type[T], values: Any, where: str) -> T:

@@ -84,11 +84,11 @@ def located(
     data_config: data.DataConfig, workdir: str | os.PathLike
 ) -> data.DataConfig:
     """`data_config`, with the run's own tokenizer.json for one that has been moved away."""
-    own, spec = pathlib.Path(workdir) / FILE, data_config.tokenizer
+    kept, spec = pathlib.Path(workdir) / FILE, data_config.tokenizer
     local = tokenizer_lib.is_file(spec) and not spec.startswith("hub:")
-    if not local or not own.is_file() or _is_there(spec):
+    if not local or not kept.is_file() or _is_there(spec):
         return data_config
-    return dataclasses.replace(data_config, tokenizer=str(own))
+    return dataclasses.replace(data_config, tokenizer=str(kept))
 
 
 def dataset(

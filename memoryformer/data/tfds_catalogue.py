@@ -36,28 +36,28 @@ def builder(data_config: options.DataConfig) -> tfds.core.DatasetBuilder:
         arguments = {"data_dir": path} if path else {}
         _register(name.split("/")[0].split(":")[0])
         # Prepared data keeps its own format; only new data needs one chosen.
-        found = tfds.builder(name, **arguments)
-        if found.is_prepared():
-            return found
+        prepared = tfds.builder(name, **arguments)
+        if prepared.is_prepared():
+            return prepared
         return tfds.builder(name, file_format="array_record", **arguments)
 
 
 def sources(
-    found: tfds.core.DatasetBuilder, data_config: options.DataConfig
+    dataset: tfds.core.DatasetBuilder, data_config: options.DataConfig
 ) -> dict[str, Sequence]:
     """Random-access examples by split: 'train', and 'validation' if there is one."""
     with _explained(data_config.name):
-        if not found.is_prepared():
-            found.download_and_prepare()
-        splits = {"train": found.as_data_source(split="train")}
-        held_out = next((name for name in _HELD_OUT if name in found.info.splits), "")
+        if not dataset.is_prepared():
+            dataset.download_and_prepare()
+        splits = {"train": dataset.as_data_source(split="train")}
+        held_out = next((name for name in _HELD_OUT if name in dataset.info.splits), "")
         if held_out:
-            splits["validation"] = found.as_data_source(split=held_out)
+            splits["validation"] = dataset.as_data_source(split=held_out)
     field = data_config.text_field
-    if field not in found.info.features:
+    if field not in dataset.info.features:
         raise errors.DataError(
             f"data.name={data_config.name!r}: has no feature {field!r} (found: "
-            f"{', '.join(sorted(found.info.features))}); set data.text_field."
+            f"{', '.join(sorted(dataset.info.features))}); set data.text_field."
         )
     return splits
 

@@ -36,10 +36,10 @@ def end_of_document(
         )
     if known_end(vocab):
         return known_end(vocab)
-    own = f" (it has {', '.join(added[:6])})" if added else ""
+    hint = f" (it has {', '.join(added[:6])})" if added else ""
     raise errors.DataError(
         f"data.tokenizer={name!r}: has no end-of-document token (one of "
-        f"{', '.join(END_TOKENS)}); name its own with --config.data.end_token=TOKEN{own}."
+        f"{', '.join(END_TOKENS)}); name its own with --config.data.end_token=TOKEN{hint}."
     )
 
 

@@ -18,7 +18,7 @@ The index has no gradient and no straight-through estimator; the score has
     ds/dz_i = sign(z_i) * q * (a ||z||_1^(a-1) + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
 
 with q the exponential above. A new row works wherever a memory layer is computed: what has
-the formula in another language (`lookup_native.memory_layer`) serves the powers a that it
+the formula in another language (`native.memory_layer`) serves the powers a that it
 lists, and XLA computes the rest. Start at `hash_codes` and `scores`.
 """
 
@@ -26,8 +26,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from memoryformer.notation import Array, Chunks, Codes, Float, Scores
+
+Learned = tuple[ArrayLike, ArrayLike]  # (beta, gamma)
 
 # kind -> (a, gamma); gamma None: it and beta are trained.
 SCORES = {
@@ -66,23 +69,31 @@ def is_learned(kind: str) -> bool:
     return SCORES[kind][1] is None
 
 
+def constants(
+    kind: str, temperature: float, learned: Learned | None
+) -> tuple[int, ArrayLike, ArrayLike]:
+    """(a, beta, gamma) of a score; see `scores`. Raises ValueError for an unknown kind."""
+    if kind not in SCORES:
+        raise ValueError(f"score={kind!r}: unknown; known: {', '.join(SCORES)}.")
+    power, gamma = SCORES[kind]
+    beta = 2.0 / temperature
+    if gamma is not None:
+        return power, beta, gamma
+    return power, *((beta, 1) if learned is None else learned)
+
+
 def scores(
     chunks: Chunks,
     kind: str = "softmax",
     temperature: float = 1.0,
-    learned: tuple[Array, Array] | None = None,
+    learned: Learned | None = None,
 ) -> Scores:
     """Score each chunk: [.., K, tau] -> float32 [.., K]; see the module's table.
 
     `learned` holds the scalars (beta, gamma) of a kind that trains them; they are
     differentiated, and left out they are (2/t, 1), where training begins.
     """
-    if kind not in SCORES:
-        raise ValueError(f"score={kind!r}: unknown; known: {', '.join(SCORES)}.")
-    power, gamma = SCORES[kind]
-    beta = 2.0 / temperature
-    if is_learned(kind):
-        beta, gamma = (beta, 1) if learned is None else learned
+    power, beta, gamma = constants(kind, temperature, learned)
     dtype = jnp.promote_types(chunks.dtype, jnp.float32)
     beta, gamma = jnp.asarray(beta, dtype), jnp.asarray(gamma, dtype)
     return _score(power, chunks.astype(dtype), beta, gamma)

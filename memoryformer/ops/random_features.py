@@ -8,7 +8,7 @@ with x' = x E^(-1/4) and w normal; rows w that are orthogonal in blocks of E low
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Float
+from memoryformer.notation import AnyArray, Array, Float
 
 
 def draw(key: Array, num_features: int, head_dim: int) -> Float[Array, "M E"]:
@@ -50,7 +50,7 @@ def orthonormalise(x: Float[Array, "*B E R"]) -> Float[Array, "*B E R"]:
 
 
 def log_features(
-    x: Float[Array, "*B E"], rows: Float[Array, "M E"]
+    x: Float[Array, "*B E"], rows: Float[AnyArray, "M E"]
 ) -> Float[Array, "*B M"]:
     """log phi_w(x) for every row w: [.., E] -> [.., M]."""
     x = x * x.shape[-1] ** -0.25

@@ -98,12 +98,12 @@ def _ring_bwd(causal, residuals, dy):
     q, k, v, marks, y, log_sum = residuals
     wide = log_sum.dtype
     delta = jnp.sum(dy.astype(wide) * y.astype(wide), axis=-1)
-    own = (q, marks, dy, log_sum, jnp.moveaxis(delta, 2, 3))
+    queries = (q, marks, dy, log_sum, jnp.moveaxis(delta, 2, 3))
 
     def step(carry, _):
         dq, passing, grads = carry
         following = collectives.rotate(passing, collectives.SEQUENCE_AXIS)
-        dq, grads = _read_back(own, passing, dq, grads, causal)
+        dq, grads = _read_back(queries, passing, dq, grads, causal)
         grads = collectives.rotate(grads, collectives.SEQUENCE_AXIS)
         return (dq, following, grads), None
 
@@ -111,7 +111,7 @@ def _ring_bwd(causal, residuals, dy):
     zeros = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
     carry, _ = jax.lax.scan(step, (zeros[0], (k, v, marks), zeros[1:]), length=around)
     dq, passing, grads = carry
-    dq, grads = _read_back(own, passing, dq, grads, causal)
+    dq, grads = _read_back(queries, passing, dq, grads, causal)
     dk, dv = collectives.rotate(grads, collectives.SEQUENCE_AXIS)  # home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -151,14 +151,14 @@ def _update(q, k, v, mask, sums):
     return Sums(highest, weight, values)
 
 
-def _read_back(own, passing, dq, grads, causal):
+def _read_back(queries, passing, dq, grads, causal):
     """Add to dq, and to the gradients of the keys and values that are here now."""
 
     def one_key_tile(query, dq, inputs):
         k, v, key_marks, dk, dv = inputs
-        q, marks, *rest = query
+        q, marks, dy, log_sum, delta = query
         mask = _mask(marks, key_marks, causal)
-        update = functools.partial(_update_back, q, *rest, k, v, mask)
+        update = functools.partial(_update_back, q, dy, log_sum, delta, k, v, mask)
         grads = dq, dk, dv
         dq, dk, dv = jax.lax.cond(jnp.any(mask), update, lambda grads: grads, grads)
         return dq, (dk, dv)
@@ -169,7 +169,7 @@ def _read_back(own, passing, dq, grads, causal):
         dq, grads = jax.lax.scan(step, dq, (*passing, *grads))
         return grads, dq
 
-    grads, dq = jax.lax.scan(one_query_tile, grads, (*own, dq))
+    grads, dq = jax.lax.scan(one_query_tile, grads, (*queries, dq))
     return dq, grads
 
 

@@ -321,6 +321,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
                 False,
             )
             for change in (
+                {"file": "../train.bin"},
                 {"token_bytes": "x"},
                 {"token_bytes": 10**400},
                 {"ends_of_document": None},

@@ -20,8 +20,8 @@ def _qkv(length=128, width=32):
 def test_splash_is_the_plain_form():
     """In interpret mode. Red without the scale, the documents, or zeros for padding."""
     q, k, v = _qkv()
-    want = attention.fused(q, k, v, SEGMENTS, "xla")
-    got = attention.fused(q, k, v, SEGMENTS, "splash", interpret=True)
+    want = attention.fused(q, k, v, jnp.asarray(SEGMENTS), "xla")
+    got = attention.fused(q, k, v, jnp.asarray(SEGMENTS), "splash", interpret=True)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert not np.any(np.asarray(got)[SEGMENTS == 0])
 
@@ -40,6 +40,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled):
     own[:, 1:2] = 0  # padding reads nothing
     q = 10 * q[:, :queries]
     places = np.arange(128, dtype=np.int32)[None]
+    index, own, places, segments = map(jnp.asarray, (index, own, places, segments))
     mask = attention.causal_mask(index, own, places, segments)
     want = attention.softmax(q, k, v, mask)
     unread = (
@@ -65,11 +66,15 @@ def test_what_is_named_is_never_replaced(implementation):
     q, k, v = (x.astype(jnp.bfloat16) for x in _qkv(128))
     trace = jax.jit(attention.fused, static_argnums=4).trace
     with pytest.raises(ValueError, match=f"attention {implementation!r} cannot run: "):
-        trace(q, k, v, SEGMENTS, implementation).lower()  # for this CPU
+        trace(q, k, v, jnp.asarray(SEGMENTS), implementation).lower()  # for this CPU
     with pytest.raises(ValueError, match=f"{implementation!r} cannot run: the "):
-        trace(*(x[:, :9, :, :7] for x in (q, k, v)), SEGMENTS[:, :9], implementation)
-    got = attention.fused(q, k, v, SEGMENTS, "auto")
-    want = attention.fused(q, k, v, SEGMENTS, "xla")
+        trace(
+            *(x[:, :9, :, :7] for x in (q, k, v)),
+            jnp.asarray(SEGMENTS[:, :9]),
+            implementation,
+        )
+    got = attention.fused(q, k, v, jnp.asarray(SEGMENTS), "auto")
+    want = attention.fused(q, k, v, jnp.asarray(SEGMENTS), "xla")
     np.testing.assert_array_equal(got, want)
 
 

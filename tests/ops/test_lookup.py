@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import oracle
 import pytest
@@ -225,8 +226,9 @@ def test_numpy_tables_and_no_rows(implementation):
     assert layer(jnp.ones((0, 8))).shape == (0, 3)
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(monkeypatch):
     """Mutation: no check of shapes in `memory_layer`, where a reshape would go wrong."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it comes first
     tables = jnp.zeros((3, 16, 5))
     with pytest.raises(ValueError, match="x has 13 values, but 3 tables of 16 rows"):
         lookup.memory_layer(jnp.zeros((2, 13)), tables)

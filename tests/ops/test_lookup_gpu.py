@@ -4,6 +4,7 @@ Interpretation runs every block's program one read and write at a time, so shape
 """
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import memoryformer
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import gpu as lookup_gpu
 from memoryformer.ops.lookup import gpu_order
@@ -192,3 +194,10 @@ def test_mistakes_are_named():
             lambda c: gpu_order.sort_by_code(c, 1024),
             jax.ShapeDtypeStruct((3_000_000, 1), jnp.int32),
         )
+
+
+def test_one_module_names_what_jax_keeps_private():
+    """Mutation: `import jax._src` in another module of the package."""
+    root = pathlib.Path(memoryformer.__file__).parent
+    private = [path for path in root.rglob("*.py") if "jax._src" in path.read_text()]
+    assert private == [root / "ops" / "jax_private.py"]

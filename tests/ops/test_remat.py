@@ -36,7 +36,7 @@ def results(projection, remat="none", scan=False):
     """Nats and gradients of one batch."""
     config = config_of(projection, remat, scan)
     params = toy.quick_jit(lambda: model.init(config_of(projection), 1))()
-    batch = toy.batch(config, batch_size=4)
+    batch = jax.tree.map(jnp.asarray, toy.batch(config, batch_size=4))
 
     def loss(params):
         return jnp.sum(losses.batch_nats(config, params, batch))
@@ -167,7 +167,7 @@ def test_attention_is_kept_once(remat):
     """
     config = config_of("dense", remat, num_layers=1)
     params = jax.eval_shape(lambda: model.init(config))
-    batch = toy.batch(config, batch_size=4)
+    batch = jax.tree.map(jnp.asarray, toy.batch(config, batch_size=4))
     kept = jax.eval_shape(
         lambda p: jax.vjp(lambda p: losses.batch_nats(config, p, batch), p)[1],
         params,

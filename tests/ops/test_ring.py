@@ -27,7 +27,8 @@ def inputs(dtype="float32"):
         [[1] * 13 + [2] * 6 + [0] * 2 + [3] * 11, [4] * 3 + [5] * 21 + [0] * 8],
         np.int32,
     )
-    return *arrays, segments, toy.positions(segments)
+    positions = toy.positions(segments)
+    return *arrays, jnp.asarray(segments), jnp.asarray(positions)
 
 
 def dense(q, k, v, segments, causal):

@@ -58,7 +58,7 @@ def operands():
 def by_lookup(implementation):
     def compute(x, tables, kind, learned):
         return lookup.memory_layer(
-            x, tables, None, kind, TEMPERATURE, implementation, learned
+            jnp.asarray(x), tables, None, kind, TEMPERATURE, implementation, learned
         )
 
     return compute
@@ -67,7 +67,7 @@ def by_lookup(implementation):
 def by_gpu_kernel(x, tables, kind, learned):
     chunks = hashing.split_chunks(jnp.asarray(x), 2)
     scores = hashing.scores(chunks, kind, TEMPERATURE, learned)
-    return lookup_gpu.gpu(tables, hashing.hash_codes(chunks), scores, True)
+    return lookup_gpu.gpu(jnp.asarray(tables), hashing.hash_codes(chunks), scores, True)
 
 
 def packed_as(kind_of_table):
@@ -81,6 +81,7 @@ def packed_as(kind_of_table):
 def in_one_native_call(x, tables, kind, learned):
     power, gamma = hashing.SCORES[kind]
     beta, gamma = (2 / TEMPERATURE, gamma) if learned is None else learned
+    x, tables = jnp.asarray(x), jnp.asarray(tables)
     return lookup_native.memory_layer(x, tables, None, None, power, beta, gamma)
 
 
@@ -112,7 +113,7 @@ REFUSED = {  # the whole of what may refuse, and whom
 @pytest.mark.parametrize("way", WAYS)
 def test_right_or_refused(way, kind):
     """Mutations tried: `power not in POWERS` dropped from the native layer, or the choice of
-    it in `packed`; a default score in the reader.
+    it in `narrow`; a default score in the reader.
     """
     if way in NATIVE and not lookup_native.available():
         pytest.skip("no C++ compiler")

@@ -1,7 +1,12 @@
 """The memory layer: y = sum_k s(z_k) * T_k[h(z_k)] + b (Eq. 11).
 
-`lookup` sums one row of each table, weighted by its score; implementations with the same
-signature live one to a file and are chosen by one argument:
+`lookup` sums one row of each table, weighted by its score:
+
+    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
+    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
+    ds[n, k]  = dy[n] . T_k[h[n, k]]
+
+Implementations with the same signature live one to a file and are chosen by one argument:
 
     reference   gathers [.., K, F] and sums it: the definition, for tests
     xla         scans groups of tables; no array of shape [.., K, F], any platform
@@ -17,8 +22,9 @@ is refused, never replaced (`why_not`). Start at `memory_layer`.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from memoryformer.notation import Array, Codes, Float, Scores, Tables
+from memoryformer.notation import AnyArray, Array, Codes, Float, Int, Scores
 from memoryformer.ops import hashing, only_on
 from memoryformer.ops.lookup import gpu as lookup_gpu
 from memoryformer.ops.lookup import native as lookup_native
@@ -30,12 +36,12 @@ ONEHOT_MAX_BITS_TPU = 10  # a one-hot product costs 2^tau times a row read
 
 def memory_layer(
     x: Float[Array, "*B D"],
-    tables: Tables,
+    tables: Float[AnyArray, "K C F"],
     bias: Float[Array, "F"] | None = None,
     score: str = "softmax",
     temperature: float = 1.0,
     implementation: str = "auto",
-    learned: tuple[Array, Array] | None = None,
+    learned: hashing.Learned | None = None,
 ) -> Float[Array, "*B F"]:
     """Hash x, score it and sum the rows it selects: [.., K*tau] -> [.., F].
 
@@ -67,12 +73,15 @@ def memory_layer(
 
 
 def lookup(
-    tables: Tables, codes: Codes, scores: Scores, implementation: str = "auto"
+    tables: Float[AnyArray, "K C F"] | Int[AnyArray, "K C F"],
+    codes: Codes,
+    scores: Scores,
+    implementation: str = "auto",
 ) -> Float[Array, "*B F"]:
     """Sum scored rows, y[.., :] = sum_k scores[.., k] * tables[k, codes[.., k], :].
 
     Args:
-      tables: [K, C, F] of any float type.
+      tables: [K, C, F] of any float type; integers, which have no gradient, by XLA.
       codes: [.., K] integers in [0, C); what others read is not defined.
       scores: [.., K].
       implementation: one of `IMPLEMENTATIONS`.
@@ -147,7 +156,7 @@ def _gpu(tables, codes, scores):
 
 
 def why_not(
-    implementation: str, dtype: jnp.dtype, platform: str, capability: float | None
+    implementation: str, dtype: DTypeLike, platform: str, capability: float | None
 ) -> str:
     """Say why an implementation cannot run for tables of `dtype`; '' if it can.
 

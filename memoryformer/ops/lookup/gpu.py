@@ -1,20 +1,16 @@
 """The lookup on an NVIDIA GPU of compute capability 9.0 or more, in Pallas Mosaic GPU.
 
-    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
-    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
-    ds[n, k]  = dy[n] . T_k[h[n, k]]
-
 Forward: a block of 128 threads owns a few tokens and a tile of columns, keeps their float32
 sums in registers and reads one row at a time. Backward: the tokens of each table are sorted
 by code (`gpu_order`); a block owns one row T_k[c] and a run of at most RUN of its tokens,
-reads each dy once and makes both gradients from it. Runs of one row are then added in order. No atomics:
-every sum has one order, and the result is the same bits each time.
+reads each dy once and makes both gradients from it. Runs of one row are then added in order.
+No atomics: every sum has one order, and the result is the same bits each time.
 
 A model in bfloat16 rounds y, so that its dy is float32 that holds bfloat16 values. Where
 every value does, the backward kernel reads half the bytes, and its result is the same.
 
-The kernels' bodies (`gpu_kernels`) also run on a CPU, interpreted and slow (`interpret=True`): tests do.
-Start at `gpu`.
+The kernels (`gpu_kernels`) also run on a CPU, interpreted and slow (`interpret=True`): tests
+do. Start at `gpu`.
 """
 
 import functools

@@ -18,6 +18,7 @@ from memoryformer.ops import jax_private
 
 THREADS = 128  # threads of a warpgroup, Mosaic GPU's unit of execution
 MAX_LANES = 8  # neighbours that a thread reads at once: 16 bytes of bfloat16
+Ref = Any  # an array in the GPU's memory, read and written in place
 
 
 def launch(
@@ -68,7 +69,7 @@ class Lanes(NamedTuple):
         """Float32 [tile]."""
         return self._place(jnp.zeros((self.tile,), jnp.float32))
 
-    def load(self, ref, *index) -> Array:
+    def load(self, ref: Ref, *index: Any) -> Array:
         """This block's columns of one row: [tile]."""
         return self._place(ref[*index, self.columns()])
 
@@ -79,7 +80,16 @@ class Lanes(NamedTuple):
         return plgpu.layout_cast(array, layout)
 
 
-def forward(tables, codes, scores, y, *, lanes, tokens, num_tables):
+def forward(
+    tables: Ref,
+    codes: Ref,
+    scores: Ref,
+    y: Ref,
+    *,
+    lanes: Lanes,
+    tokens: int,
+    num_tables: int,
+) -> None:
     """Rows of `tokens` tokens: [K,C,F], [K,N], [K,N] -> [splits, N, F]."""
     split = jax.lax.axis_index("splits")
     first = jax.lax.axis_index("tokens") * tokens
@@ -98,7 +108,7 @@ def forward(tables, codes, scores, y, *, lanes, tokens, num_tables):
         y[split, first + n, lanes.columns()] = sums[n]
 
 
-def backward(*refs, lanes, unroll):
+def backward(*refs: Ref, lanes: Lanes, unroll: int) -> None:
     """One run: its part of dT_k[c] to drows [K,R,F], ds of its tokens [F/tile,K,N]."""
     tables, scores, dy, narrow, exact, tokens, rows, starts, ends, drows, dscores = refs
     f, k, r = (jax.lax.axis_index(name) for name in ("features", "tables", "runs"))
@@ -129,7 +139,7 @@ def backward(*refs, lanes, unroll):
     drows[k, r, lanes.columns()] = drow
 
 
-def sum_runs(drows, first_runs, dtables, *, lanes):
+def sum_runs(drows: Ref, first_runs: Ref, dtables: Ref, *, lanes: Lanes) -> None:
     """Add the runs of one row in order: [K,R,F], [K,C+1] -> [K,C,F]."""
     k, c = jax.lax.axis_index("tables"), jax.lax.axis_index("rows")
 

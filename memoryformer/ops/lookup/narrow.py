@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer.notation import Array, Float, Int
+from memoryformer.notation import AnyArray, Array, Float, Int
 from memoryformer.ops import hashing, lookup
 from memoryformer.ops.lookup import native as lookup_native
 
@@ -35,8 +35,8 @@ _HUGE_PAGE = 2 << 20
 class PackedTables:
     """Tables [K, C, ..] of float32, bfloat16 or int8; scales [K, C] of int8, else None."""
 
-    values: Array
-    scales: Array | None
+    values: AnyArray
+    scales: AnyArray | None
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +44,8 @@ class PackedTables:
 class PackedMatrix:
     """A matrix [D, V] by output: values [V, D] (int4: [V, D' / 2], D' = D padded to 64s)."""
 
-    values: Array
-    scales: Array | None  # int8: [V]; int4: [V, D' / 64]
+    values: AnyArray
+    scales: AnyArray | None  # int8: [V]; int4: [V, D' / 64]
     width: int = dataclasses.field(metadata={"static": True})  # D
 
 
@@ -91,7 +91,7 @@ def pack_matrix(matrix: Float[np.ndarray, "D V"], kind: str) -> PackedMatrix:
 
 def widen_tables(tables: PackedTables) -> Array:
     """Return float32 tables [K, C, ..]."""
-    values = tables.values.astype(jnp.float32)
+    values = jnp.asarray(tables.values, jnp.float32)
     if tables.scales is None:
         return values
     return values * tables.scales.reshape(
@@ -101,7 +101,7 @@ def widen_tables(tables: PackedTables) -> Array:
 
 def widen_matrix(matrix: PackedMatrix) -> Float[Array, "D V"]:
     """Return the float32 matrix."""
-    values = matrix.values
+    values = jnp.asarray(matrix.values)
     if values.dtype != jnp.uint8:
         wide = values.astype(jnp.float32)
         return (wide if matrix.scales is None else wide * matrix.scales[:, None]).T
@@ -113,22 +113,19 @@ def widen_matrix(matrix: PackedMatrix) -> Float[Array, "D V"]:
 
 
 def memory_layer(
-    x: Float[Array, "*B D"],
+    x: Float[AnyArray, "*B D"],
     tables: PackedTables,
-    bias: Array | None,
+    bias: AnyArray | None,
     score: str,
     temperature: float,
-    learned: tuple[Array, Array] | None = None,
+    learned: hashing.Learned | None = None,
 ) -> Float[Array, "*B F"]:
     """Compute y = sum_k s(z_k) T_k[h(z_k)] + b: [.., D] -> [.., F], axes after C joined."""
     num_tables, num_buckets = tables.values.shape[:2]
     values = tables.values.reshape(num_tables, num_buckets, -1)
     rows = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.reshape(-1)
-    power, gamma = hashing.SCORES[score]
-    beta = 2.0 / temperature
-    if hashing.is_learned(score):
-        beta, gamma = (beta, 1) if learned is None else learned
+    power, beta, gamma = hashing.constants(score, temperature, learned)
 
     def native(x, values, scales, bias):
         return lookup_native.memory_layer(x, values, scales, bias, power, beta, gamma)
@@ -143,11 +140,12 @@ def memory_layer(
         return y if bias is None else y + bias[None]
 
     function = _on_cpu(native, in_xla) if power in lookup_native.POWERS else in_xla
-    y = function(rows, values, tables.scales, bias)
+    operands = (rows, values, tables.scales, bias)
+    y = function(*jax.tree.map(jnp.asarray, operands))
     return y.reshape(*x.shape[:-1], -1)
 
 
-def product(x: Float[Array, "*B D"], matrix: PackedMatrix) -> Float[Array, "*B V"]:
+def product(x: Float[AnyArray, "*B D"], matrix: PackedMatrix) -> Float[Array, "*B V"]:
     """Multiply x with a packed matrix: [.., D] -> float32 [.., V]."""
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
@@ -161,11 +159,12 @@ def product(x: Float[Array, "*B D"], matrix: PackedMatrix) -> Float[Array, "*B V
 
     few = rows.shape[0] <= MAX_VECTORS
     function = _on_cpu(native, in_xla) if few else in_xla
-    y = function(rows, matrix.values, matrix.scales)
+    operands = (rows, matrix.values, matrix.scales)
+    y = function(*jax.tree.map(jnp.asarray, operands))
     return y.reshape(*x.shape[:-1], -1)
 
 
-def in_huge_pages(array: np.ndarray | Array) -> Array:
+def in_huge_pages(array: AnyArray) -> Array:
     """Copy an array to memory that asks for huge pages; small ones are left as they are.
 
     Random rows are read four times as fast from them: a row then costs no walk of the page

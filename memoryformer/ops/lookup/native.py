@@ -1,12 +1,8 @@
 """The lookup on CPU as C++, compiled on first use and called through XLA's FFI.
 
-    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
-    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
-    ds[n, k]  = dy[n] . T_k[h[n, k]]
-
 The system compiler ($CXX, or the first of c++, g++, clang++) builds `lookup_native.cc` into
 $MEMORYFORMER_CACHE (default ~/.cache/memoryformer), once per source, flags, compiler, kind
-of machine and jax. Without a compiler `available` is False and callers use `lookup_xla`.
+of machine and jax. Without a compiler `available` is False and callers use `xla`.
 
 $MEMORYFORMER_THREADS bounds the threads of one call (default: the cores this process may
 use); results do not depend on it, bit for bit. Start at `native`.
@@ -26,6 +22,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
 
@@ -77,8 +74,8 @@ def memory_layer(
     scales: Float[Array, "K C"] | None,
     bias: Float[Array, "F"] | None,
     power: int,
-    beta: Array | float,
-    gamma: Array | float,
+    beta: ArrayLike,
+    gamma: ArrayLike,
 ) -> Float[Array, "N F"]:
     """Hash, score and sum in one call: sum_k s(z_k) T_k[h(z_k)] + b; not differentiable.
 
@@ -105,7 +102,7 @@ def matrix_product(
     """Multiply a few vectors with a matrix stored by output; not differentiable.
 
     Weights are float32 or bfloat16 [V, D], int8 with scales [V], or uint8 [V, D / 2] pairs
-    of 4 bits with scales [V, D / INT4_GROUP] (see `packed`).
+    of 4 bits with scales [V, D / INT4_GROUP] (see `narrow`).
     """
     _library()
     y = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)

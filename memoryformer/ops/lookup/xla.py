@@ -1,9 +1,5 @@
 """The lookup in plain XLA: a scan over groups of tables, and one-hot products.
 
-    y[n]      = sum_k s[n, k] * T_k[h[n, k]]
-    dT_k[c]   = sum_{n: h[n, k] = c} s[n, k] * dy[n]          (Eq. 12)
-    ds[n, k]  = dy[n] . T_k[h[n, k]]
-
 Residuals are the tables, the codes and the scores. Both gradients come from one pass over
 the tables, sums are in the scores' type (float32), nothing of shape [N, K, F] is built, and
 the order of every sum is fixed, so the result is deterministic.
@@ -14,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Codes, Float, Scores, Tables
+from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
 
 # Tables per scan step. The accumulator is read and written once a step, so more is less
 # traffic; far more makes XLA split its fusion and materialise gathered rows.
@@ -24,8 +20,13 @@ ONEHOT_COLUMNS = 2048
 
 
 @jax.custom_vjp
-def scan_tables(tables: Tables, codes: Codes, scores: Scores) -> Float[Array, "N F"]:
-    """Gather and add the rows of a few tables at a time: [K,C,F], [N,K], [N,K] -> [N,F]."""
+def scan_tables(
+    tables: Tables | Int[Array, "K C F"], codes: Codes, scores: Scores
+) -> Float[Array, "N F"]:
+    """Gather and add the rows of a few tables at a time: [K,C,F], [N,K], [N,K] -> [N,F].
+
+    Integer tables are read as they are and have no gradient.
+    """
 
     def add_group(y, group):
         rows, codes_g, scores_g = group  # [g, C, F], [g, N], [g, N]
