@@ -156,7 +156,7 @@ def test_abstract_meshes_of_any_number():
 def test_what_does_not_fit_has_remedies(monkeypatch):
     """Concrete fields, what saves most first; the compiler's own refusal is a verdict.
 
-    Mutation: `HEADROOM` 100.
+    Mutation: a refusal raised again.
     """
     tiny = dataclasses.replace(targets_lib.CHIPS["cpu"], memory_bytes=2**20)
     monkeypatch.setitem(targets_lib.CHIPS, "cpu", tiny)
@@ -176,6 +176,21 @@ def test_what_does_not_fit_has_remedies(monkeypatch):
     compiled = dryrun._compile(lowered, place)
     assert str(compiled.verdict) == "does not fit: Used 30.1G of 15.75G hbm"
     assert compiled.memory is None and compiled.against(2**40) == compiled
+
+
+@pytest.mark.parametrize(
+    "used, capacity, verdict",
+    [
+        (95, 100, "fits: 95.00 of 100 GiB"),
+        (96, 100, "does not fit: 96.00 of 100 GiB"),
+        (96, 0, "compiles"),
+    ],
+)
+def test_a_twentieth_of_the_memory_is_the_runtimes(used, capacity, verdict):
+    """Mutation: `HEADROOM` 1, or `<` for `<=`."""
+    memory = report_lib.Memory(0, 0, used * GIB, used * GIB)
+    compiled = dryrun.Compiled(report_lib.Verdict(report_lib.Fit.COMPILES), memory)
+    assert str(compiled.against(capacity * GIB).verdict) == verdict
 
 
 @pytest.mark.parametrize(
