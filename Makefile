@@ -21,7 +21,7 @@ quickstart: $(VENV)/.core
 ifeq ($(PROJECTION),memory)
 	$(RUN) -m memoryformer.report utilisation --workdir=$(WORKDIR)
 endif
-	$(RUN) -m memoryformer.report.quickstart --workdir=$(WORKDIR)
+	$(RUN) -m memoryformer.report quickstart --workdir=$(WORKDIR)
 
 quickstart-dense:
 	$(MAKE) quickstart PROJECTION=dense WORKDIR=$(WORKDIR)-dense

@@ -44,7 +44,7 @@ def main(argv):
     files = harness.files_read(_TASKS.value, _TASKS_PATH.value or "")
     folder = _WORKDIR.value or _EXPORT.value
     out = harness.Output(_OUTPUT.value or "", files, [folder])
-    kinds = narrow.kinds_from_flags()
+    kinds = cli.chosen(narrow.WeightKinds)
     step = None if _STEP.value < 0 else _STEP.value
     if not _TASKS.present:
         settings = (step, flags.FLAGS.config, kinds, _DENSITY.value)

@@ -1,6 +1,6 @@
 """ListOps with a two-sided trunk, to try what a shared memory costs (Long-Range-Arena style).
 
-    python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
+    python -m memoryformer.tasks --config=configs/listops.py:luna --workdir=runs/listops
     ... --config=configs/listops.py:conv_luna --config.model.luna_slots=1
 
 The argument is `softmax`, `linformer`, `luna` or `conv_luna`; every trunk gets learned positions,

@@ -4,11 +4,12 @@ A command is `define_flags` and `main`; `run_main` runs it. Start there.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ml_collections
 from absl import app, flags, logging
@@ -18,6 +19,8 @@ from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.files import paths
 from memoryformer.runs import console
+
+T = TypeVar("T")
 
 flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
@@ -68,20 +71,20 @@ def run_main(
     """
     before = set(flags.FLAGS)
     define_debug_flag()
-    written, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
-    own: set[str] = set()
+    saved_argv, sys.argv = sys.argv, list(sys.argv if argv is None else argv)
+    defined: set[str] = set()
     try:
         try:
             define_flags()  # that of a config reads the command line
         except flags.Error as error:
             sys.exit(report(_usage_error(error, sys.argv), debug=False))
         finally:
-            own = set(flags.FLAGS) - before  # the others are absl's, defined once
+            defined = set(flags.FLAGS) - before  # the others are absl's, defined once
         app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
     finally:
-        sys.argv = written
+        sys.argv = saved_argv
         for name in set(flags.FLAGS):
-            if name in own or name.startswith("config."):
+            if name in defined or name.startswith("config."):
                 delattr(flags.FLAGS, name)
 
 
@@ -126,6 +129,13 @@ def refuse_flags(names: Sequence[str], reason: str) -> None:
             raise errors.ConfigError(f"--{name}: {reason}.")
 
 
+def chosen(cls: type[T]) -> T | None:
+    """Return `cls` made of the flags that its fields are named as; None for its defaults."""
+    names = (field.name for field in dataclasses.fields(cls))
+    values = cls(**{name: flags.FLAGS[name].value for name in names})
+    return None if values == cls() else values
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
@@ -149,8 +159,6 @@ def _usage_error(error: Exception, argv: Sequence[str]) -> errors.MemoryFormerEr
 
 def _override_error(argv: Sequence[str]) -> errors.ConfigError | None:
     """Name the first `--config.KEY` that the config file does not have."""
-    from memoryformer import config as config_lib  # it imports this module
-
     words = [f"-{a}" if a.startswith("-config") else a for a in argv]
     files = [a.partition("=")[2] for a in words if a.startswith("--config=")]
     files += [b for a, b in itertools.pairwise(words) if a == "--config"]

@@ -35,13 +35,13 @@ def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
     if not isinstance(section, Mapping | ml_collections.ConfigDict):
         raise ConfigError(f"{name}={section!r}: expected a section with fields.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    types = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
     values = {}
     for key, value in dict(section).items():
         if key not in fields:
             raise ConfigError(f"{name}.{key}: unknown field{suggest(key, fields)}.")
         if value is not None:  # a placeholder that was not filled
-            values[key] = _checked(value, types[key], f"{name}.{key}")
+            values[key] = _checked(value, kinds[key], f"{name}.{key}")
     for key, field in fields.items():
         required = (
             field.default is dataclasses.MISSING
@@ -147,11 +147,11 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
 
     A required field is a placeholder: `build` asks for it.
     """
-    types = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
     section = ml_collections.ConfigDict()
     for field in dataclasses.fields(cls):
         missing = field.default is dataclasses.MISSING
-        kind = types[field.name]
+        kind = kinds[field.name]
         section[field.name] = (
             config_dict.placeholder(kind) if missing else field.default
         )
@@ -188,11 +188,20 @@ def _is_float32(value: float) -> bool:
 CHANGES = ("nothing", "rounding", "numbers")
 
 
-def field(changes: str, default: Any = dataclasses.MISSING, *, local: bool = False):
-    """Make a dataclass field that says so; `local`: the processes of a run may differ in it."""
+def field(
+    changes: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str = "",
+    local: bool = False,
+):
+    """Make a dataclass field that says what it means and what a change of it changes.
+
+    local: the processes of one run may differ in it.
+    """
     if changes not in CHANGES:
         raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
-    metadata = {"changes": changes, "local": local}
+    metadata = {"changes": changes, "local": local, "doc": doc}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -5,7 +5,7 @@ A launcher decides from the exit code whether to start the job again:
     0 done · 1 bug · 2 config or usage · 42 preempted, state saved (start again) ·
     43 hang (start again) · 44 numbers not finite · 45 storage · 46 data
 
-Start at `run_main`.
+`cli.run_main` ends a command with them. Start at `MemoryFormerError`.
 """
 
 

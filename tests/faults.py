@@ -21,7 +21,7 @@ from memoryformer import errors
 from memoryformer.cluster import watchdog
 from memoryformer.data import progress, source
 from memoryformer.model import losses
-from memoryformer.runs import checkpoint, manifest, state_spec
+from memoryformer.runs import checkpoint, manifest, orbax_files, state_spec
 from memoryformer.training import loop
 
 
@@ -150,7 +150,7 @@ def _kill_in_async_save(at):
         if step == at:
             _kill()
 
-    wrap(checkpoint.ocp.CheckpointManager, "save", save)
+    wrap(orbax_files.ocp.CheckpointManager, "save", save)
 
 
 def _kill_in_deletion():

@@ -44,15 +44,15 @@ BASES = {
         ("--workdir={folder}/run", "--max_tokens=2"),
         ("--export={folder}/run",),
     ],
-    "memoryformer.report.quickstart": [("--workdir={folder}/run",)],
     "memoryformer.report": [
         ("{folder}/run", "--output={folder}/page.html"),
         ("curves", "{folder}/run", "--output={folder}/plots"),
         ("utilisation", "--workdir={folder}/run", "--output={folder}/plots"),
         ("flops", "{folder}/none"),
+        ("quickstart", "--workdir={folder}/run"),
     ],
     "memoryformer.sweep": [(word, *SWEEP) for word in ("list", "print", "collect")],
-    "memoryformer.tasks.listops": [
+    "memoryformer.tasks": [
         ("--config=configs/listops.py:nope", "--workdir={folder}/listops")
     ],
 }

@@ -13,9 +13,9 @@ import pytest
 import toy
 
 from memoryformer import cli
-from memoryformer.cluster import roll_call
+from memoryformer.cluster import launchers, roll_call
 from memoryformer.errors import ConfigError, NumericError, StorageError
-from memoryformer.runs import console, metrics, outcome
+from memoryformer.runs import console, metrics, outcome, trackers
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop, spikes
 
@@ -182,13 +182,13 @@ class Tracker:
 def test_a_tracker_may_fail(tmp_path, monkeypatch, capsys, fails):
     """Not logged in, unreachable, gone: one line, and metrics.jsonl has every row.
 
-    Mutation: `except Exception` of `_Tracker` for `except OSError`.
+    Mutation: `except Exception` of `Tracker` for `except OSError`.
     """
     fake = Tracker(fails)
     real = importlib.import_module
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
-        metrics.importlib,
+        trackers.importlib,
         "import_module",
         lambda name: fake if name == "wandb" else real(name),
     )
@@ -232,9 +232,9 @@ STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "4100", "SLURM_PROCID":
 )
 def test_a_lone_process_in_a_shell_of_salloc(variables, found):
     """It waits for nobody. Mutation: SLURM_NTASKS first."""
-    assert roll_call.from_slurm(STEP | variables) == found
+    assert launchers.from_slurm(STEP | variables) == found
     nowhere = STEP | variables | {"SLURM_STEP_NODELIST": ""}
-    assert roll_call.from_slurm(nowhere) is None
+    assert launchers.from_slurm(nowhere) is None
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_half_set_variables_are_named(name, text):
     """Mutation: `int(environment[name])`."""
     variables = STEP | {"SLURM_NTASKS": "2", name: text}
     with pytest.raises(ConfigError, match=rf"^{name}='{re.escape(text)}'"):
-        roll_call.from_slurm(variables)
+        launchers.from_slurm(variables)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e9])

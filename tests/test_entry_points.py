@@ -256,7 +256,7 @@ def main(argv):
     try:
         command.main(argv)
     except errors.StorageError:  # what was to be evaluated is not there
-        print(repr(narrow.kinds_from_flags()), file=sys.stderr)
+        print(repr(cli.chosen(narrow.WeightKinds)), file=sys.stderr)
 
 for line in json.loads(sys.argv[1]):
     said = io.StringIO()
@@ -270,7 +270,7 @@ for line in json.loads(sys.argv[1]):
 def test_flags_of_eval_are_served_or_refused(folder):
     """Each in one line, before anything is loaded; weights are rounded if so asked only.
 
-    Mutations: `_refuse_unused_flags` not called; `kinds_from_flags` without its last line.
+    Mutations: `_refuse_unused_flags` not called; `cli.chosen` without its last line.
     """
     lines = [[a.replace("{folder}", str(folder)) for a in given] for given, _ in FLAGS]
     lines += [["--workdir=none"], ["--workdir=none", "--head=int4", "--tasks=piqa"]]

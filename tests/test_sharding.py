@@ -295,17 +295,17 @@ def test_first_state_does_not_depend_on_the_mesh():
 def test_what_does_not_divide_is_named(fields, mesh, message):
     """The field or the parameter, its size, the axis; before anything is traced.
 
-    Mutations: only the batch checked; `tables` or `embedding` not looked at, with which jax
+    Mutations: only the batch checked; `_COMPUTED_BY_PARTS` not looked at, with which jax
     raises ValueError while it traces.
     """
     made = sharding.make(mesh)
     fields = {"num_heads": 4, "vocab_size": 16, "extra_bits": 2} | fields
     batch_size = fields.pop("batch_size", 8)
     config = toy.model_config(**fields)
-    specs = model.partition_specs(config, made)
+    names = model.param_specs(config)
     shapes = jax.eval_shape(lambda: model.init(config))
     with pytest.raises(ConfigError) as caught:
-        sharding.validate(made, specs, shapes, batch_size, config.num_heads)
+        sharding.validate(made, names, shapes, batch_size, config.num_heads)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

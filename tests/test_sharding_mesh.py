@@ -8,6 +8,7 @@ import pytest
 
 from memoryformer import sharding
 from memoryformer.errors import ConfigError
+from memoryformer.sharding import mesh as mesh_lib
 
 
 def test_bare_specs_run_anywhere():
@@ -92,7 +93,7 @@ def test_meshes_that_split_an_axis_of_the_torus(devices, sizes):
 
     Mutation: `jax.make_mesh`, which refuses all but v5e.
     """
-    made = sharding._arranged(sizes, devices)
+    made = mesh_lib.arranged(sizes, devices)
     assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
     for group in made.reshape(-1, sizes[-1]):
         spread = np.ptp([d.coords for d in group], axis=0) + 1
@@ -109,7 +110,7 @@ def test_meshes_of_several_slices(sizes, across):
     Mutation: `create_device_mesh` for all devices; or `sizes` from the last.
     """
     devices = slice_of_tpus(4, 4) + slice_of_tpus(4, 4, slice_index=1)
-    made = sharding._arranged(sizes, devices)
+    made = mesh_lib.arranged(sizes, devices)
     assert made.shape == sizes and len({d.id for d in made.flat}) == len(devices)
     slices = np.vectorize(lambda d: d.slice_index)(made)
     for axis, size in enumerate(across):

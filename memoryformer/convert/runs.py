@@ -17,6 +17,7 @@ from memoryformer import data
 from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.files import hub
 from memoryformer.model import mixers
 from memoryformer.runs import checkpoint
 from memoryformer.runs import steps as run_steps
@@ -147,23 +148,10 @@ def fetch(source: str, revision: str = "") -> pathlib.Path:
         if not path.is_dir():
             raise DataError(f"{source}: there is no such directory.")
         return path
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"{source}: needs the package huggingface_hub; `pip install "
-            "huggingface_hub`, or download the files and name their directory."
-        ) from None
-    try:
-        path = huggingface_hub.snapshot_download(
-            source.removeprefix("hub:"),
-            revision=revision or None,
-            allow_patterns=list(_HUB_FILES),
-        )
-    except Exception as error:  # network, authorisation, no such repository
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{source}: could not be fetched ({type(error).__name__}: {reason}); "
-            "download the files and name their directory."
-        ) from error
-    return pathlib.Path(path)
+    return hub.fetch(
+        source,
+        source.removeprefix("hub:"),
+        _HUB_FILES,
+        revision=revision,
+        instead="download the files and name their directory",
+    )

@@ -18,6 +18,7 @@ import numpy as np
 
 from memoryformer.convert import folders
 from memoryformer.errors import DataError
+from memoryformer.files import atomic
 
 DTYPES = {
     "F64": np.float64,
@@ -96,16 +97,11 @@ def write(
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
             file.write(np.ascontiguousarray(arrays[name]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _layout(path, name, entry) -> tuple[np.dtype, list[int], tuple[int, int]]:

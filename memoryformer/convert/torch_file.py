@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from memoryformer.errors import DataError
+from memoryformer.files import atomic
 
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -62,10 +63,11 @@ def write(path: str | os.PathLike, tree: Any) -> None:
 
     `torch.load` reads the file with `weights_only=True`.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".part")
-    root = path.stem
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    root = pathlib.Path(path).stem
+    with (
+        atomic.replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
         arrays: list[np.ndarray] = []
         with archive.open(f"{root}/data.pkl", "w", force_zip64=True) as file:
             _Pickler(file, arrays).dump(tree)
@@ -74,7 +76,6 @@ def write(path: str | os.PathLike, tree: Any) -> None:
             with archive.open(f"{root}/data/{key}", "w", force_zip64=True) as file:
                 file.write(np.ascontiguousarray(array).tobytes())
         archive.writestr(f"{root}/version", "3\n")
-    temporary.replace(path)
 
 
 class _Placeholder:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from memoryformer.errors import Preempted
+from memoryformer.runs import console
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Progress:
             now = time.monotonic()
             if self.enabled and stage and now - shown >= self._every:
                 shown = now
-                self._print(f"{self.title}, {stage}: {duration(now - began)}")
+                self._print(f"{self.title}, {stage}: {console.short_time(now - began)}")
         return result.result()
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
@@ -105,21 +106,9 @@ class Progress:
         return (
             f"{self.title}, {self._stage}: {100 * done / total:.0f}% "
             f"{done / scale:.{digits}f}/{total / scale:.{digits}f} {unit} "
-            f"{rate / scale:.{digits}f} {unit}/s eta {duration(left)}"
+            f"{rate / scale:.{digits}f} {unit}/s eta {console.short_time(left)}"
         )
 
     def _print(self, line: str, end: str = "") -> None:
         text = f"\r{line:<79}{end}" if self._terminal else f"{line}\n"
         print(text, end="", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """'42s', '3m10s', '5h02m', '2d03h'."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"

@@ -15,7 +15,7 @@ from typing import Any
 
 from memoryformer import data
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.errors import ConfigError, DataError, MemoryFormerError, StorageError
+from memoryformer.errors import ConfigError, DataError, MemoryFormerError
 from memoryformer.files import paths
 
 FILE = "tokenizer.json"
@@ -59,11 +59,7 @@ def keep(workdir: str | os.PathLike, tokenizer: data.Tokenizer, *, begun: bool) 
     if _fingerprint(path, tokenizer.end_token) == tokenizer.fingerprint:
         return
     check(workdir, tokenizer, begun=begun)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error}.") from error
+    tokenizer.save(path)
 
 
 def check(

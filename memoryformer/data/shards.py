@@ -21,13 +21,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +35,7 @@ from memoryformer.data import blocks, listing, local_files, names, options
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.files import paths
+from memoryformer.files import atomic, lock, paths
 
 if TYPE_CHECKING:  # importing it imports TFDS
     from memoryformer.data import documents
@@ -73,13 +71,11 @@ def prepare(
         line = progress_lib.Progress(
             f"preparing {data_config.source}", enabled=progress, stop=stop
         )
-        with _lock(directory, line) as locked:
+        with _locked(directory, line) as locked:
             if not directory.exists():
                 if locked:
                     _remove_stale(directory)
                 _prepare_into(directory, data_config, line)
-    except errors.MemoryFormerError:
-        raise
     except OSError as error:
         raise errors.StorageError(
             f"data.data_dir={str(directory.parent)!r}: cannot be written "
@@ -171,14 +167,16 @@ def _prepare_into(
     try:
         temporary.mkdir()
         _write(temporary, data_config, line)
-        _sync(temporary)
+        # A rename must not outrun the contents.
+        for path in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
+            atomic.flush(path)
         try:
             temporary.rename(directory)
         except OSError:
             # Another process, on a file system without locks, was first.
             if not (directory / "manifest.json").is_file():
                 raise
-        _sync(directory.parent)
+        atomic.flush(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -342,45 +340,26 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
-def _sync(path: pathlib.Path) -> None:
-    """Flush a directory and its files, so that a rename cannot outrun the contents."""
-    targets = [path, *(p for p in path.iterdir() if p.is_file())]
-    for target in targets:
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _remove_stale(directory: pathlib.Path) -> None:
     for old in directory.parent.glob(f".tmp-{directory.name}-*"):
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _lock(directory: pathlib.Path, line: progress_lib.Progress) -> Iterator[bool]:
+def _locked(
+    directory: pathlib.Path, line: progress_lib.Progress
+) -> contextlib.AbstractContextManager[bool]:
     """Hold the data set's lock; yields False where the file system has none."""
-    import fcntl
 
-    with open(directory.parent / f".lock-{directory.name}", "w") as handle:
-        told = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    told = True
-                    print(
-                        f"waiting for another process that prepares {directory}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                line.check()
-                time.sleep(0.1)
-            except OSError:
-                yield False
-                return
-            else:
-                yield True
-                return
+    def waiting(holder: str) -> None:
+        say(holder)
+        line.check()
+
+    @functools.cache  # once for each holder
+    def say(holder: str) -> None:
+        print(
+            f"waiting for another process that prepares {directory} ({holder})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return lock.hold(directory.with_name(f".lock-{directory.name}"), waiting=waiting)

@@ -20,7 +20,7 @@ import tokenizers
 
 from memoryformer import errors
 from memoryformer.data import vocabulary
-from memoryformer.files import paths
+from memoryformer.files import atomic, hub, paths
 
 _WORD = 1024
 _MAX_BPE = 1 << 20  # room for as many is taken before training begins
@@ -91,14 +91,7 @@ class Tokenizer:
 
     def save(self, path: pathlib.Path) -> None:
         """Write tokenizer.json; killed halfway, the file before stays."""
-        fresh = path.with_name(path.name + ".part")
-        text = json.dumps(self.spec, ensure_ascii=False)
-        try:
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)
-            raise
+        atomic.write_text(path, json.dumps(self.spec, ensure_ascii=False))
 
 
 class TextStream:
@@ -249,26 +242,13 @@ def _from_hub(spec: str) -> pathlib.Path:
         raise errors.ConfigError(
             f"data.tokenizer={spec!r}: expected hub:owner/name[@revision]."
         )
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError:
-        raise errors.ConfigError(
-            f"data.tokenizer={spec!r}: needs the package huggingface_hub; "
-            "`pip install huggingface_hub`, or download its tokenizer.json and give "
-            "the path."
-        ) from None
-    try:
-        path = huggingface_hub.hf_hub_download(
-            repo, "tokenizer.json", revision=revision or None
-        )
-    except Exception as error:  # network, authorisation, no such repository or file
-        reason = " ".join(str(error).split())[:200]
-        raise errors.DataError(
-            f"data.tokenizer={spec!r}: could not be fetched "
-            f"({type(error).__name__}: {reason}); download its tokenizer.json and give "
-            "the path."
-        ) from error
-    return pathlib.Path(path)
+    return hub.fetch(
+        f"data.tokenizer={spec!r}",
+        repo,
+        "tokenizer.json",
+        revision=revision,
+        instead="download its tokenizer.json and give the path",
+    )
 
 
 def _backend(text: str, name: str) -> tokenizers.Tokenizer:

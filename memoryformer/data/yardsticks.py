@@ -17,14 +17,13 @@ import concurrent.futures
 import contextlib
 import json
 import lzma
-import os
 import pathlib
-import uuid
 import zlib
 
 import numpy as np
 
 from memoryformer import data, errors
+from memoryformer.files import atomic
 
 VERSION = 1
 MAX_ORDER = 7  # seven bytes fit one uint64 with a byte to spare
@@ -174,11 +173,6 @@ def _stored(path: pathlib.Path, key: dict) -> dict[str, float]:
 
 
 def _write(path: pathlib.Path, content: dict) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     # A read-only copy of prepared data is worth measuring too.
-    with contextlib.suppress(OSError):
-        try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(errors.StorageError):
+        atomic.write_json(path, content, indent=2)

@@ -6,6 +6,7 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.accounting.targets import GIB, Target
 from memoryformer.dryrun import hlo_messages
 from memoryformer.dryrun.report import Fit, Report
+from memoryformer.ops import collectives
 from memoryformer.training import experiment
 
 SLOW = 1.0  # messages take longer than this share of the products' time
@@ -37,7 +38,7 @@ def find(
 
 def _slow_messages(report: Report, target: Target) -> Iterator[str]:
     chip = target.chip
-    sent = hlo_messages.wire_bytes(report.messages, "data")
+    sent = hlo_messages.wire_bytes(report.messages, collectives.DATA_AXIS)
     if not sent or not chip.link_bandwidth:
         return
     one_domain = report.num_devices <= chip.domain
@@ -57,8 +58,8 @@ def _to_fit(
 ) -> Iterator[str]:
     """Yield what makes the step smaller, with the bytes that it is about."""
     model, train = run.model, run.train
-    devices, split = report.num_devices, sharding.axis_size("model")
-    rows_of_device = train.batch_size // sharding.axis_size("data")
+    devices, split = report.num_devices, sharding.axis_size(collectives.MODEL_AXIS)
+    rows_of_device = train.batch_size // sharding.axis_size(collectives.DATA_AXIS)
     rows = rows_of_device // train.num_microbatches
     state = report.params_bytes + report.optimizer_bytes
     copies = report.gathered_bytes + report.gradient_bytes

@@ -29,7 +29,7 @@ from memoryformer.accounting.targets import GIB
 from memoryformer.dryrun import advice, hlo_messages, jaxpr_messages, lowering
 from memoryformer.dryrun.report import Fit, Memory, Report, Verdict
 from memoryformer.model import implementations
-from memoryformer.ops import lookup
+from memoryformer.ops import collectives, lookup
 from memoryformer.training import experiment
 
 HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
@@ -131,10 +131,12 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     read = jax.eval_shape(
         lambda p: model_lib.with_tables_as_read(model, p), state.params
     )
-    joined = sharding_lib.num_bytes(read) // sharding.axis_size("model")
+    joined = sharding_lib.num_bytes(read) // sharding.axis_size(collectives.MODEL_AXIS)
     values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    summed = 4 * values // sharding.axis_size("model")  # over microbatches, in float32
-    fsdp = "fsdp" in run.mesh and sharding.axis_size("data") > 1
+    summed = (
+        4 * values // sharding.axis_size(collectives.MODEL_AXIS)
+    )  # over microbatches, in float32
+    fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
     return Report(
         config=experiment.as_dict(run),

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.model import losses, mixers
+from memoryformer.ops import collectives
 from memoryformer.training import experiment
 from memoryformer.training import programs as programs_lib
 from memoryformer.training import step as step_lib
@@ -33,7 +34,7 @@ def device_sharding(
     sharding = sharding_lib.make(run.mesh, devices, striped=striped)
     local = isinstance(devices, range) or devices[0].platform == jax.default_backend()
     if sharding.mesh is None and not local:
-        mesh = jax.make_mesh((1,), ("data",), devices=devices[:1])
+        mesh = jax.make_mesh((1,), (collectives.DATA_AXIS,), devices=devices[:1])
         return sharding_lib.Sharding(mesh, sharding_lib.ShardingSpecs())
     return sharding
 
@@ -119,15 +120,15 @@ def activation_bytes(
     `model`; codes and scores are not, so that with that axis this is a little low.
     """
     rows = run.train.batch_size // run.train.num_microbatches
-    rows = max(rows // sharding.axis_size("data"), 1)
-    length = run.model.seq_len // sharding.axis_size("sequence")
+    rows = max(rows // sharding.axis_size(collectives.DATA_AXIS), 1)
+    length = run.model.seq_len // sharding.axis_size(collectives.SEQUENCE_AXIS)
     microbatch = {
         name: jax.ShapeDtypeStruct((rows, length), x.dtype)
         for name, x in batch(run, sharding).items()
     }
     one, two = (_kept_bytes(run, layers, microbatch) for layers in (1, 2))
     total = one + (two - one) * (run.model.num_layers - 1)
-    return max(total, 0) // sharding.axis_size("model")
+    return max(total, 0) // sharding.axis_size(collectives.MODEL_AXIS)
 
 
 def _kept_bytes(

@@ -183,8 +183,10 @@ def make_count_step(
         counts = {}
         for name, read in codes(model_config, params, batch, features).items():
             ours = bucket_counts(read, _num_buckets(params, name), keep)
-            ours = collectives.psum(ours, sharding_lib.TOKEN_AXES)
-            counts[name] = collectives.all_gather(ours, "model", 0)  # [K, C]
+            ours = collectives.psum(ours, collectives.TOKEN_AXES)
+            counts[name] = collectives.all_gather(
+                ours, collectives.MODEL_AXIS, 0
+            )  # [K, C]
         return counts
 
     in_specs = (specs, sharding.specs.batch_bl, P())

@@ -47,7 +47,9 @@ def make_eval_step(
 
         rows = _by_groups(row_nats, batch)
         rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
-        return collectives.all_gather(rows, "data", 0)  # every process reads them all
+        return collectives.all_gather(
+            rows, collectives.DATA_AXIS, 0
+        )  # every process reads them all
 
     in_specs = (specs, sharding.specs.batch_bl, P())
     mapped = sharding.shard_map(per_device, in_specs, P(None))

@@ -75,7 +75,7 @@ def make_step(
         model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
         seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"], features)
         sums = figures(model, model.embed(batch["inputs"]), seq)
-        tokens = sharding_lib.TOKEN_AXES
+        tokens = collectives.TOKEN_AXES
         return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
     in_specs = (specs, sharding.specs.batch_bl, P())
@@ -93,7 +93,7 @@ def figures(
     real &= _holds_the_end()
     sums = {"rows": jnp.sum(real)}
     for name, rows in memories.items():
-        rows = collectives.all_gather(rows, "model", -1)  # [B, m, D]
+        rows = collectives.all_gather(rows, collectives.MODEL_AXIS, -1)  # [B, m, D]
         for figure in (cosine, effective_rank):
             values = jnp.where(real, figure(rows), 0)
             sums[f"{name}/{figure.__name__}"] = jnp.sum(values)

@@ -1,1 +1,1 @@
-"""Files of this machine: paths as users write them."""
+"""Files of this machine: paths as users write them, whole writes, locks and downloads."""

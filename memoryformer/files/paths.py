@@ -56,11 +56,11 @@ def workdir(path: str | os.PathLike, name: str = "--workdir") -> pathlib.Path:
     other things where checkpoints are written.
     """
     folder = local(path, name)
-    found = _PATTERN.search(str(folder.absolute()))
-    if found:
+    pattern = _PATTERN.search(str(folder.absolute()))
+    if pattern:
         raise ConfigError(
             f"{name}={_shown(os.fspath(path))}: {str(folder.absolute())!r} holds "
-            f"{found[0]!r}, and what is saved below it could not be read again; name a "
+            f"{pattern[0]!r}, and what is saved below it could not be read again; name a "
             "path without * ? [ and backslash, or a link to it that has none."
         )
     return folder

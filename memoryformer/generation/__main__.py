@@ -68,7 +68,7 @@ def _run(argv):
         flags.FLAGS.top_p,
         flags.FLAGS.seed,
     )
-    kinds = narrow.kinds_from_flags()
+    kinds = cli.chosen(narrow.WeightKinds)
     # Read before the model, which takes longer.
     path = flags.FLAGS.prompts
     prompts = prompts_lib.read(path) if path else []

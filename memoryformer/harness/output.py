@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from memoryformer.errors import ConfigError
+from memoryformer.files import atomic
 from memoryformer.runs import directory
 
 
@@ -67,4 +68,4 @@ class Output:
             text = json.dumps(result, indent=2) + "\n"
             self._path.write_text(text, encoding="utf-8")
         else:
-            directory.write_json(self._path, result, indent=2)
+            atomic.write_json(self._path, result, indent=2)

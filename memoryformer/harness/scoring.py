@@ -22,6 +22,7 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.model import implementations, losses, mixers
 from memoryformer.notation import Params
+from memoryformer.ops import collectives
 
 SHORT_LENGTHS = (32, 64, 128, 256, 512)  # and the model's longest: six shapes at most
 # Tokens of one group. Large enough to keep a device busy, small enough for activations.
@@ -156,14 +157,14 @@ class Scorer:
     def _run(self, plan: _Plan, arrays):
         with self.sharding.activate():
             if self.sharding.mesh is not None:
-                where = jax.NamedSharding(self.sharding.mesh, P("data"))
+                where = jax.NamedSharding(self.sharding.mesh, P(collectives.DATA_AXIS))
                 arrays = jax.device_put(arrays, where)
             return self._call(self._params, *arrays, plan.piece)
 
     def _compile(self, specs):
         def call(params, *arrays_and_piece):
             *arrays, piece = arrays_and_piece
-            rows = P("data") if self.sharding.mesh is not None else P()
+            rows = P(collectives.DATA_AXIS) if self.sharding.mesh is not None else P()
             function = self.sharding.shard_map(
                 lambda params, *arrays: _score(
                     self.model_config, params, *arrays, piece

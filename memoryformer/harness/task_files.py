@@ -17,6 +17,7 @@ from typing import Any
 
 from memoryformer.data import blocks, jsonlines
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.files import atomic
 
 HARNESS_VERSION = "0.4.13"
 
@@ -204,10 +205,7 @@ def _fetch(url: str, digest: str, path: pathlib.Path) -> str:
                 "--tasks_path."
             ) from error
         _check(data, digest, url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        atomic.write_bytes(path, data)
     data = path.read_bytes()
     _check(data, digest, path)
     return data.decode("utf-8")

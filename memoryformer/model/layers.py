@@ -20,9 +20,6 @@ from flax import nnx
 from memoryformer.notation import Activations, Array, Codes, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
-from memoryformer.ops.lookup import narrow as narrow_rows
-
-MODEL_AXIS = "model"
 
 _recorded: contextvars.ContextVar[dict[int, Codes] | None] = contextvars.ContextVar(
     "recorded_codes", default=None
@@ -73,12 +70,10 @@ class MemoryLayer(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        if isinstance(self.tables.get_value(), narrow_rows.PackedTables):
-            return self._read_packed(x)
         chunks = hashing.split_chunks(x, self.code_bits)  # [.., K / n, tau]
         codes = hashing.hash_codes(chunks)
         _record(self, codes)
-        scores = hashing.scores(chunks, self.score, self.temperature, self._learned())
+        scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
         codes, scores = self._from_all_devices(codes, scores)  # [.., K]
         scores = remat_lib.name(scores, "scores")
         tables = self.tables[...].astype(self.dtype)
@@ -91,31 +86,25 @@ class MemoryLayer(nnx.Module):
         )
         y = y.reshape(*x.shape[:-1], *features)
         if self.bias is not None:
-            y = y + _align(self.bias[...], y.ndim)
+            y = y + align(self.bias[...], y.ndim)
         return remat_lib.name(y.astype(self.dtype), "projected")
 
-    def _read_packed(self, x):
-        """The same from tables that `narrow.prepare` has stored; on one device."""
-        tables = self.tables.get_value()
-        bias = None if self.bias is None else self.bias[...]
-        y = narrow_rows.memory_layer(
-            x, tables, bias, self.score, self.temperature, self._learned()
-        )
-        return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
-
-    def _learned(self):
+    def learned(self) -> tuple[Array, Array] | None:
+        """(beta, gamma) of a score that has them."""
         if not hashing.is_learned(self.score):
             return None
         return self.beta[...], self.gamma[...]
 
     def _from_all_devices(self, codes, scores):
         """Gather what the other devices' parts of x hash to, in as few bytes as it takes."""
-        if collectives.axis_size(MODEL_AXIS) == 1:
+        if collectives.axis_size(collectives.MODEL_AXIS) == 1:
             return remat_lib.name(codes, "codes"), scores
         small = jnp.uint8 if self.code_bits <= 8 else jnp.uint16
-        codes = collectives.all_gather(codes.astype(small), MODEL_AXIS, -1)
+        codes = collectives.all_gather(codes.astype(small), collectives.MODEL_AXIS, -1)
         codes = remat_lib.name(codes, "codes")
-        scores = collectives.all_gather(scores.astype(self.dtype), MODEL_AXIS, -1)
+        scores = collectives.all_gather(
+            scores.astype(self.dtype), collectives.MODEL_AXIS, -1
+        )
         return codes.astype(jnp.int32), scores
 
 
@@ -150,19 +139,15 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        if isinstance(self.kernel.get_value(), narrow_rows.PackedMatrix):
-            y = narrow_rows.product(x, self.kernel.get_value()).astype(self.dtype)
-            y = y.reshape(*x.shape[:-1], *self.features)
-            return y if self.bias is None else y + _align(self.bias[...], y.ndim)
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.split_inputs:
             y = jnp.tensordot(x, kernel, axes=1)
-            y = collectives.reduce_scatter(y, MODEL_AXIS, -1)
+            y = collectives.reduce_scatter(y, collectives.MODEL_AXIS, -1)
         else:
-            x = collectives.all_gather(x, MODEL_AXIS, -1)
+            x = collectives.all_gather(x, collectives.MODEL_AXIS, -1)
             y = jnp.tensordot(x, kernel, axes=1)
         if self.bias is not None:
-            y = y + _align(self.bias[...].astype(self.dtype), y.ndim)
+            y = y + align(self.bias[...].astype(self.dtype), y.ndim)
         return remat_lib.name(y, "projected")
 
 
@@ -175,12 +160,15 @@ class Embed(nnx.Module):
         embed_dim: int,
         *,
         std: float = 0.02,
+        is_head: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
         self.embedding = nnx.Param(
-            _normal(rngs, (vocab_size, embed_dim), std), spec="columns", decay=True
+            _normal(rngs, (vocab_size, embed_dim), std),
+            spec="vocabulary" if is_head else "columns",
+            decay=True,
         )
 
     def __call__(self, tokens: Tokens) -> Activations:
@@ -197,7 +185,7 @@ class Embed(nnx.Module):
             weights,
             preferred_element_type=jnp.float32,
         )
-        return collectives.reduce_scatter(logits, MODEL_AXIS, -1)
+        return collectives.reduce_scatter(logits, collectives.MODEL_AXIS, -1)
 
 
 class Head(nnx.Module):
@@ -222,9 +210,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> float32 [.., V]."""
-        if isinstance(self.kernel.get_value(), narrow_rows.PackedMatrix):
-            return narrow_rows.product(x, self.kernel.get_value())
-        x = collectives.all_gather(x.astype(self.dtype), MODEL_AXIS, -1)
+        x = collectives.all_gather(x.astype(self.dtype), collectives.MODEL_AXIS, -1)
         kernel = self.kernel[...].astype(self.dtype)
         return jnp.einsum(
             "...d,dv->...v", x, kernel, preferred_element_type=jnp.float32
@@ -241,9 +227,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = collectives.mean(wide**2, MODEL_AXIS)
+        mean_square = collectives.mean(wide**2, collectives.MODEL_AXIS)
         y = wide / (jnp.sqrt(mean_square) + self.eps)
-        return (y * _align(self.scale[...], x.ndim)).astype(x.dtype)
+        return (y * align(self.scale[...], x.ndim)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -257,10 +243,10 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Activations) -> Activations:
         """[.., D] -> [.., D]; statistics in float32."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - collectives.mean(wide, MODEL_AXIS)
-        variance = collectives.mean(centred**2, MODEL_AXIS)
+        centred = wide - collectives.mean(wide, collectives.MODEL_AXIS)
+        variance = collectives.mean(centred**2, collectives.MODEL_AXIS)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        y = y * _align(self.scale[...], x.ndim) + _align(self.bias[...], x.ndim)
+        y = y * align(self.scale[...], x.ndim) + align(self.bias[...], x.ndim)
         return y.astype(x.dtype)
 
 
@@ -308,6 +294,6 @@ def _bias(rngs, features, use_bias, std):
     return nnx.Param(value, spec="last_axis", decay=False)
 
 
-def _align(vector: Array, ndim: int) -> Array:
+def align(vector: Array, ndim: int) -> Array:
     """Add leading axes, so that broadcasting is written and never guessed."""
     return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)

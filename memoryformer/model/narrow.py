@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
@@ -39,13 +38,6 @@ class WeightKinds:
         config_lib.choose(self.tables, narrow_rows.TABLE_KINDS, "--tables")
         config_lib.choose(self.head, narrow_rows.MATRIX_KINDS, "--head")
         config_lib.choose(self.dense, narrow_rows.MATRIX_KINDS, "--dense")
-
-
-def kinds_from_flags() -> WeightKinds | None:
-    """Return what --tables, --head and --dense say; None for weights as they are."""
-    names = (field.name for field in dataclasses.fields(WeightKinds))
-    kinds = WeightKinds(**{name: flags.FLAGS[name].value for name in names})
-    return None if kinds == WeightKinds() else kinds
 
 
 def prepare(

@@ -16,10 +16,12 @@ from flax import nnx
 
 from memoryformer.model import (
     mixers,
+    narrow_layers,
     transformer,
 )
 from memoryformer.model.config import ModelConfig
 from memoryformer.notation import Array, Float, Params, Tokens
+from memoryformer.ops import collectives
 
 
 def fingerprint(params: Params) -> str:
@@ -40,8 +42,10 @@ def init(model_config: ModelConfig, seed: int | Array = 0) -> Params:
 
 
 def merge(model_config: ModelConfig, params: Params) -> transformer.Transformer:
-    """Put parameters into a `Transformer`."""
-    return nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
+    """Put parameters into a `Transformer`; those of `narrow.prepare`, into narrow layers."""
+    model = nnx.merge(_abstract(model_config)[0], _rekey(params, _index))
+    narrow_layers.swap_in(model)
+    return model
 
 
 def with_tables_as_read(model_config: ModelConfig, params: Params) -> Params:
@@ -89,7 +93,9 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 
     Raises `ConfigError` for a mixer or a length that its `sequence` axis cannot split.
     """
-    mixers.validate_sequence(model_config, sharding.axis_size("sequence"))
+    mixers.validate_sequence(
+        model_config, sharding.axis_size(collectives.SEQUENCE_AXIS)
+    )
     shapes = jax.eval_shape(lambda: init(model_config))
     return sharding.param_specs(param_specs(model_config), shapes)
 

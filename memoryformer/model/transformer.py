@@ -144,7 +144,13 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         size = (config.vocab_size, config.embed_dim)
         dtype = jnp.dtype(config.dtype)
-        self.embed = layers.Embed(*size, std=config.embed_std, dtype=dtype, rngs=rngs)
+        self.embed = layers.Embed(
+            *size,
+            std=config.embed_std,
+            is_head=config.tie_embeddings,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.blocks = nnx.List(
             [Block(config, layer=i, rngs=rngs) for i in range(config.num_layers)]
         )

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 
 from memoryformer.notation import Array
 
-SEQUENCE_AXIS = "sequence"  # parts of a row, for what looks along it
+# The axes of a mesh, one of which is there if its size is above 1: rows of a batch, parts of
+# each row, and the last axis of tables, kernels and activations.
+AXES = DATA_AXIS, SEQUENCE_AXIS, MODEL_AXIS = ("data", "sequence", "model")
+TOKEN_AXES = (DATA_AXIS, SEQUENCE_AXIS)  # what splits the tokens of a batch
 
 
 def axis_size(axis: str) -> int:

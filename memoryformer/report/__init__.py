@@ -3,6 +3,7 @@
     python -m memoryformer.report DIR... [--output=FILE]          one HTML page of runs or sweeps
     python -m memoryformer.report flops [--output=DIR]            the paper's Fig. 1
     python -m memoryformer.report utilisation --workdir=DIR       the paper's Fig. 4
+    python -m memoryformer.report quickstart --workdir=DIR        bits per byte, beside others
     python -m memoryformer.report curves DIR... [--output=DIR]    losses of one or more runs
 
 The page reads files only, needs no server and stands alone; it goes to the first directory

@@ -15,7 +15,7 @@ PICTURES = ("flops", "utilisation", "curves")
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_path_flag("output", "File, or folder for pictures; not given: in DIR.")
-    cli.define_path_flag("workdir", "The run to look at (utilisation).")
+    cli.define_path_flag("workdir", "The run to look at (utilisation, quickstart).")
     flags.DEFINE_integer(
         "max_tokens",
         2**18,
@@ -37,11 +37,19 @@ def _run(argv):
         raise errors.ConfigError(
             f"report: name run or sweep directories, or one of {', '.join(PICTURES)}."
         )
-    if words[0] not in PICTURES and not paths.local(words[0], "report").exists():
-        near = config.suggest(words[0], PICTURES)
+    known = (*PICTURES, "quickstart")
+    if words[0] not in known and not paths.local(words[0], "report").exists():
+        near = config.suggest(words[0], known)
         raise errors.ConfigError(f"report {words[0]!r}: no such directory{near}.")
+    if words[0] not in ("utilisation", "quickstart"):
+        cli.refuse_flags(["workdir"], "is of report utilisation and quickstart")
     if words[0] != "utilisation":
-        cli.refuse_flags(["workdir", "max_tokens"], "is of report utilisation")
+        cli.refuse_flags(["max_tokens"], "is of report utilisation")
+    if words[0] == "quickstart":
+        from memoryformer.report import quickstart
+
+        print(quickstart.summary(paths.local(flags.FLAGS.workdir or "", "--workdir")))
+        return 0
     if words[0] in PICTURES:
         from memoryformer.report import pictures  # with matplotlib
 

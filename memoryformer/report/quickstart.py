@@ -5,11 +5,7 @@ yardsticks on the same validation text. Start at `summary`.
 """
 
 import pathlib
-from collections.abc import Sequence
 
-from absl import flags
-
-from memoryformer import cli
 from memoryformer.data import run_tokenizer, yardsticks
 from memoryformer.errors import DataError
 from memoryformer.runs import console, directory, metrics
@@ -66,23 +62,3 @@ def _training(workdir: pathlib.Path) -> str:
     rates = sorted(row["train/tokens_per_second"] for row in rows)
     rate = console.short_number(rates[len(rates) // 2])
     return f"{tokens} tokens at {rate} tokens/s"
-
-
-def define_flags() -> None:
-    """Define the flags of the command."""
-    cli.define_path_flag("workdir", "The run.", required=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; raises `SystemExit` with its exit code."""
-    cli.run_main(_run, define_flags, argv)
-
-
-def _run(argv):
-    """Print the summary of --workdir."""
-    cli.check_arguments(argv, config=None, required=False)
-    print(summary(pathlib.Path(flags.FLAGS.workdir)))
-
-
-if __name__ == "__main__":
-    main()

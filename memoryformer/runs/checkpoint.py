@@ -17,7 +17,6 @@ Start at `Checkpointer` (training) or `load` (everything else).
 import contextlib
 import dataclasses
 import importlib.metadata
-import logging
 import os
 import shutil
 import threading
@@ -26,12 +25,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
+from memoryformer import config as config_lib
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError, first_line
 from memoryformer.files import paths
-from memoryformer.runs import compatibility, manifest, state_spec
+from memoryformer.runs import (
+    compatibility,
+    manifest,
+    orbax_files,
+    retention,
+    state_spec,
+)
 from memoryformer.runs import steps as run_steps
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -41,10 +46,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 class CheckpointConfig:
     """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
 
-    every_steps: int = 1000  # 0 = off
-    every_minutes: float = 0.0  # 0 = off
-    keep: int = 2
-    keep_every: int = 0  # 0 = off
+    every_steps: int = config_lib.field(
+        "nothing", 1000, doc="Steps between two saves; 0: off."
+    )
+    every_minutes: float = config_lib.field(
+        "nothing", 0.0, doc="Minutes between two saves; 0: off."
+    )
+    keep: int = config_lib.field("nothing", 2, doc="Newest checkpoints to keep.")
+    keep_every: int = config_lib.field(
+        "nothing",
+        0,
+        doc="Keep every checkpoint of a multiple of so many steps; 0: off.",
+    )
 
     def __post_init__(self):
         least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
@@ -59,12 +72,11 @@ class CheckpointConfig:
 class Checkpointer:
     """Save and restore the training state of one run; a context manager.
 
-    `run_config` is the resolved config and `data_fingerprint` names the data; both are
-    stored with every step, and a step written under others is refused (see `compatibility`)
-    unless `allow` holds the fields that differ, as is one of another `tokenizer` whatever
-    `allow` holds; `complete` fills a stored config in with
-    the fields that it was written without. Every process makes one and calls the
-    same methods at the same steps; process 0 writes manifests and deletes.
+    `run_config`, `data_fingerprint` and `tokenizer` are stored with every step, and a step
+    written under others is refused unless `allow` names the fields that differ (see
+    `compatibility`); `complete` adds to a stored config the fields that are younger than it.
+    Every process makes a checkpointer and calls the same methods at the same steps; process
+    0 writes manifests and deletes.
     """
 
     def __init__(
@@ -94,14 +106,12 @@ class Checkpointer:
         self._finaliser: threading.Thread | None = None
         self._failure: StorageError | None = None
         self._last_save = time.monotonic()
-        logging.getLogger("absl").addFilter(_is_not_a_dump)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if self._chief:
-                self._remove_debris()
+                retention.remove_debris(self.directory)
             processes.barrier("checkpoints")  # every process must see the same steps
-            options = ocp.CheckpointManagerOptions(save_root_metadata=False)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = orbax_files.manager(self.directory)
         except OSError as error:
             raise StorageError(
                 f"{self.directory}: cannot be written: {first_line(error)}."
@@ -130,20 +140,10 @@ class Checkpointer:
         return step % 10 == 0 and bool(processes.from_chief(due))
 
     def preflight(self, state: Any) -> None:
-        """Raise `StorageError` if the disk cannot hold `keep` + 2 states.
-
-        `keep` stay, one is being written and one not yet deleted. What checkpoints take
-        up already counts as free; `keep_every` steps come on top and are not counted.
-        """
-        one = state_spec.total_bytes(state)
-        need = one * (self._config.keep + 2)
-        free = shutil.disk_usage(self.directory).free + manifest.size(self.directory)
-        if self._chief and free < need:
-            raise StorageError(
-                f"{self.directory}: {free / 2**30:.2f} GiB free, checkpoints need "
-                f"{need / 2**30:.2f} GiB (checkpoint.keep={self._config.keep} plus 2, "
-                f"{one / 2**30:.2f} GiB each); free some space or lower checkpoint.keep."
-            )
+        """Raise `StorageError` if the disk cannot hold what `retention` keeps."""
+        if self._chief:
+            one = state_spec.total_bytes(state)
+            retention.check_space(self.directory, one, self._config.keep)
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
         """Start saving `state` as `step`; return False if it is there already.
@@ -159,21 +159,16 @@ class Checkpointer:
         facts = self._facts | {"step": step, "leaves": state_spec.describe(state)}
         try:
             if self._chief and target.exists():
-                listed = run_steps.listed(self.directory) - {step}
-                manifest.write_ledger(self.directory, listed)
-                manifest.remove(target)
+                retention.remove(self.directory, step)
             self._damaged.discard(step)
             processes.barrier(f"replace {step}")
-            self._manager.reload()
-            # Without `force` Orbax skips a step below its newest, and says nothing.
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
-            self._manager.save(step, args=args, force=True)
+            orbax_files.start_save(self._manager, step, state)
         except Exception as error:
             self._failure = self._failed(step, error)
             raise self._failure from error
         self._finaliser = threading.Thread(
             target=self._finalise,
-            args=(step, facts, state_spec.samples(state)),
+            args=(step, facts, orbax_files.samples(state)),
             name=f"checkpoint-{step}",
         )
         self._finaliser.start()
@@ -202,7 +197,10 @@ class Checkpointer:
             self.wait()
         finally:
             # Orbax raises the error of a failed save once more; `wait` has told it.
-            with contextlib.suppress(*([Exception] if self._failure else [])):
+            with (
+                contextlib.suppress(*([Exception] if self._failure else [])),
+                orbax_files.no_dumps(),
+            ):
                 self._manager.close()
         if self._chief and self._current is not None:
             manifest.verify(self.directory / str(self._current))
@@ -225,12 +223,10 @@ class Checkpointer:
         Damaged and unfinished steps are skipped with one line each on standard error.
         Raises `StorageError` if there are finished steps and all are damaged.
         """
-        damaged, finished = [], self.steps()
-        listed = run_steps.listed(self.directory)
-        for step in sorted(
-            {*run_steps.numbered(self.directory), *listed}, reverse=True
-        ):
-            if step not in finished and step not in listed:
+        damaged = []
+        known = run_steps.known(self.directory)
+        for step in sorted(known.union(run_steps.numbered(self.directory)))[::-1]:
+            if step not in known:
                 processes.say(
                     f"checkpoint {step}: skipped, its save was never finished."
                 )
@@ -242,8 +238,9 @@ class Checkpointer:
                 processes.say(f"checkpoint {step}: skipped, damaged: {error}")
         if damaged:
             raise StorageError(
-                f"{self.directory}: every checkpoint is damaged (steps {run_steps.joined(damaged)}); "
-                "restore a copy, or delete the directory to start from scratch."
+                f"{self.directory}: every checkpoint is damaged (steps "
+                f"{run_steps.joined(damaged)}); restore a copy, or delete the directory "
+                "to start from scratch."
             )
         return None
 
@@ -265,70 +262,34 @@ class Checkpointer:
             self._damaged.add(step)
             raise manifest.DamagedError(problem or f"{target}: found by process 0.")
         self._compare(step, abstract_state)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(state_spec.abstract, abstract_state)
-                    )
-                ),
-            )
-        except Exception as error:
-            raise StorageError(
-                f"{target}: cannot be restored: {first_line(error)}."
-            ) from error
+        state = orbax_files.restore(self._manager, step, abstract_state)
         self._current = step
-        return restored["state"]
+        return state
 
     def _finalise(self, step: int, facts: dict[str, Any], samples: Any) -> None:
         """In a thread: wait for Orbax's commit, write the manifest, delete what is old."""
         try:
-            self._manager.wait_until_finished()
+            with orbax_files.no_dumps():
+                self._manager.wait_until_finished()
             if self._chief:
                 # Whole files are not enough: Orbax must find what it wrote.
-                state_spec.read(self.directory / str(step), samples)
+                orbax_files.read(self.directory / str(step), samples)
                 manifest.write(self.directory / str(step), facts)
-                self._retain(step)
+                retention.keep(
+                    self.directory,
+                    newest=step,
+                    number=self._config.keep,
+                    every=self._config.keep_every,
+                    damaged=self._damaged,
+                )
         except BaseException as error:
             self._failure = self._failed(step, error)
-
-    def _retain(self, newest: int) -> None:
-        """Delete all but the newest `keep` and the `keep_every` ones, whole or not."""
-        whole = [s for s in self.steps() if s <= newest and s not in self._damaged]
-        kept = set(whole[-self._config.keep :])
-        if self._config.keep_every:
-            kept |= {s for s in whole if s % self._config.keep_every == 0}
-        # First: what a kill leaves half deleted is not damaged.
-        manifest.write_ledger(self.directory, kept)
-        for step in run_steps.numbered(self.directory):
-            if step in kept:
-                continue
-            if step > newest:
-                processes.say(
-                    f"checkpoint {step}: deleted, the run went on from an older one."
-                )
-            manifest.remove(self.directory / str(step))
-
-    def _remove_debris(self) -> None:
-        """Delete what killed saves and killed deletions have left."""
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            processes.say(
-                f"checkpoint {path.name.split('.')[0]}: unfinished save removed."
-            )
-            shutil.rmtree(path)
-        finished, listed = self.steps(), run_steps.listed(self.directory)
-        for step in set(run_steps.numbered(self.directory)) - {*finished, *listed}:
-            if finished and step < finished[-1]:
-                manifest.remove(self.directory / str(step))
-        if not listed.issuperset(finished):  # killed between manifest and ledger
-            manifest.write_ledger(self.directory, listed.union(finished))
 
     def _failed(self, step: int, error: BaseException) -> StorageError:
         """Tidy up after a failed save, which would keep a full disk full."""
         if self._chief:
-            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for folder in retention.unfinished(self.directory, step):
+                shutil.rmtree(folder, ignore_errors=True)
         failure = StorageError(
             f"{self.directory / str(step)}: saving failed: {first_line(error)}."
         )
@@ -338,20 +299,9 @@ class Checkpointer:
     def _compare(self, step: int, abstract_state: Any) -> None:
         """Raise `ConfigError` if `step` is of another config, data, tokenizer or model."""
         facts = self.facts(step)
-        compatibility.check_tokenizer(
-            facts.get("tokenizer"), self._facts["tokenizer"], step
-        )
-        saved = self._complete(facts["config"])
-        saved["data_fingerprint"] = facts["data_fingerprint"]
-        ours = dict(self._facts["config"])
-        ours["data_fingerprint"] = self._facts["data_fingerprint"]
-        changes = compatibility.check(saved, ours, self._allow)
+        saved = facts | {"config": self._complete(facts["config"])}
+        changes = compatibility.check_facts(saved, self._facts, step, self._allow)
         if changes:
             processes.say(f"checkpoint {step}: going on under a changed config:")
             processes.say(compatibility.describe(changes))
         state_spec.compare(facts["leaves"], state_spec.describe(abstract_state), step)
-
-
-def _is_not_a_dump(record: logging.LogRecord) -> bool:
-    # Orbax logs pages of traceback for an error that it raises and we report in a line.
-    return not (record.exc_info and "orbax" in record.pathname)

@@ -61,6 +61,24 @@ def check(
     return changes
 
 
+def check_facts(
+    saved: Mapping[str, Any],
+    new: Mapping[str, Any],
+    step: int,
+    allow: Collection[str] = (),
+) -> Drift:
+    """Compare what was written beside a step with what this run would write.
+
+    Config, data and tokenizer; returns and raises as `check` and `check_tokenizer`.
+    """
+    check_tokenizer(saved.get("tokenizer"), new["tokenizer"], step)
+    old, now = (
+        {**facts["config"], "data_fingerprint": facts["data_fingerprint"]}
+        for facts in (saved, new)
+    )
+    return check(old, now, allow)
+
+
 def check_tokenizer(
     saved: Mapping[str, str] | None, new: Mapping[str, str] | None, step: int
 ) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 import jax
@@ -61,56 +61,20 @@ class _Unbroken:
 
 
 def progress_line(
-    step: int,
-    num_steps: int,
-    *,
-    loss: float | None = None,
-    grad_norm: float | None = None,
-    learning_rate: float | None = None,
-    tokens_per_second: float | None = None,
-    num_devices: int = 1,
-    step_seconds: float | None = None,
-    data_fraction: float | None = None,
-    mfu: float | None = None,
-    memory_bytes: tuple[int, int] | None = None,
-    wall_seconds: float | None = None,
-    eta_seconds: float | None = None,
-    checkpoint_step: int | None = None,
+    step: int, num_steps: int, figures: Iterable[tuple[str, str]] = ()
 ) -> str:
-    """Return the line of one log interval; what is None is left out.
+    """Return the line of one log interval: the step, then each (label, text).
 
-    `step 1200/106418 (1.1%) loss 3.412 gnorm 0.82 lr 3.0e-3 tok/s 412k (51.5k/dev)
-    step 1.27s data 0.3% mfu 41.2% mem 61/80GiB wall 26m00s eta 1d12h ckpt@1000`
+    `step 1200/106418 (1.1%) loss 3.412 lr 3.0e-3 tok/s 412k wall 26m00s eta 1d12h`
     """
-    parts = [f"step {step}/{num_steps} ({100 * step / max(num_steps, 1):.1f}%)"]
-    if loss is not None:
-        parts.append(f"loss {loss:.3f}")
-    if grad_norm is not None:
-        parts.append(f"gnorm {grad_norm:.2f}")
-    if learning_rate is not None:
-        mantissa, _, exponent = f"{learning_rate:.1e}".partition("e")
-        parts.append(f"lr {mantissa}e{int(exponent)}")
-    if tokens_per_second is not None:
-        per_device = ""
-        if num_devices > 1:
-            per_device = f" ({short_number(tokens_per_second / num_devices)}/dev)"
-        parts.append(f"tok/s {short_number(tokens_per_second)}{per_device}")
-    if step_seconds is not None:
-        parts.append(f"step {step_seconds:.3g}s")
-    if data_fraction is not None:
-        parts.append(f"data {100 * data_fraction:.1f}%")
-    if mfu is not None:
-        parts.append(f"mfu {100 * mfu:.1f}%")
-    if memory_bytes is not None:
-        used, total = (x / 2**30 for x in memory_bytes)
-        parts.append(f"mem {used:.3g}/{total:.3g}GiB")
-    if wall_seconds is not None:
-        parts.append(f"wall {short_time(wall_seconds)}")
-    if eta_seconds is not None:
-        parts.append(f"eta {short_time(eta_seconds)}")
-    if checkpoint_step is not None:
-        parts.append(f"ckpt@{checkpoint_step}")
-    return " ".join(parts)
+    done = f"{step}/{num_steps} ({100 * step / max(num_steps, 1):.1f}%)"
+    return " ".join(f"{label} {text}" for label, text in (("step", done), *figures))
+
+
+def short_power(x: float) -> str:
+    """Two digits and a power of ten: 3.0e-3."""
+    mantissa, _, exponent = f"{x:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def short_number(x: float) -> str:

@@ -1,4 +1,4 @@
-"""The directory of a run: one process at a time trains in it, and its small files appear whole.
+"""The directory of a run: one process at a time trains in it.
 
     workdir/lock    the process that trains here, or was the last to: "4711 on node17"
 
@@ -6,23 +6,19 @@ Start at `only_one`.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import pathlib
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError
+from memoryformer.files import lock
 
 LOCK = "lock"
-# What file systems say that cannot lock: there, nobody is kept out.
 # What makes a folder a run or an exported model: lost, nothing else in it can be read.
-_OWN_FILES = (
+_RUN_FILES = (
     "config.json",
     "tokenizer.json",
     "model.safetensors",
@@ -31,7 +27,6 @@ _OWN_FILES = (
     "outcome.json",
     LOCK,
 )
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class OccupiedError(StorageError):
@@ -49,7 +44,19 @@ def only_one(workdir: str | os.PathLike, patience: float = 0.0) -> Iterator[None
     if not processes.is_chief():
         yield
         return
-    with _held(pathlib.Path(workdir), time.monotonic() + patience):
+    with contextlib.ExitStack() as stack:
+        try:
+            pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.hold(pathlib.Path(workdir) / LOCK, patience))
+        except lock.HeldError as error:
+            raise OccupiedError(
+                f"--workdir={workdir}: process {error} trains there; wait until it has "
+                "ended, stop it, or name another directory."
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"--workdir={workdir}: cannot be used: {error}."
+            ) from error
         yield
 
 
@@ -77,8 +84,8 @@ def check_output(
     files: those that it reads.  folders: runs and exported models, for which their own
     files count. Links are followed.
     """
-    own = [pathlib.Path(folder, name) for folder in folders for name in _OWN_FILES]
-    for read in (*map(pathlib.Path, files), *own):
+    read_too = [pathlib.Path(folder, name) for folder in folders for name in _RUN_FILES]
+    for read in (*map(pathlib.Path, files), *read_too):
         same = os.path.realpath(output) == os.path.realpath(read)
         if not same and os.path.exists(output) and read.exists():
             same = os.path.samefile(output, read)
@@ -87,23 +94,6 @@ def check_output(
                 f"--output={output}: is {read}, which would be written over; name "
                 "another file."
             )
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any], **style: Any) -> None:
-    """Write a JSON file, its directory too; killed halfway, the file before stays.
-
-    Raises `StorageError`.
-    """
-    # Of this file and process alone: a.json and a.txt, or two evaluations, at once.
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(value, **style) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a full disk has not even room for half
-            fresh.unlink()
-        raise StorageError(f"{path}: cannot be written: {error}.") from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -116,44 +106,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StorageError(f"{path}: cannot be read: it holds no JSON object.")
     return value
-
-
-def _held(workdir: pathlib.Path, deadline: float) -> TextIO:
-    """Return the lock file, locked until it is closed."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"--workdir={workdir}: cannot be used: {error}.") from error
-    try:
-        _lock(file, workdir, deadline)
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # what could not be flushed
-            file.close()
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            reason = f"{workdir / LOCK}: cannot be written: {error}."
-            raise StorageError(reason) from error
-        raise
-    return file
-
-
-def _lock(file: TextIO, workdir: pathlib.Path, deadline: float) -> None:
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                who = file.read().strip() or "unknown"
-                raise OccupiedError(
-                    f"--workdir={workdir}: process {who} trains there; wait until it has "
-                    "ended, stop it, or name another directory."
-                ) from error
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return None
-            raise
-        time.sleep(0.2)

@@ -19,6 +19,7 @@ from collections.abc import Collection
 from typing import Any
 
 from memoryformer.errors import StorageError
+from memoryformer.files import atomic
 
 MANIFEST = "MANIFEST"
 LEDGER = "LEDGER"
@@ -60,11 +61,11 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     files = manifest["files"]
     for name, (size, _) in files.items():
         try:
-            found = (directory / name).stat().st_size
+            actual = (directory / name).stat().st_size
         except OSError as error:
             raise DamagedError(f"{directory / name}: missing.") from error
-        if found != size:
-            raise DamagedError(f"{directory / name}: {found} bytes, was {size}.")
+        if actual != size:
+            raise DamagedError(f"{directory / name}: {actual} bytes, was {size}.")
 
     def differs(item: tuple[str, list]) -> bool:
         name, (_, digest) = item
@@ -119,14 +120,9 @@ def _read(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _seal(path: pathlib.Path, value: Any) -> None:
-    """Write JSON behind a line with its SHA-256, flushed to the disk and in one step."""
+    """Write JSON behind a line with its SHA-256."""
     body = json.dumps(value, sort_keys=True).encode()
-    fresh = path.with_name(f"{path.name}.tmp")
-    with fresh.open("wb") as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    atomic.write_bytes(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _unsealed(path: pathlib.Path) -> Any:
@@ -144,8 +140,9 @@ def _unsealed(path: pathlib.Path) -> Any:
 
 def _files(directory: pathlib.Path) -> list[str]:
     paths = (p for p in directory.rglob("*") if p.is_file())
+    paths = (p for p in paths if not p.match(atomic.TEMPORARY))
     names = (p.relative_to(directory).as_posix() for p in paths)
-    return sorted(n for n in names if n not in (MANIFEST, f"{MANIFEST}.tmp"))
+    return sorted(n for n in names if n != MANIFEST)
 
 
 def _sha256(path: pathlib.Path, *, flush: bool = False) -> str:

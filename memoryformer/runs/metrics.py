@@ -7,23 +7,20 @@ in `WALL_CLOCK`; everything else is equal bit for bit between two runs of one co
 file stays valid JSON and `float(value)` reads all of them. Start at `MetricsWriter`.
 """
 
-import contextlib
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
-import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
 
-from memoryformer.errors import ConfigError, StorageError
+from memoryformer import config as config_lib
+from memoryformer.errors import StorageError
+from memoryformer.files import atomic
+from memoryformer.runs import trackers
 
 MAX_STEP = 2**53  # beyond it a float has no neighbour one step away
 WALL_CLOCK = frozenset(
@@ -44,8 +41,15 @@ WALL_CLOCK = frozenset(
 class MetricsConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
-    tensorboard: bool = True  # if tensorboardX is installed
-    wandb: str = ""  # a Weights & Biases project; '' = off
+    tensorboard: bool = config_lib.field(
+        "nothing",
+        True,
+        local=True,
+        doc="Write TensorBoard's files, if tensorboardX is installed.",
+    )
+    wandb: str = config_lib.field(
+        "nothing", "", local=True, doc="A Weights & Biases project; '': off."
+    )
 
 
 class MetricsWriter:
@@ -65,7 +69,7 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
     ):
         self._file: TextIO | None = None
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[trackers.Tracker] = []
         workdir = pathlib.Path(workdir)
         path = self._path = workdir / "metrics.jsonl"
         if jax.process_index() != 0:
@@ -74,14 +78,14 @@ class MetricsWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}.") from error
-        if config.tensorboard and importlib.util.find_spec("tensorboardX"):
-            start = functools.partial(_Board, workdir, start_step)
-            self._trackers.append(_Tracker("TensorBoard", start))
+        if config.tensorboard:
+            self._trackers += trackers.tensorboard(workdir, start_step)
         if config.wandb:
-            start = functools.partial(_Wandb, workdir, config.wandb, run_config)
-            self._trackers.append(_Tracker("Weights & Biases", start))
+            self._trackers += trackers.wandb(workdir, config.wandb, run_config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row. Values are numbers, strings or arrays of one element."""
@@ -101,14 +105,14 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close everything; may be called twice. Raises `StorageError`."""
         file, self._file = self._file, None
-        trackers, self._trackers = self._trackers, []
+        served, self._trackers = self._trackers, []
         try:
             if file is not None:
                 file.close()
         except OSError as error:
             raise StorageError(f"{self._path}: cannot be written: {error}.") from error
         finally:
-            for tracker in trackers:
+            for tracker in served:
                 tracker.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -146,12 +150,7 @@ def _drop_after(path: pathlib.Path, start_step: int) -> None:
     kept = [line for line, row in rows if row and 0 < start_step >= row["step"]]
     if len(kept) == len(lines):
         return
-    fresh = path.with_suffix(".jsonl.tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    atomic.write_text(path, "".join(kept))
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -189,85 +188,3 @@ def _plain(value: Any) -> int | float | str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-class _Tracker:
-    """Another place for the rows, which the run can do without.
-
-    What it raises (no network, no login, a full disk) is told in one line, and it gets no
-    more rows: `metrics.jsonl` has them all.
-    """
-
-    def __init__(self, name: str, start: Callable[[], "_Board | _Wandb"]):
-        self._name = name
-        self._target: _Board | _Wandb | None = None
-        with self._told():
-            self._target = start()
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        if self._target is not None:
-            with self._told():
-                self._target.log(row)
-
-    def close(self) -> None:
-        if self._target is not None:
-            with self._told():
-                self._target.close()
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._target = None
-            reason = " ".join(str(error).split())[:200] or "no reason given"
-            print(
-                f"{self._name} gets no more metrics ({type(error).__name__}: {reason}); "
-                "metrics.jsonl has them all.",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-class _Board:
-    def __init__(self, workdir: pathlib.Path, start_step: int):
-        board = importlib.import_module("tensorboardX")
-        self._writer = board.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=start_step + 1 if start_step else None,
-            flush_secs=10,
-            # A full disk ends the thread that empties the queue, and who finds it full
-            # waits for ever. Long before that `metrics.jsonl` says that the disk is full.
-            max_queue=500,
-        )
-        self.close = self._writer.close
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and not isinstance(value, str):
-                self._writer.add_scalar(name, value, row["step"])
-
-
-class _Wandb:
-    """Start or continue the run whose id is kept in the workdir."""
-
-    def __init__(self, workdir: pathlib.Path, project: str, run_config: Any):
-        if not importlib.util.find_spec("wandb"):
-            raise ConfigError(
-                f"metrics.wandb={project!r}: wandb is not installed; `pip install wandb`, "
-                "or leave the field empty."
-            )
-        wandb = importlib.import_module("wandb")
-        id_file = workdir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        run = wandb.init(
-            project=project,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(workdir),
-            config=dict(run_config or {}),
-        )
-        # Rows carry their own step: the tracker's counter may not go back after a restart.
-        run.define_metric("*", step_metric="step")
-        self.log, self.close = run.log, run.finish

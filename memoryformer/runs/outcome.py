@@ -16,6 +16,7 @@ from typing import Any
 
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, HangError, Preempted, StorageError, as_ours
+from memoryformer.files import atomic
 from memoryformer.runs import directory
 
 FILE = "outcome.json"
@@ -73,4 +74,4 @@ def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
     # A full disk is no reason to hide what ended the run.
     with contextlib.suppress(StorageError):
-        directory.write_json(path, facts)
+        atomic.write_json(path, facts)

@@ -5,15 +5,13 @@ to read the parameters back without the model. Leaves are arrays or abstract val
 """
 
 import math
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from memoryformer.errors import ConfigError, StorageError, first_line
+from memoryformer.errors import ConfigError
 
 Leaf = list[Any]  # [[key, ...], [size, ...], dtype], as JSON gives it back
 
@@ -53,60 +51,6 @@ def nested(described: Iterable[Leaf], root: str) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
     return tree
-
-
-def samples(state: Any) -> Any:
-    """Return `state` as abstract values: of every kind one leaf, placeholders for the rest.
-
-    A kind is what a first key holds (params, opt_state, ...); its leaf is the smallest
-    array, or a scalar where there is nothing else.
-    """
-    chosen: dict[Any, tuple[Any, Any]] = {}
-    for path, x in jax.tree.leaves_with_path(state):
-        size = (x.ndim == 0, x.size)
-        if path[0] not in chosen or size < chosen[path[0]][0]:
-            chosen[path[0]] = size, path
-    paths = [path for _, path in chosen.values()]
-
-    def sample(path, x):
-        kept = path in paths
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if kept else ocp.PLACEHOLDER
-
-    return jax.tree.map_with_path(sample, state)
-
-
-def read(target: pathlib.Path, abstract: Any, **how: Any) -> Any:
-    """Read leaves of a step's directory as numpy arrays, in this process alone.
-
-    `dryrun.lowering` is nested like the state that was saved, with `samples`' placeholders, or
-    (`partial_restore`) a part of it in dicts.
-
-    Raises `StorageError` where Orbax does not find them.
-    """
-    restore_args = jax.tree.map(
-        lambda x: ocp.RestoreArgs(restore_type=np.ndarray), abstract
-    )
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **how)
-    try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-            return reader.restore(target / "state", args=args)
-    except Exception as error:
-        raise StorageError(
-            f"{target}: cannot be read again: {first_line(error)}."
-        ) from error
-
-
-def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Return shape, dtype and sharding; without one, this process's first device."""
-    sharding = getattr(x, "sharding", None)
-    if sharding is None:  # or Orbax would ask for the devices it was saved on
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def total_bytes(state: Any) -> int:

@@ -12,7 +12,7 @@ import ml_collections
 from memoryformer.errors import StorageError
 from memoryformer.files import paths
 from memoryformer.notation import Params
-from memoryformer.runs import manifest, state_spec
+from memoryformer.runs import manifest, orbax_files, state_spec
 
 FOLDER = "checkpoints"
 
@@ -28,7 +28,7 @@ def load(
     target = existing(_folder(workdir), step)
     facts = manifest.verify(target)
     abstract = state_spec.nested(facts["leaves"], "params")
-    restored = state_spec.read(target, abstract, partial_restore=True)
+    restored = orbax_files.read(target, abstract, partial_restore=True)
     return ml_collections.ConfigDict(_tuples(facts["config"])), restored["params"]
 
 
@@ -48,7 +48,7 @@ def existing(directory: pathlib.Path, step: int | None) -> pathlib.Path:
     """
     if not directory.is_dir():
         raise StorageError(f"--workdir: there is no directory {directory}.")
-    steps = sorted({*finished(directory), *listed(directory)})
+    steps = sorted(known(directory))
     if not steps:
         raise StorageError(f"{directory}: holds no finished checkpoint.")
     if step is not None and step not in steps:
@@ -72,6 +72,11 @@ def listed(directory: pathlib.Path) -> set[int]:
         return manifest.read_ledger(directory)
     except manifest.DamagedError:  # then whatever is there may have been
         return set(numbered(directory))
+
+
+def known(directory: pathlib.Path) -> set[int]:
+    """Return the steps that have a manifest, or had one."""
+    return {*finished(directory), *listed(directory)}
 
 
 def _tuples(value: Any) -> Any:

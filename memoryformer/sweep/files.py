@@ -1,7 +1,6 @@
 """What the files of a point say: its state, its numbers. Start at `state` and `values`."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -9,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from memoryformer.errors import StorageError
+from memoryformer.files import atomic
 from memoryformer.runs import metrics, outcome
 from memoryformer.sweep.points import Point, Sweep
 
@@ -77,10 +76,4 @@ def write_manifest(sweep: Sweep) -> None:
     }
     path = sweep.directory / MANIFEST
     facts = {"config": sweep.config, "sweeps": sweep.names, "points": points}
-    try:
-        sweep.directory.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".tmp{os.getpid()}")
-        fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error}.") from error
+    atomic.write_json(path, facts, indent=1)

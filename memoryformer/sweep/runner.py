@@ -257,7 +257,8 @@ class _Table:
         ]
         for point in running:
             now, steps = states[point.index], point.run.train.num_steps
-            line = console.progress_line(now.step, steps, loss=now.loss)
+            loss = [] if now.loss is None else [("loss", f"{now.loss:.3f}")]
+            line = console.progress_line(now.step, steps, loss)
             lines.append(f"  {point.workdir.name[:-9]}  {line}")
         self._erase()
         self._stream.write("".join(line[:width] + "\n" for line in lines))

@@ -6,7 +6,7 @@ After Nangia and Bowman (2018) and the long sequences of Long Range Arena (Tay e
 re-derived: trees are drawn until one has `min_len` to `max_len` tokens. Every batch is fresh
 and a function of (seed, step), so there is no training set to fit by heart.
 
-    python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
+    python -m memoryformer.tasks --config=configs/listops.py:luna --workdir=runs/listops
 
 Start at `batch` for the data, at `logits` for the classifier: the trunk of a `Transformer`
 (two-sided with `model.causal=False`) on tokens and learned positions, the mean over its
@@ -15,23 +15,20 @@ tokens, and a linear head. `trainer` trains it.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
-from memoryformer import cli
 from memoryformer import config as config_lib
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
 from memoryformer.evaluation import slots
 from memoryformer.model import mixers
 from memoryformer.notation import Array, Params
-from memoryformer.runs import console
 from memoryformer.tasks import trainer
 
 OPERATIONS = {
@@ -179,26 +176,3 @@ def _slot_figures(model_config, task, params):
     sums = slots.figures(*_embedded(model_config, params, data))
     rows = float(sums.pop("rows"))
     return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
-
-
-def define_flags() -> None:
-    """Define the flags of the command."""
-    cli.define_config_flag(required=True)
-    cli.define_path_flag("workdir", "Where metrics.jsonl goes.", required=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; raises `SystemExit` with its exit code."""
-    cli.run_main(_run, define_flags, argv)
-
-
-def _run(argv):
-    """Train the classifier of --config."""
-    if len(argv) > 1:
-        raise ConfigError(f"{argv[1]}: unexpected argument; flags only.")
-    with console.unbroken():  # what is printed is in metrics.jsonl too
-        train(flags.FLAGS.config, flags.FLAGS.workdir)
-
-
-if __name__ == "__main__":
-    main()

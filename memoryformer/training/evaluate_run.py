@@ -56,8 +56,9 @@ def evaluate_checkpoint(
     striped = mixers.takes_any_order(run.model)
     sharding = sharding_lib.make(run.mesh, striped=striped)
     specs = model_lib.partition_specs(run.model, sharding)
+    names = model_lib.param_specs(run.model)
     sharding_lib.validate(
-        sharding, specs, params, run.eval.batch_size, run.model.num_heads
+        sharding, names, params, run.eval.batch_size, run.model.num_heads
     )
     batches = dataset.validation.eval_batches(run.model.seq_len, run.eval.batch_size)
     with sharding.activate():

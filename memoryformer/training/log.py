@@ -148,25 +148,31 @@ class TrainingLog:
             },
         )
         num_steps = self._train.num_steps
-        self._progress.update(
-            console.progress_line(
-                step,
-                num_steps,
-                loss=loss,
-                grad_norm=values["grad_norm"],
-                learning_rate=learning_rate,
-                tokens_per_second=rate,
-                num_devices=self._num_devices,
-                step_seconds=seconds,
-                data_fraction=self._data_seconds / elapsed,
-                mfu=mfu,
-                memory_bytes=memory,
-                wall_seconds=wall,
-                eta_seconds=(num_steps - step) * seconds,
-                checkpoint_step=self.saved,
-            )
-        )
+        figures = [
+            ("loss", f"{loss:.3f}"),
+            ("gnorm", f"{values['grad_norm']:.2f}"),
+            ("lr", console.short_power(learning_rate)),
+            ("tok/s", self._tokens_per_second(rate)),
+            ("step", f"{seconds:.3g}s"),
+            ("data", f"{100 * self._data_seconds / elapsed:.1f}%"),
+        ]
+        if mfu is not None:
+            figures.append(("mfu", f"{100 * mfu:.1f}%"))
+        if memory is not None:
+            used, total = (x / 2**30 for x in memory)
+            figures.append(("mem", f"{used:.3g}/{total:.3g}GiB"))
+        figures.append(("wall", console.short_time(wall)))
+        figures.append(("eta", console.short_time((num_steps - step) * seconds)))
+        if self.saved is not None:
+            figures.append(("ckpt", str(self.saved)))
+        self._progress.update(console.progress_line(step, num_steps, figures))
         self._reset(now)
+
+    def _tokens_per_second(self, rate):
+        if self._num_devices == 1:
+            return console.short_number(rate)
+        one = console.short_number(rate / self._num_devices)
+        return f"{console.short_number(rate)} ({one}/dev)"
 
     def _reset(self, now):
         self._since = now

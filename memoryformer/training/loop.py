@@ -16,7 +16,7 @@ from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.evaluation import loss as loss_lib
-from memoryformer.files import paths
+from memoryformer.files import atomic, paths
 from memoryformer.model import mixers
 from memoryformer.runs import checkpoint as checkpoint_lib
 from memoryformer.runs import compatibility, console, directory, metrics, outcome
@@ -189,7 +189,7 @@ class _Loop:
         begun = bool(self.checkpointer.steps())
         run_tokenizer.check(self.workdir, self.dataset.tokenizer, begun=begun)
         config = experiment.as_dict(self.config)
-        directory.write_json(self.workdir / "config.json", config, indent=2)
+        atomic.write_json(self.workdir / "config.json", config, indent=2)
         run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
 
     def _evaluation_due(self, step):

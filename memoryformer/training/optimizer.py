@@ -18,7 +18,7 @@ Tables are nearly all of a model, and their state can be kept leaner:
 
     bytes an entry = p (4 or 2) + m (4, 2 or 0) + v (4 or 4 / F)
 
-Start at `make`; what `update` returns is added by `apply`.
+Start at `make`; what `update` returns is added by `table_storage.apply`.
 """
 
 import dataclasses
@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
+from memoryformer.training import schedules
 
-SCHEDULES = ("cosine", "constant", "wsd")
 SECOND_MOMENTS = ("full", "row")
 MOMENT_DTYPES = ("float32", "bfloat16", "none")
 TABLE_DTYPES = ("float32", "bfloat16")
@@ -49,23 +50,45 @@ class OptimizerConfig:
     (warm up, stay, decay) falls linearly over the last `cooldown_fraction` of it.
     """
 
-    learning_rate: float = 1e-3
-    end_fraction: float = 0.1  # floor of the schedule, as a fraction of the peak
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    cooldown_fraction: float = 0.2
-    schedule: str = "cosine"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    table_learning_rate_scale: float = 1.0
-    decay_tables: bool = True
-    clip_norm: float = 1.0  # 0 = no clipping
-    table_second_moment: str = "full"  # full | row
-    table_moment_dtype: str = "float32"  # float32 | bfloat16 | none
-    table_dtype: str = "float32"  # float32 | bfloat16
-    table_rounding: str = "nearest"  # nearest | stochastic; of table_dtype='bfloat16'
+    learning_rate: float = field("numbers", 1e-3, doc="Peak of the schedule.")
+    end_fraction: float = field(
+        "numbers", 0.1, doc="Floor of the schedule, as a fraction of the peak."
+    )
+    warmup_steps: int = field("numbers", 0, doc="Steps of linear warm-up.")
+    decay_steps: int = field(
+        "numbers", 0, doc="Horizon of the schedule in steps; 0: train.num_steps."
+    )
+    cooldown_fraction: float = field(
+        "numbers", 0.2, doc="Last part of a 'wsd' schedule, in which it falls linearly."
+    )
+    schedule: str = field("numbers", "cosine", doc="cosine | constant | wsd.")
+    b1: float = field("numbers", 0.9, doc="Decay of the first moment.")
+    b2: float = field("numbers", 0.95, doc="Decay of the second moment.")
+    eps: float = field("numbers", 1e-8, doc="Added to the root of the second moment.")
+    weight_decay: float = field("numbers", 0.1, doc="AdamW's decay, times the rate.")
+    table_learning_rate_scale: float = field(
+        "numbers", 1.0, doc="Learning rate of tables over that of other parameters."
+    )
+    decay_tables: bool = field(
+        "numbers", True, doc="Whether weight_decay is for tables."
+    )
+    clip_norm: float = field(
+        "numbers", 1.0, doc="Largest global norm of the gradient; 0: no clipping."
+    )
+    table_second_moment: str = field(
+        "numbers", "full", doc="full | row: one of each entry, or of each row."
+    )
+    table_moment_dtype: str = field(
+        "numbers", "float32", doc="float32 | bfloat16 | none: first moment of tables."
+    )
+    table_dtype: str = field(
+        "numbers", "float32", doc="float32 | bfloat16: in which tables are stored."
+    )
+    table_rounding: str = field(
+        "numbers",
+        "nearest",
+        doc="nearest | stochastic: how an update rounds to table_dtype='bfloat16'.",
+    )
 
     def __post_init__(self):
         _require(self.learning_rate >= 0, "learning_rate", self, "at least 0")
@@ -75,7 +98,8 @@ class OptimizerConfig:
         _require(
             0 < self.cooldown_fraction <= 1, "cooldown_fraction", self, "in (0, 1]"
         )
-        _require(self.schedule in SCHEDULES, "schedule", self, " | ".join(SCHEDULES))
+        names = schedules.SCHEDULES
+        _require(self.schedule in names, "schedule", self, " | ".join(names))
         _require(0 <= self.b1 < 1, "b1", self, "in [0, 1)")
         _require(0 <= self.b2 < 1, "b2", self, "in [0, 1)")
         _require(self.eps > 0, "eps", self, "above 0")
@@ -83,14 +107,14 @@ class OptimizerConfig:
         scale = self.table_learning_rate_scale
         _require(scale >= 0, "table_learning_rate_scale", self, "at least 0")
         _require(self.clip_norm >= 0, "clip_norm", self, "at least 0 (0 = off)")
-        for field, choices in (
+        for name, choices in (
             ("table_second_moment", SECOND_MOMENTS),
             ("table_moment_dtype", MOMENT_DTYPES),
             ("table_dtype", TABLE_DTYPES),
             ("table_rounding", ROUNDINGS),
         ):
-            value = getattr(self, field)
-            _require(value in choices, field, self, " | ".join(choices))
+            value = getattr(self, name)
+            _require(value in choices, name, self, " | ".join(choices))
         if self.table_rounding == "stochastic" and self.table_dtype == "float32":
             raise ConfigError(
                 "optimizer.table_rounding='stochastic': rounds to "
@@ -116,7 +140,7 @@ def make(
     compiles once. Without them the config's numbers are compiled in. They are never
     part of the state: what a checkpoint restores cannot override the config.
     """
-    shape = _shape(config, num_steps)
+    relative_rate = _relative_rate(config, num_steps)
 
     def init(params):
         moments = jax.tree.map(
@@ -130,7 +154,7 @@ def make(
             "learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
         }
-        learning_rate = hyper["learning_rate"] * shape(count(state))
+        learning_rate = hyper["learning_rate"] * relative_rate(count(state))
         number = optax.safe_increment(state.count)
         unbias = (1 - config.b1**number, 1 - config.b2**number)
 
@@ -149,54 +173,6 @@ def make(
         return updates, optax.ScaleByAdamState(number, first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def apply(
-    config: OptimizerConfig,
-    params: Params,
-    updates: Params,
-    groups: Any,
-    seed: Array | int,
-    step: Array,
-) -> Params:
-    """Add float32 updates, each sum in its parameter's type: p <- p + u.
-
-    bfloat16 tables are rounded as `table_rounding` says; `seed` and `step` are all that
-    stochastic rounding depends on.
-    """
-    if config.table_rounding == "nearest":
-        return optax.apply_updates(params, updates)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    keys = jax.random.split(key, len(jax.tree.leaves(params)))
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-
-    def add(p, u, group, key):
-        total = p.astype(u.dtype) + u
-        if group != "tables":
-            return total.astype(p.dtype)
-        return round_stochastically(total, jax.random.bits(key, p.shape, jnp.uint16))
-
-    return jax.tree.map(add, params, updates, groups, keys)
-
-
-def round_stochastically(x: Array, bits: Array) -> Array:
-    """Round float32 to a bfloat16 neighbour, by 16 random bits: the mean is x.
-
-    What is no number, and what has no upper neighbour, is rounded to nearest.
-    """
-    whole = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits.astype(jnp.uint32)
-    cut = jax.lax.bitcast_convert_type(whole & jnp.uint32(0xFFFF0000), jnp.float32)
-    good = jnp.isfinite(x) & jnp.isfinite(cut)
-    return jnp.where(good, cut, x).astype(jnp.bfloat16)
-
-
-def stored(config: OptimizerConfig, params: Params, groups: Any) -> Params:
-    """Tables in `table_dtype`, the rest as it is."""
-    return jax.tree.map(
-        lambda p, group: p.astype(config.table_dtype) if group == "tables" else p,
-        params,
-        groups,
-    )
 
 
 def state_specs(state: Any, params: Params, specs: Any) -> Any:
@@ -262,12 +238,10 @@ def hyperparams(config: OptimizerConfig) -> dict[str, Array]:
 def schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Array | int], Array]:
     """Return `step -> learning rate`; step 0 is the first update.
 
-    The warm-up is linear and reaches the peak at its last update (step
-    `warmup_steps - 1`), so no update has rate 0. From the horizon on the rate stays at
-    `learning_rate * end_fraction`. Raises `ConfigError` where the warm-up does not fit.
+    See `schedules`. Raises `ConfigError` where the warm-up does not fit.
     """
-    shape = _shape(config, num_steps)
-    return lambda step: config.learning_rate * shape(step)
+    relative_rate = _relative_rate(config, num_steps)
+    return lambda step: config.learning_rate * relative_rate(step)
 
 
 def count(opt_state: Any) -> Array:
@@ -275,7 +249,9 @@ def count(opt_state: Any) -> Array:
     return optax.tree.get(opt_state, "count")
 
 
-def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
+def _relative_rate(
+    config: OptimizerConfig, num_steps: int
+) -> Callable[[Array | int], Array]:
     """Return `step -> learning rate / peak`."""
     horizon = config.decay_steps or num_steps
     warmup = config.warmup_steps
@@ -284,24 +260,9 @@ def _shape(config: OptimizerConfig, num_steps: int) -> Callable[[Any], Array]:
             f"optimizer.warmup_steps={warmup}: must be below the schedule's horizon of "
             f"{horizon} steps (optimizer.decay_steps, or train.num_steps where that is 0)."
         )
-    # The first step that is below the peak, and how many steps the fall takes.
-    start = warmup
-    if config.schedule == "wsd":
-        start = max(warmup, round(horizon * (1 - config.cooldown_fraction)))
-    length = max(horizon - start, 1)
-
-    def shape(step: Any) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-        done = jnp.clip((step - start) / length, 0.0, 1.0)
-        if config.schedule == "constant":
-            return rise
-        left = 1 - done
-        if config.schedule == "cosine":
-            left = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        return rise * (config.end_fraction + (1 - config.end_fraction) * left)
-
-    return shape
+    return schedules.relative_rate(
+        config.schedule, warmup, horizon, config.end_fraction, config.cooldown_fraction
+    )
 
 
 def _clipped(grads: Params, clip_norm: float) -> Params:

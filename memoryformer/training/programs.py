@@ -14,6 +14,7 @@ from memoryformer.errors import ConfigError
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import implementations
 from memoryformer.notation import Array
+from memoryformer.ops import collectives
 from memoryformer.training import experiment, optimizer
 from memoryformer.training import step as step_lib
 
@@ -86,11 +87,12 @@ def check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> An
     """Return the specs of the parameters; raises `ConfigError` where run and devices do not fit."""
     implementations.check(run.model, sharding.platform)
     specs = model_lib.partition_specs(run.model, sharding)
+    names = model_lib.param_specs(run.model)
     shapes = jax.eval_shape(lambda: model_lib.init(run.model))
     sizes = (run.train.batch_size, run.eval.batch_size)
     for batch_size in sizes:
-        sharding_lib.validate(sharding, specs, shapes, batch_size, run.model.num_heads)
-    share = run.train.batch_size // sharding.axis_size("data")
+        sharding_lib.validate(sharding, names, shapes, batch_size, run.model.num_heads)
+    share = run.train.batch_size // sharding.axis_size(collectives.DATA_AXIS)
     if share % run.train.num_microbatches:
         raise ConfigError(
             f"train.num_microbatches={run.train.num_microbatches} does not divide the "

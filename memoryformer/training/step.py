@@ -16,7 +16,7 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.model import losses, mixers
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-from memoryformer.training import experiment, optimizer
+from memoryformer.training import experiment, optimizer, table_storage
 from memoryformer.training import spikes as spikes_lib
 
 
@@ -32,7 +32,9 @@ class TrainState(NamedTuple):
 def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     """Return the state of step 0 with these parameters."""
     tx = transformation(run)
-    params = optimizer.stored(run.optimizer, params, model_lib.param_groups(run.model))
+    params = table_storage.stored(
+        run.optimizer, params, model_lib.param_groups(run.model)
+    )
     history = spikes_lib.init(run.train.spike_window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), history)
 
@@ -68,7 +70,7 @@ def make_train_step(
             grads, state.opt_state, state.params, hyperparams=hyper
         )
         seed = run.train.seed if hyper is None else hyper["seed"]
-        params = optimizer.apply(
+        params = table_storage.apply(
             run.optimizer, state.params, updates, groups, seed, state.step
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -106,7 +108,7 @@ def _make_gradient_sums(run, sharding, specs):
             nats = losses.batch_nats(run.model, params, batch, features)
             nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
-            return nats / collectives.axis_size("model"), (nats, weight)
+            return nats / collectives.axis_size(collectives.MODEL_AXIS), (nats, weight)
 
         def microbatch(_, batch):
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -118,7 +120,7 @@ def _make_gradient_sums(run, sharding, specs):
 
         grads, sums = _accumulate(microbatch, batch, run.train.num_microbatches)
         grads = sharding_lib.sum_gradients(grads, specs)
-        tokens = sharding_lib.TOKEN_AXES
+        tokens = collectives.TOKEN_AXES
         return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
     return sharding.shard_map(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from world import free_port
 
-from memoryformer.cluster import lifeline, processes
+from memoryformer.cluster import launchers, lifeline, processes
 from memoryformer.cluster import roll_call as roll_call_lib
 from memoryformer.errors import ConfigError, HangError
 from memoryformer.runs import compatibility
@@ -40,10 +40,10 @@ POD = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}
 )
 def test_slurm(nodes, first):
     """Mutation: take the whole list for a name; or the port from the process id."""
-    found = roll_call_lib.from_slurm(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    found = launchers.from_slurm(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found == (f"{first}:61444", 4, 3)
     own = {"JAX_COORDINATOR_PORT": "77", "SLURM_STEP_NODELIST": nodes}
-    assert roll_call_lib.from_slurm(SLURM | own) == (f"{first}:77", 4, 3)
+    assert launchers.from_slurm(SLURM | own) == (f"{first}:77", 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_devices_of_a_slurm_task(variables, devices):
 
     Mutation: leave it to jax, which gives the one task of a node its first GPU.
     """
-    assert roll_call_lib._own_devices({"SLURM_LOCALID": "5"} | variables) == devices
+    assert launchers.own_devices({"SLURM_LOCALID": "5"} | variables) == devices
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_devices_of_a_slurm_task(variables, devices):
 )
 def test_tpu_pods(variables, found):
     """Mutation: the worker's number in its slice for the process id."""
-    assert roll_call_lib.from_tpu_pod(POD | variables) == found
+    assert launchers.from_tpu_pod(POD | variables) == found
 
 
 def test_one_task_needs_no_coordinator():
     """Mutation: look at SLURM_JOB_ID alone."""
-    assert roll_call_lib.from_slurm({}) is None
-    assert roll_call_lib.from_slurm(SLURM) is None  # in a job, but not under srun
+    assert launchers.from_slurm({}) is None
+    assert launchers.from_slurm(SLURM) is None  # in a job, but not under srun
     alone = SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}
-    assert roll_call_lib.from_slurm(alone) is None
+    assert launchers.from_slurm(alone) is None
     with roll_call_lib.start(), roll_call_lib.start("localhost:1234", 1, 0):
         assert threading.active_count() == len(
             [t for t in threading.enumerate() if t.name != "lifeline"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from memoryformer import data, errors
 from memoryformer.data import listing
+from memoryformer.files import atomic
 from memoryformer.runs import directory as directory_lib
 
 
@@ -124,7 +125,7 @@ def test_folders_of_our_own_are_no_corpus(tmp_path):
     config = data.DataConfig(**config.__dict__ | own)
     with directory_lib.only_one(corpus / "runs" / "a"):
         directory = data.prepare(config)
-        directory_lib.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
+        atomic.write_json(corpus / "runs" / "a" / "config.json", {"data": {}})
         (corpus / "runs" / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
         exported = corpus / "exported"
         exported.mkdir()

@@ -212,11 +212,11 @@ def test_a_preparation_that_is_asked_to_stop_keeps_nothing(tmp_path, moment):
 
 
 def test_who_waits_for_a_preparation_can_be_asked_to_stop(tmp_path):
-    """Mutation: wait in `flock`."""
+    """Mutation: `line.check` left out of `waiting`."""
     config = data_helpers.config(tmp_path, data_helpers.texts(40))
     (tmp_path / "cache").mkdir()
     questions = iter([False, False, True])
-    with shards._lock(data.resolve_dir(config), progress.Progress("")):
+    with shards._locked(data.resolve_dir(config), progress.Progress("")):
         with pytest.raises(errors.Preempted):
             data.prepare(config, stop=lambda: next(questions))
     assert next(questions, None) is None

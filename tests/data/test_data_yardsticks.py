@@ -213,13 +213,13 @@ def test_any_text_is_shown_on_any_terminal(tmp_path, monkeypatch, out):
 
 
 def test_data_that_cannot_be_written_are_measured_too(tmp_path, monkeypatch):
-    """A read-only file system refuses even to remove. Mutation: `unlink` not forgiven."""
+    """A read-only file system refuses even to remove. Mutation: no `suppress` in `_write`."""
     dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(60)))
 
     def refuse(path, *args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    for name in ("write_text", "unlink"):
+    for name in ("write_bytes", "unlink"):
         monkeypatch.setattr(pathlib.Path, name, refuse)
     result = yardsticks.measure(dataset)
     assert result["validation_bytes"] > 0

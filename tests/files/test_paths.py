@@ -16,7 +16,7 @@ from memoryformer import config as config_lib
 from memoryformer.data import listing
 from memoryformer.errors import ConfigError, StorageError
 from memoryformer.files import paths
-from memoryformer.runs import checkpoint, manifest, state_spec
+from memoryformer.runs import checkpoint, manifest, orbax_files
 from memoryformer.runs import steps as run_steps
 from memoryformer.sweep import points
 from memoryformer.training import compilation_cache, experiment, loop
@@ -114,7 +114,7 @@ def test_a_step_counts_once_it_was_found_again(tmp_path, monkeypatch):
     """The path check passed over: Orbax takes `[x]` for a pattern and merges nothing.
 
     Every file is there, byte for byte, and the save fails all the same. Mutation: no
-    `runs.state_spec.read` in `_finalise`.
+    `runs.orbax_files.read` in `_finalise`.
     """
     monkeypatch.setattr(paths, "workdir", lambda path: pathlib.Path(path))
     with pytest.raises(StorageError, match="cannot be read again"):
@@ -132,7 +132,7 @@ def test_a_leaf_of_every_kind_is_read(tmp_path):
         "n": jnp.int32(1),
         "p": {"a": jnp.ones(9), "b": jnp.ones(2), "c": jnp.ones(())},
     }
-    found = state_spec.samples(state)
+    found = orbax_files.samples(state)
     assert found["n"].shape == () and found["p"]["b"].shape == (2,)
     kept = [x for x in jax.tree.leaves(found) if hasattr(x, "shape")]
     assert len(kept) == 2

@@ -3,6 +3,7 @@
 The children (killed, or out of space) run `python tests/runs/test_checkpoint.py NAME WORKDIR`.
 """
 
+import logging
 import os
 import pathlib
 import random
@@ -30,7 +31,13 @@ from toy_checkpoints import (
 )
 
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.runs import checkpoint, compatibility, manifest, state_spec
+from memoryformer.runs import (
+    checkpoint,
+    compatibility,
+    manifest,
+    orbax_files,
+    state_spec,
+)
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 
@@ -62,7 +69,7 @@ def test_restored_state_is_equal_bit_for_bit(tmp_path):
 def test_restore_onto_another_number_of_devices(tmp_path, before, after):
     """The arrays are equal bit for bit and lie as the abstract state asks.
 
-    Mutation: `runs.state_spec.abstract` ignores the sharding.
+    Mutation: `runs.orbax_files.abstract` ignores the sharding.
     """
 
     def shard(state, count):
@@ -102,6 +109,31 @@ def test_load_needs_neither_model_nor_state(tmp_path):
     assert facts["versions"]["jax"] == jax.__version__
     _, params = run_steps.load(tmp_path, step=1)
     assert_equal(params, jax.tree.map(np.asarray, make_state(1).params))
+
+
+def test_saving_and_loading_change_nothing_global(tmp_path):
+    """Loggers and jax are as before; Orbax's dump of an error that we report is kept off.
+
+    Mutations: no `removeFilter` in `orbax_files.no_dumps`; a filter for the process; the same
+    filter for two blocks, so that the end of one ends the other's.
+    """
+    log = logging.getLogger("absl")
+    before = list(log.filters), log.level, dict(jax.config.values)
+    save_steps(tmp_path, [1, 2])
+    run_steps.load(tmp_path)
+
+    def dump():
+        record = log.makeRecord("absl", 40, "/x/orbax/y.py", 1, "dump", (), (1, 2, 3))
+        return bool(log.filter(record))
+
+    assert dump()
+    with orbax_files.no_dumps():
+        with orbax_files.no_dumps():
+            assert not dump()
+        assert not dump()
+        assert log.filter(log.makeRecord("absl", 40, "/x/orbax/y.py", 1, "", (), None))
+    assert dump()
+    assert (list(log.filters), log.level, dict(jax.config.values)) == before
 
 
 # Damage.

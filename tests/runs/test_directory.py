@@ -1,11 +1,12 @@
-"""The directory of a run: one process at a time, and small files that appear whole."""
+"""The directory of a run: one process at a time."""
 
-import json
+import errno
 import os
 import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 
 from memoryformer.errors import ConfigError, StorageError
@@ -23,7 +24,7 @@ HOLD = (
 def test_the_second_is_told_who_the_first_is(tmp_path):
     """Another process is named; once it was killed, the directory is free at once.
 
-    Mutations: no `flock`; a lock file whose existence is the lock.
+    Mutations: no lock; a lock file whose existence is the lock.
     """
     workdir = tmp_path / "deep" / "run"
     first = subprocess.Popen(
@@ -62,11 +63,11 @@ def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
     """Both try to lock, and go on. Mutation: let the OSError of such a system through."""
     tried = []
 
-    def flock(*unused):
+    def unable(*unused, **options):
         tried.append(unused)
-        raise OSError(directory.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    monkeypatch.setattr(filelock, "lock_descriptor", unable)
     with directory.only_one(tmp_path), directory.only_one(tmp_path):
         assert len(tried) == 2
 
@@ -78,31 +79,10 @@ def test_a_file_in_the_way(tmp_path):
     with pytest.raises(StorageError, match=f"--workdir={file}: cannot be used"):
         with directory.only_one(file):
             pass
-    with pytest.raises(StorageError, match="cannot be written"):
-        directory.write_json(file / "config.json", {})
     with pytest.raises(StorageError, match="cannot be removed"):
         with outcome.recorded(file):
             pass
     assert file.read_text() == ""
-
-
-def test_json_files_appear_whole(tmp_path, monkeypatch):
-    """What cannot be moved into place leaves the file before.
-
-    Mutation: write in place.
-    """
-    path = tmp_path / "sub" / "config.json"
-    directory.write_json(path, {"a": 1}, indent=2)
-
-    def replace(*unused):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(directory.os, "replace", replace)
-    with pytest.raises(
-        StorageError, match=r"config.json: cannot be written: .*No space"
-    ):
-        directory.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[3]", b'"done"', b"{}"])
@@ -133,19 +113,3 @@ def test_what_is_read_is_no_output(tmp_path):
             directory.check_output(tmp_path / name, [prompts], [model])
     for name in ("new.jsonl", "model/results.json", "config.json"):
         directory.check_output(tmp_path / name, [prompts], [model])
-
-
-def test_files_of_one_stem_do_not_share_a_temporary(tmp_path, monkeypatch):
-    """Mutation: `path.with_suffix(".json.tmp")`, which a.json and a.txt share."""
-    moved = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(a), replace(a, b)))
-    for name in ("a.json", "a.txt"):
-        directory.write_json(tmp_path / name, {})
-    assert [path.name for path in moved] == [
-        f".{name}.{os.getpid()}.tmp" for name in ("a.json", "a.txt")
-    ]
-    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28)))
-    with pytest.raises(StorageError):
-        directory.write_json(tmp_path / "b.json", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.txt"]

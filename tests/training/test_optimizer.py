@@ -161,6 +161,25 @@ def test_schedules_at_their_corners():
     assert float(horizon(60)) == float(cosine(60))
 
 
+@pytest.mark.parametrize("schedule", optimizer.schedules.SCHEDULES)
+def test_schedules_are_those_of_optax(schedule):
+    """Joined of optax's own, at every step, but for rounding.
+
+    Mutations: a fall that begins a step later; pi / 2 for pi; the floor times the peak left out.
+    """
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=30, schedule=schedule)
+    start, falls = {
+        "constant": (30, optax.constant_schedule(1.0)),
+        "cosine": (30, optax.cosine_decay_schedule(1.0, 270, config.end_fraction)),
+        "wsd": (240, optax.linear_schedule(1.0, config.end_fraction, 60)),
+    }[schedule]
+    rises = optax.linear_schedule(1 / 30, 1.0, 29)
+    stays = optax.constant_schedule(1.0)
+    joined = optax.join_schedules([rises, stays, falls], [29, start])
+    ours = jax.vmap(optimizer.schedule(config, 300))(jnp.arange(400))
+    np.testing.assert_allclose(ours, jax.vmap(joined)(jnp.arange(400)), atol=3e-7)
+
+
 def test_learning_rate_and_decay_share_one_compilation():
     """Given as inputs they change the update, equal compiled-in ones, and retrace nothing.
 

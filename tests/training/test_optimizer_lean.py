@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import model
 from memoryformer.errors import ConfigError
-from memoryformer.training import optimizer
+from memoryformer.training import optimizer, table_storage
 from memoryformer.training.optimizer import OptimizerConfig
 
 LEAN = {"table_second_moment": "row", "table_moment_dtype": "bfloat16"}
@@ -53,7 +53,7 @@ def test_tables_follow_their_equations(second, moment):
     for t in range(1, 6):
         grads = draw(t)
         updates, state = update(grads, state, params)
-        params = optimizer.apply(config, params, updates, GROUPS, 0, jnp.int32(t))
+        params = table_storage.apply(config, params, updates, GROUPS, 0, jnp.int32(t))
         for name, g in leaves(grads).items():
             g, table = np.asarray(g, np.float64), "tables" in name
             squares = g**2
@@ -87,7 +87,7 @@ def test_bytes_of_an_entry():
         assert config.table_entry_bytes == expected
         groups = {"tables": "tables"}
         tx = optimizer.make(config, 1, groups)
-        kept = optimizer.stored(config, params, groups), tx.init(params)
+        kept = table_storage.stored(config, params, groups), tx.init(params)
         taken = sum(x.nbytes for x in jax.tree.leaves(kept)) / params["tables"].size
         assert expected <= taken < expected + 0.02
 
@@ -101,7 +101,7 @@ def test_stochastic_rounding_keeps_the_mean():
     values = np.float32([1.0, -3.0, 0.0, 1.001, -1.001, 3e38, 1e-38, 0.1])
     count = 20_000
     bits = jax.random.bits(jax.random.key(0), (count, len(values)), jnp.uint16)
-    rounded = optimizer.round_stochastically(
+    rounded = table_storage.round_stochastically(
         jnp.broadcast_to(values, (count, len(values))), bits
     )
     assert rounded.dtype == jnp.bfloat16
@@ -119,7 +119,8 @@ def test_stochastic_rounding_keeps_the_mean():
         assert abs(rounded[:, i].mean() - value) < 4 * error
     odd = jnp.float32([np.inf, -np.inf, np.nan, 3.39e38])
     kept = np.asarray(
-        optimizer.round_stochastically(odd, jnp.full(4, 0xFFFF, jnp.uint16)), np.float32
+        table_storage.round_stochastically(odd, jnp.full(4, 0xFFFF, jnp.uint16)),
+        np.float32,
     )
     assert kept[0] == np.inf and kept[1] == -np.inf and np.isnan(kept[2])
     assert kept[3] == np.asarray(odd.astype(jnp.bfloat16), np.float32)[3] < np.inf
@@ -134,13 +135,13 @@ def test_rounding_depends_on_seed_and_step_only():
     params = {"a": {"tables": jnp.full((2, 4, 64), 1.001, jnp.float32)}}
     params["b"] = params["a"]
     groups = {"a": {"tables": "tables"}, "b": {"tables": "tables"}}
-    params = optimizer.stored(config, params, groups)
+    params = table_storage.stored(config, params, groups)
     updates = jax.tree.map(lambda p: jnp.full(p.shape, 0.0013, jnp.float32), params)
 
     def result(seed, step):
         return jax.tree.map(
             np.asarray,
-            optimizer.apply(config, params, updates, groups, seed, jnp.int32(step)),
+            table_storage.apply(config, params, updates, groups, seed, jnp.int32(step)),
         )
 
     first = result(3, 5)

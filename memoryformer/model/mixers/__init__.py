@@ -7,7 +7,8 @@ from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import kernel
 from memoryformer.model.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
 from memoryformer.model.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
-from memoryformer.model.mixers.linformer import ConvLuna, Linformer, Luna
+from memoryformer.model.mixers.linformer import Linformer
+from memoryformer.model.mixers.luna import ConvLuna, Luna
 from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.notation import Array
 from memoryformer.ops import attention

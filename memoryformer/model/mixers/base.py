@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.errors import ConfigError
-from memoryformer.model import layers
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, remat, rotary
 
@@ -77,7 +76,7 @@ class MultiHead(nnx.Module):
     @property
     def local_heads(self) -> int:
         """This device's share of the heads."""
-        return self.num_heads // collectives.axis_size(layers.MODEL_AXIS)
+        return self.num_heads // collectives.axis_size(collectives.MODEL_AXIS)
 
     def split(self, x: Activations) -> tuple[Array, Array, Array]:
         """[B, L, D] -> three of [B, L, H, E]."""

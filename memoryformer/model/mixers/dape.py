@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import layers
 from memoryformer.notation import Array, Float, Int
 from memoryformer.ops import collectives
 
@@ -53,9 +52,9 @@ class DapeV2(nnx.Module):
         slopes = 2.0 ** (-8 * heads / self.num_heads)
         alibi = slopes[None, :, None, None] * distance.astype(logits.dtype)
         local = logits.shape[1]
-        first = collectives.axis_index(layers.MODEL_AXIS) * local
+        first = collectives.axis_index(collectives.MODEL_AXIS) * local
         own_alibi = jax.lax.dynamic_slice_in_dim(alibi, first, local, axis=1)
-        gathered = collectives.all_gather(logits, layers.MODEL_AXIS, 1)
+        gathered = collectives.all_gather(logits, collectives.MODEL_AXIS, 1)
         x = jnp.concatenate([gathered, alibi], axis=1)  # [B, 2H, L, M]
         x = _over_keys(jnp.where(mask, x, 0), self.first[...])
         x = x + self.first_bias[...].astype(x.dtype)[None, :, None, None]

@@ -129,7 +129,7 @@ class Memformer(base.Recurrence):
         """(m + b) / |m + b|."""
         bias = self.bias[...]
         moved = slots + bias.reshape((1,) * (slots.ndim - 2) + bias.shape)
-        square = collectives.mean(moved**2, layers.MODEL_AXIS) * self.width
+        square = collectives.mean(moved**2, collectives.MODEL_AXIS) * self.width
         return moved * jax.lax.rsqrt(jnp.maximum(square, 1e-30))
 
 

@@ -1,0 +1,60 @@
+"""Layers whose weights are only read: the equations of `layers`, on what `narrow` has stored.
+
+On one device and without gradients. `params.merge` puts them in the place of the layers
+whose weights are stored so. Start at `swap_in`.
+"""
+
+from flax import nnx
+
+from memoryformer.model import layers
+from memoryformer.notation import Activations, Array
+from memoryformer.ops.lookup import narrow as narrow_rows
+
+
+class NarrowMemoryLayer(layers.MemoryLayer):
+    """A `MemoryLayer` with `PackedTables`."""
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> [.., *features], in the layer's dtype."""
+        tables = self.tables.get_value()
+        bias = None if self.bias is None else self.bias[...]
+        y = narrow_rows.memory_layer(
+            x, tables, bias, self.score, self.temperature, self.learned()
+        )
+        return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
+
+
+class NarrowDense(layers.Dense):
+    """A `Dense` with a `PackedMatrix`."""
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> [.., *features], in the layer's dtype."""
+        y = narrow_rows.product(x, self.kernel.get_value()).astype(self.dtype)
+        y = y.reshape(*x.shape[:-1], *self.features)
+        bias = None if self.bias is None else self.bias[...]
+        return y if bias is None else y + layers.align(bias, y.ndim)
+
+
+class NarrowHead(layers.Head):
+    """A `Head` with a `PackedMatrix`."""
+
+    def __call__(self, x: Activations) -> Array:
+        """[.., D] -> float32 [.., V]."""
+        return narrow_rows.product(x, self.kernel.get_value())
+
+
+_NARROW = {
+    layers.MemoryLayer: ("tables", NarrowMemoryLayer),
+    layers.Dense: ("kernel", NarrowDense),
+    layers.Head: ("kernel", NarrowHead),
+}
+_PACKED = (narrow_rows.PackedTables, narrow_rows.PackedMatrix)
+
+
+def swap_in(model: nnx.Module) -> None:
+    """Make narrow layers of those in `model` whose weights are packed."""
+    for _, module in nnx.iter_modules(model, graph=False):
+        name, narrow = _NARROW.get(type(module), ("", None))
+        if narrow and isinstance(getattr(module, name).get_value(), _PACKED):
+            # The same fields behind another `__call__`; flax's own setattr is for fields.
+            object.__setattr__(module, "__class__", narrow)
