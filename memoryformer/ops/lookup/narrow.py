@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer.notation import Array, Float
+from memoryformer.notation import Array, Float, Int
 from memoryformer.ops import hashing, lookup
 from memoryformer.ops.lookup import native as lookup_native
 
@@ -49,14 +49,29 @@ class PackedMatrix:
     width: int = dataclasses.field(metadata={"static": True})  # D
 
 
+def round_rows(
+    rows: Float[np.ndarray, "*B F"], largest: int = 127
+) -> tuple[Int[np.ndarray, "*B F"], Float[np.ndarray, "*B"]]:
+    """Round rows [.., F] to int8 in [-largest, largest], times one float32 scale a row [..].
+
+    rows ~ values * scales[.., None], off by at most half a scale; a row of zeros has scale 0.
+    """
+    scales = np.abs(rows).max(axis=-1, initial=0).astype(np.float32)
+    scales = scales / np.float32(largest)
+    # A row of zeros stays 0 whatever it is divided by.
+    divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
+    values = np.clip(np.rint(rows / divisors), -largest, largest)
+    return values.astype(np.int8), scales
+
+
 def pack_tables(tables: np.ndarray, kind: str) -> PackedTables:
     """Store tables as one of `TABLE_KINDS`."""
     tables = np.asarray(tables)
     if kind != "int8":
         return PackedTables(tables.astype(jnp.dtype(kind)), None)
     rows = tables.reshape(*tables.shape[:2], -1)
-    values, scales = _round(rows, 127)
-    return PackedTables(values.astype(np.int8).reshape(tables.shape), scales)
+    values, scales = round_rows(rows)
+    return PackedTables(values.reshape(tables.shape), scales)
 
 
 def pack_matrix(matrix: Float[np.ndarray, "D V"], kind: str) -> PackedMatrix:
@@ -64,13 +79,12 @@ def pack_matrix(matrix: Float[np.ndarray, "D V"], kind: str) -> PackedMatrix:
     by_output = np.ascontiguousarray(np.asarray(matrix).T)
     num_outputs, width = by_output.shape
     if kind == "int8":
-        values, scales = _round(by_output, 127)
-        return PackedMatrix(values.astype(np.int8), scales, width)
+        return PackedMatrix(*round_rows(by_output), width)
     if kind != "int4":
         return PackedMatrix(by_output.astype(jnp.dtype(kind)), None, width)
     group = lookup_native.INT4_GROUP
     by_output = np.pad(by_output, ((0, 0), (0, -width % group)))
-    values, scales = _round(by_output.reshape(num_outputs, -1, group), 7)
+    values, scales = round_rows(by_output.reshape(num_outputs, -1, group), 7)
     low, high = np.split((values + 8).astype(np.uint8), 2, axis=-1)  # [V, D' / 64, 32]
     return PackedMatrix((low | high << 4).reshape(num_outputs, -1), scales, width)
 
@@ -167,16 +181,6 @@ def in_huge_pages(array: np.ndarray | Array) -> Array:
     aligned = memory[start : start + array.nbytes]
     aligned[...] = np.ascontiguousarray(array).reshape(-1).view(np.int8)
     return jax.device_put(aligned.view(array.dtype).reshape(array.shape))
-
-
-def _round(rows: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Round the last axis to integers up to `largest` in magnitude: (values, scales)."""
-    scales = np.abs(rows).max(axis=-1, initial=0).astype(np.float32) / np.float32(
-        largest
-    )
-    # A row of zeros has scale 0; it stays 0 whatever it is divided by.
-    divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
-    return np.clip(np.rint(rows / divisors), -largest, largest), scales
 
 
 def _on_cpu(native, in_xla):
