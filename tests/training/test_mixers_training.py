@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from memoryformer import errors, model, sharding
-from memoryformer.convert import export, runs
+from memoryformer.convert import export, transfer
 from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
 from memoryformer.model import losses, mixers
@@ -141,9 +141,9 @@ def test_generation_and_exports_have_the_features(performer_run, tmp_path):
     logits = model.forward(run.model, params, prompt)[0, -1]
     assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
     assert generator.model_config.performer_draw == 1
-    runs.export_run(performer_run, tmp_path / "export")
+    transfer.export_run(performer_run, tmp_path / "export")
     assert export.load_export(tmp_path / "export")[0] == run.model
-    runs.import_run(tmp_path / "export", tmp_path / "back")
+    transfer.import_run(tmp_path / "export", tmp_path / "back")
     again = experiment.load(tmp_path / "back")[0]
     assert again.model == run.model
 
