@@ -94,6 +94,7 @@ def test_a_gpu_as_xla_reads_it(name):
     chip, text = targets_lib.CHIPS[name], targets_lib.gpu_description(name)
     assert f"device_memory_size: {chip.memory_bytes}\n" in text
     assert f"l2_cache_size: {chip.gpu.l2_bytes}\n" in text
+    assert f"fpus_per_core: {64 if name == 'a100' else 128}\n" in text
     major, minor = str(chip.capability).split(".")
     assert f"cuda_compute_capability {{ major: {major} minor: {minor} }}" in text
     assert f'device_description_str: "{chip.device_kinds[0]}"' in text
