@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from memoryformer import convert, data, model, sharding
-from memoryformer.convert import reference_reader, runs
+from memoryformer.convert import reference_reader, transfer
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.generation import sampler
 from memoryformer.runs import steps as run_steps
@@ -40,7 +40,7 @@ def main(workdir):
     rows = list(generator.stream_batch(tokens[:, :PROMPT].tolist(), sampling))
     greedy["cached"] = np.transpose(rows).tolist(), continued
     with tempfile.TemporaryDirectory() as folder:
-        runs.export_run(workdir, folder)
+        transfer.export_run(workdir, folder)
         loaded = model.forward(*convert.load_export(folder), tokens)
         logits["loaded"] = _compare(loaded, expected)
         reader = reference_reader.load(pathlib.Path(folder))

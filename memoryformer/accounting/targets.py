@@ -38,6 +38,7 @@ class Gpu:
     shared_per_block: int  # opted in
     shared_per_core: int
     threads_per_core: int = 2048
+    float_units_per_core: int = 128  # of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Chip:
 
 
 MIB = 2**20
+# A100: NVIDIA's datasheet (nvidia-a100-datasheet-us-nvidia-1758950-r4) and XLA's own description,
+# xla/backends/gpu/target_config/specs/a100_sxm_80.txtpb. RTX: NVIDIA's Ada whitepaper, whose rate
+# is 256 fused multiply-adds a clock and multiprocessor where float32 adds up bfloat16 products:
+# 4090: 2 * 256 * 128 * 2.52e9 = 165e12; 4060: 2 * 256 * 24 * 2.46e9 = 30e12. Networks beyond a
+# host are assumptions: 200 Gb/s for an A100, 10 Gb/s for an RTX.
 _HOPPER = Gpu(9.0, 132, 1.98, 50 * MIB, 232448, 233472)
 CHIPS = {
     "cpu": Chip("cpu", 0, 0.0, 0.0, 0.0, 0.0, 1),
@@ -83,8 +89,8 @@ CHIPS = {
         _HOPPER,
     ),
     "a100": Chip(  # SXM, 80 GB
-        "gpu", 81_920 * MIB, 312e12, 2.039e12, 300e9, 25e9, 8, ("NVIDIA A100",),
-        Gpu(8.0, 108, 1.41, 40 * MIB, 166912, 167936),
+        "gpu", 85_100_068_864, 312e12, 2.039e12, 300e9, 25e9, 8, ("NVIDIA A100",),
+        Gpu(8.0, 108, 1.41, 40 * MIB, 166912, 167936, float_units_per_core=64),
     ),
     "rtx4090": Chip(  # 24 GB; PCIe and a slow network
         "gpu", 24_564 * MIB, 165e12, 1008e9, 32e9, 1.25e9, 8,
@@ -105,7 +111,8 @@ def gpu_description(name: str) -> str:
     return f"""
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
-  core_count: {gpu.cores} fpus_per_core: 128 clock_rate_ghz: {gpu.clock_ghz}
+  core_count: {gpu.cores} fpus_per_core: {gpu.float_units_per_core}
+  clock_rate_ghz: {gpu.clock_ghz}
   threads_per_warp: 32 threads_per_block_limit: 1024
   threads_per_core_limit: {gpu.threads_per_core}
   registers_per_block_limit: 65536 registers_per_core_limit: 65536

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv):
     """Dispatch to the subcommand."""
-    from memoryformer.convert import export, folders, gpt_neox, released, runs
+    from memoryformer.convert import export, folders, gpt_neox, released, transfer
 
     if len(argv) != 4:
         raise errors.ConfigError(
@@ -63,15 +63,15 @@ def _run(argv):
     config_lib.choose(command, _COMMANDS, "subcommand")
     _refuse_unused_flags(command, origin)
     config_lib.choose(flags.FLAGS.tables, export.TABLE_TYPES, "--tables")
-    config_lib.choose(flags.FLAGS.to, runs.FORMATS, "--to")
+    config_lib.choose(flags.FLAGS.to, transfer.FORMATS, "--to")
     if command == "export":
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
         tables, form = flags.FLAGS.tables, flags.FLAGS.to
-        runs.export_run(origin, target, step=step, form=form, tables=tables)
+        transfer.export_run(origin, target, step=step, form=form, tables=tables)
     elif command == "import":
-        runs.import_run(origin, target, flags.FLAGS.config)
+        transfer.import_run(origin, target, flags.FLAGS.config)
     else:
-        directory = runs.fetch(origin, flags.FLAGS.revision)
+        directory = transfer.fetch(origin, flags.FLAGS.revision)
         folders.check_free(target)
         if command == "gpt_neox":
             config, params = gpt_neox.load_gpt_neox(directory)

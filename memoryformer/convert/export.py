@@ -35,6 +35,7 @@ from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.model import older
 from memoryformer.notation import Params
+from memoryformer.ops.lookup import narrow
 from memoryformer.runs import old_configs
 
 TABLE_TYPES = ("float32", "bfloat16", "int8")
@@ -62,7 +63,7 @@ def save_export(
     arrays: dict[str, np.ndarray] = {}
     for path, array in trees.flatten(params).items():
         if path.split(".")[-1] == "tables":
-            arrays |= _narrow(path, array, tables)
+            arrays |= _stored(path, array, tables)
         else:
             arrays[path] = array
     fields = _FORMAT | {
@@ -170,16 +171,13 @@ def _read_fields(directory: str | os.PathLike) -> folders.Fields:
     return fields
 
 
-def _narrow(path: str, table: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+def _stored(path: str, table: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     if kind == "bfloat16":
         return {path: table.astype(ml_dtypes.bfloat16)}
     if kind == "float32":
         return {path: table}
-    scale = np.abs(table).max(axis=-1) / np.float32(127)
-    # A row of zeros has scale 0; it stays 0 whatever it is divided by.
-    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
-    quantised = np.clip(np.rint(table / divisor), -127, 127).astype(np.int8)
-    return {path: quantised, path + SCALE: scale.astype(np.float32)}
+    values, scales = narrow.round_rows(table)
+    return {path: values, path + SCALE: scales}
 
 
 def _widen(path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -46,7 +46,7 @@ def fill(directory: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
     `check_free`.
     """
     path = check_free(directory)
-    made = not path.exists()
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     unfinished = path / _UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -58,7 +58,7 @@ def fill(directory: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
             part.replace(path / part.name)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):  # not empty: moved in half
                 path.rmdir()
         raise

@@ -1,8 +1,7 @@
 """EleutherAI's GPT-NeoX models (Pythia) as `save_pretrained` writes them <-> our dense twin.
 
 A directory holds `config.json` and the weights: `model.safetensors`, `pytorch_model.bin`,
-or either in parts with an index. Their fused projection interleaves q, k and v per head:
-weight [H, 3, E, D] against our kernel [D, 3, H E]. Start at `load_gpt_neox`.
+or either in parts with an index (`gpt_neox_tensors`). Start at `load_gpt_neox`.
 """
 
 import json
@@ -14,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from memoryformer import model
-from memoryformer.convert import folders, safetensors_file, torch_file, trees
+from memoryformer.convert import folders, gpt_neox_tensors, safetensors_file, trees
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
@@ -25,8 +24,6 @@ ACTIVATIONS = {  # theirs -> ours
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Buffers that older files carry; all are functions of the config.
-_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 def load_gpt_neox(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params]:
@@ -38,18 +35,14 @@ def load_gpt_neox(directory: str | os.PathLike) -> tuple[model.ModelConfig, Para
     directory = pathlib.Path(directory)
     fields = folders.read_fields(directory / "config.json")
     config = model_config(fields)
-    weights = _read_weights(directory)
-    _check_size(config, weights, directory)
-    tensors = {  # a state_dict() of transformers 5 names the head otherwise
-        name.replace("lm_head.", "embed_out."): tensor
-        for name, tensor in weights.items()
-        if not name.endswith(_BUFFERS)
-    }
+    tensors = gpt_neox_tensors.read_tensors(directory)
+    _check_size(config, tensors, directory)
     if config.tie_embeddings:  # some writers store the shared matrix twice
         tensors.pop("embed_out.weight", None)
     if not fields.flag("attention_bias", True):
-        tensors |= _zero_biases(config)
-    return config, trees.read(_entries(config), tensors, config, directory)
+        tensors |= gpt_neox_tensors.zero_biases(config)
+    entries = gpt_neox_tensors.entries(config)
+    return config, trees.read(entries, tensors, config, directory)
 
 
 def save_gpt_neox(
@@ -66,7 +59,7 @@ def save_gpt_neox(
     be new or empty. Raises `ConfigError` if it is not, and for a model that they lack.
     """
     fields = their_config(config, None if tokenizer is None else tokenizer.eot_id)
-    tensors = trees.write(_entries(config), params, config)
+    tensors = trees.write(gpt_neox_tensors.entries(config), params, config)
     with folders.fill(directory, last="config.json") as folder:
         safetensors_file.write(folder / "model.safetensors", tensors, {"format": "pt"})
         if tokenizer is not None:
@@ -196,8 +189,8 @@ def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any
 
 def _rotary(fields: folders.Fields, head_dim: int) -> tuple[float, float]:
     """(fraction, base): transformers has moved these twice."""
-    given = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-    scaling = fields.section(given)
+    section = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+    scaling = fields.section(section)
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind != "default":
         raise ConfigError(
@@ -207,8 +200,8 @@ def _rotary(fields: folders.Fields, head_dim: int) -> tuple[float, float]:
 
     def first(names: tuple[str, str], default: float) -> float:
         places = ((where, n) for where in (scaling, fields) for n in names)
-        found = next(((where, n) for where, n in places if n in where), None)
-        return found[0].number(found[1]) if found else default
+        numbers = (where.number(n) for where, n in places if n in where)
+        return next(numbers, default)
 
     fraction = first(("rotary_pct", "partial_rotary_factor"), 0.25)
     base = first(("rope_theta", "rotary_emb_base"), 10_000.0)
@@ -223,104 +216,20 @@ def _rotary(fields: folders.Fields, head_dim: int) -> tuple[float, float]:
     return fraction, base
 
 
-def _read_qkv(config: model.ModelConfig, weight: np.ndarray) -> np.ndarray:
-    """Bring [H 3 E, ..] to [.., 3, H E]."""
-    shape = (config.num_heads, 3, config.head_dim, *weight.shape[1:])
-    weight = np.moveaxis(weight.reshape(shape), (1, 0, 2), (-3, -2, -1))
-    return weight.reshape(*weight.shape[:-2], config.embed_dim)
-
-
-def _write_qkv(config: model.ModelConfig, kernel: np.ndarray) -> tuple[np.ndarray]:
-    """Bring [.., 3, H E] to [H 3 E, ..]."""
-    shape = (*kernel.shape[:-1], config.num_heads, config.head_dim)
-    kernel = np.moveaxis(kernel.reshape(shape), (-3, -2, -1), (1, 0, 2))
-    return (kernel.reshape(3 * config.embed_dim, *kernel.shape[3:]),)
-
-
-def _zero_biases(config: model.ModelConfig) -> dict[str, np.ndarray]:
-    """Stand in for the biases of attention_bias=false."""
-    widths = {"query_key_value": 3 * config.embed_dim, "dense": config.embed_dim}
-    return {
-        f"gpt_neox.layers.{i}.attention.{name}.bias": np.zeros(width, np.float32)
-        for i in range(config.num_layers)
-        for name, width in widths.items()
-    }
-
-
-def _norm(ours: str, theirs: str) -> list[trees.Entry]:
-    return [
-        trees.Entry(f"{ours}.scale", (f"{theirs}.weight",)),
-        trees.Entry(f"{ours}.bias", (f"{theirs}.bias",)),
-    ]
-
-
-def _dense(ours: str, theirs: str) -> list[trees.Entry]:
-    return [
-        trees.linear(f"{ours}.kernel", f"{theirs}.weight"),
-        trees.Entry(f"{ours}.bias", (f"{theirs}.bias",)),
-    ]
-
-
-_QKV = "attention.query_key_value"
-_BLOCK = (
-    *_norm("norm1", "input_layernorm"),
-    *_norm("norm2", "post_attention_layernorm"),
-    trees.Entry("mixer.qkv.kernel", (f"{_QKV}.weight",), _read_qkv, _write_qkv),
-    trees.Entry("mixer.qkv.bias", (f"{_QKV}.bias",), _read_qkv, _write_qkv),
-    *_dense("mixer.out", "attention.dense"),
-    *_dense("ffn.up", "mlp.dense_h_to_4h"),
-    *_dense("ffn.down", "mlp.dense_4h_to_h"),
-)
-
-
-def _entries(config: model.ModelConfig) -> list[trees.Entry]:
-    entries = [
-        trees.Entry("embed.embedding", ("gpt_neox.embed_in.weight",)),
-        *_norm("final_norm", "gpt_neox.final_layer_norm"),
-    ]
-    for i in range(config.num_layers):
-        entries += trees.in_block(_BLOCK, f"blocks.{i}.", f"gpt_neox.layers.{i}.")
-    if not config.tie_embeddings:
-        entries.append(trees.linear("head.kernel", "embed_out.weight"))
-    return entries
-
-
-def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    readers = {
-        "model.safetensors": lambda path: safetensors_file.read(path)[0],
-        "pytorch_model.bin": torch_file.read,
-    }
-    for name, reader in readers.items():
-        index = directory / f"{name}.index.json"
-        if (directory / name).is_file():
-            parts = [name]
-        elif index.is_file():
-            weight_map = folders.read_fields(index).section("weight_map")
-            names = weight_map.values.values()
-            parts = sorted({folders.plain_name(n, weight_map.source) for n in names})
-            if not parts:
-                raise DataError(f"{weight_map.source}: names no file.")
-        else:
-            continue
-        tensors: dict[str, np.ndarray] = {}
-        for part in parts:
-            tensors |= trees.named_arrays(reader(directory / part), directory / part)
-        return tensors
-    raise DataError(f"{directory}: holds neither {' nor '.join(readers)}.")
-
-
-def _check_size(config, weights, directory) -> None:
+def _check_size(
+    config: model.ModelConfig, tensors: dict[str, np.ndarray], directory: pathlib.Path
+) -> None:
     """Raise `DataError` for a config of far more than there is: it may never end."""
-    if config.num_layers > len(weights):
+    if config.num_layers > len(tensors):
         raise DataError(
             f"{directory}: num_hidden_layers={config.num_layers}, but the weights hold "
-            f"{len(weights)} tensors."
+            f"{len(tensors)} tensors."
         )
     wanted = (config.vocab_size, config.embed_dim)
-    found = weights.get("gpt_neox.embed_in.weight")
-    if found is not None and found.shape != wanted:
+    embedding = tensors.get("gpt_neox.embed_in.weight")
+    if embedding is not None and embedding.shape != wanted:
         raise DataError(
-            f"{directory}: 'gpt_neox.embed_in.weight' is {found.shape}, the config's "
+            f"{directory}: 'gpt_neox.embed_in.weight' is {embedding.shape}, the config's "
             f"vocab_size and hidden_size are {wanted}."
         )
 

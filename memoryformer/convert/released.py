@@ -6,9 +6,7 @@
     or, trained with pipeline stages, beside it
     DIR/global_stepN/layer_II-model_00-model_states.pt            {'NAME': ..}
 
-I counts the pieces: 0 embedding, 2 .. n + 1 blocks, n + 3 final norm, n + 4 head. Tables
-are [K 2^tau, F], float16; the first value of a chunk is the high bit, as ours. Start at
-`load_released`.
+The files and the tensors in them are those of `released_tensors`. Start at `load_released`.
 """
 
 import json
@@ -21,16 +19,13 @@ import numpy as np
 import yaml
 
 from memoryformer import model
-from memoryformer.convert import folders, torch_file, trees
+from memoryformer.convert import folders, released_tensors, torch_file, trees
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
 
 EXTRA_BITS = 2  # fixed in the released code
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_IN_ONE_FILE = re.compile(r"sequential\.(\d+)\.(.+)")
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-_STATES = "mp_rank_00_model_states.pt"
 
 
 def load_released(
@@ -43,7 +38,7 @@ def load_released(
     we lack, `DataError` for missing or damaged files.
     """
     directory = _step_directory(pathlib.Path(directory))
-    pieces = _read_pieces(directory)
+    pieces = released_tensors.read_pieces(directory)
     fields = _read_config(directory, config_file)
     config = model_config(fields, pieces, directory)
     tensors = {
@@ -52,7 +47,9 @@ def load_released(
         for name, tensor in piece.items()
         if not name.endswith("rotary_emb.inv_freq")
     }
-    return config, trees.read(_entries(config), tensors, config, directory)
+    return config, trees.read(
+        released_tensors.entries(config), tensors, config, directory
+    )
 
 
 def save_released(
@@ -73,8 +70,9 @@ def save_released(
     `DataError` for values beyond float16.
     """
     fields = their_config(config)
+    entries = released_tensors.entries(config)
     pieces: dict[int, dict[str, np.ndarray]] = {}
-    for name, tensor in trees.write(_entries(config), params, config).items():
+    for name, tensor in trees.write(entries, params, config).items():
         index, _, name = name.partition(".")
         with np.errstate(over="ignore"):
             narrow = tensor.astype(dtype)
@@ -109,7 +107,7 @@ def save_released(
                 for index, piece in sorted(pieces.items())
                 for name, tensor in piece.items()
             }
-        torch_file.write(target / _STATES, states)
+        torch_file.write(target / released_tensors.STATES, states)
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer.json")
         (folder / "latest").write_text(target.name, encoding="utf-8")
@@ -121,11 +119,11 @@ def model_config(
     """Translate their yml; the sizes come from the tensors themselves."""
     memory = fields.section("attn_memory_config")
     inside = {f"attn_memory_config.{k}": v for k, v in memory.values.items()}
-    given = fields.values | inside
+    settings = fields.values | inside
     for name, (value, default) in _REQUIRED.items():
-        if given.get(name, default) != value:
+        if settings.get(name, default) != value:
             raise ConfigError(
-                f"{source}: {name}={given.get(name, default)!r:.60}: only {value!r} is "
+                f"{source}: {name}={settings.get(name, default)!r:.60}: only {value!r} is "
                 "supported."
             )
     embedding = pieces.get(0, {}).get("word_embeddings.weight")
@@ -218,63 +216,6 @@ _REQUIRED = {
 }
 
 
-def _split(config: model.ModelConfig, rows: np.ndarray) -> np.ndarray:
-    """[K C, F] -> [K, C, F]."""
-    return rows.reshape(config.num_tables, -1, rows.shape[-1])
-
-
-def _tables(ours: str, theirs: str) -> trees.Entry:
-    return trees.Entry(
-        f"{ours}.tables",
-        (f"{theirs}.tables",),
-        _split,
-        lambda _, tables: (tables.reshape(-1, tables.shape[-1]),),
-    )
-
-
-def _same(ours: str, theirs: str) -> trees.Entry:
-    return trees.Entry(ours, (theirs,))
-
-
-_PROJECTIONS = tuple(f"attention.{name}_proj" for name in ("query", "key", "value"))
-_BLOCK = (
-    _same("norm1.scale", "input_layernorm.scale"),
-    _same("norm2.scale", "post_attention_layernorm.scale"),
-    trees.Entry(
-        "mixer.qkv.tables",
-        tuple(f"{name}.tables" for name in _PROJECTIONS),
-        lambda config, *qkv: np.stack([_split(config, rows) for rows in qkv], axis=2),
-        lambda _, tables: tuple(
-            tables[:, :, i].reshape(-1, tables.shape[-1]) for i in range(3)
-        ),
-    ),
-    trees.Entry(
-        "mixer.qkv.bias",
-        tuple(f"{name}.bias" for name in _PROJECTIONS),
-        lambda _, *qkv: np.stack(qkv),
-        lambda _, bias: tuple(bias),
-    ),
-    _tables("ffn.up", "mlp.0"),
-    _same("ffn.up.bias", "mlp.0.bias"),
-    _same("ffn.norm.scale", "mlp.1.weight"),
-    _same("ffn.norm.bias", "mlp.1.bias"),
-    _tables("ffn.down", "mlp.2"),
-    _same("ffn.down.bias", "mlp.2.bias"),
-)
-
-
-def _entries(config: model.ModelConfig) -> list[trees.Entry]:
-    depth = config.num_layers
-    entries = [
-        _same("embed.embedding", "0.word_embeddings.weight"),
-        _same("final_norm.scale", f"{depth + 3}.norm.scale"),
-        trees.linear("head.kernel", f"{depth + 4}.final_linear.weight"),
-    ]
-    for i in range(depth):
-        entries += trees.in_block(_BLOCK, f"blocks.{i}.", f"{i + 2}.")
-    return entries
-
-
 def _step_directory(directory: pathlib.Path) -> pathlib.Path:
     latest = directory / "latest"
     if latest.is_file():
@@ -286,45 +227,6 @@ def _step_directory(directory: pathlib.Path) -> pathlib.Path:
     if not directory.is_dir():
         raise DataError(f"{directory}: there is no such directory.")
     return directory
-
-
-def _read_pieces(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
-    pieces: dict[int, dict[str, np.ndarray]] = {}
-    ranks = {path.name for path in directory.glob("mp_rank_*_model_states.pt")}
-    for path in sorted(directory.glob("layer_*.pt")):
-        match = _LAYER_FILE.fullmatch(path.name)
-        if match is None:
-            raise DataError(f"{path}: not a name of a layer file.")
-        ranks.add(f"mp_rank_{match[2]}_model_states.pt")
-        piece = torch_file.read(path)
-        if piece:
-            pieces[int(match[1])] = trees.named_arrays(piece, path)
-    if ranks - {_STATES}:
-        raise DataError(
-            f"{directory}: was split over {len(ranks)} model-parallel ranks; merge "
-            "them with the tools of GPT-NeoX first."
-        )
-    if not pieces and (directory / _STATES).is_file():
-        module = _states(directory).get("module") or {}
-        for name, tensor in trees.named_arrays(module, directory / _STATES).items():
-            match = _IN_ONE_FILE.fullmatch(name)
-            if match is None:
-                raise DataError(f"{directory / _STATES}: {name!r:.60}: unknown name.")
-            pieces.setdefault(int(match[1]), {})[match[2]] = tensor
-    if not pieces:
-        raise DataError(
-            f"{directory}: holds no layer_*-model_00-model_states.pt and no {_STATES} "
-            "with a module."
-        )
-    return pieces
-
-
-def _states(directory: pathlib.Path) -> dict[str, Any]:
-    path = directory / _STATES
-    states = torch_file.read(path)
-    if not isinstance(states, dict):
-        raise DataError(f"{path}: holds no values by name.")
-    return states
 
 
 def _read_config(directory: pathlib.Path, config_file: Any) -> folders.Fields:

@@ -5,7 +5,9 @@ Such a file is a zip archive: `*/data.pkl`, a pickle in which each tensor is a c
 
 Reading runs no code from the file: of the names that a pickle can ask for, the few that
 make tensors and dictionaries are known here, and everything else (optimizer objects,
-random number states, ..) becomes an inert placeholder. Start at `read` and `write`.
+random number states, ..) becomes an inert placeholder. It is our own because `torch` is no
+dependency of this package, and no other library reads these files without it. Start at `read`
+and `write`.
 """
 
 import collections

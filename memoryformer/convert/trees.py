@@ -149,10 +149,10 @@ def check(config: model.ModelConfig, params: Params, source: Any) -> None:
         ".".join(key.key for key in path): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(abstract)
     }
-    found = {path: array.shape for path, array in flatten(params).items()}
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
+    shapes = {path: array.shape for path, array in flatten(params).items()}
+    for path in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(path) != shapes.get(path):
             raise DataError(
-                f"{source}: {path} is {found.get(path, 'missing')}, the model's is "
+                f"{source}: {path} is {shapes.get(path, 'missing')}, the model's is "
                 f"{wanted.get(path, 'absent')}."
             )

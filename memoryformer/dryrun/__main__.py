@@ -1,4 +1,4 @@
-"""What a run would need on a target: see `report`.
+"""What a run would need on a target: see `examine`.
 
 python -m memoryformer.dryrun --config=configs/memoryformer_base.py --target=v6e:8x8
 """
@@ -10,7 +10,8 @@ import jax
 from absl import flags
 
 from memoryformer import cli
-from memoryformer.dryrun import report as dryrun_report
+from memoryformer.dryrun import examine as examine_lib
+from memoryformer.dryrun import report as report_lib
 from memoryformer.training import experiment
 
 
@@ -35,10 +36,10 @@ def _run(argv: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     config = flags.FLAGS.config
     cli.check_arguments(argv, config=config)
-    report = dryrun_report.examine(
+    report = examine_lib.examine(
         experiment.resolve(config), flags.FLAGS.target, flags.FLAGS.compile
     )
-    print(report.as_json() if flags.FLAGS.json else dryrun_report.describe(report))
+    print(report.as_json() if flags.FLAGS.json else report_lib.describe(report))
     if flags.FLAGS.output:
         path = pathlib.Path(flags.FLAGS.output)
         path.write_text(report.as_json() + "\n", encoding="utf-8")

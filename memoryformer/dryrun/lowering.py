@@ -32,12 +32,12 @@ def device_sharding(
     compile for the default device.
     """
     striped = mixers.takes_any_order(run.model)
-    made = sharding_lib.make(run.mesh, devices, striped=striped)
+    sharding = sharding_lib.make(run.mesh, devices, striped=striped)
     local = isinstance(devices, range) or devices[0].platform == jax.default_backend()
-    if made.mesh is None and not local:
+    if sharding.mesh is None and not local:
         mesh = jax.make_mesh((1,), (collectives.DATA_AXIS,), devices=devices[:1])
         return sharding_lib.Sharding(mesh, sharding_lib.ShardingSpecs())
-    return made
+    return sharding
 
 
 def trace(
@@ -124,25 +124,27 @@ def activation_bytes(
     rows = run.train.batch_size // run.train.num_microbatches
     rows = max(rows // sharding.axis_size(collectives.DATA_AXIS), 1)
     length = run.model.seq_len // sharding.axis_size(collectives.SEQUENCE_AXIS)
-    rows_of = {
+    microbatch = {
         name: jax.ShapeDtypeStruct((rows, length), x.dtype)
         for name, x in batch(run, sharding).items()
     }
-    one, two = (_kept_bytes(run, layers, rows_of) for layers in (1, 2))
+    one, two = (_kept_bytes(run, layers, microbatch) for layers in (1, 2))
     total = one + (two - one) * (run.model.num_layers - 1)
     return max(total, 0) // sharding.axis_size(collectives.MODEL_AXIS)
 
 
-def _kept_bytes(run, num_layers, rows):
+def _kept_bytes(
+    run: experiment.Experiment, num_layers: int, batch: dict[str, jax.ShapeDtypeStruct]
+) -> int:
     """Bytes of what `vjp` closes over, without the parameters themselves."""
     model = dataclasses.replace(run.model, num_layers=num_layers)
     params = jax.eval_shape(lambda: model_lib.init(model))
 
-    def pull(params, rows):
-        nats = lambda p: losses.batch_nats(model, p, rows)  # noqa: E731
+    def backward(params, batch):
+        nats = lambda p: losses.batch_nats(model, p, batch)  # noqa: E731
         return jax.vjp(nats, params)[1]
 
-    kept = jax.eval_shape(pull, params, rows)
+    kept = jax.eval_shape(backward, params, batch)
     sizes = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    own = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in sizes]
-    return sharding_lib.num_bytes(own)
+    activations = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in sizes]
+    return sharding_lib.num_bytes(activations)

@@ -108,30 +108,33 @@ class Generator:
             kinds = kinds or narrow.WeightKinds()
             params = narrow.prepare(model_config, params, kinds)
         self._params = jax.tree.map(jnp.asarray, params)
-        self._prefill = jax.jit(self._step, donate_argnums=1)
-        self._decode = jax.jit(self._loop, donate_argnums=(1, 2))
+        self._prefill = jax.jit(self._read, donate_argnums=1)
+        self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
 
-    def _step(self, params, state, tokens, seq):
+    def _read(self, params, state, tokens, seq):
+        """Read tokens [B, L]: the logits that follow them [B, V], and the state."""
         model = model_lib.merge(self.model_config, params)
         x, state = model.features(tokens, seq, state)
-        return model.logits(x[:, -1]), state  # [B, V]
+        return model.logits(x[:, -1]), state
 
-    def _loop(self, params, state, logits, position, keys, count, temperature, top_p):
+    def _sample_and_read(
+        self, params, state, logits, position, keys, count, temperature, top_p
+    ):
         """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
 
-        def one(i, carry):
+        def next_token(i, carry):
             state, logits, position, keys, tokens = carry
-            keys, now = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-            pick = jax.vmap(choose, (0, 0, None, None))
-            token = pick(logits[:, None], now, temperature, top_p)  # [B, 1]
+            keys, draws = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+            choose_each = jax.vmap(choose, (0, 0, None, None))
+            token = choose_each(logits[:, None], draws, temperature, top_p)  # [B, 1]
             seq = mixers.SeqInfo(position[:, None], jnp.ones_like(token))
-            logits, state = self._step(params, state, token, seq)
+            logits, state = self._read(params, state, token, seq)
             tokens = tokens.at[i].set(token[:, 0])
             return state, logits, position + 1, keys, tokens
 
         tokens = jnp.zeros((LOOP, logits.shape[0]), jnp.int32)
         carry = (state, logits, position, keys, tokens)
-        *carry, tokens = jax.lax.fori_loop(0, count, one, carry)
+        *carry, tokens = jax.lax.fori_loop(0, count, next_token, carry)
         return tokens, *carry
 
     def stream(
@@ -180,11 +183,11 @@ class Generator:
         pending = []
         for done in range(0, sampling.max_tokens, LOOP):
             count = min(LOOP, sampling.max_tokens - done)
-            now, state, logits, position, keys = self._decode(
+            chosen, state, logits, position, keys = self._decode(
                 self._params, state, logits, position, keys, count, *knobs
             )
             yield from np.asarray(pending).tolist()
-            pending = now[:count]
+            pending = chosen[:count]
         yield from np.asarray(pending).tolist()
 
     def _one_by_one(self, prompts, sampling):

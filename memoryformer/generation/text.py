@@ -1,10 +1,6 @@
-"""Text that continues text: prompts, stop strings, files and the command.
+"""Text that continues text: prompts to tokens, tokens to replies, cut at stop strings.
 
-Tokens are `sampler`'s. Start at `complete`.
-
-    python -m memoryformer.generation --workdir=DIR --prompt="def main(" --stop="def "
-    python -m memoryformer.generation --workdir=DIR --prompts=FILE --output=FILE.jsonl
-    python -m memoryformer.generation --workdir=DIR --repl
+Tokens are `sampler`'s. Start at `complete`; `complete_all` is for many prompts.
 """
 
 import dataclasses
@@ -31,7 +27,7 @@ class Completion:
 
 
 class _Reply:
-    """The text of one row so far, cut before its stop strings (see `_before`)."""
+    """The text of one row so far, cut before its stop strings (see `_before_stops`)."""
 
     def __init__(
         self,
@@ -66,18 +62,18 @@ class _Reply:
         """Return what can be shown now and was not: no beginning of a stop string."""
         end = len(self.text)
         if not self.finish:
-            end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
+            end -= max((_begun(self.text, stop) for stop in self._stop), default=0)
         start, self._shown = self._shown, max(self._shown, end)
         return self.text[start : self._shown]
 
     def _add(self, text: str) -> None:
         self.text += text
-        kept = _before(self.text, self._stop, self._in_turn)
+        kept = _before_stops(self.text, self._stop, self._in_turn)
         if kept != self.text:
             self.text, self.finish = kept, "stop"
 
 
-def _before(text: str, stops: Sequence[str], in_turn: bool) -> str:
+def _before_stops(text: str, stops: Sequence[str], in_turn: bool) -> str:
     """What stands before the stop string that begins first; or, `in_turn`, before the first
     of `stops`, of that before the second, and so on. They differ where two overlap.
     """
@@ -85,11 +81,11 @@ def _before(text: str, stops: Sequence[str], in_turn: bool) -> str:
         for stop in stops:
             text = text.partition(stop)[0]
         return text
-    found = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(found)] if found else text
+    starts = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(starts, default=len(text))]
 
 
-def _overlap(text: str, stop: str) -> int:
+def _begun(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
@@ -145,24 +141,6 @@ def complete_tokens(
     return [Completion(r.text, r.num_tokens, r.finish) for r in replies]
 
 
-def complete_file(
-    generator: sampler.Generator,
-    tokenizer: data.Tokenizer,
-    path: str,
-    sampling: sampler.SamplingConfig,
-    stop: Sequence[str] = (),
-    batch_size: int = 16,
-) -> Iterator[dict[str, Any]]:
-    """Continue every prompt of a file: lines of text, or JSON lines with 'prompt'.
-
-    Yields {'prompt', 'text', 'num_tokens', 'finish', 'seed'}; prompt i has seed + i, whatever
-    the batch size. The file is read at once: raises `ConfigError` where it is no such file.
-    """
-    prompts = prompts_lib.read(path)
-    prompts_lib.check_seeds(sampling, prompts)
-    return complete_all(generator, tokenizer, prompts, sampling, stop, batch_size)
-
-
 def complete_all(
     generator: sampler.Generator,
     tokenizer: data.Tokenizer,
@@ -171,15 +149,19 @@ def complete_all(
     stop: Sequence[str] = (),
     batch_size: int = 16,
 ) -> Iterator[dict[str, Any]]:
-    """Continue these prompts, `batch_size` at a time; yields as `complete_file`."""
+    """Continue each of these prompts, `batch_size` at a time.
+
+    Yields {'prompt', 'text', 'num_tokens', 'finish', 'seed'}; prompt i has seed + i, whatever
+    the batch size. `prompts.read` reads them from a file, and `prompts.check_seeds` says
+    whether that is a seed for all of them.
+    """
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        now = dataclasses.replace(sampling, seed=sampling.seed + start)
-        replies = complete(generator, tokenizer, batch, now, stop)
+        seed = sampling.seed + start
+        of_batch = dataclasses.replace(sampling, seed=seed)
+        replies = complete(generator, tokenizer, batch, of_batch, stop)
         for i, (prompt, reply) in enumerate(zip(batch, replies, strict=True)):
-            yield (
-                {"prompt": prompt} | dataclasses.asdict(reply) | {"seed": now.seed + i}
-            )
+            yield {"prompt": prompt, **dataclasses.asdict(reply), "seed": seed + i}
 
 
 def open_run(

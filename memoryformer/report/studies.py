@@ -55,16 +55,16 @@ class Run:
 
     def series(self, metric: str, against: str = "tokens") -> Series:
         """Return a metric over tokens, FLOPs or steps; what is not finite is left out."""
-        found = [(r["step"], float(r[metric])) for r in self.rows if metric in r]
-        found = [(step, value) for step, value in found if np.isfinite(value)]
-        steps = np.array([step for step, _ in found], float)
+        points = [(r["step"], float(r[metric])) for r in self.rows if metric in r]
+        points = [(step, value) for step, value in points if np.isfinite(value)]
+        steps = np.array([step for step, _ in points], float)
         tokens = steps * self.tokens_per_step
         x = {
             "steps": steps,
             "tokens": tokens,
             "flops": tokens * self.cost.training_flops_per_token,
         }[against]
-        return x, np.array([value for _, value in found])
+        return x, np.array([value for _, value in points])
 
     def last(self, metric: str) -> float | None:
         """Return the last finite value of a metric, the median of a speed."""
@@ -121,13 +121,13 @@ class Study:
 
     def summaries(self, metric: str) -> list[statistics_lib.Summary]:
         """Mean and spread of a metric's last values, of the variants that have it."""
-        found = []
+        summaries = []
         for label, variant in self.variants.items():
             runs = self.counted(variant)
             values = [v for v in (run.last(metric) for run in runs) if v is not None]
             if values:
-                found.append(statistics_lib.summarise(label, values))
-        return found
+                summaries.append(statistics_lib.summarise(label, values))
+        return summaries
 
     @property
     def headline(self) -> str:
@@ -150,8 +150,8 @@ def load(directories: Sequence[pathlib.Path]) -> list[Study]:
     for directory in directories:
         if not directory.is_dir():
             raise DataError(f"{directory}: there is no such directory.")
-        found = [p.parent for p in _below(directory, files.MANIFEST)]
-        for sweep in found:
+        for manifest in _below(directory, files.MANIFEST):
+            sweep = manifest.parent
             of_points = _of_sweep(sweep, damaged)
             seen |= {(sweep / name).resolve() for name in of_points}
             runs = [run for run in of_points.values() if run]

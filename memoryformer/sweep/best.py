@@ -71,15 +71,23 @@ def _side(values: dict[float, list[Trial]]) -> Side:
     variants = list(
         dict.fromkeys(t.variant for seeds in values.values() for t in seeds)
     )
-    chosen = values[best] if means else next(iter(values.values()))
-    name = _shared(variants) or chosen[0].variant
+    name = _shared(variants) or variants[0]
     summary = statistics_lib.Summary(name, 0, math.nan, math.nan)
     if means:
-        summary = statistics_lib.summarise(name, [trial.metric for trial in chosen])
-    ended = ("done", "failed")
-    tried = [v for v, seeds in values.items() if all(t.state in ended for t in seeds)]
+        metrics = [trial.metric for trial in values[best]]
+        summary = statistics_lib.summarise(name, metrics)
     unfit = sorted(values.keys() - means.keys())
-    return Side(variants, sorted(tried), unfit, best, summary)
+    return Side(variants, _ended(values), unfit, best, summary)
+
+
+def _ended(values: dict[float, list[Trial]]) -> list[float]:
+    """The values of which every seed has ended, sorted."""
+    ended = ("done", "failed")
+    return sorted(
+        value
+        for value, seeds in values.items()
+        if all(trial.state in ended for trial in seeds)
+    )
 
 
 def _shared(variants: Sequence[str]) -> str:
@@ -115,8 +123,10 @@ def _trial(point: Point, field: str, metric: str) -> Trial:
     return Trial(side, point.variant, flat.get(field, math.nan), state, value)
 
 
-def _lines(found: Sequence[Side], metric: str, name: str, baseline: str) -> list[str]:
-    ready = [side for side in found if side.summary.count]
+def _lines(
+    compared: Sequence[Side], metric: str, name: str, baseline: str
+) -> list[str]:
+    ready = [side for side in compared if side.summary.count]
     if not ready:
         return [f"{metric} at the best {name}: no side has one with all seeds done."]
     base = next((side for side in ready if baseline in side.variants), ready[0])
@@ -133,7 +143,7 @@ def _lines(found: Sequence[Side], metric: str, name: str, baseline: str) -> list
     lines.append(
         f"\nnoise floor (s.d. over seeds, pooled over these rows): {pooled:.2g}"
     )
-    unfit = [f"{s.summary.variant} at {v:g}" for s in found for v in s.unfit]
+    unfit = [f"{s.summary.variant} at {v:g}" for s in compared for v in s.unfit]
     if unfit:
         lines.append(f"left out, as not all seeds are done: {'; '.join(unfit)}")
     return lines

@@ -70,9 +70,9 @@ def _sizes(point: Point) -> tuple[int, ...]:
         # This machine need not have what the points will be trained with.
         readable = implementations.readable(point.run.model)
         run = dataclasses.replace(point.run, model=readable)
-        made = lowering.device_sharding(run, jax.devices())
-        state = lowering.state(run, made)
-        activations = lowering.activation_bytes(run, made)
+        sharding = lowering.device_sharding(run, jax.devices())
+        state = lowering.state(run, sharding)
+        activations = lowering.activation_bytes(run, sharding)
     except ConfigError as error:
         name = f"point {point.index} ({point.workdir.name})"
         raise ConfigError(f"{name}: {error}") from error

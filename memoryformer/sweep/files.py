@@ -50,12 +50,12 @@ def state(point: Point) -> State:
 def values(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, float]:
     """Return each metric's last value, or its median where rows are samples of it."""
     rows = read_rows(workdir)
-    found = {}
+    last = {}
     for name in names:
         seen = [float(row[name]) for row in rows if name in row]
         if seen:
-            found[name] = statistics.median(seen) if name in MEDIANS else seen[-1]
-    return found
+            last[name] = statistics.median(seen) if name in MEDIANS else seen[-1]
+    return last
 
 
 def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

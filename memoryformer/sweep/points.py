@@ -177,8 +177,8 @@ def _merged(
                 f"--sweep={','.join(names)}: {name!r} sets {min(both)}, and so does "
                 "another one of them; a product needs sweeps over different fields."
             )
-        rest = {k: v for k, v in part.items() if k != SEED}
-        labels.append(label or describe(rest))
+        without_seed = {k: v for k, v in part.items() if k != SEED}
+        labels.append(label or describe(without_seed))
         overrides |= part
     return overrides, ", ".join(filter(None, labels))
 
@@ -204,9 +204,9 @@ def _point(config, base, overrides, label, index, directory, where):
 
 def _directory(directory: pathlib.Path, slug: str, digest: str) -> pathlib.Path:
     """The point's own directory, or that of another sweep which has trained the same."""
-    own = directory / f"{slug}-{digest}"
+    named = directory / f"{slug}-{digest}"
     twins = sorted(directory.parent.glob(f"*/*-{digest}"))
-    return twins[0] if twins and not own.exists() else own
+    return twins[0] if twins and not named.exists() else named
 
 
 def _hash(run: experiment.Experiment, overrides: Mapping[str, Any]) -> str:

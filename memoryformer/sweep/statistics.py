@@ -70,7 +70,7 @@ def difference(one: Summary, base: Summary, pooled: float) -> Difference:
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
     """Return a row per point: what it is, what it costs, how far it is, its metrics."""
     fields = sorted({key for point in sweep.points for key in point.overrides})
-    found = []
+    table = []
     for point in sweep.points:
         state = files.state(point)
         cost = accounting.count(point.run.model)
@@ -88,8 +88,8 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
         flat = config_lib.flatten(experiment.as_dict(point.run))
         row |= {field: flat[field] for field in fields}
         row |= files.values(point.workdir, sweep.metrics)
-        found.append(row | {"workdir": str(point.workdir)})
-    return found
+        table.append(row | {"workdir": str(point.workdir)})
+    return table
 
 
 def collect(sweep: Sweep, baseline: str = "") -> str:
@@ -97,15 +97,15 @@ def collect(sweep: Sweep, baseline: str = "") -> str:
 
     Only points that are done count. `baseline` names a variant; '' is the first one.
     """
-    found = rows(sweep)
+    points = rows(sweep)
     path = sweep.directory / CSV_FILE
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        write_csv(found, path)
+        write_csv(points, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error}.") from error
-    done = [row for row in found if row["state"] == "done"]
-    lines = [f"{len(done)} of {len(found)} points are done; {path}"]
+    done = [row for row in points if row["state"] == "done"]
+    lines = [f"{len(done)} of {len(points)} points are done; {path}"]
     for metric in sweep.metrics:
         lines += ["", *variant_table(done, metric, baseline)]
     return "\n".join(lines)
@@ -147,14 +147,14 @@ def cells(summary: Summary, base: Summary, pooled: float) -> str:
     return f"{summary.count} | {mean} | {against}"
 
 
-def write_csv(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+def write_csv(table: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Write rows, the union of their keys as columns."""
-    columns = list(dict.fromkeys(key for row in found for key in row if key))
+    columns = list(dict.fromkeys(key for row in table for key in row if key))
     columns.sort(key=lambda name: name == "workdir")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(table)
 
 
 def number(value: float) -> str:

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from memoryformer import convert, errors, model
-from memoryformer.convert import export, reference_reader, runs, safetensors_file, trees
+from memoryformer.convert import (
+    export,
+    reference_reader,
+    safetensors_file,
+    transfer,
+    trees,
+)
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.harness import scoring
 from memoryformer.runs import steps as run_steps
@@ -263,7 +269,7 @@ def test_run_to_export_and_back_through_the_command_line(tmp_path):
     assert np.any(trained["head"]["kernel"] != params["head"]["kernel"])
 
     with pytest.raises(errors.ConfigError, match=r"model\.score='softmax'"):
-        runs.export_run(tmp_path / "run", tmp_path / "theirs", form="released")
+        transfer.export_run(tmp_path / "run", tmp_path / "theirs", form="released")
 
     refusals = (
         (["import", out, back], 2, "holds checkpoints"),
@@ -299,10 +305,10 @@ def test_pythia_from_the_hubs_cache(tmp_path, monkeypatch):
         "snapshot_download",
         lambda *a, **k: download(*a, cache_dir=tmp_path / "hub", **k),
     )
-    directory = runs.fetch("hub:owner/name")
+    directory = transfer.fetch("hub:owner/name")
     read_config, read = convert.load_gpt_neox(directory)
     assert read_config.num_layers == 2
     jax.tree.map(np.testing.assert_array_equal, read, params)
     assert export.load_tokenizer(directory).vocab_size == 257
     with pytest.raises(errors.DataError, match="hub:owner/absent: could not be"):
-        runs.fetch("hub:owner/absent")
+        transfer.fetch("hub:owner/absent")

@@ -9,7 +9,7 @@ import toy
 
 from memoryformer import convert, errors, model
 from memoryformer.convert import __main__ as command
-from memoryformer.convert import export, folders, gpt_neox, runs
+from memoryformer.convert import export, folders, gpt_neox, transfer
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.generation import __main__ as generation
 from memoryformer.runs import steps as run_steps
@@ -127,17 +127,17 @@ def test_a_run_is_not_exported_into_itself(toy_run, tmp_path):
     Mutation: `check_free` not called by `export_run`; the checkpoints' folder allowed.
     """
     before = (toy_run / "config.json").read_bytes()
-    for form in runs.FORMATS:
+    for form in transfer.FORMATS:
         with pytest.raises(errors.ConfigError, match="nothing is written over"):
-            runs.export_run(toy_run, toy_run, form=form)
+            transfer.export_run(toy_run, toy_run, form=form)
         with pytest.raises(errors.ConfigError, match="among the run's checkpoints"):
-            runs.export_run(toy_run, toy_run / run_steps.FOLDER / "99", form=form)
+            transfer.export_run(toy_run, toy_run / run_steps.FOLDER / "99", form=form)
     assert (toy_run / "config.json").read_bytes() == before
     assert not (toy_run / run_steps.FOLDER / "99").exists()
-    runs.export_run(toy_run, tmp_path / "out")
+    transfer.export_run(toy_run, tmp_path / "out")
     with pytest.raises(errors.ConfigError, match="nothing is written over"):
-        runs.import_run(tmp_path / "out", tmp_path / "out")
-    runs.import_run(tmp_path / "out", tmp_path / "back")
+        transfer.import_run(tmp_path / "out", tmp_path / "out")
+    transfer.import_run(tmp_path / "out", tmp_path / "back")
     own = tokenizer_lib.load(str(tmp_path / "back" / "tokenizer.json"))
     told = run_steps.facts(tmp_path / "back")["tokenizer"]
     assert told == {"sha256": own.fingerprint, "end_token": "<eot>"}
@@ -148,9 +148,9 @@ def test_an_import_compares_the_tokens(toy_run, tmp_path):
 
     Mutation: `_check_same_tokens` left out.
     """
-    runs.export_run(toy_run, tmp_path / "out")
+    transfer.export_run(toy_run, tmp_path / "out")
     config = toy.run_config(toy_run.parent)
-    runs.import_run(tmp_path / "out", tmp_path / "same", config)
+    transfer.import_run(tmp_path / "out", tmp_path / "same", config)
     fields = export.read_config(tmp_path / "out")
     swapped = tokenizer_lib.byte_level().spec
     vocab = swapped["model"]["vocab"]
@@ -160,7 +160,7 @@ def test_an_import_compares_the_tokens(toy_run, tmp_path):
         json.dumps(fields | {"tokenizer_sha256": "", "end_token": ""})
     )
     with pytest.raises(errors.ConfigError, match="token 97 is b'a', there b'b'"):
-        runs.import_run(tmp_path / "out", tmp_path / "other", config)
+        transfer.import_run(tmp_path / "out", tmp_path / "other", config)
     assert not (tmp_path / "other").exists()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memoryformer import convert, errors, model
-from memoryformer.convert import gpt_neox, torch_file, trees
+from memoryformer.convert import gpt_neox_tensors, torch_file, trees
 
 BASE = dict(
     vocab_size=89,
@@ -127,7 +127,7 @@ def test_qkv_is_interleaved_per_head():
     config, _ = ours()
     heads, width = config.num_heads, config.head_dim
     rows = np.arange(3 * heads * width)[:, None] * np.ones(5, int)
-    kernel = gpt_neox._read_qkv(config, rows)
+    kernel = gpt_neox_tensors._read_qkv(config, rows)
     for h in range(heads):
         for j in range(3):
             for e in range(width):
@@ -142,7 +142,7 @@ def test_half_precision_bin_is_read_exactly(tmp_path):
     """
     config, params = ours()
     convert.save_gpt_neox(tmp_path, config, params)
-    tensors = trees.write(gpt_neox._entries(config), params, config)
+    tensors = trees.write(gpt_neox_tensors.entries(config), params, config)
     half = {name: array.astype(np.float16) for name, array in tensors.items()}
     (tmp_path / "model.safetensors").unlink()
     torch_file.write(tmp_path / "pytorch_model.bin", half)
@@ -188,7 +188,7 @@ def test_missing_and_damaged_files_are_refused_in_one_line(tmp_path):
     weights.unlink()
     with pytest.raises(errors.DataError, match="holds neither"):
         convert.load_gpt_neox(tmp_path)
-    tensors = trees.write(gpt_neox._entries(config), params, config)
+    tensors = trees.write(gpt_neox_tensors.entries(config), params, config)
     for change, message in (
         ({"gpt_neox.extra": np.zeros(2, np.float32)}, "no place in this model"),
         ({"embed_out.weight": np.zeros((3, 3), np.float32)}, "head.kernel"),

@@ -11,7 +11,7 @@ import tokenizers
 import toy
 
 from memoryformer import data
-from memoryformer.convert import export, gpt_neox, runs
+from memoryformer.convert import export, gpt_neox, transfer
 from memoryformer.data import run_tokenizer
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
@@ -100,12 +100,12 @@ def test_it_is_written_and_its_hash_is_in_every_manifest(grown):
 def test_a_grown_corpus_changes_nothing(grown, tmp_path, monkeypatch):
     """Text, evaluation, pictures and exports are those of before.
 
-    Mutations: `data.load(run.data)` in `generation.text.open_run`, `runs.export_run`,
+    Mutations: `data.load(run.data)` in `generation.text.open_run`, `transfer.export_run`,
     `pictures._collect` or `evaluate_checkpoint`.
     """
     run, config, before = grown
     assert text(run)[0] == before
-    runs.export_run(run, tmp_path / "out")
+    transfer.export_run(run, tmp_path / "out")
     generator, tokenizer = text_lib.open_export(str(tmp_path / "out"))
     (reply,) = text_lib.complete(generator, tokenizer, ["def return"], GREEDY)
     assert reply.text == before
@@ -131,8 +131,8 @@ def test_no_corpus_is_needed_to_sample_and_to_export(alone, tmp_path):
     run, before = alone
     found, tokenizer = text(run)
     assert found == before
-    for form in runs.FORMATS[:2]:
-        runs.export_run(run, tmp_path / form, form=form)
+    for form in transfer.FORMATS[:2]:
+        transfer.export_run(run, tmp_path / form, form=form)
         assert (tmp_path / form / "tokenizer.json").is_file()
     assert (
         export.own_tokenizer(tmp_path / "safetensors", 304).pieces == tokenizer.pieces
@@ -147,7 +147,7 @@ def test_another_tokenizer_in_its_place_is_refused(alone, tmp_path):
     Mutation: the fingerprints not compared in `load_recorded`.
     """
     run, _ = alone
-    runs.export_run(run, tmp_path / "out")
+    transfer.export_run(run, tmp_path / "out")
     for folder, read in (
         (run, lambda: text_lib.open_run(run)),
         (tmp_path / "out", lambda: text_lib.open_export(str(tmp_path / "out"))),
@@ -184,7 +184,7 @@ def test_an_old_run_has_the_tokenizer_of_its_data_or_none(grown, tmp_path):
     try:
         for read in (
             lambda: text_lib.open_run(old),
-            lambda: runs.export_run(old, tmp_path / "out"),
+            lambda: transfer.export_run(old, tmp_path / "out"),
             lambda: evaluate_run.evaluate_checkpoint(old),
         ):
             with pytest.raises(DataError, match="has fingerprint"):
@@ -310,7 +310,7 @@ def test_bits_per_byte_are_of_the_text(tmp_path):
     result = evaluate_run.evaluate_checkpoint(tmp_path / "run")
     assert result["val/bytes"] == split.bytes
     assert text(tmp_path / "run")[1].end_token == "<fin>"
-    runs.export_run(tmp_path / "run", tmp_path / "out")
+    transfer.export_run(tmp_path / "run", tmp_path / "out")
     assert export.own_tokenizer(tmp_path / "out", 304).eot_id == 1
 
 
@@ -332,7 +332,7 @@ def test_transformers_gives_our_greedy_text(grown, tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch and transformers")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     run = grown[0]
-    runs.export_run(run, tmp_path / "out", form="gpt_neox")
+    transfer.export_run(run, tmp_path / "out", form="gpt_neox")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenize = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     generator, ours, _ = text_lib.open_run(run)

@@ -14,10 +14,12 @@ import toy
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.accounting import targets as targets_lib
+from memoryformer.accounting.targets import GIB
 from memoryformer.dryrun import __main__ as command
 from memoryformer.dryrun import advice as advice_lib
+from memoryformer.dryrun import examine as dryrun
 from memoryformer.dryrun import lowering
-from memoryformer.dryrun import report as dryrun_report
+from memoryformer.dryrun import report as report_lib
 from memoryformer.errors import ConfigError
 from memoryformer.training import experiment
 from memoryformer.training import programs as programs_lib
@@ -42,7 +44,7 @@ def run_of(mesh="single", projection="memory", **fields):
 
 @functools.cache
 def report_of(mesh):
-    return dryrun_report.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
+    return dryrun.examine(run_of(mesh), "cpu" if mesh == "single" else "cpu:8")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -108,7 +110,7 @@ def test_without_the_targets_compiler(monkeypatch):
     Mutation: `missing` not asked.
     """
     monkeypatch.setattr(targets_lib.importlib.util, "find_spec", lambda name: None)
-    report = dryrun_report.examine(run_of("fsdp_tensor:model=4"), "v5e:2x4")
+    report = dryrun.examine(run_of("fsdp_tensor:model=4"), "v5e:2x4")
     assert "pip install 'jax[tpu]==" in report.warnings[0]
     assert report.compiled.startswith("cpu:8") and report.num_devices == 8
     assert {c.axes for c in report.collectives} >= {("data",), ("model",)}
@@ -123,15 +125,12 @@ def test_few_blocks_tell_of_many():
     Mutation: `num_layers` blocks added to those of two.
     """
     run = run_of("fsdp_tensor:model=4", **{"model.num_layers": 5})
-    whole, few = (
-        dryrun_report.examine(run, "cpu:8", how) for how in ("full", "blocks")
-    )
+    whole, few = (dryrun.examine(run, "cpu:8", how) for how in ("full", "blocks"))
     assert few.memory.arguments == whole.memory.arguments
     assert few.memory.temporary == pytest.approx(whole.memory.temporary, rel=0.1)
     for axis in ("data", "model"):
         ours, theirs = (
-            dryrun_report.hlo_messages.wire_bytes(r.collectives, axis)
-            for r in (few, whole)
+            dryrun.hlo_messages.wire_bytes(r.collectives, axis) for r in (few, whole)
         )
         assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -149,9 +148,7 @@ def test_abstract_meshes_of_any_number():
     state, step = lowering.trace(run, place)
     whole = sharding_lib.num_bytes(state.params)
     assert whole / 512 <= lowering.device_bytes(state.params) < 1.2 * whole / 512
-    found = dryrun_report.jaxpr_messages.collectives(
-        step.jaxpr, lowering.mesh_shape(place)
-    )
+    found = dryrun.jaxpr_messages.collectives(step.jaxpr, lowering.mesh_shape(place))
     tables = [c for c in found if c.kind == "reduce-scatter" and c.axes == ("data",)]
     assert sum(c.payload_bytes * c.count for c in tables) >= 0.9 * whole / 4
 
@@ -159,12 +156,12 @@ def test_abstract_meshes_of_any_number():
 def test_what_does_not_fit_has_remedies(monkeypatch):
     """Concrete fields, what saves most first; the compiler's own refusal is a verdict.
 
-    Mutation: `HEADROOM` 100.
+    Mutation: a refusal raised again.
     """
     tiny = dataclasses.replace(targets_lib.CHIPS["cpu"], memory_bytes=2**20)
     monkeypatch.setitem(targets_lib.CHIPS, "cpu", tiny)
-    report = dryrun_report.examine(run_of("data"), "cpu:8")
-    assert report.verdict.startswith("does not fit: ")
+    report = dryrun.examine(run_of("data"), "cpu:8")
+    assert str(report.verdict).startswith("does not fit: ")
     advice = "\n".join(report.warnings)
     assert "mesh=fsdp or fsdp_tensor" in advice and "model=2" in advice
 
@@ -176,14 +173,62 @@ def test_what_does_not_fit_has_remedies(monkeypatch):
 
     lowered = types.SimpleNamespace(compile=refuses)
     place = lowering.device_sharding(run_of(), jax.devices()[:1])
-    found = dryrun_report._compile(lowered, place)
-    assert found == {"verdict": "does not fit: Used 30.1G of 15.75G hbm"}
+    compiled = dryrun._compile(lowered, place)
+    assert str(compiled.verdict) == "does not fit: Used 30.1G of 15.75G hbm"
+    assert compiled.memory is None and compiled.against(2**40) == compiled
+
+
+@pytest.mark.parametrize(
+    "used, capacity, verdict",
+    [
+        (95, 100, "fits: 95.00 of 100 GiB"),
+        (96, 100, "does not fit: 96.00 of 100 GiB"),
+        (96, 0, "compiles"),
+    ],
+)
+def test_a_twentieth_of_the_memory_is_the_runtimes(used, capacity, verdict):
+    """Mutation: `HEADROOM` 1, or `<` for `<=`."""
+    memory = report_lib.Memory(0, 0, used * GIB, used * GIB)
+    compiled = dryrun.Compiled(report_lib.Verdict(report_lib.Fit.COMPILES), memory)
+    assert str(compiled.against(capacity * GIB).verdict) == verdict
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, ["fsdp", "model=2", "num_microbatches=2", "remat=full", "more devices"]),
+        ({"mesh": "fsdp"}, ["model=2", "num_microbatches=2", "remat=full", "more devices"]),
+        ({"mesh": "data", "model.num_heads": 1},
+         ["fsdp", "num_microbatches=2", "remat=full", "more devices"]),
+        ({"train.num_microbatches": 2, "model.remat": "full"},
+         ["fsdp", "model=2", "more devices"]),
+        ({"train.num_microbatches": 2, "model.seq_len": 1024},
+         ["fsdp", "model=2", "sequence_chunk", "more devices"]),
+    ],
+)  # fmt: skip
+def test_advice_to_fit_is_what_applies(fields, expected):
+    """In the order of the bytes. Mutations: a condition of the table turned round; unsorted."""
+    fields = {"mesh": "data"} | fields
+    run = run_of(fields.pop("mesh"), **fields)
+    report = types.SimpleNamespace(
+        verdict=report_lib.Verdict(report_lib.Fit.DOES_NOT_FIT), num_devices=8,
+        params_bytes=40 * GIB, optimizer_bytes=80 * GIB, gathered_bytes=10 * GIB,
+        gradient_bytes=20 * GIB, activation_bytes=5 * GIB, device_bytes=100 * GIB,
+        messages=[],
+    )  # fmt: skip
+    place = lowering.device_sharding(run, range(8))
+    lines = list(advice_lib.find(report, run, targets_lib.parse("cpu:8"), place))
+    assert len(lines) == len(expected)
+    for line, word in zip(lines, expected, strict=True):
+        assert line.startswith("to fit: ") and word in line
+    assert "120.0 GiB now" in "".join(lines) or "fsdp" not in expected
+    assert "30.0 GiB now" in "".join(lines) or "model=2" not in expected
 
 
 def test_slow_messages_are_told():
     """Mutation: `SLOW` infinite."""
     report = types.SimpleNamespace(
-        verdict="fits", num_devices=16, tokens_per_step=16, training_flops_per_token=1,
+        verdict=report_lib.Verdict(report_lib.Fit.FITS), num_devices=16, tokens_per_step=16, training_flops_per_token=1,
         messages=report_of("fsdp").messages,
     )  # fmt: skip
     target = targets_lib.parse("h200:16")
@@ -206,14 +251,14 @@ def test_slow_messages_are_told():
 def test_bad_targets_are_one_line(target, message):
     """Mutation: a topology not matched whole."""
     with pytest.raises(ConfigError) as caught:
-        dryrun_report.examine(run_of(), target)
+        dryrun.examine(run_of(), target)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_report_reads_and_stores():
     """Every figure in text and in JSON. Mutation: `describe` without the memory."""
     report = report_of("fsdp_tensor:model=4")
-    text = dryrun_report.describe(report)
+    text = report_lib.describe(report)
     for wanted in (
         "model.embed_dim = 128",
         "data=2 x model=4",
@@ -224,7 +269,7 @@ def test_the_report_reads_and_stores():
         assert wanted in text
     assert "warning: " not in text and not report.warnings  # all is well with it
     worrying = dataclasses.replace(report, warnings=["one thing", "another"])
-    told = dryrun_report.describe(worrying).splitlines()[-2:]
+    told = report_lib.describe(worrying).splitlines()[-2:]
     assert told == ["warning: one thing", "warning: another"]
     stored = json.loads(report.as_json())
     assert stored["memory"]["total"] == stored["plan_bytes"] == report.memory.total
@@ -240,7 +285,7 @@ def test_tables_are_joined_in_the_type_they_are_read_in():
     """
     small = {"model.dtype": "bfloat16"}
     reports = [
-        dryrun_report.examine(run_of("fsdp", **fields), "cpu:8", "none")
+        dryrun.examine(run_of("fsdp", **fields), "cpu:8", "none")
         for fields in (small, small | {"train.num_microbatches": 2}, {})
     ]
     counted = reports[0].parameters

@@ -268,13 +268,17 @@ def test_prompt_files_and_the_command_line(tmp_path):
     sampling = sampler.SamplingConfig(max_tokens=20, temperature=1.0, seed=3)
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\nlonger than that\nx\n")
-    rows = list(text_lib.complete_file(generator, tokenizer, str(lines), sampling))
+    rows = list(
+        text_lib.complete_all(
+            generator, tokenizer, prompts_lib.read(str(lines)), sampling
+        )
+    )
     assert [row["seed"] for row in rows] == [3, 4, 5]
     json_lines = tmp_path / "prompts.jsonl"
     with json_lines.open("w") as file:
         file.writelines(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
-    again = text_lib.complete_file(
-        generator, tokenizer, str(json_lines), sampling, batch_size=2
+    again = text_lib.complete_all(
+        generator, tokenizer, prompts_lib.read(str(json_lines)), sampling, batch_size=2
     )
     assert list(again) == rows
     convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
@@ -295,8 +299,8 @@ def test_prompt_files_and_the_command_line(tmp_path):
 
     # A shell's backslash and n end a reply at a line end.
     longer = sampler.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
-    stopped = text_lib.complete_file(
-        generator, tokenizer, str(lines), longer, stop=["\n"]
+    stopped = text_lib.complete_all(
+        generator, tokenizer, prompts_lib.read(str(lines)), longer, stop=["\n"]
     )
     stopped = list(stopped)
     assert "stop" in [row["finish"] for row in stopped]
@@ -334,10 +338,10 @@ def test_prompts_of_a_file(tmp_path, name, content, prompts):
     pack = gzip.compress if name.endswith("gz") else bytes
     path.write_bytes(pack(content.encode()))
     tokenizer = tokenizer_lib.byte_level()
-    rows = text_lib.complete_file(
+    rows = text_lib.complete_all(
         Script(*[b"ok"] * len(prompts)),
         tokenizer,
-        str(path),
+        prompts_lib.read(str(path)),
         sampler.SamplingConfig(),
     )
     rows = list(rows)
@@ -375,7 +379,7 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(errors.ConfigError, match=message) as caught:
-        text_lib.complete_file(None, None, str(tmp_path / name), None)
+        prompts_lib.read(str(tmp_path / name))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 

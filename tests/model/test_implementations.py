@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from memoryformer import errors, model, sharding
-from memoryformer.dryrun import report as dryrun_report
+from memoryformer.dryrun import examine as dryrun
 from memoryformer.generation import sampler
 from memoryformer.model import implementations
 from memoryformer.ops.lookup import native as lookup_native
@@ -127,7 +127,7 @@ def test_at_every_door(field, value, tmp_path, toy_run):
     with pytest.raises(errors.ConfigError, match=message):
         loop.train(config, tmp_path / "run")
     with pytest.raises(errors.ConfigError, match=message):
-        dryrun_report.examine(experiment.resolve(config), "cpu")
+        dryrun.examine(experiment.resolve(config), "cpu")
     with pytest.raises(errors.ConfigError, match=message):
         evaluate_run.evaluate_checkpoint(toy_run, None, config)
     elsewhere = _with(toy.model_config("memory"), field, value)

@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from memoryformer import errors, model, sharding
-from memoryformer.convert import export, runs
+from memoryformer.convert import export, transfer
 from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
 from memoryformer.model import mixers
@@ -138,8 +138,8 @@ def test_generation_and_exports_have_the_features(performer_run, tmp_path):
     sampling = sampler.SamplingConfig(max_tokens=1, temperature=0)
     logits = model.forward(run.model, params, prompt)[0, -1]
     assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
-    runs.export_run(performer_run, tmp_path / "export")
-    runs.import_run(tmp_path / "export", tmp_path / "back")
+    transfer.export_run(performer_run, tmp_path / "export")
+    transfer.import_run(tmp_path / "export", tmp_path / "back")
     for read in (
         export.load_export(tmp_path / "export"),
         experiment.load(tmp_path / "back")[:2],
