@@ -113,6 +113,13 @@ _TESTS = {
         "evaluation/test_slots.py",
         "ops/test_ring.py",
     ),
+    "model/mixers/conv_luna": (
+        "model/test_mixers.py",
+        "evaluation/test_slots.py",
+        "ops/test_ring.py",
+    ),
+    "model/mixers/cosformer": (*_MIXERS, "ops/test_attention.py"),
+    "model/mixers/trained_kernel": (*_MIXERS, "ops/test_random_features.py"),
     "model/mixers/dape": _MIXERS,
     "model/mixers/kernel": (
         "model/test_mixers_performer.py",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memoryformer import model
-from memoryformer.convert import export, runs, safetensors_file
+from memoryformer.convert import export, safetensors_file, transfer
 from memoryformer.runs import metrics
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import evaluate_run, experiment, loop
@@ -86,7 +86,7 @@ def test_an_export_of_old_is_read_with_its_draw(old, tmp_path):
 
     Mutation: `load_export` without `older.random_features`.
     """
-    runs.export_run(old / "performer", tmp_path / "export")
+    transfer.export_run(old / "performer", tmp_path / "export")
     _, params = export.load_export(tmp_path / "export")
     path = tmp_path / "export" / "model.safetensors"
     arrays, _ = safetensors_file.read(path)

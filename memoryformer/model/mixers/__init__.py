@@ -12,10 +12,13 @@ from memoryformer.model.mixers.base import (
     State,
     by_chunks,
 )
-from memoryformer.model.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
+from memoryformer.model.mixers.conv_luna import ConvLuna
+from memoryformer.model.mixers.cosformer import CosFormer
+from memoryformer.model.mixers.kernel import Linear, Performer
 from memoryformer.model.mixers.linformer import Linformer
-from memoryformer.model.mixers.luna import ConvLuna, Luna
+from memoryformer.model.mixers.luna import Luna
 from memoryformer.model.mixers.softmax import Softmax
+from memoryformer.model.mixers.trained_kernel import TrainedKernel
 from memoryformer.notation import Array, Params
 
 MIXERS = {

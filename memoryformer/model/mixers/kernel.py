@@ -3,7 +3,8 @@
     o_t = phi(q_t) . S_t / phi(q_t) . z_t,   S_t = sum phi(k_s) (x) v_s,   z_t = sum phi(k_s)
 
 over the document so far: one call of `ops.prefix`, linear in the length of the sequence, with
-a state of fixed size. The variants differ in phi and in how they guard the denominator.
+a state of fixed size. The variants differ in phi and in how they guard the denominator;
+cosformer and trained_kernel have files of their own.
 
     linear          elu(x) + 1                                    Katharopoulos et al. 2020
     cosformer       [relu(x) cos i, relu(x) sin i], i = pi t / 2M      Qin et al. 2022
@@ -18,7 +19,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from memoryformer.config import field
@@ -35,7 +35,7 @@ class KernelAttention(base.MultiHead):
     @classmethod
     def cost(cls, config, length):
         """2 R D per token to write and read the sums, beside what the features cost."""
-        return _cost(config, length, config.head_dim)
+        return feature_cost(config, length, config.head_dim)
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
@@ -78,8 +78,8 @@ class KernelAttention(base.MultiHead):
         )
 
 
-def _cost(config, length, num_features, per_token=0, parameters=0, extra=0):
-    """Cost with R features a head, which cost `per_token` and `extra` values of state."""
+def feature_cost(config, length, num_features, per_token=0, parameters=0, extra=0):
+    """Count kernel attention with R features a head, which cost `per_token` and `extra` values of state."""
     per_token += 2 * num_features * config.embed_dim
     return base.Cost(
         multiply_adds=length * per_token,
@@ -114,135 +114,6 @@ class Linear(KernelAttention):
     def guard(self, z):
         """z + 1e-6."""
         return z + 1e-6
-
-
-class CosFormer(base.LimitedPositions, KernelAttention):
-    """A_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / 2M), its own code for positions.
-
-    M is a constant of the model, not the length of the input as in the published code, so
-    that training, prefill and decoding agree; beyond M the weights would be negative.
-    """
-
-    @dataclasses.dataclass(frozen=True)
-    class Options(base.PrefixOptions):
-        """And M."""
-
-        max_len: int = field("numbers", 0, doc="M, positions; 0: model.seq_len.")
-
-        def __post_init__(self):
-            super().__post_init__()
-            base.at_least(self, 0, "max_len")
-
-    EXAMPLES: ClassVar = {"cosformer": {}}
-    ABOUT = base.About(
-        "relu features, weighted by cos(pi (t - s) / 2M)",
-        "4 E D",
-        "2 E (E + 1)",
-        "its own, up to `max_len` = M",
-    )
-
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project, rngs=rngs, layer=layer)
-        self.max_len = self.max_length(config)
-
-    @classmethod
-    def cost(cls, config, length):
-        """4 E D per token."""
-        return _cost(config, length, 2 * config.head_dim)
-
-    def features(self, q, k, seq, state):
-        """[relu(x) cos i, relu(x) sin i], whose products are cos(i_t - i_s)."""
-        angle = seq.positions.astype(q.dtype) * (np.pi / (2 * self.max_len))
-        angle = angle[..., None, None]  # [B, L, 1, 1]
-        turn = jnp.cos(angle), jnp.sin(angle)
-        q, k = (
-            jnp.concatenate([jax.nn.relu(x) * turn[0], jax.nn.relu(x) * turn[1]], -1)
-            for x in (q, k)
-        )
-        return q, k, None
-
-    def guard(self, z):
-        """max(z, 1e-6): a query of which relu leaves nothing reads 0."""
-        return jnp.maximum(z, 1e-6)
-
-    @property
-    def width(self):
-        """2 E."""
-        return 2 * self.head_dim
-
-    def init_state(self, batch_size, max_len, dtype=jnp.float32):
-        """As in every kernel mixer, but not for more than M tokens."""
-        base.check_length(self.max_len, max_len)
-        return super().init_state(batch_size, max_len, dtype)
-
-
-class TrainedKernel(KernelAttention):
-    """phi is a small feed-forward network, the same for queries and keys of a head.
-
-        x <- act(x W) * sigmoid(x A B)      W [E, E], orthogonal at first; A, B rank E / 4
-
-    with act = identity but softplus in the last layer, so that phi is positive. The
-    published 1 / sqrt(E) after phi cancels in the ratio; its orthogonality penalty is not
-    added to the loss.
-    """
-
-    @dataclasses.dataclass(frozen=True)
-    class Options(base.PrefixOptions):
-        """And the size of the network."""
-
-        depth: int = field("numbers", 3, doc="Layers of the network of a head.")
-
-        def __post_init__(self):
-            super().__post_init__()
-            base.at_least(self, 1, "depth")
-
-    EXAMPLES: ClassVar = {"trained_kernel": {}}
-    ABOUT = base.About(
-        "a head's own gated network as features", "2 E D + 9 E D", "E (E + 1)", "rotary"
-    )
-
-    @classmethod
-    def cost(cls, config, length):
-        """2 E D per token, and the network of queries and of keys."""
-        width = config.head_dim
-        network = config.num_heads * config.mixer_options.depth
-        network *= width * width + 2 * width * max(1, width // 4)
-        return _cost(config, length, width, per_token=2 * network, parameters=network)
-
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project, rngs=rngs, layer=layer)
-        self.rotary = base.Rotary(config)
-        self.depth = config.mixer_options.depth
-        width, heads = config.head_dim, config.num_heads
-        rank = max(1, width // 4)
-
-        def normal(*shape):
-            return jax.random.normal(rngs.params(), shape) * shape[1] ** -0.5
-
-        # Heads last: the axis that a device has its part of.
-        shape = (self.depth, heads)
-        w = random_features.orthogonal(rngs.params(), width, shape)
-        w = jnp.moveaxis(w, 1, 3)  # [depth, E, E, H]
-        a = normal(self.depth, width, rank, heads)
-        b = normal(self.depth, rank, width, heads)
-        self.w, self.a, self.b = (
-            nnx.Param(weights, spec="last_axis", decay=True) for weights in (w, a, b)
-        )
-
-    def features(self, q, k, seq, state):
-        """Both through the network, after rotary positions."""
-        q, k = self.rotary(q, k, seq)
-        return self._network(q), self._network(k), None
-
-    def _network(self, x):
-        layers = zip(self.w[...], self.a[...], self.b[...], strict=True)
-        for i, (w, a, b) in enumerate(layers):
-            value = jnp.einsum("blhe,efh->blhf", x, w)
-            gate = jnp.einsum("blhe,erh->blhr", x, a)
-            gate = jax.nn.sigmoid(jnp.einsum("blhr,rfh->blhf", gate, b))
-            last = i == self.depth - 1
-            x = (jax.nn.softplus(value) if last else value) * gate
-        return x
 
 
 class Performer(KernelAttention):
@@ -282,7 +153,9 @@ class Performer(KernelAttention):
         """4 M D per token: projections of queries and keys, and sums; a running maximum."""
         num_features = config.mixer_options.num_features
         projections = 2 * num_features * config.embed_dim
-        return _cost(config, length, num_features, per_token=projections, extra=1)
+        return feature_cost(
+            config, length, num_features, per_token=projections, extra=1
+        )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
