@@ -163,8 +163,8 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
     kinds = typing.get_type_hints(cls)
     section = ml_collections.ConfigDict()
     for field in dataclasses.fields(cls):
-        if kinds := field.metadata.get("options"):
-            section[field.name] = _no_options(kinds)
+        if choices := field.metadata.get("options"):
+            section[field.name] = _no_options(choices)
             continue
         missing = field.default is dataclasses.MISSING
         kind = kinds[field.name]

@@ -14,7 +14,7 @@ import toy
 
 from memoryformer import accounting, model, presets
 from memoryformer import config as config_lib
-from memoryformer.dryrun import report
+from memoryformer.dryrun import examine
 from memoryformer.errors import ConfigError
 from memoryformer.model import mixers
 from memoryformer.training import experiment
@@ -133,7 +133,7 @@ def test_a_dry_run_of_it(tmp_path):
     """Mutation: no line in MIXERS."""
     fields = {"model.mixer": "squares", "model.mixer_options.floor": 0.5}
     run = experiment.resolve(toy.run_config(tmp_path, **fields))
-    assert "compiles" in str(report.examine(run, "cpu"))
+    assert "compiles" in str(examine.examine(run, "cpu"))
 
 
 def test_the_table_of_mixers_is_the_pages():
