@@ -31,8 +31,6 @@ test: $(VENV)/.dev lint
 
 # What does not need the whole data pipeline: the suite for a second jax.
 test-core: $(VENV)/.dev
-	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py tests/model/test_layers.py \
-	    tests/model/test_model.py tests/test_sharding.py tests/training/test_loop.py \
 	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py \
 	    tests/model/test_layers.py tests/model/test_model.py tests/test_sharding.py \
 	    tests/training/test_loop.py tests/training/test_optimizer.py \
@@ -86,13 +84,17 @@ $(VENV)/.core: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements-dev.txt
-	touch $(VENV)/.core $@
+# Extras of pyproject.toml.
+$(VENV)/.dev: pyproject.toml $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	touch $@
 
-$(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
-	$(PIP) -r requirements-peers.txt
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) -e '.[peers]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.core
+	$(PIP) -e '.[docs]'
 	touch $@
 
 clean:

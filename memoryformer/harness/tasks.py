@@ -5,7 +5,7 @@
 
 `encoding` turns what a task asks into tokens, `scoring` computes log-likelihoods, `harness` is
 the adapter, `catalogue` pins the paper's six tasks, `summary` lays results out, `output` keeps
-them. Needs `pip install -r requirements-eval.txt`, and no PyTorch. Start at `evaluate`.
+them. Needs the extra `eval`, and no PyTorch. Start at `evaluate`.
 """
 
 import dataclasses
@@ -238,8 +238,7 @@ def _import_harness() -> None:
         version = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            "--tasks: needs the lm-evaluation-harness; "
-            "`pip install -r requirements-eval.txt`."
+            "--tasks: needs the lm-evaluation-harness; `pip install -e '.[eval]'`."
         ) from None
     if version != task_files.HARNESS_VERSION:
         logging.warning(
