@@ -61,6 +61,8 @@ def why_not(tables: Tables, scores: Scores, capability: float | None = None) -> 
     """
     if not _supports(tables, scores):
         return f"it takes no {tables.dtype} tables with {scores.dtype} scores"
+    if not _keys_fit(scores.shape[0], tables.shape[1]):
+        return f"{scores.shape[0]} tokens of {tables.shape[1]} codes: {_TOO_MANY_KEYS}"
     if capability is None and jax.default_backend() == "gpu":
         capability = own_capability()
     if capability is not None and capability < MIN_CAPABILITY:
@@ -170,13 +172,19 @@ class Order(NamedTuple):
     first_runs: Int[Array, "K C+1"]  # runs of code c: first_runs[c] : first_runs[c + 1]
 
 
+_TOO_MANY_KEYS = "code * N + n does not fit 31 bits; look up fewer tokens at a time"
+
+
+def _keys_fit(num_tokens, num_buckets):
+    return num_buckets * num_tokens < 1 << 31
+
+
 def sort_by_code(codes: Codes, num_buckets: int, run: int = RUN) -> Order:
     """Sort [N, K] codes by table and cut them into R = C + N // run runs a table."""
     num_tokens = codes.shape[0]
-    if num_buckets * num_tokens >= 1 << 31:
+    if not _keys_fit(num_tokens, num_buckets):
         raise ValueError(
-            f"{num_tokens} tokens of {num_buckets} codes: code * N + n does not fit 31 "
-            "bits; look up fewer tokens at a time."
+            f"{num_tokens} tokens of {num_buckets} codes: {_TOO_MANY_KEYS}."
         )
     codes = _by_table(codes, num_buckets)
     # One key holds code and token: all differ, so no sort can order them in two ways.
