@@ -206,11 +206,20 @@ def _is_float32(value: float) -> bool:
 CHANGES = ("nothing", "rounding", "numbers")
 
 
-def field(changes: str, default: Any = dataclasses.MISSING, *, local: bool = False):
-    """Make a dataclass field that says so; `local`: the processes of a run may differ in it."""
+def field(
+    changes: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str = "",
+    local: bool = False,
+):
+    """Make a dataclass field that says what it means and what a change of it changes.
+
+    local: the processes of one run may differ in it.
+    """
     if changes not in CHANGES:
         raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
-    metadata = {"changes": changes, "local": local}
+    metadata = {"changes": changes, "local": local, "doc": doc}
     return dataclasses.field(default=default, metadata=metadata)
 
 

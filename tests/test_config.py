@@ -216,3 +216,16 @@ def test_load():
     assert (config.model.projection, config.model.num_layers) == ("dense", 7)
     with pytest.raises(ConfigError, match=r"there is no file 'configs/none\.py'"):
         config_lib.load("configs/none.py")
+
+
+def test_every_field_says_what_it_means():
+    """Mutation: `doc=""` at optimizer.b1."""
+    sections = [
+        item.type
+        for item in dataclasses.fields(experiment.Experiment)
+        if dataclasses.is_dataclass(item.type)
+    ]
+    for section in sections:
+        for item in dataclasses.fields(section):
+            doc = item.metadata.get("doc", "")
+            assert doc.endswith(".") and "\n" not in doc, (section, item.name)

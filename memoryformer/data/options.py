@@ -6,6 +6,7 @@ import pathlib
 
 from memoryformer import config as config_lib
 from memoryformer import errors
+from memoryformer.config import field
 from memoryformer.files import paths
 
 SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
@@ -21,37 +22,57 @@ class DataConfig:
         c4        downloaded C4/Pile-style JSON-lines shards: a folder or a glob in `path`
         tfds      the TFDS data set `name`; `path` is TFDS's data_dir ('': TFDS's default)
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
-    text_field: the key that holds the text in JSON lines and TFDS examples; `meta.text`
-        is the text inside of `meta`.
-    separator: what ends a document inside of plain-text files of a `text` source, such as
-        <|endoftext|> or \\n\\n; '' leaves them whole.
-    validation_path: held-out files of a `text` or `c4` source; '' splits by document.
-    validation_every: one document in about this many goes to validation.
-    align_documents: documents begin at multiples of this many positions of a row, behind
-        padding, as model.recurrence needs (0: packed as they lie).
-    max_documents: read only this many documents (0: all).
-    tokenizer: bytes | bpe:VOCAB_SIZE | path/to/tokenizer.json | hub:owner/name[@revision]
-    end_token: the token of a tokenizer.json that ends a document ('': the first of <eot>,
-        <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|eot|> that it has).
-    data_dir: the cache; '' means $MEMORYFORMER_DATA, else ~/.cache/memoryformer.
 
     Raises `ConfigError` for a field that its source cannot use.
     """
 
-    source: str = "stdlib"
+    source: str = field(
+        "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared."
+    )
     # The fingerprint says whether it is the same text, wherever it lies.
-    path: str = config_lib.field("nothing", "", local=True)
-    name: str = ""
-    text_field: str = "text"
-    separator: str = ""
-    validation_path: str = ""
-    validation_every: int = 20
-    max_documents: int = 0
+    path: str = field(
+        "nothing", "", local=True, doc="File, folder or glob of the source."
+    )
+    name: str = field("numbers", "", doc="Name of a TFDS data set.")
+    text_field: str = field(
+        "numbers",
+        "text",
+        doc="Key of the text in JSON lines and TFDS; meta.text: inside of meta.",
+    )
+    separator: str = field(
+        "numbers",
+        "",
+        doc="Ends a document inside of a text file, as <|endoftext|>; '': files are whole.",
+    )
+    validation_path: str = field(
+        "numbers", "", doc="Held-out files of text or c4; '': documents are held out."
+    )
+    validation_every: int = field(
+        "numbers", 20, doc="One document in about so many is held out."
+    )
+    max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
     # By which name it was asked for: its hash says whether it is the same.
-    tokenizer: str = config_lib.field("nothing", "bpe:4096")
-    end_token: str = config_lib.field("nothing", "")
-    data_dir: str = config_lib.field("nothing", "", local=True)
-    align_documents: int = 0
+    tokenizer: str = field(
+        "nothing",
+        "bpe:4096",
+        doc="bytes | bpe:VOCAB_SIZE | path/to/tokenizer.json | hub:owner/name[@revision].",
+    )
+    end_token: str = field(
+        "nothing",
+        "",
+        doc="Token of a tokenizer.json that ends a document; '': the first known of it.",
+    )
+    data_dir: str = field(
+        "nothing",
+        "",
+        local=True,
+        doc="Cache; '': $MEMORYFORMER_DATA, else ~/.cache/memoryformer.",
+    )
+    align_documents: int = field(
+        "numbers",
+        0,
+        doc="Documents begin at multiples of so many positions; 0: anywhere.",
+    )
 
     def __post_init__(self):
         config_lib.choose(self.source, SOURCES, "data.source")
@@ -70,17 +91,17 @@ class DataConfig:
             "max_documents": ("stdlib", "text", "c4", "tfds"),
             "validation_every": ("stdlib", "text", "c4", "tfds"),
         }
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for field, sources in users.items():
-            value = getattr(self, field)
-            if value != defaults[field] and self.source not in sources:
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for key, sources in users.items():
+            value = getattr(self, key)
+            if value != defaults[key] and self.source not in sources:
                 raise errors.ConfigError(
-                    f"data.{field}={value!r}: data.source={self.source!r} does not use "
+                    f"data.{key}={value!r}: data.source={self.source!r} does not use "
                     f"it; set data.source to one of {', '.join(sources)}."
                 )
-        for field in ("path", "validation_path", "data_dir"):
-            if value := getattr(self, field):
-                paths.local(value, f"data.{field}")
+        for key in ("path", "validation_path", "data_dir"):
+            if value := getattr(self, key):
+                paths.local(value, f"data.{key}")
         if self.source == "tfds" and not self.name:
             raise errors.ConfigError(
                 "data.name='': data.source='tfds' needs a TFDS name, e.g. "

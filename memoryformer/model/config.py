@@ -32,69 +32,133 @@ class ModelConfig:
     What `field` declares may change while a run goes on, and for an evaluation (`fields`).
     """
 
-    vocab_size: int
-    embed_dim: int  # D
-    num_layers: int
-    num_heads: int  # H
-    seq_len: int  # longest sequence trained on, and the default cache length
-    mixer: str = "softmax"
-    projection: str = "memory"  # memory | dense
+    vocab_size: int = field("numbers", doc="V, tokens.")
+    embed_dim: int = field("numbers", doc="D, the width.")
+    num_layers: int = field("numbers", doc="Blocks.")
+    num_heads: int = field("numbers", doc="H; must divide D.")
+    seq_len: int = field(
+        "numbers",
+        doc="L, the longest sequence trained on, and the default length of a cache.",
+    )
+    mixer: str = field(
+        "numbers", "softmax", doc="The sequence mixer: a name of model.mixers.MIXERS."
+    )
+    projection: str = field(
+        "numbers", "memory", doc="memory | dense: what projects inside of a block."
+    )
     # Memory layers.
-    code_bits: int = 8  # tau
-    extra_bits: int = 2  # the second feed-forward layer hashes tau + extra_bits bits
-    score: str = "softmax"  # paper: softmax; released code: l1_softmax
-    temperature: float = 1.0
-    lookup: str = field("rounding", "auto")
-    memory_bias: bool = False  # paper: none; released code: one per layer
+    code_bits: int = field("numbers", 8, doc="tau, bits of a code; must divide D.")
+    extra_bits: int = field(
+        "numbers", 2, doc="The second feed-forward layer hashes tau and so many bits."
+    )
+    score: str = field(
+        "numbers",
+        "softmax",
+        doc="s(z), a name of ops.hashing.SCORES; released code: l1_softmax.",
+    )
+    temperature: float = field("numbers", 1.0, doc="t of the score.")
+    lookup: str = field(
+        "rounding",
+        "auto",
+        doc="auto, or which implementation of ops.lookup reads tables.",
+    )
+    memory_bias: bool = field(
+        "numbers",
+        False,
+        doc="A bias for each memory layer; paper: none, released code: one.",
+    )
     # Block.
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-8
-    residual: str = "sequential"  # sequential | parallel | eq13 (Eq. 13 to the letter)
-    ffn_activation: str = "none"  # none | gelu | gelu_tanh; dense blocks need one
-    ffn_multiple: int = 4  # hidden width of a dense feed-forward layer over D
-    output_projection: bool = False  # W_O
-    rotary_fraction: float = 0.25
-    rotary_base: float = 10_000.0
-    tie_embeddings: bool = False
-    # Positions worked on at a time, recomputed for the gradient: same result. 0: whole rows.
-    sequence_chunk: int = field("rounding", 0)
-    # What layers keep for the gradient: see ops/remat.py.
-    remat: str = field("rounding", "none")
-    # Compile one layer and loop, instead of every layer.
-    scan_layers: bool = field("rounding", False)
+    norm: str = field("numbers", "rmsnorm", doc="rmsnorm | layernorm.")
+    norm_eps: float = field("numbers", 1e-8, doc="Added to the variance.")
+    residual: str = field(
+        "numbers",
+        "sequential",
+        doc="sequential | parallel | eq13 (Eq. 13 to the letter).",
+    )
+    ffn_activation: str = field(
+        "numbers", "none", doc="none | gelu | gelu_tanh; dense blocks need one."
+    )
+    ffn_multiple: int = field(
+        "numbers", 4, doc="Hidden width of a dense feed-forward layer over D."
+    )
+    output_projection: bool = field(
+        "numbers", False, doc="Whether a mixer ends in W_O."
+    )
+    rotary_fraction: float = field(
+        "numbers", 0.25, doc="Part of a head that rotary positions turn."
+    )
+    rotary_base: float = field(
+        "numbers", 10_000.0, doc="Slowest wave length of rotary positions."
+    )
+    tie_embeddings: bool = field(
+        "numbers", False, doc="Whether the head is the transposed embedding."
+    )
+    sequence_chunk: int = field(
+        "rounding",
+        0,
+        doc="Positions worked on at a time, recomputed for the gradient; 0: whole rows.",
+    )
+    remat: str = field(
+        "rounding",
+        "none",
+        doc="What blocks keep for the gradient: a name of ops.remat.REMAT.",
+    )
+    scan_layers: bool = field(
+        "rounding", False, doc="Compile one block and loop, instead of every block."
+    )
     # Standard deviations at initialisation.
-    embed_std: float = 0.02
-    head_std: float = 0.02
-    mixer_std: float = 0.02  # Q, K, V
-    ffn_std: float = 0.02  # feed-forward layers
-    output_std: float = 0.02  # W_O and the second dense feed-forward layer
-    bias_std: float = 0.0  # biases of memory layers
-    causal: bool = True  # False, for encoders: see mixers.BIDIRECTIONAL
+    embed_std: float = field("numbers", 0.02, doc="Of the embedding at first.")
+    head_std: float = field("numbers", 0.02, doc="Of the head at first.")
+    mixer_std: float = field("numbers", 0.02, doc="Of Q, K and V at first.")
+    ffn_std: float = field("numbers", 0.02, doc="Of feed-forward layers at first.")
+    output_std: float = field(
+        "numbers",
+        0.02,
+        doc="Of W_O and of the second dense feed-forward layer at first.",
+    )
+    bias_std: float = field(
+        "numbers", 0.0, doc="Of the biases of memory layers at first."
+    )
+    causal: bool = field(
+        "numbers", True, doc="False: every token sees the whole document (encoders)."
+    )
     # Mixers, each field named after its mixer; see memoryformer/model/mixers.
-    # Of softmax: xla | cudnn (GPU) | splash (TPU) | auto.
-    attention: str = field("rounding", "xla")
-    logit_transform: str = "none"  # of softmax: none | dape_v2
-    dape_width: int = 32
-    # Tokens per matrix product of the linear-time mixers.
-    prefix_chunk: int = field("rounding", 64)
-    cosformer_max_len: int = 0  # M; 0: seq_len
-    trained_kernel_layers: int = 3
-    performer_features: int = 256
-    performer_redraw_every: int = 0  # training steps; 0: never
-    performer_seed: int = 0  # + the run's own seed
-    performer_draw: int = 0  # + the run's redraws
-    linformer_slots: int = 64
-    linformer_max_len: int = 0  # positions; 0: seq_len
-    luna_slots: int = 64  # also of conv_luna
-    conv_luna_filter: str = "conv"  # conv | pool
-    conv_luna_width: int = 4  # tokens
+    attention: str = field(
+        "rounding", "xla", doc="softmax: xla | cudnn (GPU) | splash (TPU) | auto."
+    )
+    logit_transform: str = field("numbers", "none", doc="softmax: none | dape_v2.")
+    dape_width: int = field("numbers", 32, doc="Hidden width of dape_v2.")
+    prefix_chunk: int = field(
+        "rounding", 64, doc="Tokens per matrix product of linear-time mixers."
+    )
+    cosformer_max_len: int = field("numbers", 0, doc="M; 0: seq_len.")
+    trained_kernel_layers: int = field("numbers", 3, doc="Layers of a feature network.")
+    performer_features: int = field("numbers", 256, doc="M, random features.")
+    performer_redraw_every: int = field(
+        "numbers", 0, doc="Training steps between two draws; 0: never."
+    )
+    performer_seed: int = field("numbers", 0, doc="Added to the run's own seed.")
+    performer_draw: int = field("numbers", 0, doc="Added to the run's redraws.")
+    linformer_slots: int = field("numbers", 64, doc="m.")
+    linformer_max_len: int = field("numbers", 0, doc="Positions; 0: seq_len.")
+    luna_slots: int = field("numbers", 64, doc="m, also of conv_luna.")
+    conv_luna_filter: str = field("numbers", "conv", doc="conv | pool.")
+    conv_luna_width: int = field("numbers", 4, doc="Tokens of the filter.")
     # A memory carried over chunks of the sequence; see memoryformer/model/recurrence.
-    recurrence: str = "none"  # none | rmt | memformer
-    recurrence_chunk: int = 0  # tokens; 0: a quarter of seq_len
-    recurrence_slots: int = 16
-    recurrence_bptt: int = 0  # chunks that gradients cross; 0: all
-    memformer_temperature: float = 0.5  # of writing
-    dtype: str = "float32"  # of the computation; parameters have their own
+    recurrence: str = field("numbers", "none", doc="none | rmt | memformer.")
+    recurrence_chunk: int = field(
+        "numbers", 0, doc="Tokens of a chunk; 0: a quarter of seq_len."
+    )
+    recurrence_slots: int = field("numbers", 16, doc="m.")
+    recurrence_bptt: int = field(
+        "numbers", 0, doc="Chunks that gradients cross; 0: all."
+    )
+    memformer_temperature: float = field("numbers", 0.5, doc="tau of writing.")
+    dtype: str = field(
+        "numbers",
+        "float32",
+        doc="Of the computation: float32 | bfloat16 | float64; parameters stay float32.",
+    )
 
     def __post_init__(self):
         config_lib.choose(self.mixer, mixers.MIXERS, "model.mixer")

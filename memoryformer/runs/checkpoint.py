@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from memoryformer import config as config_lib
 from memoryformer.cluster import processes
 from memoryformer.errors import ConfigError, StorageError, first_line
 from memoryformer.files import paths
@@ -41,10 +42,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 class CheckpointConfig:
     """When to save and what to keep: the newest `keep`, and every `keep_every` steps."""
 
-    every_steps: int = 1000  # 0 = off
-    every_minutes: float = 0.0  # 0 = off
-    keep: int = 2
-    keep_every: int = 0  # 0 = off
+    every_steps: int = config_lib.field(
+        "nothing", 1000, doc="Steps between two saves; 0: off."
+    )
+    every_minutes: float = config_lib.field(
+        "nothing", 0.0, doc="Minutes between two saves; 0: off."
+    )
+    keep: int = config_lib.field("nothing", 2, doc="Newest checkpoints to keep.")
+    keep_every: int = config_lib.field(
+        "nothing",
+        0,
+        doc="Keep every checkpoint of a multiple of so many steps; 0: off.",
+    )
 
     def __post_init__(self):
         least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import jax
 
+from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, StorageError
 
 MAX_STEP = 2**53  # beyond it a float has no neighbour one step away
@@ -44,8 +45,15 @@ WALL_CLOCK = frozenset(
 class MetricsConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
-    tensorboard: bool = True  # if tensorboardX is installed
-    wandb: str = ""  # a Weights & Biases project; '' = off
+    tensorboard: bool = config_lib.field(
+        "nothing",
+        True,
+        local=True,
+        doc="Write TensorBoard's files, if tensorboardX is installed.",
+    )
+    wandb: str = config_lib.field(
+        "nothing", "", local=True, doc="A Weights & Biases project; '': off."
+    )
 
 
 class MetricsWriter:

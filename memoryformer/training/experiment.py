@@ -28,27 +28,57 @@ from memoryformer.training import optimizer as optimizer_lib
 class TrainConfig:
     """How long, how much at a time, and what to do about numbers that are not finite."""
 
-    num_steps: int
-    batch_size: int  # sequences of one optimizer step, over all devices
-    # Gradient accumulation; must divide the device's share.
-    num_microbatches: int = field("rounding", 1)
-    seed: int = 0  # of the parameters and of the order of the data
-    log_every: int = field("nothing", 10)
-    # Halt, or skip the update, and halt after so many in a row all the same: when to give
-    # up, for the state never takes such an update.
-    nonfinite: str = field("nothing", "halt")
-    max_skipped: int = field("nothing", 10)
-    spike_sigmas: float = 0.0  # skip updates that leap out this far (`spikes`); 0 = off
-    spike_window: int = 128  # ... out of this many steps
-    # Where compiled programs are kept for the next start; 'off': nowhere (`compilation_cache`).
-    compilation_cache: str = field("nothing", compilation_cache_lib.DEFAULT)
-    # Seconds before a phase counts as hanging (`watchdog`); 0 = no limit.
-    first_step_timeout: float = field("nothing", 7200.0)  # with its compilation
-    step_timeout: float = field("nothing", 1800.0)
+    num_steps: int = field("numbers", doc="Optimizer steps of the whole run.")
+    batch_size: int = field(
+        "numbers", doc="Sequences of one optimizer step, over all devices."
+    )
+    num_microbatches: int = field(
+        "rounding",
+        1,
+        doc="Parts of a batch worked on in turn; must divide each device's share.",
+    )
+    seed: int = field(
+        "numbers", 0, doc="Of the parameters and of the order of the data."
+    )
+    log_every: int = field("nothing", 10, doc="Steps between two rows of metrics.")
+    # The state never takes an update that is not finite: this says when to give up.
+    nonfinite: str = field(
+        "nothing",
+        "halt",
+        doc="halt | skip: stop at an update that is not finite, or leave it out.",
+    )
+    max_skipped: int = field(
+        "nothing", 10, doc="Updates left out in a row after which the run stops."
+    )
+    spike_sigmas: float = field(
+        "numbers",
+        0.0,
+        doc="Leave out an update whose norm leaps out by so many deviations; 0: off.",
+    )
+    spike_window: int = field(
+        "numbers", 128, doc="Steps that the deviations of spike_sigmas are taken over."
+    )
+    compilation_cache: str = field(
+        "nothing",
+        compilation_cache_lib.DEFAULT,
+        doc="Folder of compiled programs for the next start; 'off': none.",
+    )
+    first_step_timeout: float = field(
+        "nothing",
+        7200.0,
+        doc="Seconds before the first step, which compiles, counts as hanging; 0: never.",
+    )
+    step_timeout: float = field(
+        "nothing", 1800.0, doc="Seconds before a step counts as hanging; 0: never."
+    )
     evaluation_timeout: float = field(
-        "nothing", 3600.0
-    )  # of a batch; the first compiles
-    checkpoint_timeout: float = field("nothing", 7200.0)
+        "nothing",
+        3600.0,
+        doc="Seconds before a batch of an evaluation counts as hanging; 0: never.",
+    )
+    checkpoint_timeout: float = field(
+        "nothing", 7200.0, doc="Seconds before a save counts as hanging; 0: never."
+    )
 
     def __post_init__(self):
         positive = ("num_steps", "batch_size", "num_microbatches", "log_every")
@@ -90,9 +120,13 @@ class TrainConfig:
 class EvalConfig:
     """When to evaluate during training, and on how much; eval.py reads all the text."""
 
-    every_steps: int = 0  # 0: only at the end
-    batch_size: int = 16
-    num_batches: int = 0  # spread over the validation split; 0: all of it
+    every_steps: int = field(
+        "nothing", 0, doc="Steps between two evaluations; 0: only at the end."
+    )
+    batch_size: int = field("nothing", 16, doc="Sequences of one evaluation batch.")
+    num_batches: int = field(
+        "nothing", 0, doc="Batches, spread over the validation split; 0: all of it."
+    )
 
     def __post_init__(self):
         if self.batch_size < 1 or self.every_steps < 0 or self.num_batches < 0:
@@ -113,7 +147,9 @@ class Experiment:
     eval: EvalConfig = field("nothing")  # what is measured
     checkpoint: CheckpointConfig = field("nothing")  # when to save
     metrics: MetricsConfig = field("nothing", local=True)  # where values go
-    mesh: str = field("rounding", "data")  # the same sums on other devices
+    mesh: str = field(
+        "rounding", "data", doc="How devices share the work: a preset[:AXIS=SIZE,..]."
+    )
 
 
 _SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"}

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
 
@@ -49,23 +50,45 @@ class OptimizerConfig:
     (warm up, stay, decay) falls linearly over the last `cooldown_fraction` of it.
     """
 
-    learning_rate: float = 1e-3
-    end_fraction: float = 0.1  # floor of the schedule, as a fraction of the peak
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    cooldown_fraction: float = 0.2
-    schedule: str = "cosine"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    table_learning_rate_scale: float = 1.0
-    decay_tables: bool = True
-    clip_norm: float = 1.0  # 0 = no clipping
-    table_second_moment: str = "full"  # full | row
-    table_moment_dtype: str = "float32"  # float32 | bfloat16 | none
-    table_dtype: str = "float32"  # float32 | bfloat16
-    table_rounding: str = "nearest"  # nearest | stochastic; of table_dtype='bfloat16'
+    learning_rate: float = field("numbers", 1e-3, doc="Peak of the schedule.")
+    end_fraction: float = field(
+        "numbers", 0.1, doc="Floor of the schedule, as a fraction of the peak."
+    )
+    warmup_steps: int = field("numbers", 0, doc="Steps of linear warm-up.")
+    decay_steps: int = field(
+        "numbers", 0, doc="Horizon of the schedule in steps; 0: train.num_steps."
+    )
+    cooldown_fraction: float = field(
+        "numbers", 0.2, doc="Last part of a 'wsd' schedule, in which it falls linearly."
+    )
+    schedule: str = field("numbers", "cosine", doc="cosine | constant | wsd.")
+    b1: float = field("numbers", 0.9, doc="Decay of the first moment.")
+    b2: float = field("numbers", 0.95, doc="Decay of the second moment.")
+    eps: float = field("numbers", 1e-8, doc="Added to the root of the second moment.")
+    weight_decay: float = field("numbers", 0.1, doc="AdamW's decay, times the rate.")
+    table_learning_rate_scale: float = field(
+        "numbers", 1.0, doc="Learning rate of tables over that of other parameters."
+    )
+    decay_tables: bool = field(
+        "numbers", True, doc="Whether weight_decay is for tables."
+    )
+    clip_norm: float = field(
+        "numbers", 1.0, doc="Largest global norm of the gradient; 0: no clipping."
+    )
+    table_second_moment: str = field(
+        "numbers", "full", doc="full | row: one of each entry, or of each row."
+    )
+    table_moment_dtype: str = field(
+        "numbers", "float32", doc="float32 | bfloat16 | none: first moment of tables."
+    )
+    table_dtype: str = field(
+        "numbers", "float32", doc="float32 | bfloat16: in which tables are stored."
+    )
+    table_rounding: str = field(
+        "numbers",
+        "nearest",
+        doc="nearest | stochastic: how an update rounds to table_dtype='bfloat16'.",
+    )
 
     def __post_init__(self):
         _require(self.learning_rate >= 0, "learning_rate", self, "at least 0")
@@ -83,14 +106,14 @@ class OptimizerConfig:
         scale = self.table_learning_rate_scale
         _require(scale >= 0, "table_learning_rate_scale", self, "at least 0")
         _require(self.clip_norm >= 0, "clip_norm", self, "at least 0 (0 = off)")
-        for field, choices in (
+        for name, choices in (
             ("table_second_moment", SECOND_MOMENTS),
             ("table_moment_dtype", MOMENT_DTYPES),
             ("table_dtype", TABLE_DTYPES),
             ("table_rounding", ROUNDINGS),
         ):
-            value = getattr(self, field)
-            _require(value in choices, field, self, " | ".join(choices))
+            value = getattr(self, name)
+            _require(value in choices, name, self, " | ".join(choices))
         if self.table_rounding == "stochastic" and self.table_dtype == "float32":
             raise ConfigError(
                 "optimizer.table_rounding='stochastic': rounds to "
