@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint clean
+.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint docs clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -77,6 +77,10 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
+# The site, in docs/_build/html; a warning is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.core: requirements.txt
@@ -98,4 +102,4 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build docs/_build docs/_generated

@@ -1,4 +1,4 @@
-"""Draw docs/images/concept_light.svg and concept_dark.svg: python docs/concept.py.
+"""Draw docs/images/concept_light.png and concept_dark.png: python docs/concept.py.
 
 One memory layer in five columns: an input x, its chunks, the signs of each chunk as an address,
 the row that each address picks from its table, and their weighted sum.
@@ -91,13 +91,12 @@ def draw(theme: str) -> None:
         cell(14.6 + column * 0.42, centre - 0.18, (0.5, 0.5, 0.5), 0.42, 0.35)
     formula = r"$y=\sum_k\ s(z_k)\ T_k[\,h(z_k)\,]$"
     text(8.5, -0.75, formula, 15)
-    path = IMAGES / f"concept_{theme}.svg"
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    path = IMAGES / f"concept_{theme}.png"
+    figure.savefig(path, transparent=True, dpi=180, metadata={"Software": None})
     pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "concept", "svg.fonttype": "path"}
+    matplotlib.use("agg")
     for name in INK:
         draw(name)
