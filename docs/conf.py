@@ -33,6 +33,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["lm_eval"]
 
@@ -41,3 +42,4 @@ def setup(app):
     """Write the generated pages before Sphinx looks for pages, and read our docstrings."""
     reference.write(DOCS / "_generated")
     app.connect("autodoc-process-docstring", reference.as_rst)
+    app.connect("autodoc-process-signature", reference.short_types)

@@ -16,12 +16,6 @@ import memoryformer
 from memoryformer.model import mixers
 from memoryformer.training import experiment
 
-CHANGES = {
-    "nothing": "nothing: may change at any time",
-    "rounding": "rounding: may change on resume",
-    "numbers": "the result: refused on resume, unless `--allow` names it",
-}
-
 
 def write(folder: pathlib.Path) -> None:
     """Write every generated page into `folder`, a page only where its text is new."""
@@ -70,7 +64,7 @@ def _table(cls, prefix, metadata):
 
 
 def _rows(fields, prefix, inherited):
-    yield "| field | type | default | meaning | what a change changes |"
+    yield "| field | type | default | meaning | a change changes |"
     yield "|---|---|---|---|---|"
     for field in fields:
         metadata = {**field.metadata, **inherited}
@@ -79,7 +73,7 @@ def _rows(fields, prefix, inherited):
             default = f"`{field.default!r}`"
         kind = getattr(field.type, "__name__", str(field.type))
         meaning = field.metadata.get("doc", "").replace("|", r"\|")
-        changes = CHANGES[metadata.get("changes", "numbers")].partition(":")[0]
+        changes = metadata.get("changes", "numbers")
         yield f"| `{prefix}{field.name}` | {kind} | {default} | {meaning} | {changes} |"
 
 
@@ -113,6 +107,12 @@ def api_page(part: str, modules: list[str]) -> str:
         lines += ["```{eval-rst}", f".. automodule:: {name}", "   :members:"]
         lines += ["   :ignore-module-all:", "```", ""]
     return "\n".join(lines)
+
+
+def short_types(app, what, name, obj, options, signature, returns) -> tuple:
+    """Write `Array` for jaxlib's private path to it."""
+    texts = (signature, returns)
+    return tuple(t and t.replace("jaxlib._jax.Array", "Array") for t in texts)
 
 
 def as_rst(app, what, name, obj, options, lines) -> None:

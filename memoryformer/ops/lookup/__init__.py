@@ -118,7 +118,8 @@ def _auto(tables, codes, scores):
         on_cpu = lookup_native.native if lookup_native.available() else on_cpu
     # 13 times as fast as the scan, with gradients, on an H200 (docs/results.md).
     on_cuda = lookup_xla.scan_tables
-    if not lookup_gpu.why_not(tables, scores):
+    sortable = tables.shape[1] * codes.shape[0] < lookup_gpu.MAX_KEYS
+    if sortable and not lookup_gpu.why_not(tables, scores):
         on_cuda = lookup_gpu.gpu
     return jax.lax.platform_dependent(
         tables,

@@ -36,6 +36,7 @@ SUMS = 128  # float32 registers of a thread that hold a forward block's sums
 UNROLL = 2  # tokens of one step of the backward loop
 RUN = 256  # tokens of one backward block: bounds what a popular row costs
 BLOCKS = 528  # fill the GPU: 4 blocks on each of an H200's 132 multiprocessors
+MAX_KEYS = 1 << 31  # of a sort: code * N + n is an int32
 MIN_CAPABILITY = 9.0  # Mosaic GPU's own
 DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -61,8 +62,6 @@ def why_not(tables: Tables, scores: Scores, capability: float | None = None) -> 
     """
     if not _supports(tables, scores):
         return f"it takes no {tables.dtype} tables with {scores.dtype} scores"
-    if not _keys_fit(scores.shape[0], tables.shape[1]):
-        return f"{scores.shape[0]} tokens of {tables.shape[1]} codes: {_TOO_MANY_KEYS}"
     if capability is None and jax.default_backend() == "gpu":
         capability = own_capability()
     if capability is not None and capability < MIN_CAPABILITY:
@@ -172,19 +171,13 @@ class Order(NamedTuple):
     first_runs: Int[Array, "K C+1"]  # runs of code c: first_runs[c] : first_runs[c + 1]
 
 
-_TOO_MANY_KEYS = "code * N + n does not fit 31 bits; look up fewer tokens at a time"
-
-
-def _keys_fit(num_tokens, num_buckets):
-    return num_buckets * num_tokens < 1 << 31
-
-
 def sort_by_code(codes: Codes, num_buckets: int, run: int = RUN) -> Order:
     """Sort [N, K] codes by table and cut them into R = C + N // run runs a table."""
     num_tokens = codes.shape[0]
-    if not _keys_fit(num_tokens, num_buckets):
+    if num_buckets * num_tokens >= MAX_KEYS:
         raise ValueError(
-            f"{num_tokens} tokens of {num_buckets} codes: {_TOO_MANY_KEYS}."
+            f"{num_tokens} tokens of {num_buckets} codes: code * N + n does not fit 31 "
+            "bits; look up fewer tokens at a time."
         )
     codes = _by_table(codes, num_buckets)
     # One key holds code and token: all differ, so no sort can order them in two ways.
