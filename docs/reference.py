@@ -13,7 +13,6 @@ import pkgutil
 import re
 
 import memoryformer
-from memoryformer.model import mixers
 from memoryformer.training import experiment
 
 
@@ -33,9 +32,8 @@ def write(folder: pathlib.Path) -> None:
 
 
 def configuration() -> str:
-    """A section and a table for each section of a config, and for the options of each mixer."""
-    lines = []
-    single = []
+    """A heading and a table for each section of a config."""
+    lines, single = [], []
     for section in dataclasses.fields(experiment.Experiment):
         if not dataclasses.is_dataclass(section.type):
             single.append(section)
@@ -43,24 +41,19 @@ def configuration() -> str:
         lines += [f"## `{section.name}`", "", _summary(section.type), ""]
         lines += _table(section.type, section.name, section.metadata)
     lines += ["## Fields of no section", "", *_rows(single, "", {}), ""]
-    options = {
-        name: getattr(mixer, "Options", None) for name, mixer in mixers.MIXERS.items()
-    }
-    if any(options.values()):
-        lines += ["## Options of each mixer", ""]
-        lines += ["Fields of `model.mixer_options`, which `model.mixer` chooses.", ""]
-    for name, cls in options.items():
-        if cls is not None and dataclasses.fields(cls):
-            lines += [f"### `{name}`", ""]
-            lines += _table(cls, "model.mixer_options", {})
     return "\n".join(lines)
 
 
 def _table(cls, prefix, metadata):
-    fields = [
-        f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type)
-    ]
-    return [*_rows(fields, f"{prefix}.", metadata), ""]
+    """The fields of a dataclass; then those of what a field chooses, by name."""
+    fields = dataclasses.fields(cls)
+    lines = [*_rows(fields, f"{prefix}.", metadata), ""]
+    for field in fields:
+        for name, choice in (field.metadata.get("options") or {}).items():
+            if dataclasses.fields(choice.Options):
+                lines += [f"### `{prefix}.{field.name}` of `{name}`", ""]
+                lines += _table(choice.Options, f"{prefix}.{field.name}", {})
+    return lines
 
 
 def _rows(fields, prefix, inherited):
@@ -72,6 +65,8 @@ def _rows(fields, prefix, inherited):
         if field.default is not dataclasses.MISSING:
             default = f"`{field.default!r}`"
         kind = getattr(field.type, "__name__", str(field.type))
+        if field.metadata.get("options"):
+            kind, default = "section", "see below"
         meaning = field.metadata.get("doc", "").replace("|", r"\|")
         changes = metadata.get("changes", "numbers")
         yield f"| `{prefix}{field.name}` | {kind} | {default} | {meaning} | {changes} |"
