@@ -78,6 +78,7 @@ SURROUNDINGS = (
 def documented():
     """Modules and scripts that a document, docstring or script starts with python."""
     places = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    places += (ROOT / "docs" / "howto").glob("*.md")
     for folder in ("launch", "configs", "benchmarks", "memoryformer"):
         places += (ROOT / folder).rglob("*.py")
         places += (ROOT / folder).rglob("*.sh")
