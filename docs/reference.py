@@ -128,9 +128,13 @@ def as_rst(app, what, name, obj, options, lines) -> None:
 
 
 def _prose(text):
-    pieces = re.split(r"(`[^`]+`)", text)
-    return "".join(
-        f"``{piece[1:-1]}``" if piece.startswith("`") and len(piece) > 2
-        else re.sub(r"([\\*|_<>])", r"\\\1", piece)
-        for piece in pieces
-    )  # fmt: skip
+    """Backticks as literals, also before a letter (`Block`s); other signs as they are."""
+    pieces = []
+    for piece in re.split(r"(`[^`]+`)", text):
+        if piece.startswith("`") and len(piece) > 2:
+            pieces.append(f"``{piece[1:-1]}``")
+        else:
+            escaped = re.sub(r"([\\*|_<>])", r"\\\1", piece)
+            after_literal = pieces and piece[:1].isalnum()
+            pieces.append(f"\\ {escaped}" if after_literal else escaped)
+    return "".join(pieces)

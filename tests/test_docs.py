@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -40,6 +41,23 @@ def test_what_a_page_names_is_there(page):
             assert heading in anchors, link
     for path in re.findall(PATH, text):
         assert (ROOT / path).exists(), path
+
+
+def test_lists_of_requirements_are_there():
+    """What code, scripts and pages say to install from: a file that is there, or an extra.
+
+    Mutation: `pip install -r requirements-eval.txt` in memoryformer/harness/tasks.py.
+    """
+    places = [*PAGES, ROOT / "Makefile"]
+    for folder in ("memoryformer", "benchmarks", "launch", "configs"):
+        places += [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.sh")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for place in places:
+        text = place.read_text("utf-8")
+        for name in re.findall(r"requirements[\w-]*\.txt", text):
+            assert (ROOT / name).exists(), (place, name)
+        for extra in re.findall(r"'\.\[(\w+)\]'", text):
+            assert extra in project["optional-dependencies"], (place, extra)
 
 
 def test_the_citation_is_of_this_version():
