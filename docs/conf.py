@@ -23,6 +23,7 @@ release = version = memoryformer.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build", "_generated/*.inc"]
+highlight_language = "none"  # of a block that names none
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_show_copyright = False

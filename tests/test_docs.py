@@ -10,6 +10,7 @@ import sys
 import tomllib
 
 import pytest
+from test_layering import FLOORS
 
 import memoryformer
 from memoryformer.training import experiment
@@ -41,6 +42,18 @@ def test_what_a_page_names_is_there(page):
             assert heading in anchors, link
     for path in re.findall(PATH, text):
         assert (ROOT / path).exists(), path
+
+
+def test_floors_are_those_of_the_tree():
+    """The architecture page draws the floors that `test_layering` holds.
+
+    Mutation: two lines of the page's list swapped.
+    """
+    text = (DOCS / "architecture.md").read_text("utf-8").split("## The floors")[1]
+    drawn = [
+        re.split(r" {2,}", line)[0] for line in text.split("```")[1].strip().split("\n")
+    ]
+    assert drawn[::-1] == FLOORS.strip().splitlines()
 
 
 def test_lists_of_requirements_are_there():
