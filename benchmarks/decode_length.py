@@ -28,7 +28,7 @@ from memoryformer.model import mixers, recurrence
 from memoryformer.model.mixers import softmax
 
 CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
-NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
+NAMES = tuple(name for name in presets.mixer_settings() if "matched" not in name)
 CHUNK = 32  # tokens of a recurrence's chunk: every round opens and closes one
 SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
 
@@ -84,10 +84,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
 def _case(name, context, tokens):
     """Return (function that decodes n tokens at the context, bytes of its state)."""
     max_len = context + tokens
-    settings = presets.MIXER_SETTINGS[name]
+    settings = presets.mixer_settings()[name]
     if "recurrence" in settings:  # the row is cut into chunks of one size
         max_len += -max_len % CHUNK
-        settings = settings | {"recurrence_chunk": CHUNK}
+        options = settings["recurrence_options"] | {"chunk_size": CHUNK}
+        settings = settings | {"recurrence_options": options}
     config = model.ModelConfig(
         **SHAPE, seq_len=max_len, projection="dense", ffn_activation="gelu", **settings
     )

@@ -100,7 +100,7 @@ def step(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
     ]
 
 
-CUDNN = {"model.attention": "cudnn"}
+CUDNN = {"model.mixer_options.attention": "cudnn"}
 LEAN = {
     "optimizer.table_second_moment": "row",
     "optimizer.table_moment_dtype": "bfloat16",

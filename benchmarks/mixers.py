@@ -30,7 +30,7 @@ from memoryformer.training import experiment, loop, programs
 from memoryformer.training import step as step_lib
 
 PROJECTIONS = ("memory", "dense")
-NAMES = tuple(name for name in presets.MIXER_SETTINGS if "matched" not in name)
+NAMES = tuple(name for name in presets.mixer_settings() if "matched" not in name)
 PAPER = ("softmax", "linformer", "cosformer", "performer")  # three seeds by default
 
 
@@ -82,7 +82,7 @@ def _measure(args, folder, name, projection):
             print(f"--- {workdir}", flush=True)
             loop.train(config, workdir, compiled=compiled)
         bits.append(_last(workdir, "val/bits_per_byte"))
-    counted = accounting.count(config.model, value_bytes=4)
+    counted = accounting.count(experiment.resolve(config).model, value_bytes=4)
     return {
         "mixer": name,
         "projection": projection,

@@ -1,7 +1,7 @@
 """ListOps with a two-sided trunk, to try what a shared memory costs (Long-Range-Arena style).
 
     python -m memoryformer.tasks.listops --config=configs/listops.py:luna --workdir=runs/listops
-    ... --config=configs/listops.py:conv_luna --config.model.luna_slots=1
+    ... --config=configs/listops.py:conv_luna --config.model.mixer_options.num_slots=1
 
 The argument is `softmax`, `linformer`, `luna` or `conv_luna`; every trunk gets learned positions,
 for luna has none of its own. Short sequences by default; for LRA's,
@@ -10,12 +10,15 @@ for luna has none of its own. Short sequences by default; for LRA's,
 
 import ml_collections
 
+from memoryformer import config as config_lib
+from memoryformer.model import ModelConfig
+
 
 def get_config(mixer: str = "luna") -> ml_collections.ConfigDict:
     """Return the experiment of one mixer."""
     config = ml_collections.ConfigDict()
 
-    model = config.model = ml_collections.ConfigDict()
+    model = config.model = config_lib.defaults(ModelConfig)
     model.vocab_size = 16
     model.embed_dim = 128
     model.num_layers = 4
@@ -27,10 +30,8 @@ def get_config(mixer: str = "luna") -> ml_collections.ConfigDict:
     model.output_projection = True
     model.ffn_activation = "gelu"
     model.rotary_fraction = 1.0
-    model.linformer_slots = 16
-    model.luna_slots = 16
-    model.conv_luna_filter = "conv"
-    model.conv_luna_width = 4
+    if mixer in ("linformer", "luna", "conv_luna"):
+        model.mixer_options.num_slots = 16
 
     task = config.task = ml_collections.ConfigDict()
     task.num_steps = 1000

@@ -19,7 +19,7 @@ from memoryformer import presets
 
 
 def get_config(mixer: str = "softmax") -> ml_collections.ConfigDict:
-    """Return the experiment; mixer is one of `presets.MIXER_SETTINGS`."""
+    """Return the experiment; mixer is one of `presets.mixer_settings`."""
     if mixer == "released":  # says that there is none
         return presets.memoryformer("base", mixer)
     return presets.with_mixer(presets.memoryformer("base"), mixer)

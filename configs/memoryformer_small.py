@@ -19,6 +19,6 @@ from memoryformer import presets
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Return the experiment; variant is '', 'released' or a mixer."""
-    if variant in presets.MIXER_SETTINGS:
+    if variant in presets.mixer_settings():
         return presets.with_mixer(presets.memoryformer("small"), variant)
     return presets.memoryformer("small", variant)

@@ -16,5 +16,5 @@ from memoryformer import presets
 
 
 def get_config(mixer: str = "softmax") -> ml_collections.ConfigDict:
-    """Return the experiment; mixer is one of `presets.MIXER_SETTINGS`."""
+    """Return the experiment; mixer is one of `presets.mixer_settings`."""
     return presets.with_mixer(presets.pythia("160m"), mixer)

@@ -20,7 +20,7 @@ import memoryformer
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.files import paths
-from memoryformer.runs import console
+from memoryformer.runs import console, old_configs
 
 flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
@@ -51,10 +51,22 @@ class _ConfigParser(flags.ArgumentParser):
     """Loads the config as `load` does, with its errors."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return config_lib.load(argument).lock()
+        config = config_lib.load(argument)
+        config_lib.forget_options(config, _overrides(sys.argv))
+        return config.lock()
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def _overrides(argv: Sequence[str]) -> dict[str, str]:
+    """Return {'SECTION.KEY': VALUE} of `--config.SECTION.KEY=VALUE` on a command line."""
+    values = {}
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.startswith("config."):
+            values[name.removeprefix("config.")] = value if equals else following
+    return values
 
 
 def define_debug_flag() -> None:
@@ -203,6 +215,10 @@ def _override_error(argv: Sequence[str]) -> errors.ConfigError | None:
     for argument in argv:
         key = argument.removeprefix("--config.").partition("=")[0]
         if argument.startswith("--config.") and key not in known:
+            if new := old_configs.MOVED.get(key):
+                return errors.ConfigError(
+                    f"--config.{key}: is no longer a field; set {new}."
+                )
             near = config_lib.suggest(key, known)
             return errors.ConfigError(
                 f"--config.{key}: the config has no such field{near}."

@@ -88,8 +88,7 @@ def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
         raise ConfigError(
             f"--config={path}: get_config() returns {kind}, not a ConfigDict."
         )
-    with config.unlocked():
-        config.update_from_flattened_dict(overrides)
+    override(config, overrides)
     return config
 
 
@@ -160,6 +159,18 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return nested
+
+
 def defaults(cls: type) -> ml_collections.ConfigDict:
     """Return a section with every field of the dataclass `cls`, so that all can be set.
 
@@ -168,12 +179,23 @@ def defaults(cls: type) -> ml_collections.ConfigDict:
     types = typing.get_type_hints(cls)
     section = ml_collections.ConfigDict()
     for field in dataclasses.fields(cls):
+        if kinds := field.metadata.get("options"):
+            section[field.name] = _no_options(kinds)
+            continue
         missing = field.default is dataclasses.MISSING
         kind = types[field.name]
         section[field.name] = (
             config_dict.placeholder(kind) if missing else field.default
         )
     return section
+
+
+def at_least(section: Any, name: str, bound: float, *fields: str) -> None:
+    """Raise `ConfigError` for a field of the section called `name` that is below `bound`."""
+    for key in fields:
+        if getattr(section, key) < bound:
+            value = getattr(section, key)
+            raise ConfigError(f"{name}.{key}={value}: must be >= {bound}.")
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
@@ -189,7 +211,7 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     origin = typing.get_origin(kind) or kind
-    if not isinstance(origin, type):
+    if origin is Any or not isinstance(origin, type):
         return value
     wrong_bool = isinstance(value, bool) and origin is not bool
     if wrong_bool or not isinstance(value, origin):
@@ -212,28 +234,111 @@ def field(
     *,
     doc: str = "",
     local: bool = False,
+    options: Mapping[str, type] | None = None,
 ):
     """Make a dataclass field that says what it means and what a change of it changes.
 
-    local: the processes of one run may differ in it.
+    local: the processes of one run may differ in it. options: the field holds the options of
+    one of these classes, its `Options`; which one, another field says (`options`).
     """
     if changes not in CHANGES:
         raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
-    metadata = {"changes": changes, "local": local, "doc": doc}
+    metadata = {"changes": changes, "local": local, "doc": doc, "options": options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def described(cls: type) -> dict[str, tuple[str, bool]]:
-    """Return {'section.field': (changes, local)} of a dataclass of dataclasses."""
-    found = {}
+    """Return {'section.field': (changes, local)} of a dataclass of dataclasses.
+
+    Options are there as those of every class that the field may be about.
+    """
+    flat = {}
     for item in dataclasses.fields(cls):
-        own = (
+        itself = (
             item.metadata.get("changes", "numbers"),
             item.metadata.get("local", False),
         )
-        if not dataclasses.is_dataclass(item.type):
-            found[item.name] = own
+        sections = [item.type] if dataclasses.is_dataclass(item.type) else []
+        if kinds := item.metadata.get("options"):
+            sections = [kind.Options for kind in kinds.values()]
+        elif not sections:
+            flat[item.name] = itself
+        for section in sections:
+            for name, inner in described(section).items():
+                whole = item.metadata and not kinds
+                flat[f"{item.name}.{name}"] = itself if whole else inner
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """There is nothing to set."""
+
+
+def options(kinds: Mapping[str, type], choice: str, values: Any, name: str) -> Any:
+    """Freeze the options `name` of the class that `choice` names: its `Options`.
+
+    `values` is a mapping, where None is not set, or the dataclass itself. Raises
+    `ConfigError` for an option that the class has not.
+    """
+    cls = kinds[choice].Options if choice in kinds else NoOptions
+    if type(values) is cls:
+        return values
+    chooser = name.rpartition(".")[2].removesuffix("_options")
+    if dataclasses.is_dataclass(values):
+        raise ConfigError(
+            f"{name}={values!r}: not the options of {chooser}={choice!r}; give a mapping."
+        )
+    section = {k: v for k, v in dict(values or {}).items() if v is not None}
+    known = [item.name for item in dataclasses.fields(cls)]
+    for key in section:
+        if key not in known:
+            near = suggest(key, known) if known else "; it has none"
+            owners = [k for k in kinds if key in kinds[k].Options.__dataclass_fields__]
+            of = f" (an option of {', '.join(owners)})" if owners else ""
+            raise ConfigError(
+                f"{name}.{key}: {chooser}={choice!r} has no such option{of}{near}."
+            )
+    return build(cls, section, name)
+
+
+def _no_options(kinds: Mapping[str, type]) -> ml_collections.ConfigDict:
+    """A section in which the options of every class can be set, and none is.
+
+    ml_collections sets only what is there, and in which order it comes to a choice and to its
+    options is the command line's affair.
+    """
+    section = ml_collections.ConfigDict()
+    for kind in kinds.values():
+        for name, type_ in typing.get_type_hints(kind.Options).items():
+            section[name] = config_dict.placeholder(type_)
+    return section
+
+
+def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Set dotted fields of a config, as a command line does: see `forget_options`."""
+    forget_options(config, values)
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(values))
+
+
+def forget_options(
+    config: ml_collections.ConfigDict, values: Mapping[str, Any]
+) -> None:
+    """Clear the options `X_options` of a config if `values` choose another `X`.
+
+    What a file sets for one mixer is not meant for another, which takes its defaults.
+    """
+    for key, value in values.items():
+        *parents, chooser = key.split(".")
+        section: Any = config
+        for parent in parents:
+            section = section.get(parent) if hasattr(section, "get") else None
+        if not hasattr(section, "get") or section.get(chooser) == value:
             continue
-        for name, inner in described(item.type).items():
-            found[f"{item.name}.{name}"] = own if item.metadata else inner
-    return found
+        stale = section.get(f"{chooser}_options")
+        for name in stale or ():
+            with config.unlocked():
+                kind = stale.get_type(name)
+                del stale[name]
+                stale[name] = config_dict.placeholder(kind)

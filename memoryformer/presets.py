@@ -14,7 +14,7 @@ import ml_collections
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.model import recurrence
+from memoryformer.model import mixers, recurrence
 from memoryformer.training import experiment
 
 # size -> D, layers, heads, peak learning rate
@@ -77,40 +77,19 @@ def pythia(size: str) -> ml_collections.ConfigDict:
     return config
 
 
-# What the paper does not state about its three efficient baselines, declared here; the
-# other mixers of the project stand beside them. '_matched' meets the FLOPs of the paper's
-# Table 2 at 410M: 26.1G for Linformer and 26.7G for Performer, of one block.
-MIXER_SETTINGS: dict[str, dict[str, Any]] = {
-    "softmax": {"mixer": "softmax"},
-    "linformer": {"mixer": "linformer", "linformer_slots": 64},
-    "linformer_matched": {"mixer": "linformer", "linformer_slots": 40},
-    "cosformer": {"mixer": "cosformer"},
-    "performer": {
-        "mixer": "performer",
-        "performer_features": 256,
-        "performer_redraw_every": 1000,
-    },
-    "performer_matched": {
-        "mixer": "performer",
-        "performer_features": 112,
-        "performer_redraw_every": 1000,
-    },
-    "linear": {"mixer": "linear"},
-    "trained_kernel": {"mixer": "trained_kernel"},
-    "luna": {"mixer": "luna", "luna_slots": 64},
-    "conv_luna": {"mixer": "conv_luna", "luna_slots": 64},
-    "dape_v2": {"mixer": "softmax", "logit_transform": "dape_v2"},
-    "rmt": {"recurrence": "rmt", "recurrence_slots": 16},
-    "memformer": {"recurrence": "memformer", "recurrence_slots": 64},
-}
+def mixer_settings() -> dict[str, dict[str, Any]]:
+    """Return what `with_mixer` knows by name: the examples of mixers and recurrences."""
+    return mixers.settings() | recurrence.settings()
 
 
 def with_mixer(
     config: ml_collections.ConfigDict, name: str
 ) -> ml_collections.ConfigDict:
-    """Give an experiment one of `MIXER_SETTINGS`; raises `ConfigError` for another."""
-    config_lib.choose(name, MIXER_SETTINGS, "mixer")
-    config.model.update(MIXER_SETTINGS[name])
+    """Give an experiment one of `mixer_settings()`; raises `ConfigError` for another."""
+    known = mixer_settings()
+    config_lib.choose(name, known, "mixer")
+    fields = config_lib.flatten({"model": known[name]})
+    config_lib.override(config, {k: v for k, v in fields.items() if v != {}})
     if config.model.recurrence != "none":  # documents begin where chunks do
         config.data.align_documents = recurrence.chunk_size(config.model)
     return config

@@ -116,7 +116,7 @@ def linear(config, params, x, positions, segment_ids):
 
 def cosformer(config, params, x, positions, segment_ids):
     q, k, v = split(config, params, x)
-    max_len = config.cosformer_max_len or config.seq_len
+    max_len = config.mixer_options.max_len or config.seq_len
     gap = positions[:, :, None] - positions[:, None, :]
     scores = np.einsum("bthe,bshe->bhts", np.maximum(q, 0), np.maximum(k, 0))
     scores = scores * np.cos(np.pi / 2 * gap / max_len)[:, None]
@@ -192,7 +192,7 @@ def luna(config, params, x, positions, segment_ids):
 
 def conv_luna(config, params, x, positions, segment_ids):
     q, c, pack = split(config, params, x)
-    width = config.conv_luna_width
+    width = config.mixer_options.width
     ahead = 0 if config.causal else width // 2
 
     def filtered(x):
@@ -205,7 +205,7 @@ def conv_luna(config, params, x, positions, segment_ids):
                     if 0 <= i < x.shape[1]
                     and segment_ids[row, i] == segment_ids[row, t]
                 ]
-                if config.conv_luna_filter == "pool":
+                if config.mixer_options.filter == "pool":
                     y[row, t] = x[row, inside].max(axis=0)
                 else:
                     for i in inside:

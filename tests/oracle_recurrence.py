@@ -96,7 +96,7 @@ def memformer(config, params, memory, x, real):
         values = np.concatenate([_heads(config, memory)[:, i : i + 1], v], axis=1)
         where = np.concatenate([np.ones_like(real[:, :1]), real], axis=1)[:, None]
         logits = np.einsum("bhe,bshe->bhs", q[:, i], keys)
-        logits = logits / np.sqrt(q.shape[-1]) / config.memformer_temperature
+        logits = logits / np.sqrt(q.shape[-1]) / config.recurrence_options.temperature
         written[:, i] = np.einsum("bhs,bshe->bhe", softmax(logits, where), values)
     return y, _normalised(written.reshape(memory.shape) + own["bias"])
 
@@ -108,7 +108,7 @@ def _normalised(slots):
 def features(config, params, tokens, positions, segment_ids, held=None):
     """[B, L] -> normed [B, L, D] and the memory that each chunk was handed."""
     x = params["embed"]["embedding"][tokens]
-    own, size = params["recurrence"], config.recurrence_chunk
+    own, size = params["recurrence"], config.recurrence_options.chunk_size
     is_rmt = config.recurrence == "rmt"
     first = own["memory"] if is_rmt else _normalised(own["bias"])
     first = np.broadcast_to(first, (len(tokens), *first.shape))
@@ -116,7 +116,7 @@ def features(config, params, tokens, positions, segment_ids, held=None):
     for c, start in enumerate(range(0, tokens.shape[1], size)):
         part = np.s_[:, start : start + size]
         real = segment_ids[part] != 0
-        if held is not None and c % config.recurrence_bptt == 0:
+        if held is not None and c % config.recurrence_options.bptt_chunks == 0:
             memory = held[c]
         memories.append(memory)
         begins = (positions[:, start] == 0) & real[:, 0]

@@ -91,8 +91,13 @@ _TESTS = {
         "model/test_mixers_performer.py",
         "model/test_model.py",
     ),
-    "model/mixers/base": _MIXERS,
+    "model/mixers/base": (*_MIXERS, "model/test_made_up_mixer.py"),
     "model/mixers/linformer": (
+        "model/test_mixers.py",
+        "evaluation/test_slots.py",
+        "ops/test_ring.py",
+    ),
+    "model/mixers/luna": (
         "model/test_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",

@@ -1,14 +1,18 @@
 """From a ConfigDict at the door to frozen dataclasses, and the configs that ship."""
 
 import dataclasses
+import json
+import operator
 import pathlib
 
 import jax
 import ml_collections
 import pytest
+import toy
 
 from memoryformer import config as config_lib
 from memoryformer import model, sharding
+from memoryformer.accounting import __main__ as accounting_command
 from memoryformer.errors import ConfigError
 from memoryformer.tasks import listops
 from memoryformer.training import experiment, programs
@@ -60,14 +64,20 @@ def test_shipped_config(path):
 
 @every_config
 def test_every_field_can_be_overridden(path):
-    """No None and no list, which ml_collections cannot override; files run twice alike.
+    """No list, which ml_collections cannot override, and None only where its type is known;
+    files run twice alike.
 
     Mutation: `path: str | None = None` in DataConfig.
     """
     first, second = config_lib.load(path), config_lib.load(path)
     assert first.to_dict() == second.to_dict()
     for name, value in config_lib.flatten(first).items():
-        assert isinstance(value, bool | int | float | str | tuple), (name, value)
+        if value is None and "_options." in name:
+            section, _, option = name.rpartition(".")
+            options = operator.attrgetter(section)(first)
+            assert options.get_type(option) in (int, float, str), name
+        else:
+            assert isinstance(value, bool | int | float | str | tuple), (name, value)
 
 
 def test_a_shipped_config_documents_itself():
@@ -157,7 +167,7 @@ def test_resolve_fills_in_every_default():
     [
         ({"train.num_steps": 0}, "train.num_steps=0: must be >= 1"),
         ({"train.num_microbatches": 0}, "train.num_microbatches=0: must be >= 1"),
-        ({"train.nonfinite": "stop"}, "train.nonfinite='stop': unknown choice"),
+        ({"train.max_skipped": -1}, "train.max_skipped=-1: must be >= 0"),
         ({"eval.batch_size": 0}, "eval.batch_size=0 must be >= 1"),
         ({"model.embed_dim": 20}, "model.embed_dim=20 is not a multiple"),
         ({"data.source": "texts"}, "did you mean 'text'"),
@@ -229,3 +239,78 @@ def test_every_field_says_what_it_means():
         for item in dataclasses.fields(section):
             doc = item.metadata.get("doc", "")
             assert doc.endswith(".") and "\n" not in doc, (section, item.name)
+
+
+def test_how_many_fields_there_are():
+    """Beside the options of mixers and of recurrences. A new one makes another go."""
+    flat = config_lib.flatten(experiment.default_config())
+    assert len([name for name in flat if "_options." not in name]) <= 85
+
+
+def counted(capsys, *words):
+    """What `python -m memoryformer.accounting` says of the options of a model: (code, text)."""
+    config = f"--config={CONFIGS}/pythia_70m.py:performer"
+    with pytest.raises(SystemExit) as ended:
+        accounting_command.main(["accounting", config, "--json", *words])
+    out, err = capsys.readouterr()
+    return ended.value.code or 0, out or err
+
+
+def slots(capsys, *words):
+    """Slots of a layer of luna, from its parameters P [m, D]."""
+    code, text = counted(capsys, *words)
+    assert code == 0, text
+    return json.loads(text)["parameters"]["mixers"] // 6 // 512
+
+
+def test_options_on_the_command_line(capsys):
+    """The mixer alone, with options in either order, and beside what the file sets for another.
+
+    Mutations: `forget_options` not called by the parser; a section of the file's mixer alone.
+    """
+    luna, five = "--config.model.mixer=luna", "--config.model.mixer_options.num_slots=5"
+    assert slots(capsys, luna) == 64
+    assert slots(capsys, luna, five) == slots(capsys, five, luna) == 5
+    assert slots(capsys, *luna.split("="), *five.split("=")) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--config.model.mixer_options.num_slots=5"],
+            "an option of linformer, luna, co",
+        ),
+        (
+            ["--config.model.mixer_options.num_slot=5"],
+            "did you mean 'model.mixer_options",
+        ),
+        (["--config.model.mixer_options.num_features=x"], "invalid literal"),
+        (["--config.model.luna_slots=5"], "set model.mixer_options.num_slots, of luna"),
+        (["--config.model.mixer=lunar"], "did you mean 'luna'"),
+    ],
+)
+def test_options_that_cannot_be_set(words, message, capsys):
+    """One line each. Mutation: no `MOVED` in the command line's errors."""
+    code, text = counted(capsys, *words)
+    assert code == 2 and message in text and text.count("\n") == 1
+
+
+def test_options_of_a_file_go_with_its_mixer():
+    """For a sweep and for `load`. Mutation: `override` without `forget_options`."""
+    path = f"{CONFIGS}/pythia_70m.py:performer"
+    same = config_lib.load(path, **{"model.mixer_options.num_features": 9})
+    assert same.model.mixer_options.redraw_every == 1000
+    other = config_lib.load(path, **{"model.mixer": "cosformer"})
+    assert experiment.resolve(other).model.mixer_options.prefix_chunk == 64
+    assert other.model.mixer_options.redraw_every is None
+
+
+def test_a_model_with_options_can_be_a_static_argument():
+    """Mutation: options left a dict."""
+    config = toy.model_config(mixer="luna", mixer_options={"num_slots": 3})
+    again = toy.model_config(mixer="luna", mixer_options={"num_slots": 3})
+    other = toy.model_config(mixer="luna", mixer_options={"num_slots": 4})
+    assert hash(config) == hash(again) and config == again != other
+    with pytest.raises(ConfigError, match="not the options of mixer='linear'"):
+        dataclasses.replace(config, mixer="linear")

@@ -100,7 +100,7 @@ def test_announcement(tmp_path):
     assert "embed_dim=16" in text and max(map(len, text.splitlines())) <= 200
     assert f"changed from {preset}:\n  train.seed: 0 -> 5" in text
     assert "since the last run" not in text
-    entries = accounting.count(config.model).parameters.tables
+    entries = accounting.count(experiment.resolve(config).model).parameters.tables
     assert f"tables: {entries:,} entries of 12 bytes with their moments" in text
     stored = experiment.complete(config_lib.load(preset, **{"train.log_every": 7}))
     (tmp_path / "config.json").write_text(json.dumps(stored))

@@ -131,7 +131,7 @@ def test_fewer_steps_than_there_are(toy_run, tmp_path):
 @pytest.mark.parametrize("value", [1e39, float("inf"), float("nan"), 1e-50])
 def test_numbers_that_float32_has_not(tmp_path, value):
     """Mutation: `_is_float32` asks for a number alone."""
-    for field in ("optimizer.learning_rate", "optimizer.eps", "train.step_timeout"):
+    for field in ("optimizer.learning_rate", "optimizer.eps", "train.timeout_scale"):
         with pytest.raises(ConfigError, match=rf"^{field}=.*float32"):
             experiment.resolve(toy.run_config(tmp_path, **{field: value}))
 

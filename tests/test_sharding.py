@@ -35,13 +35,12 @@ PREFIX_MIXERS = (
     "luna",
 )
 MODELS |= {
-    name: {"lookup": "xla", "mixer": name, "prefix_chunk": 3}
+    name: {"lookup": "xla", "mixer": name, "mixer_options": {"prefix_chunk": 3}}
     for name in (*PREFIX_MIXERS, "conv_luna")
 }
-MODELS["performer"] |= {"performer_features": 6, "performer_redraw_every": 8}
-MODELS["linformer"] |= {"linformer_slots": 5}
-MODELS["luna"] |= {"luna_slots": 5}
-MODELS["conv_luna"] |= {"luna_slots": 5}
+MODELS["performer"]["mixer_options"] |= {"num_features": 6, "redraw_every": 8}
+for name in ("linformer", "luna", "conv_luna"):
+    MODELS[name]["mixer_options"] |= {"num_slots": 5}
 MESHES = ("data", "fsdp", "tensor:model=2", "fsdp_tensor:model=2", "tensor:model=4")
 slow = pytest.mark.slow
 CASES = [
@@ -313,8 +312,14 @@ def test_what_does_not_divide_is_named(fields, mesh, message):
     "fields, message",
     [
         ({"seq_len": 12}, "model.seq_len=12 does not divide over 8 devices along 'seq"),
-        ({"logit_transform": "dape_v2"}, "logit_transform='dape_v2' cannot run over"),
-        ({"attention": "cudnn"}, "model.attention='cudnn' with model.logit_transform="),
+        (
+            {"mixer_options": {"logit_transform": "dape_v2"}},
+            "logit_transform='dape_v2' cannot run over",
+        ),
+        (
+            {"mixer_options": {"attention": "cudnn"}},
+            "model.mixer_options.attention='cudnn' with logit_transform=",
+        ),
         ({"mixer": "luna", "causal": False}, "causal=False sums over whole rows"),
         ({"recurrence": "rmt"}, "model.recurrence='rmt' carries a memory"),
     ],
@@ -322,7 +327,7 @@ def test_what_does_not_divide_is_named(fields, mesh, message):
 def test_what_cannot_run_over_a_sequence_axis_is_refused(fields, message):
     """Before anything is compiled, in one line; encoders of softmax may.
 
-    Mutation: `validate_sequence` not called by `partition_specs`.
+    Mutation: `check_sequence` not called by `partition_specs`.
     """
     made = sharding.make("sequence")
     with pytest.raises(ConfigError) as caught:

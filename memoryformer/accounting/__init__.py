@@ -3,8 +3,8 @@
     memory layer    K tables of 2^tau rows, F wide:   K (tau + F) multiply-adds per token   (below Eq. 11)
     dense layer     D x F:                            D F multiply-adds per token           (Eq. 1)
     softmax mixer   scores and weighted values:       2 L^2 D multiply-adds per sequence    (section 2.4)
-    other mixers    accounting/mixers.py                    linear in L
-    a memory        accounting/recurrence.py               beside the blocks, which mix over chunks
+    other mixers    `cost` of each in model/mixers:      linear in L
+    a memory        `cost` of each in model/recurrence:  beside the blocks, which mix over chunks
 
 Two conventions. The paper calls one multiply-add one FLOP: every `multiply_adds` here.
 The plain convention counts the multiplication and the addition: every `flops` here is
@@ -21,89 +21,12 @@ Start at `count`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from memoryformer import config as config_lib
-from memoryformer import errors
-from memoryformer.accounting import mixers as mixer_costs
-from memoryformer.accounting import recurrence as recurrence_costs
+from memoryformer.model import ModelConfig, mixers, recurrence
 from memoryformer.ops import hashing
 
 PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The fields of a model config that decide what it costs.
-
-    A section may leave out what has a default here; the defaults are the model's own.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    seq_len: int
-    mixer: str = "softmax"
-    projection: str = "memory"
-    code_bits: int = 8
-    extra_bits: int = 2
-    score: str = "softmax"
-    norm: str = "rmsnorm"
-    residual: str = "sequential"
-    ffn_multiple: int = 4
-    output_projection: bool = False
-    memory_bias: bool = False
-    tie_embeddings: bool = False
-    logit_transform: str = "none"
-    dape_width: int = 32
-    trained_kernel_layers: int = 3
-    performer_features: int = 256
-    linformer_slots: int = 64
-    linformer_max_len: int = 0
-    luna_slots: int = 64
-    conv_luna_filter: str = "conv"
-    conv_luna_width: int = 4
-    recurrence: str = "none"
-    recurrence_chunk: int = 0
-    recurrence_slots: int = 16
-
-    @classmethod
-    def of(cls, section: Any) -> "Shape":
-        """Read the fields from a config section or from any object that has them.
-
-        Fields of `section` that cost nothing are ignored. Raises `ConfigError` for a
-        missing field, an unknown choice, or a width that tau does not divide.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if isinstance(section, Mapping) or hasattr(section, "items"):
-            values = {name: section[name] for name in names if name in section}
-        else:
-            values = {
-                name: getattr(section, name) for name in names if hasattr(section, name)
-            }
-        shape = config_lib.build(cls, values, "model")
-        config_lib.choose(shape.mixer, mixer_costs.MIXERS, "model.mixer")
-        config_lib.choose(shape.projection, ("memory", "dense"), "model.projection")
-        config_lib.choose(shape.score, hashing.SCORES, "model.score")
-        config_lib.choose(shape.norm, ("rmsnorm", "layernorm"), "model.norm")
-        if shape.projection == "memory" and shape.embed_dim % shape.code_bits:
-            raise errors.ConfigError(
-                f"model.embed_dim={shape.embed_dim}: not divisible by "
-                f"model.code_bits={shape.code_bits}; choose a multiple of it."
-            )
-        return shape
-
-    @property
-    def num_tables(self) -> int:
-        """K, the tables of one memory layer."""
-        return self.embed_dim // self.code_bits
-
-    @property
-    def head_dim(self) -> int:
-        """E."""
-        return self.embed_dim // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,66 +119,63 @@ def dense_layer(in_features: int, features: int) -> Layer:
     )
 
 
-def projections(model: Any) -> dict[str, Layer]:
+def projections(model: ModelConfig) -> dict[str, Layer]:
     """The layers of one block by name, Q, K and V as one.
 
-    `model` is a config section, a `ModelConfig` or a `Shape`. A memory block hashes once
+    A dense block has a layer each for Q, K and V; a memory block hashes once
     for Q, K and V, which read rows of width 3 D.
     """
-    shape = Shape.of(model)
-    width = shape.embed_dim
-    if shape.projection == "dense":
-        hidden = shape.ffn_multiple * width
-        layers = {
-            "mixer.qkv": dense_layer(width, 3 * width),
+    width = model.embed_dim
+    if model.projection == "dense":
+        hidden = model.ffn_multiple * width
+        feed_forward = {
             "ffn.up": dense_layer(width, hidden),
             "ffn.down": dense_layer(hidden, width),
         }
-        out = dense_layer(width, width)
     else:
-        tables, tau, bias = shape.num_tables, shape.code_bits, shape.memory_bias
-        wide = tau + shape.extra_bits
-        layers = {
-            "mixer.qkv": memory_layer(tables, tau, 3 * width, bias=bias),
-            "ffn.up": memory_layer(tables, tau, tables * wide, bias=bias),
+        tables, bits, bias = model.num_tables, model.code_bits, model.memory_bias
+        wide = bits + model.extra_bits
+        feed_forward = {
+            "ffn.up": memory_layer(tables, bits, tables * wide, bias=bias),
             "ffn.down": memory_layer(tables, wide, width, bias=bias),
         }
-        out = memory_layer(tables, tau, width, bias=bias)
-    return layers | ({"mixer.out": out} if shape.output_projection else {})
+    layers = {"mixer.qkv": _project(model, 3 * width)} | feed_forward
+    if model.output_projection:
+        layers["mixer.out"] = _project(model, width)
+    return layers
 
 
-def _project(shape: Shape, features: int) -> Layer:
+def _project(model: ModelConfig, features: int) -> Layer:
     """A projection from D, of the block's kind."""
-    if shape.projection == "dense":
-        return dense_layer(shape.embed_dim, features)
-    sizes = (shape.num_tables, shape.code_bits, features)
-    return memory_layer(*sizes, bias=shape.memory_bias)
+    if model.projection == "dense":
+        return dense_layer(model.embed_dim, features)
+    sizes = (model.num_tables, model.code_bits, features)
+    return memory_layer(*sizes, bias=model.memory_bias)
 
 
-def count(model: Any, *, value_bytes: int = 2) -> Accounting:
-    """Count what the model of a config section costs.
+def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
+    """Count what a model costs.
 
-    `model` is `config.model`, a `ModelConfig`, or anything with the fields of `Shape`.
     `value_bytes` is the width of a stored value: 2 for fp16 and bf16 (as the paper
-    counts), 4 for float32. Raises `ConfigError` as `Shape.of` does.
+    counts), 4 for float32.
     """
-    shape = Shape.of(model)
-    layers = list(projections(shape).values())
-    mixer = mixer_costs.MIXERS[shape.mixer](shape)
-    memory = recurrence_costs.count(shape, layers, lambda f: _project(shape, f))
-    block = _block(shape, layers)
-    parameters = _parameters(shape, layers, mixer, memory)
-    length, width = shape.seq_len, shape.embed_dim
-    head = length * width * shape.vocab_size
-    sequence = shape.num_layers * block.total_exact + memory.multiply_adds + head
-    per_token = sequence // length
-    rows = shape.num_layers * sum(layer.values_read for layer in layers)
-    decoder = recurrence_costs.decode_mixer(shape)
-    head_values = width * shape.vocab_size
+    layers = list(projections(model).values())
+    per_token = sum(layer.multiply_adds for layer in layers)
+    memory = recurrence.cost(model, per_token, lambda f: _project(model, f))
+    # The mixer with the longest state that it has to keep.
+    state = mixers.cost(model, recurrence.capacity(model))
+    block = _block(model, layers)
+    parameters = _parameters(model, layers, memory)
+    head = model.embed_dim * model.vocab_size
+    sequence = model.num_layers * block.total_exact + memory.multiply_adds
+    sequence += model.seq_len * head
+    per_token = sequence // model.seq_len
+    rows = model.num_layers * sum(layer.values_read for layer in layers)
+    state_bytes = (state.state_value_bytes or value_bytes) * state.state_values
     return Accounting(
         parameters=parameters,
         block=block,
-        head_multiply_adds=head,
+        head_multiply_adds=model.seq_len * head,
         recurrence_multiply_adds=memory.multiply_adds,
         multiply_adds_per_token=per_token,
         flops_per_token=2 * per_token,
@@ -263,58 +183,55 @@ def count(model: Any, *, value_bytes: int = 2) -> Accounting:
         value_bytes=value_bytes,
         table_bytes=value_bytes * parameters.tables,
         table_bytes_read_per_token=value_bytes * rows,
-        dense_bytes=value_bytes * (parameters.dense + head_values),
-        decode_state_bytes=(decoder.state_value_bytes or value_bytes)
-        * shape.num_layers
-        * decoder.state_values
+        dense_bytes=value_bytes * (parameters.dense + head),
+        decode_state_bytes=model.num_layers * state_bytes
         + value_bytes * memory.state_values,
     )
 
 
-def _block(shape: Shape, layers: Sequence[Layer]) -> Block:
-    length, mixing = shape.seq_len, recurrence_costs.mixing(shape)
+def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
+    length, chunk = model.seq_len, recurrence.chunk_size(model)
+    mixing = mixers.cost(model, chunk).multiply_adds * length // chunk
     exact = length * sum(layer.products for layer in layers)
-    hashing = length * sum(layer.hashing for layer in layers)
+    hashed = length * sum(layer.hashing for layer in layers)
     paper = exact
-    if shape.projection == "memory":
+    if model.projection == "memory":
         # The paper has no output projection; one more of them is one more K L D.
-        units = PAPER_PROJECTIONS + shape.output_projection
-        paper = units * shape.num_tables * length * shape.embed_dim
+        units = PAPER_PROJECTIONS + model.output_projection
+        paper = units * model.num_tables * length * model.embed_dim
     return Block(
         projections_exact=exact,
         projections_paper=paper,
-        hashing=hashing,
+        hashing=hashed,
         mixing=mixing,
-        total_exact=exact + hashing + mixing,
+        total_exact=exact + hashed + mixing,
         total_paper=paper + mixing,
     )
 
 
 def _parameters(
-    shape: Shape,
-    layers: Sequence[Layer],
-    mixer: mixer_costs.Mixer,
-    memory: recurrence_costs.Recurrence,
+    model: ModelConfig, layers: Sequence[Layer], memory: recurrence.Cost
 ) -> Parameters:
-    width = shape.embed_dim
-    norm = width * (2 if shape.norm == "layernorm" else 1)
+    width = model.embed_dim
+    norm = width * (2 if model.norm == "layernorm" else 1)
     inner = 0
-    if shape.projection == "memory":
+    if model.projection == "memory":
         # Between the FFN's two memory layers: always a LayerNorm, scale and bias.
-        inner = 2 * shape.num_tables * (shape.code_bits + shape.extra_bits)
-    norms = 1 if shape.residual == "eq13" else 2  # Eq. 13 norms once for both halves
-    other = norms * norm + inner + sum(layer.biases for layer in layers)
-    every, scalars = (*layers * shape.num_layers, *memory.layers), 0
-    if hashing.is_learned(shape.score):
+        inner = 2 * model.num_tables * (model.code_bits + model.extra_bits)
+    norms = 1 if model.residual == "eq13" else 2  # Eq. 13 norms once for both halves
+    every, scalars = (*layers * model.num_layers, *memory.projections), 0
+    if hashing.is_learned(model.score):
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
-    own = memory.norms * norm + sum(layer.biases for layer in memory.layers)
+    all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
+    biases = sum(layer.biases for layer in every)
+    mixing = mixers.cost(model, model.seq_len).parameters
     groups = {
-        "embedding": shape.vocab_size * width,
+        "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
-        "norms_and_biases": shape.num_layers * other + own + scalars + norm,
-        "mixers": shape.num_layers * mixer.parameters + memory.slots,
-        "head": 0 if shape.tie_embeddings else width * shape.vocab_size,
+        "norms_and_biases": all_norms + inner * model.num_layers + biases + scalars,
+        "mixers": model.num_layers * mixing + memory.parameters,
+        "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }
     return Parameters(**groups, total=sum(groups.values()))
 

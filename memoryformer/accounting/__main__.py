@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from memoryformer import accounting, cli, errors
+from memoryformer.model import ModelConfig
 
 
 def define_flags() -> None:
@@ -30,7 +31,8 @@ def _run(argv: Sequence[str]) -> None:
     section = flags.FLAGS.config.get("model")
     if section is None:
         raise errors.ConfigError("config.model: missing; the config has no model.")
-    costs = accounting.count(section, value_bytes=flags.FLAGS.value_bytes)
+    model = ModelConfig.from_config(section)
+    costs = accounting.count(model, value_bytes=flags.FLAGS.value_bytes)
     if flags.FLAGS.json:
         print(json.dumps(dataclasses.asdict(costs), indent=2))
     else:

@@ -71,11 +71,10 @@ class Watchdog:
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-            field = f"train.{phase}_timeout"
             print(
                 f"error: step {step}: {phase.replace('_', ' ')} has taken {seconds:.0f} s, "
-                f"{field}={self._limits[phase]:g} allows no more; the stacks are above, run "
-                f"the same command to go on from the last checkpoint, or raise {field}.",
+                f"of {self._limits[phase]:g} s allowed; the stacks are above, run the same "
+                "command to go on from the last checkpoint, or raise train.timeout_scale.",
                 file=sys.__stderr__,
                 flush=True,
             )

@@ -33,6 +33,7 @@ from memoryformer.convert import folders, reference_reader, safetensors_file, tr
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
+from memoryformer.runs import old_configs
 
 TABLE_TYPES = ("float32", "bfloat16", "int8")
 SCALE = ".scale_of_rows"
@@ -86,7 +87,8 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     """
     directory = pathlib.Path(directory)
     fields = _read_fields(directory)
-    config = model.ModelConfig.from_config(fields.section("model").values)
+    section = old_configs.upgraded_model(fields.section("model").values)
+    config = model.ModelConfig.from_config(section)
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)

@@ -155,17 +155,12 @@ def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any
         "mixer": "softmax",
         "projection": "dense",
         "causal": True,
-        "logit_transform": "none",
+        "mixer_options.logit_transform": "none",
         "recurrence": "none",
         "norm": "layernorm",
         "output_projection": True,
     }
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"model.{name}={getattr(config, name)!r}: a GPT-NeoX checkpoint holds "
-                f"only {value!r}; export to safetensors instead."
-            )
+    trees.check_holds(config, wanted, "a GPT-NeoX checkpoint holds")
     activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     if config.residual == "eq13" or config.ffn_activation not in activations:
         raise ConfigError(

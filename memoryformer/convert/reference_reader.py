@@ -68,10 +68,11 @@ class Model:
     def __init__(self, config, params):
         plain = {"mixer": "softmax", "causal": True, "logit_transform": "none"}
         plain |= {"recurrence": "none"}
+        fields = config | config.get("mixer_options", {})
         for name, value in plain.items():
-            if config.get(name, value) != value:
+            if fields.get(name, value) != value:
                 raise ValueError(
-                    f"{name}={config[name]!r}: this reader has only {value!r}."
+                    f"{name}={fields[name]!r}: this reader has only {value!r}."
                 )
         if config.get("projection") == "memory" and config["score"] not in _SCORES:
             raise ValueError(

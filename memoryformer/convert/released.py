@@ -158,7 +158,7 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
         "mixer": "softmax",
         "projection": "memory",
         "causal": True,
-        "logit_transform": "none",
+        "mixer_options.logit_transform": "none",
         "recurrence": "none",
         "extra_bits": EXTRA_BITS,
         "score": "l1_softmax",
@@ -170,12 +170,7 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
         "output_projection": False,
         "tie_embeddings": False,
     }
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"model.{name}={getattr(config, name)!r}: the released code has only "
-                f"{value!r}; export to safetensors instead."
-            )
+    trees.check_holds(config, wanted, "the released code has")
     sizes = {"ffn_num_table": config.num_tables, "code_length": config.code_bits}
     both = sizes | {"remove_projection": True, "block_size": 64, "act_fn": "silu"}
     both |= {"projection_type": "dense", "learn_weight": False}

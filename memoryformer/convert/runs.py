@@ -18,7 +18,7 @@ from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.model import mixers
-from memoryformer.runs import checkpoint
+from memoryformer.runs import checkpoint, compatibility, old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 from memoryformer.training import step as step_lib
@@ -80,21 +80,20 @@ def import_run(
         raise ConfigError(
             f"{directory}: does not say how to train or evaluate it; give --config=FILE."
         )
-    stored = source.section("config").values
+    stored = old_configs.upgraded(source.section("config").values)
     run = experiment.resolve(stored if config is None else config)
     if config is None:  # what is random at its step 0 is what the export has
         draw = {"performer_draw": model_config.performer_draw}
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, **draw))
     begun = mixers.with_draw(run.model, run.train.seed, 0)
-    fields = vars(model_config)
-    free = {name.removeprefix("model.") for name in experiment.may_change()}
-    differing = [n for n in fields if n not in free and fields[n] != getattr(begun, n)]
-    if differing:
-        name = differing[0]
-        raise ConfigError(
-            f"--config: model.{name}={getattr(begun, name)!r}, but {directory} has "
-            f"{fields[name]!r}."
-        )
+    differences = compatibility.drift(
+        *({"model": dataclasses.asdict(m)} for m in (model_config, begun))
+    )
+    for name, exported, configured in differences:
+        if name not in experiment.may_change():
+            raise ConfigError(
+                f"--config: {name}={configured!r}, but {directory} has {exported!r}."
+            )
     if config is None:
         data_fingerprint = source.text("data_fingerprint")
         tokenizer = export.own_tokenizer(directory, model_config.vocab_size)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from memoryformer import config as config_lib
 from memoryformer import model
-from memoryformer.errors import DataError
+from memoryformer.errors import ConfigError, DataError
 from memoryformer.notation import Params
 
 
@@ -126,6 +127,19 @@ def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
             raise DataError(f"{path!r}: holds parameters and is one.")
         node[last] = array
     return params
+
+
+def check_holds(
+    config: model.ModelConfig, wanted: Mapping[str, Any], holder: str
+) -> None:
+    """Raise `ConfigError` for a field of the model that another format has no place for."""
+    fields = config_lib.flatten(dataclasses.asdict(config))
+    for name, value in wanted.items():
+        if fields[name] != value:
+            raise ConfigError(
+                f"model.{name}={fields[name]!r}: {holder} only {value!r}; export to "
+                "safetensors instead."
+            )
 
 
 def check(config: model.ModelConfig, params: Params, source: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from memoryformer import sharding as sharding_lib
 from memoryformer.accounting.targets import GIB, Target
 from memoryformer.dryrun import hlo_messages
+from memoryformer.model import implementations
 from memoryformer.training import experiment
 
 SLOW = 1.0  # messages take longer than this share of the products' time
@@ -20,11 +21,12 @@ def find(
     """Yield one line for each thing to change, what saves most first."""
     if "does not fit" in report.verdict:
         yield from _to_fit(report, run, sharding)
-    fused = run.model.attention == "cudnn" and not target.missing()  # compiled as it is
+    attention = implementations.attention_of(run.model)
+    fused = attention == "cudnn" and not target.missing()  # compiled as it is
     elsewhere = target.chip.platform != "cpu"
-    if run.model.attention != "xla" and elsewhere and not fused:
+    if attention != "xla" and elsewhere and not fused:
         yield (
-            f"model.attention={run.model.attention!r} is counted as 'xla', which takes "
+            f"model.mixer_options.attention={attention!r} is counted as 'xla', which takes "
             "more memory: the fused kernel is chosen on its own device only."
         )
     if run.model.dtype == "float32" and target.chip.platform != "cpu":

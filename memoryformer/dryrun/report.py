@@ -149,10 +149,10 @@ def _without_device_kernels(run, chosen):
     """The run with what is only chosen, or only built, on its own device left out."""
     model, chip = run.model, chosen.chip
     # cuDNN's attention is compiled without a GPU, other fused kernels are not (`advice`).
-    fused = model.attention == "cudnn" and chip.platform == "gpu"
+    fused = implementations.attention_of(model) == "cudnn" and chip.platform == "gpu"
     attention = "cudnn" if fused else "xla"
     model = implementations.readable(model, chip.platform)
-    model = dataclasses.replace(model, attention=attention)
+    model = implementations.with_attention(model, attention)
     unable = lookup.why_not(
         "gpu", jnp.dtype(model.dtype), chip.platform, chip.capability
     )

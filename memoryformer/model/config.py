@@ -12,6 +12,7 @@ from memoryformer.errors import ConfigError
 from memoryformer.model import layers, mixers, stack
 from memoryformer.model import recurrence as recurrence_lib
 from memoryformer.ops import hashing, lookup
+from memoryformer.runs import old_configs
 
 NORMS = {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm}
 RESIDUALS = ("sequential", "parallel", "eq13")
@@ -29,7 +30,8 @@ ACTIVATIONS = {
 class ModelConfig:
     """A model's architecture; every field can be set as `--config.model.FIELD=...`.
 
-    What `field` declares may change while a run goes on, and for an evaluation (`fields`).
+    mixer_options and recurrence_options are given as a mapping, `{"num_slots": 5}`, and are the
+    frozen dataclass `Options` of what `mixer` and `recurrence` name.
     """
 
     vocab_size: int = field("numbers", doc="V, tokens.")
@@ -122,38 +124,19 @@ class ModelConfig:
     causal: bool = field(
         "numbers", True, doc="False: every token sees the whole document (encoders)."
     )
-    # Mixers, each field named after its mixer; see memoryformer/model/mixers.
-    attention: str = field(
-        "rounding", "xla", doc="softmax: xla | cudnn (GPU) | splash (TPU) | auto."
-    )
-    logit_transform: str = field("numbers", "none", doc="softmax: none | dape_v2.")
-    dape_width: int = field("numbers", 32, doc="Hidden width of dape_v2.")
-    prefix_chunk: int = field(
-        "rounding", 64, doc="Tokens per matrix product of linear-time mixers."
-    )
-    cosformer_max_len: int = field("numbers", 0, doc="M; 0: seq_len.")
-    trained_kernel_layers: int = field("numbers", 3, doc="Layers of a feature network.")
-    performer_features: int = field("numbers", 256, doc="M, random features.")
-    performer_redraw_every: int = field(
-        "numbers", 0, doc="Training steps between two draws; 0: never."
+    mixer_options: Any = field(
+        "numbers", None, doc="Options of the mixer.", options=mixers.MIXERS
     )
     performer_seed: int = field("numbers", 0, doc="Added to the run's own seed.")
     performer_draw: int = field("numbers", 0, doc="Added to the run's redraws.")
-    linformer_slots: int = field("numbers", 64, doc="m.")
-    linformer_max_len: int = field("numbers", 0, doc="Positions; 0: seq_len.")
-    luna_slots: int = field("numbers", 64, doc="m, also of conv_luna.")
-    conv_luna_filter: str = field("numbers", "conv", doc="conv | pool.")
-    conv_luna_width: int = field("numbers", 4, doc="Tokens of the filter.")
-    # A memory carried over chunks of the sequence; see memoryformer/model/recurrence.
-    recurrence: str = field("numbers", "none", doc="none | rmt | memformer.")
-    recurrence_chunk: int = field(
-        "numbers", 0, doc="Tokens of a chunk; 0: a quarter of seq_len."
+    recurrence: str = field(
+        "numbers",
+        "none",
+        doc="A memory carried over chunks: none, or a name of model.recurrence.KINDS.",
     )
-    recurrence_slots: int = field("numbers", 16, doc="m.")
-    recurrence_bptt: int = field(
-        "numbers", 0, doc="Chunks that gradients cross; 0: all."
+    recurrence_options: Any = field(
+        "numbers", None, doc="Options of the recurrence.", options=recurrence_lib.KINDS
     )
-    memformer_temperature: float = field("numbers", 0.5, doc="tau of writing.")
     dtype: str = field(
         "numbers",
         "float32",
@@ -161,7 +144,8 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        config_lib.choose(self.mixer, mixers.MIXERS, "model.mixer")
+        self._freeze_options("mixer", mixers.MIXERS)
+        self._freeze_options("recurrence", recurrence_lib.KINDS, "none")
         config_lib.choose(self.projection, ("memory", "dense"), "model.projection")
         config_lib.choose(self.score, hashing.SCORES, "model.score")
         config_lib.choose(self.lookup, lookup.IMPLEMENTATIONS, "model.lookup")
@@ -170,23 +154,25 @@ class ModelConfig:
         config_lib.choose(self.ffn_activation, ACTIVATIONS, "model.ffn_activation")
         config_lib.choose(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "seq_len")
-        for name in (*sizes, "prefix_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be >= 1.")
+        config_lib.at_least(self, "model", 1, *sizes)
+        config_lib.at_least(self, "model", 0, "sequence_chunk")
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} does not divide "
                 f"model.embed_dim={self.embed_dim}: choose a divisor."
             )
-        if self.sequence_chunk < 0:
-            raise ConfigError(
-                f"model.sequence_chunk={self.sequence_chunk}: must be >= 0."
-            )
         if self.projection == "memory":
             self._check_memory()
-        mixers.validate(self)
+        mixers.check(self)
         stack.validate_stack(self)
-        recurrence_lib.validate(self)
+        recurrence_lib.check(self)
+
+    def _freeze_options(self, chooser, kinds, *others):
+        """Put the dataclass of options in the place of the values that were given."""
+        choice, name = getattr(self, chooser), f"{chooser}_options"
+        config_lib.choose(choice, (*others, *kinds), f"model.{chooser}")
+        frozen = config_lib.options(kinds, choice, getattr(self, name), f"model.{name}")
+        object.__setattr__(self, name, frozen)
 
     def _check_memory(self):
         bits = self.code_bits
@@ -208,6 +194,7 @@ class ModelConfig:
     @classmethod
     def from_config(cls, section: Any) -> "ModelConfig":
         """Check a config section and freeze it; raises `ConfigError`."""
+        old_configs.refuse(section, "model")
         return config_lib.build(cls, section, "model")
 
     @property

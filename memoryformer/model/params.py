@@ -89,7 +89,7 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 
     Raises `ConfigError` for a mixer or a length that its `sequence` axis cannot split.
     """
-    mixers.validate_sequence(model_config, sharding.axis_size("sequence"))
+    mixers.check_sequence(model_config, sharding.axis_size("sequence"))
     shapes = jax.eval_shape(lambda: init(model_config))
     return sharding.param_specs(param_specs(model_config), shapes)
 

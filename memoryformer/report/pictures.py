@@ -14,7 +14,7 @@ from memoryformer import accounting, config, errors
 from memoryformer.data import run_tokenizer
 from memoryformer.evaluation import buckets
 from memoryformer.files import paths
-from memoryformer.model import implementations
+from memoryformer.model import ModelConfig, implementations
 from memoryformer.runs import metrics
 from memoryformer.training import experiment
 
@@ -259,7 +259,7 @@ def main(argv: Sequence[str], options: Options) -> None:
 
 
 def _block_flops(width: int, length: int, projection: str) -> int:
-    shape = accounting.Shape(
+    model = ModelConfig(
         vocab_size=1,
         embed_dim=width,
         num_layers=1,
@@ -268,7 +268,7 @@ def _block_flops(width: int, length: int, projection: str) -> int:
         projection=projection,
         output_projection=projection == "dense",
     )
-    return accounting.count(shape).block.total_paper
+    return accounting.count(model).block.total_paper
 
 
 def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:

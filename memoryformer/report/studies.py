@@ -13,6 +13,7 @@ import numpy as np
 from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, DataError, StorageError
+from memoryformer.model import ModelConfig
 from memoryformer.runs import compatibility, outcome
 from memoryformer.runs import directory as directory_lib
 from memoryformer.sweep import files, points
@@ -49,13 +50,8 @@ class Run:
     @functools.cached_property
     def cost(self) -> accounting.Accounting:
         """FLOPs and parameters of its model."""
-        prefix = "model."
-        model = {
-            key.removeprefix(prefix): value
-            for key, value in self.config.items()
-            if key.startswith(prefix)
-        }
-        return accounting.count(model)
+        section = config_lib.nest(self.config)["model"]
+        return accounting.count(ModelConfig.from_config(section))
 
     def series(self, metric: str, against: str = "tokens") -> Series:
         """Return a metric over tokens, FLOPs or steps; what is not finite is left out."""
@@ -218,7 +214,6 @@ def _run(
         if not path.exists() or not rows:
             return None
         config = experiment.complete(directory_lib.read_json(path))
-        accounting.count(config["model"])  # of a model that cannot be, it raises
     except StorageError as error:
         damaged.append(error)
         return None

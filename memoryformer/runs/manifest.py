@@ -19,6 +19,7 @@ from collections.abc import Collection
 from typing import Any
 
 from memoryformer.errors import StorageError
+from memoryformer.runs import old_configs
 
 MANIFEST = "MANIFEST"
 LEDGER = "LEDGER"
@@ -115,6 +116,9 @@ def _read(directory: pathlib.Path) -> dict[str, Any]:
     parts = manifest if isinstance(manifest, dict) else {}
     if not all(isinstance(parts.get(name), dict) for name in ("facts", "files")):
         raise DamagedError(f"{path}: is no manifest.")
+    if isinstance(parts["facts"].get("config"), dict):
+        config = old_configs.upgraded(parts["facts"]["config"])
+        return parts | {"facts": parts["facts"] | {"config": config}}
     return manifest
 
 

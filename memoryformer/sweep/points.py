@@ -187,12 +187,12 @@ def _point(config, base, overrides, label, index, directory, where):
     try:
         loaded = config_lib.load(config)
         known = config_lib.flatten(loaded)
-        for key, value in (base | overrides).items():
+        for key in base | overrides:
             if key not in known:
                 near = config_lib.suggest(key, known)
                 raise ConfigError(f"{key}: the config has no such field{near}.")
-            with loaded.unlocked():
-                loaded.update_from_flattened_dict({key: value})
+        config_lib.override(loaded, base)
+        config_lib.override(loaded, overrides)
         run = experiment.resolve(loaded)
     except (TypeError, ValueError) as error:  # ConfigError is one
         raise ConfigError(f"{where}: {error}") from error

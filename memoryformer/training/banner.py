@@ -61,9 +61,9 @@ def _tables(run: experiment.Experiment) -> list[str]:
 
 
 def dump(config: Mapping[str, Any]) -> str:
-    """Return a config as one sorted line per field: 'model.embed_dim = 128'."""
-    flat = config_lib.flatten(config)
-    return "".join(f"{key} = {flat[key]!r}\n" for key in sorted(flat))
+    """Return what a config sets as one sorted line per field: 'model.embed_dim = 128'."""
+    flat = sorted(config_lib.flatten(config).items())
+    return "".join(f"{key} = {value!r}\n" for key, value in flat if value is not None)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], whence: str) -> list[str]:

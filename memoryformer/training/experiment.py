@@ -17,11 +17,20 @@ from memoryformer.errors import ConfigError
 from memoryformer.files import paths
 from memoryformer.model import ModelConfig, mixers, recurrence
 from memoryformer.notation import Params
+from memoryformer.runs import old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.runs.checkpoint import CheckpointConfig
 from memoryformer.runs.metrics import MetricsConfig
 from memoryformer.training import compilation_cache as compilation_cache_lib
 from memoryformer.training import optimizer as optimizer_lib
+
+# Seconds before a phase of the loop counts as hanging, at train.timeout_scale=1 (`watchdog`).
+TIMEOUTS = {
+    "first_step": 7200.0,  # with its compilation
+    "step": 1800.0,
+    "evaluation": 3600.0,  # of a batch; the first compiles
+    "checkpoint": 7200.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +51,10 @@ class TrainConfig:
     )
     log_every: int = field("nothing", 10, doc="Steps between two rows of metrics.")
     # The state never takes an update that is not finite: this says when to give up.
-    nonfinite: str = field(
-        "nothing",
-        "halt",
-        doc="halt | skip: stop at an update that is not finite, or leave it out.",
-    )
     max_skipped: int = field(
-        "nothing", 10, doc="Updates left out in a row after which the run stops."
+        "nothing",
+        0,
+        doc="Updates in a row that may be left out as not finite; one more halts the run.",
     )
     spike_sigmas: float = field(
         "numbers",
@@ -63,28 +69,15 @@ class TrainConfig:
         compilation_cache_lib.DEFAULT,
         doc="Folder of compiled programs for the next start; 'off': none.",
     )
-    first_step_timeout: float = field(
+    timeout_scale: float = field(
         "nothing",
-        7200.0,
-        doc="Seconds before the first step, which compiles, counts as hanging; 0: never.",
-    )
-    step_timeout: float = field(
-        "nothing", 1800.0, doc="Seconds before a step counts as hanging; 0: never."
-    )
-    evaluation_timeout: float = field(
-        "nothing",
-        3600.0,
-        doc="Seconds before a batch of an evaluation counts as hanging; 0: never.",
-    )
-    checkpoint_timeout: float = field(
-        "nothing", 7200.0, doc="Seconds before a save counts as hanging; 0: never."
+        1.0,
+        doc="Times TIMEOUTS, seconds before a phase counts as hanging; 0: never.",
     )
 
     def __post_init__(self):
         positive = ("num_steps", "batch_size", "num_microbatches", "log_every")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: must be >= 1.")
+        config_lib.at_least(self, "train", 1, *positive)
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"train.seed={self.seed}: must be in [0, 2^31).")
         if not self.compilation_cache:
@@ -93,27 +86,17 @@ class TrainConfig:
             )
         if self.compilation_cache != compilation_cache_lib.DEFAULT:
             paths.local(self.compilation_cache, "train.compilation_cache")
-        config_lib.choose(self.nonfinite, ("halt", "skip"), "train.nonfinite")
+        config_lib.at_least(self, "train", 0, "max_skipped", "timeout_scale")
         if self.spike_sigmas < 0 or self.spike_window < 2:
             raise ConfigError(
                 f"train.spike_sigmas={self.spike_sigmas} must be >= 0, "
                 f"train.spike_window={self.spike_window} >= 2."
             )
-        for phase, seconds in self.timeouts.items():
-            if seconds < 0:
-                raise ConfigError(
-                    f"train.{phase}_timeout={seconds}: must be >= 0 (0 = no limit)."
-                )
 
     @property
     def timeouts(self) -> dict[str, float]:
-        """Seconds that each phase of the loop may take."""
-        suffix = "_timeout"
-        return {
-            name.removesuffix(suffix): value
-            for name, value in vars(self).items()
-            if name.endswith(suffix)
-        }
+        """Seconds that each phase of the loop may take; 0: no limit."""
+        return {name: self.timeout_scale * size for name, size in TIMEOUTS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +171,8 @@ def resolve(config: Mapping[str, Any]) -> Experiment:
         if name not in _SECTIONS:
             near = config_lib.suggest(name, [*_SECTIONS, "mesh"])
             raise ConfigError(f"{name}: unknown section{near}.")
+    for name in _SECTIONS:
+        old_configs.refuse(given.get(name), name)
     sections = {
         name: config_lib.build(cls, given.get(name, {}), name)
         for name, cls in _SECTIONS.items()
@@ -243,4 +228,4 @@ def as_dict(experiment: Experiment) -> dict[str, Any]:
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the fields that a config stored by an older version lacks."""
-    return as_dict(resolve(config))
+    return as_dict(resolve(old_configs.upgraded(config)))

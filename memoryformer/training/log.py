@@ -110,10 +110,10 @@ class TrainingLog:
         if values["finite"]:
             return
         told += " are not finite; the update was dropped"
-        if self._train.nonfinite == "halt" or self._nonfinite > self._train.max_skipped:
+        if self._nonfinite > self._train.max_skipped:
             raise NumericError(
                 f"{told} and nothing later is saved; lower optimizer.learning_rate, or "
-                "set train.nonfinite=skip to go on past single ones."
+                "set train.max_skipped=10 to go on past up to ten in a row."
             )
         self._progress.note(f"{told} ({self._nonfinite} in a row)")
 

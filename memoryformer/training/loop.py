@@ -49,7 +49,7 @@ def train(
 
     Raises `Preempted` after SIGTERM or SIGINT, with the state saved; `NumericError`,
     `StorageError`, `DataError` and `ConfigError` as their names say. A phase that takes
-    longer than `train.*_timeout` ends the process with exit code 43 (`watchdog`).
+    longer than `train.timeouts` ends the process with exit code 43 (`watchdog`).
     """
     run = experiment.resolve(config)
     workdir = paths.workdir(workdir)

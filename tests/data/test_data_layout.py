@@ -57,7 +57,7 @@ def test_batches(dataset):
 
 def test_a_chunk_with_two_documents_is_refused(tmp_path):
     """Red if packed documents reach a memory that is carried over chunks."""
-    fields = {"model.recurrence": "rmt", "model.recurrence_chunk": 4}
+    fields = {"model.recurrence": "rmt", "model.recurrence_options.chunk_size": 4}
     for align in (0, 2):
         config = toy.run_config(tmp_path, **fields, **{"data.align_documents": align})
         with pytest.raises(

@@ -29,7 +29,15 @@ def test_known_memories():
 
 def _config(**fields):
     return model.ModelConfig(
-        12, 16, 2, 2, 12, code_bits=4, mixer="luna", luna_slots=3, **fields
+        12,
+        16,
+        2,
+        2,
+        12,
+        code_bits=4,
+        mixer="luna",
+        mixer_options={"num_slots": 3},
+        **fields,
     )
 
 
@@ -64,7 +72,9 @@ def test_a_mesh_measures_the_same():
 @pytest.mark.parametrize("mixer", ["luna", "conv_luna"])
 def test_two_sided_memory_is_what_tokens_read(mixer):
     """o = softmax(q . Y_P) Y_P. Mutation: pack over the whole row, padding or all documents."""
-    config = toy.model_config("dense", mixer=mixer, luna_slots=3, causal=False)
+    config = toy.model_config(
+        "dense", mixer=mixer, mixer_options={"num_slots": 3}, causal=False
+    )
     network = model.merge(config, model.init(config))
     mixer = network.blocks[0].mixer
     batch = toy.batch(config)
@@ -86,7 +96,11 @@ def test_it_is_logged_while_training(tmp_path):
     """Red if the trainer does not ask for it."""
     workdir = toy.trained(
         tmp_path,
-        **{"model.mixer": "luna", "model.luna_slots": 4, "train.num_steps": 10},
+        **{
+            "model.mixer": "luna",
+            "model.mixer_options.num_slots": 4,
+            "train.num_steps": 10,
+        },
     )
     rows = [json.dumps(row) for row in metrics.read(workdir)]
     assert any("degradation/blocks.0.mixer/effective_rank" in row for row in rows)

@@ -27,28 +27,40 @@ REFUSED = [
     ),
     ({"lookup": "native", "dtype": "float64"}, "cpu", "not float64"),
     (
-        {"attention": "cudnn"},
+        {"mixer_options": {"attention": "cudnn"}},
         "cpu",
-        "model.attention='cudnn' cannot run: the platform is",
+        "model.mixer_options.attention='cudnn' cannot run: the platform is",
     ),
-    ({"attention": "cudnn"}, 9.0, "the dtype is float32, not bfloat16"),
     (
-        {"attention": "cudnn", "dtype": "bfloat16", "seq_len": 13},
+        {"mixer_options": {"attention": "cudnn"}},
+        9.0,
+        "the dtype is float32, not bfloat16",
+    ),
+    (
+        {"mixer_options": {"attention": "cudnn"}, "dtype": "bfloat16", "seq_len": 13},
         9.0,
         "length 13 is odd",
     ),
     (
-        {"attention": "cudnn", "dtype": "bfloat16", "embed_dim": 24},
+        {"mixer_options": {"attention": "cudnn"}, "dtype": "bfloat16", "embed_dim": 24},
         9.0,
         "width 12 is not a multiple of 8 up to 128",
     ),
     (
-        {"attention": "cudnn", "dtype": "bfloat16", "embed_dim": 272},
+        {
+            "mixer_options": {"attention": "cudnn"},
+            "dtype": "bfloat16",
+            "embed_dim": 272,
+        },
         9.0,
         "width 136 is not a multiple of 8 up to 128",
     ),
-    ({"attention": "splash"}, "gpu", "the platform is gpu, not tpu"),
-    ({"attention": "splash"}, "tpu", "the length 12 is not a multiple of 128"),
+    ({"mixer_options": {"attention": "splash"}}, "gpu", "the platform is gpu, not tpu"),
+    (
+        {"mixer_options": {"attention": "splash"}},
+        "tpu",
+        "the length 12 is not a multiple of 128",
+    ),
 ]
 
 
@@ -62,10 +74,17 @@ def test_refused_in_one_line(fields, where, message):
     with pytest.raises(errors.ConfigError) as caught:
         implementations.check(config, platform, capability)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    (field,) = {"lookup", "attention"} & fields.keys()
-    assert f"use model.{field}='auto'" in str(caught.value)
+    (field,) = {"lookup", "mixer_options"} & fields.keys()
+    name = "lookup" if field == "lookup" else "mixer_options.attention"
+    assert f"use model.{name}='auto'" in str(caught.value)
     for anywhere in ("cpu", "gpu", "tpu"):  # and what it advises can run
-        implementations.check(dataclasses.replace(config, **{field: "auto"}), anywhere)
+        implementations.check(_with(config, name, "auto"), anywhere)
+
+
+def _with(config, name, value):
+    if name == "lookup":
+        return dataclasses.replace(config, lookup=value)
+    return implementations.with_attention(config, value)
 
 
 def test_what_can_run_is_accepted():
@@ -74,9 +93,9 @@ def test_what_can_run_is_accepted():
     for fields, platform in (
         ({"lookup": "gpu"}, "gpu"),
         ({"lookup": "gpu"}, "cuda"),
-        ({"lookup": "onehot", "attention": "splash"}, "tpu"),
-        ({"attention": "cudnn"}, "gpu"),
-        ({"lookup": "gpu", "attention": "splash"}, "abstract"),
+        ({"lookup": "onehot", "mixer_options": {"attention": "splash"}}, "tpu"),
+        ({"mixer_options": {"attention": "cudnn"}}, "gpu"),
+        ({"lookup": "gpu", "mixer_options": {"attention": "splash"}}, "abstract"),
     ):
         config = toy.model_config("memory", **able | fields)
         implementations.check(config, platform, 9.0)
@@ -93,7 +112,9 @@ def test_without_a_compiler(monkeypatch):
         implementations.check(toy.model_config("memory", lookup="native"), "cpu")
 
 
-@pytest.mark.parametrize("field, value", [("lookup", "gpu"), ("attention", "cudnn")])
+@pytest.mark.parametrize(
+    "field, value", [("lookup", "gpu"), ("mixer_options.attention", "cudnn")]
+)
 def test_at_every_door(field, value, tmp_path, toy_run):
     """Training, its dry run and an evaluation that asks for it refuse it; a run that was
     trained with it elsewhere is evaluated and sampled all the same.
@@ -109,9 +130,9 @@ def test_at_every_door(field, value, tmp_path, toy_run):
         dryrun_report.examine(experiment.resolve(config), "cpu")
     with pytest.raises(errors.ConfigError, match=message):
         evaluate_run.evaluate_checkpoint(toy_run, None, config)
-    elsewhere = toy.model_config("memory", **{field: value})
+    elsewhere = _with(toy.model_config("memory"), field, value)
     params = model.init(elsewhere)
-    here = dataclasses.replace(elsewhere, **{field: "auto"})
+    here = _with(elsewhere, field, "auto")
     outputs = [
         sampler.Generator(c, params)._step(
             params,
@@ -122,7 +143,7 @@ def test_at_every_door(field, value, tmp_path, toy_run):
         for c in (elsewhere, here)
     ]
     np.testing.assert_array_equal(*outputs)
-    assert dataclasses.asdict(implementations.readable(elsewhere))[field] == "auto"
+    assert implementations.readable(elsewhere) == here
 
 
 def _seq(length):
@@ -137,7 +158,9 @@ def test_a_run_of_another_machine_is_evaluated(toy_run, monkeypatch):
 
     def of_a_gpu(workdir, step=None):
         run, params, facts = load(workdir, step)
-        named = dataclasses.replace(run.model, lookup="gpu", attention="cudnn")
+        named = dataclasses.replace(
+            implementations.with_attention(run.model, "cudnn"), lookup="gpu"
+        )
         return dataclasses.replace(run, model=named), params, facts
 
     want = evaluate_run.evaluate_checkpoint(toy_run)["val/loss"]

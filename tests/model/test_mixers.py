@@ -21,24 +21,24 @@ from memoryformer.model import mixers
 from memoryformer.model import transformer as transformer_lib
 
 B, L, D, H = 4, 24, 16, 4
-CASES = {  # name: (mixer, fields of the config)
-    "softmax": ("softmax", {}),
-    "softmax_chunked": ("softmax", {"sequence_chunk": 5}),
-    "dape_v2": ("softmax", {"logit_transform": "dape_v2", "dape_width": 6}),
-    "linear": ("linear", {}),
-    "cosformer": ("cosformer", {"cosformer_max_len": 32}),
-    "trained_kernel": ("trained_kernel", {}),
-    "performer": ("performer", {"performer_features": 10}),
-    "linformer": ("linformer", {"linformer_slots": 5, "linformer_max_len": 28}),
-    "luna": ("luna", {"luna_slots": 5}),
-    "conv_luna": ("conv_luna", {"luna_slots": 5, "conv_luna_width": 3}),
-    "conv_luna_pool": ("conv_luna", {"luna_slots": 5, "conv_luna_filter": "pool"}),
+CASES = {  # name: (mixer, its options, other fields of the config)
+    "softmax": ("softmax", {}, {}),
+    "softmax_chunked": ("softmax", {}, {"sequence_chunk": 5}),
+    "dape_v2": ("softmax", {"logit_transform": "dape_v2", "dape_width": 6}, {}),
+    "linear": ("linear", {}, {}),
+    "cosformer": ("cosformer", {"max_len": 32}, {}),
+    "trained_kernel": ("trained_kernel", {}, {}),
+    "performer": ("performer", {"num_features": 10}, {}),
+    "linformer": ("linformer", {"num_slots": 5, "max_len": 28}, {}),
+    "luna": ("luna", {"num_slots": 5}, {}),
+    "conv_luna": ("conv_luna", {"num_slots": 5, "width": 3}, {}),
+    "conv_luna_pool": ("conv_luna", {"num_slots": 5, "filter": "pool"}, {}),
 }
 BOTH_WAYS = {  # look ahead, have no state
-    "softmax_both": ("softmax", {"causal": False}),
-    "linformer_both": ("linformer", {"linformer_slots": 5, "causal": False}),
-    "luna_both": ("luna", {"luna_slots": 5, "causal": False}),
-    "conv_luna_both": ("conv_luna", {"luna_slots": 5, "causal": False}),
+    "softmax_both": ("softmax", {}, {"causal": False}),
+    "linformer_both": ("linformer", {"num_slots": 5}, {"causal": False}),
+    "luna_both": ("luna", {"num_slots": 5}, {"causal": False}),
+    "conv_luna_both": ("conv_luna", {"num_slots": 5}, {"causal": False}),
 }
 CAUSAL, CASES = CASES, CASES | BOTH_WAYS
 VARIANTS = ("softmax_chunked", "conv_luna_pool", *BOTH_WAYS)
@@ -90,7 +90,9 @@ class Case:
     """One mixer with one projection: its config, parameters and compiled forms."""
 
     def __init__(self, name, projection):
-        mixer, fields = CASES[name]
+        mixer, options, fields = CASES[name]
+        if hasattr(mixers.MIXERS[mixer].Options(), "prefix_chunk"):
+            options = {"prefix_chunk": 8} | options
         self.config = model.ModelConfig(
             vocab_size=8,
             embed_dim=D,
@@ -105,7 +107,7 @@ class Case:
             mixer_std=0.25,
             output_std=0.25,
             bias_std=0.2,
-            prefix_chunk=8,
+            mixer_options=options,
             **fields,
         )
         oracle = name if name in oracle_mixers.ORACLES else mixer

@@ -59,9 +59,8 @@ def test_google_research(golden, chunk):
         seq_len=12,
         mixer="performer",
         projection="dense",
-        performer_features=len(golden["rows"]),
+        mixer_options={"num_features": len(golden["rows"]), "prefix_chunk": chunk},
         rotary_fraction=0.0,
-        prefix_chunk=chunk,
     )
     rngs = nnx.Rngs(0)
     project = functools.partial(transformer_lib.make_projection, config, rngs=rngs)

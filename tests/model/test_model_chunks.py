@@ -41,7 +41,8 @@ def _loss_and_gradient(config, length=LENGTH):
 @pytest.mark.parametrize("transform", ["none", "dape_v2"])
 def test_same_result(projection, transform):
     """5 does not divide 23. Red if a chunk's queries get another chunk's mask."""
-    make = functools.partial(_config, projection, logit_transform=transform)
+    options = {"logit_transform": transform}
+    make = functools.partial(_config, projection, mixer_options=options)
     params = model.init(make(0))
     whole, chunked = (_loss_and_gradient(make(chunk))(params) for chunk in (0, 5))
     jax.tree.map(

@@ -1,5 +1,6 @@
 """A memory carried over chunks: what it computes, trains, decodes and refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,15 +47,14 @@ every_mix = pytest.mark.parametrize(
 )
 
 
-def _config(kind, projection, **fields):
+def _config(kind, projection, options=None, **fields):
     kind, _, mixer = kind.partition(" of ")
     sizes = {
         "mixer": mixer or "softmax",
         "vocab_size": 14,  # divides over two devices
         "num_layers": 1 if kind == "rmt" else 2,
         "seq_len": L,
-        "recurrence_chunk": S,
-        "recurrence_slots": 3,
+        "recurrence_options": {"chunk_size": S, "num_slots": 3} | (options or {}),
         "memory_bias": False,
     }
     return toy.model_config(projection, recurrence=kind, **(sizes | fields))
@@ -63,8 +63,8 @@ def _config(kind, projection, **fields):
 class Case:
     """A model with its parameters and compiled forms."""
 
-    def __init__(self, kind, projection, **fields):
-        self.config = _config(kind, projection, **fields)
+    def __init__(self, kind, projection, bptt_chunks=0):
+        self.config = _config(kind, projection, {"bptt_chunks": bptt_chunks})
         noise = np.random.default_rng(1)  # nothing starts at a constant
         self.params = jax.tree.map(
             lambda x: x + jnp.asarray(0.1 * noise.normal(size=x.shape), x.dtype),
@@ -103,7 +103,12 @@ def test_oracle(kind, projection):
     assert np.abs(memories[1] - memories[0]).max() > 0.1  # something is carried
     blank = [0 * memory for memory in memories]
     fresh = oracle_recurrence.features(
-        case.config.__class__(**vars(case.config) | {"recurrence_bptt": 1}),
+        dataclasses.replace(
+            case.config,
+            recurrence_options=dataclasses.replace(
+                case.config.recurrence_options, bptt_chunks=1
+            ),
+        ),
         _wide(case.params),
         *(TOKENS, POSITIONS, SEGMENTS, blank),
     )[0]
@@ -174,9 +179,9 @@ TRUNCATED = _marked(
 @pytest.mark.parametrize(("kind", "projection", "bptt"), TRUNCATED)
 def test_gradient(kind, projection, bptt):
     """Of every parameter against differences of the float64 oracle, in which the memories at
-    the cuts stay what they are. Red if `recurrence_bptt` cuts one chunk late, or not at all.
+    the cuts stay what they are. Red if `bptt_chunks` cuts one chunk late, or not at all.
     """
-    case = _case(kind, projection, recurrence_bptt=bptt)
+    case = _case(kind, projection, bptt)
     weights = np.random.default_rng(2).normal(size=(B, L, case.config.embed_dim))
     weights = np.where((SEGMENTS != 0)[..., None], weights, 0)
 
@@ -270,15 +275,23 @@ def test_generation(kind, projection):
 
 
 REFUSED = {
-    "no divisor": ({"recurrence_chunk": 5}, "does not divide model.seq_len"),
+    "no divisor": ({"options": {"chunk_size": 5}}, "does not divide model.seq_len"),
     "two-sided": ({"causal": False}, "model.causal=False"),
     "unknown": ({"recurrence": "rmtt"}, "did you mean 'rmt'"),
-    "no slots": ({"recurrence_slots": 0}, "recurrence_slots=0"),
-    "negative": ({"recurrence_bptt": -1}, "recurrence_bptt=-1"),
-    "cold": ({"memformer_temperature": 0.0}, "memformer_temperature=0.0"),
+    "no slots": ({"options": {"num_slots": 0}}, "recurrence_options.num_slots=0"),
+    "negative": ({"options": {"bptt_chunks": -1}}, "recurrence_options.bptt_chunks=-1"),
+    "cold": (
+        {"kind": "memformer", "options": {"temperature": 0.0}},
+        "recurrence_options.temperature=0.0",
+    ),
+    "another's": ({"options": {"temperature": 1.0}}, "an option of memformer"),
     "positions": (
-        {"mixer": "linformer", "recurrence_slots": 8, "linformer_max_len": 16},
-        r"linformer_max_len=16.* 20 positions",
+        {
+            "mixer": "linformer",
+            "options": {"num_slots": 8},
+            "mixer_options": {"max_len": 16},
+        },
+        r"mixer_options.max_len=16.* 20 positions",
     ),
 }
 
@@ -287,8 +300,10 @@ REFUSED = {
 def test_bad_combinations_are_refused(name):
     """Red if a check is left out."""
     fields, message = REFUSED[name]
+    kind = fields.get("kind", "rmt")
+    fields = {key: value for key, value in fields.items() if key != "kind"}
     with pytest.raises(errors.ConfigError, match=message) as error:
-        _config("rmt", "memory", **fields) if "recurrence" not in fields else (
+        _config(kind, "memory", **fields) if "recurrence" not in fields else (
             toy.model_config(recurrence=fields["recurrence"])
         )
     assert "\n" not in str(error.value)
@@ -326,8 +341,8 @@ def test_only_rmt_takes_places_of_the_trunk():
     Mutation: a place more, or fewer, for either.
     """
     for name, more in (("rmt", 6), ("memformer", 0)):
-        fields = {"recurrence_chunk": 4, "recurrence_slots": 3}
-        config = toy.model_config("dense", recurrence=name, **fields)
+        options = {"chunk_size": 4, "num_slots": 3}
+        config = toy.model_config("dense", recurrence=name, recurrence_options=options)
         assert recurrence.capacity(config) == 4 + more
 
 
@@ -337,7 +352,9 @@ def test_positions_of_a_chunk_count_its_real_tokens():
 
     Mutation tried: `count + 1` for `count - 1` in `sequence`.
     """
-    kind = toy.model_config("dense", recurrence="memformer", recurrence_chunk=4)
+    kind = toy.model_config(
+        "dense", recurrence="memformer", recurrence_options={"chunk_size": 4}
+    )
     chunk = model.merge(kind, model.init(kind)).recurrence
     ones = jnp.ones((2, 4), bool)
     arange = np.broadcast_to(np.arange(4), (2, 4))

@@ -79,7 +79,11 @@ def test_dape_is_refused_without_logits(implementation):
     fields = {"vocab_size": 8, "embed_dim": 16, "num_layers": 1, "num_heads": 2}
     with pytest.raises(errors.ConfigError, match="never forms the logits"):
         model.ModelConfig(
-            **fields, seq_len=8, logit_transform="dape_v2", attention=implementation
+            **fields,
+            seq_len=8,
+            mixer_options={"logit_transform": "dape_v2", "attention": implementation},
         )
-    with pytest.raises(errors.ConfigError, match=r"cosformer_max_len=4.* 8 tokens"):
-        model.ModelConfig(**fields, seq_len=8, mixer="cosformer", cosformer_max_len=4)
+    with pytest.raises(errors.ConfigError, match=r"options.max_len=4.* 8 tokens"):
+        model.ModelConfig(
+            **fields, seq_len=8, mixer="cosformer", mixer_options={"max_len": 4}
+        )

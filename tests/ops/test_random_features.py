@@ -51,7 +51,11 @@ def test_draws_are_those_of_jax():
 @pytest.mark.parametrize(
     "mixer",
     [
-        {"mixer": "performer", "performer_features": 6, "performer_redraw_every": 2},
+        {
+            "mixer": "performer",
+            "mixer_options.num_features": 6,
+            "mixer_options.redraw_every": 2,
+        },
         {"mixer": "trained_kernel"},
     ],
     ids=lambda fields: fields["mixer"],

@@ -11,7 +11,7 @@ import toy
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
-from memoryformer.model.mixers import kernel, linformer
+from memoryformer.model.mixers import kernel, luna
 from memoryformer.ops import attention, prefix, ring
 
 B, L, H, E = 2, 32, 2, 4
@@ -200,7 +200,7 @@ def test_tails_of_earlier_parts():
         return kept
 
     for cut, last in ((4, 7), (6, 12), (3, 11), (7, 7), (0, 5)):
-        whole = linformer._later_tail(tail(0, cut), tail(cut, last))
+        whole = luna._later_tail(tail(0, cut), tail(cut, last))
         for x, y in zip(whole, tail(0, last), strict=True):
             np.testing.assert_array_equal(x, y)
 

@@ -17,20 +17,29 @@ from memoryformer.training import loop
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 JIT = jax.jit
+OPTIONS = {  # small ones
+    "luna": {"num_slots": 3},
+    "conv_luna": {"num_slots": 3},
+    "linformer": {"num_slots": 3, "max_len": 16},
+    "performer": {"num_features": 8},
+}
 CASES = {
-    **{name: {"mixer": name} for name in mixers.MIXERS},
-    "performer, redrawn": {"mixer": "performer", "performer_redraw_every": 1},
+    **{
+        name: {"mixer": name, "mixer_options": OPTIONS.get(name, {})}
+        for name in mixers.MIXERS
+    },
+    "performer, redrawn": {
+        "mixer": "performer",
+        "mixer_options": OPTIONS["performer"] | {"redraw_every": 1},
+    },
     **{kind: {"recurrence": kind} for kind in recurrence.KINDS},
-    "rmt of luna": {"recurrence": "rmt", "mixer": "luna"},
+    "rmt of luna": {
+        "recurrence": "rmt",
+        "mixer": "luna",
+        "mixer_options": OPTIONS["luna"],
+    },
 }
-SIZES = {
-    "luna_slots": 3,
-    "linformer_slots": 3,
-    "linformer_max_len": 16,
-    "performer_features": 8,
-    "recurrence_slots": 2,
-    "recurrence_chunk": 4,
-}
+CHUNKS = {"recurrence_options": {"num_slots": 2, "chunk_size": 4}}
 
 
 @contextlib.contextmanager
@@ -74,7 +83,8 @@ def test_five_evaluations_compile_once(case, monkeypatch):
     Mutation tried: `evaluation.slots.make_step` without its cache (red for luna, conv_luna and
     every recurrence); `evaluation.buckets.make_count_step` without its own (red for all).
     """
-    config = toy.model_config("memory", **SIZES | {"num_layers": 1} | CASES[case])
+    fields = CASES[case] | (CHUNKS if "recurrence" in CASES[case] else {})
+    config = toy.model_config("memory", num_layers=1, **fields)
     single = sharding.make("single")
     shapes = jax.eval_shape(lambda: model.init(config))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
@@ -114,7 +124,7 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(tmp_path, monkeypatch
         monkeypatch.setattr(metrics.MetricsWriter, "write", note)
         fields = {
             "model.mixer": "luna",
-            "model.luna_slots": 3,
+            "model.mixer_options.num_slots": 3,
             "train.num_steps": 6,
             "train.log_every": 1,
             "eval.every_steps": 1,

@@ -231,7 +231,7 @@ def test_nonfinite_updates_can_be_skipped(folder, poisoned):
 
     Mutation: the count of skipped updates never set back.
     """
-    fields = NO_EVALUATION | {"train.nonfinite": "skip", "train.max_skipped": 2}
+    fields = NO_EVALUATION | {"train.max_skipped": 2}
     poisoned(3, 4, 7, 8)
     toy.trained(folder, "skipped", **fields)
     step, state = whole_state(folder / "skipped", **fields)

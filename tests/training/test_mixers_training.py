@@ -20,8 +20,8 @@ from memoryformer.training import step as step_lib
 
 PERFORMER = {
     "model.mixer": "performer",
-    "model.performer_features": 6,
-    "model.performer_redraw_every": 3,
+    "model.mixer_options.num_features": 6,
+    "model.mixer_options.redraw_every": 3,
 }
 
 
@@ -70,7 +70,14 @@ def test_redrawn_features_are_those_of_one_device(tmp_path):
 def test_draw_0_is_the_constant_one():
     """Red if evaluation and the first steps of training see other features."""
     config = model.ModelConfig(
-        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=2
+        8,
+        16,
+        3,
+        2,
+        32,
+        mixer="performer",
+        code_bits=4,
+        mixer_options={"redraw_every": 2},
     )
     drawn = mixers.draw(config, jnp.int32(0), jnp.int32(2))
     np.testing.assert_array_equal(drawn, mixers.draw(config, 0, 2))
@@ -84,7 +91,14 @@ def test_draw_0_is_the_constant_one():
 def test_a_run_adds_its_seed_and_its_schedule():
     """Mutation: `step // redraw_every`, which changes the features after the last step."""
     config = model.ModelConfig(
-        8, 16, 3, 2, 32, mixer="performer", code_bits=4, performer_redraw_every=3
+        8,
+        16,
+        3,
+        2,
+        32,
+        mixer="performer",
+        code_bits=4,
+        mixer_options={"redraw_every": 3},
     )
     draws = [mixers.with_draw(config, 5, step).performer_draw for step in range(8)]
     assert draws == [0, 0, 0, 0, 1, 1, 1, 2]
@@ -178,23 +192,37 @@ def test_two_sided_training_of_a_language_model_is_refused(tmp_path):
     ("fields", "message"),
     [
         (
-            {"mixer": "linear", "logit_transform": "dape_v2"},
-            "'linear' has no use for it",
+            ("linear", {"logit_transform": "dape_v2"}),
+            "logit_transform: mixer='linear' has no such option .an option of softmax",
         ),
-        ({"mixer": "linear", "attention": "cudnn"}, "'linear' has no use for it"),
-        ({"mixer": "luna", "logit_transform": "nonsense"}, "model.logit_transform="),
-        ({"mixer": "softmax", "conv_luna_filter": "none"}, "model.conv_luna_filter="),
+        (("linear", {"prefix_chunks": 3}), "option; did you mean 'prefix_chunk'"),
+        (
+            ("softmax", {"logit_transform": "nonsense"}),
+            "model.mixer_options.logit_trans",
+        ),
+        (("conv_luna", {"filter": "none"}), "model.mixer_options.filter='none'"),
+        (("luna", {"filter": "conv"}), "an option of conv_luna"),
+        (("luna", {"num_slots": 0}), "model.mixer_options.num_slots=0: must be >= 1"),
+        (("luna", {"num_slots": "5"}), "num_slots='5': expected int, got str"),
+        (
+            ("luna", mixers.MIXERS["linear"].Options()),
+            "not the options of mixer='luna'",
+        ),
     ],
 )
-def test_fields_that_would_be_ignored_are_refused(fields, message):
-    """Mutation: only the chosen mixer checks fields."""
-    with pytest.raises(errors.ConfigError, match=message):
-        toy.model_config(**fields)
+def test_options_of_no_use_are_refused(fields, message):
+    """Mutation: `config.options` drops what the mixer does not know."""
+    mixer, options = fields
+    with pytest.raises(errors.ConfigError, match=message) as caught:
+        toy.model_config(mixer=mixer, mixer_options=options)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cache_is_not_rounded_up_over_the_last_position():
     """Mutation: rounded up to 384, which the mixer refuses, though 283 fit in 300."""
-    config = toy.model_config(mixer="cosformer", cosformer_max_len=300, seq_len=256)
+    config = toy.model_config(
+        mixer="cosformer", mixer_options={"max_len": 300}, seq_len=256
+    )
     generator = sampler.Generator(config, model.init(config))
     generator._init_state(1, 283)
     with pytest.raises(errors.ConfigError, match="but 301 tokens"):
@@ -216,5 +244,5 @@ def test_a_state_beyond_the_last_position_is_refused(mixer):
     network = model.merge(config, model.init(config))
     assert mixers.max_length(config) == 32
     jax.tree.map(jnp.shape, network.init_state(1, 32))
-    with pytest.raises(errors.ConfigError, match=f"{mixer}_max_len=32.* 33 tokens"):
+    with pytest.raises(errors.ConfigError, match=r"max_len=32.* 33 tokens"):
         network.init_state(1, 33)

@@ -32,7 +32,8 @@ GROUPS = {
 PARAMETERS = [  # configs that have every parameter there is
     {"projection": "memory", "score": "learned", "norm": "layernorm"},
     {"projection": "dense", "recurrence": "memformer"},
-    {"projection": "dense", "recurrence": "rmt", "logit_transform": "dape_v2"},
+    {"projection": "dense", "recurrence": "rmt"}
+    | {"mixer_options": {"logit_transform": "dape_v2"}},
     *({"projection": "dense", "mixer": mixer} for mixer in mixers.MIXERS),
 ]
 

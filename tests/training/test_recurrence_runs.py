@@ -21,8 +21,8 @@ def test_a_run_logs_its_memory(tmp_path, kind, projection):
         tmp_path,
         **{
             "model.recurrence": kind,
-            "model.recurrence_chunk": 8,
-            "model.recurrence_slots": 3,
+            "model.recurrence_options.chunk_size": 8,
+            "model.recurrence_options.num_slots": 3,
             "model.projection": projection,
             "model.ffn_activation": "gelu" if projection == "dense" else "none",
             "data.align_documents": 8,
@@ -43,7 +43,7 @@ def test_a_run_logs_its_memory(tmp_path, kind, projection):
 @pytest.mark.parametrize("kind", ["rmt", "memformer"])
 def test_costs_are_those_of_the_model(kind, projection):
     """Red if a memory gains an array that its formula does not know."""
-    sizes = {"seq_len": 24, "recurrence_chunk": 6, "recurrence_slots": 3}
+    sizes = {"seq_len": 24, "recurrence_options": {"chunk_size": 6, "num_slots": 3}}
     config = toy.model_config(projection, recurrence=kind, **sizes)
     counted = accounting.count(config, value_bytes=4)
     params = jax.eval_shape(lambda: model.init(config))
@@ -64,7 +64,7 @@ def test_operations():
     """By hand. Red if memory tokens are not projected, or a chunk mixes over the row."""
     dense = {"seq_len": 24, "num_layers": 2, "embed_dim": 16}
     plain = accounting.count(toy.model_config("dense", **dense))
-    sizes = {"recurrence_chunk": 6, "recurrence_slots": 3}
+    sizes = {"recurrence_options": {"chunk_size": 6, "num_slots": 3}}
     rmt = accounting.count(
         toy.model_config("dense", recurrence="rmt", **dense, **sizes)
     )

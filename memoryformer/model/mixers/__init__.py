@@ -1,16 +1,22 @@
 """Sequence mixers, one file per family; `MIXERS` names them."""
 
 import dataclasses
+from typing import Any
 
-from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import kernel
-from memoryformer.model.mixers.base import SeqInfo, SequenceMixer, State, by_chunks
+from memoryformer.model.mixers.base import (
+    Cost,
+    SeqInfo,
+    SequenceMixer,
+    State,
+    by_chunks,
+)
 from memoryformer.model.mixers.kernel import CosFormer, Linear, Performer, TrainedKernel
-from memoryformer.model.mixers.linformer import ConvLuna, Linformer, Luna
+from memoryformer.model.mixers.linformer import Linformer
+from memoryformer.model.mixers.luna import ConvLuna, Luna
 from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.notation import Array
-from memoryformer.ops import attention
 
 MIXERS = {
     "softmax": Softmax,
@@ -22,36 +28,20 @@ MIXERS = {
     "luna": Luna,
     "conv_luna": ConvLuna,
 }
-CHOICES = {  # the first is the default
-    "attention": attention.IMPLEMENTATIONS,
-    "logit_transform": ("none", "dape_v2"),
-    "conv_luna_filter": ("conv", "pool"),
-}
-BIDIRECTIONAL = ("softmax", "linformer", "luna", "conv_luna")  # take causal=False
 
 
-def validate(config) -> None:
-    """Check the fields of mixers, and what the chosen one asks; raises `ConfigError`."""
-    for name, choices in CHOICES.items():
-        config_lib.choose(getattr(config, name), choices, f"model.{name}")
-    for name in ("attention", "logit_transform"):
-        value, plain = getattr(config, name), CHOICES[name][0]
-        if config.mixer != "softmax" and value != plain:
-            raise ConfigError(
-                f"model.{name}={value!r}: mixer={config.mixer!r} has no use for it; use "
-                f"mixer='softmax', or leave {name}={plain!r}."
-            )
-    if not config.causal and config.mixer not in BIDIRECTIONAL:
+def check(config) -> None:
+    """Check what the mixer of a model's config asks of it; raises `ConfigError`."""
+    if not config.causal and not MIXERS[config.mixer].LOOKS_AHEAD:
+        able = [name for name, mixer in MIXERS.items() if mixer.LOOKS_AHEAD]
         raise ConfigError(
             f"model.causal=False: mixer={config.mixer!r} has only a causal form; "
-            f"choose one of {', '.join(BIDIRECTIONAL)}."
+            f"choose one of {', '.join(able)}."
         )
-    check = getattr(MIXERS[config.mixer], "validate", None)
-    if check is not None:
-        check(config)
+    MIXERS[config.mixer].check(config)
 
 
-def validate_sequence(config, num_devices: int) -> None:
+def check_sequence(config, num_devices: int) -> None:
     """Check that rows can be split over devices of a `sequence` axis; `ConfigError`."""
     if num_devices == 1:
         return
@@ -66,22 +56,43 @@ def validate_sequence(config, num_devices: int) -> None:
             f"mesh: model.recurrence={config.recurrence!r} carries a memory from chunk to "
             "chunk of whole rows and cannot run over a 'sequence' axis."
         )
-    check = getattr(MIXERS[config.mixer], "validate_sequence", None)
-    if check is not None:
-        check(config)
-    elif not config.causal:
-        raise ConfigError(
-            f"mesh: mixer={config.mixer!r} with model.causal=False sums over whole rows "
-            "and cannot run over a 'sequence' axis: use softmax, or no such axis."
-        )
+    MIXERS[config.mixer].check_sequence(config)
 
 
 def takes_any_order(config) -> bool:
-    """Whether the tokens of a row may lie in any order over a `sequence` axis.
+    """Whether the tokens of a row may lie in any order over a `sequence` axis."""
+    return MIXERS[config.mixer].TAKES_ANY_ORDER
 
-    Ring attention reads positions; sums over the past need consecutive parts.
-    """
-    return config.mixer == "softmax"
+
+def max_length(config) -> int:
+    """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
+    return MIXERS[config.mixer].max_length(config)
+
+
+def cost(config, length: int) -> Cost:
+    """Count what mixing `length` tokens costs in one block, without its projections."""
+    return MIXERS[config.mixer].cost(config, length)
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Return the examples that mixers bring: {name: fields of a model's config}."""
+    return {
+        name: {"mixer": mixer, "mixer_options": dict(options)}
+        for mixer, cls in MIXERS.items()
+        for name, options in cls.EXAMPLES.items()
+    }
+
+
+def table() -> str:
+    """Return the table of mixers in Markdown."""
+    heads = ("`mixer`", "what a token reads", "multiply-adds per token")
+    heads += ("decode state, values per head", "positions")
+    rows = [heads, ("---",) * len(heads)]
+    rows += [
+        (f"`{name}`", *dataclasses.astuple(mixer.ABOUT))
+        for name, mixer in MIXERS.items()
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def draw(config, seed: Array | int, step: Array | int) -> Array | None:
@@ -100,23 +111,20 @@ def with_draw(config, seed: int, step: int):
     return dataclasses.replace(config, performer_seed=seed, performer_draw=number)
 
 
-def max_length(config) -> int:
-    """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
-    if config.mixer not in ("cosformer", "linformer"):
-        return 0
-    return getattr(config, f"{config.mixer}_max_len") or config.seq_len
-
-
 __all__ = [
     "MIXERS",
+    "Cost",
     "SeqInfo",
     "SequenceMixer",
     "State",
     "by_chunks",
+    "check",
+    "check_sequence",
+    "cost",
     "draw",
     "max_length",
+    "settings",
+    "table",
     "takes_any_order",
-    "validate",
-    "validate_sequence",
     "with_draw",
 ]

@@ -6,23 +6,27 @@ Without a state the L tokens are whole rows (training); with one they continue w
 has seen, L = 1 decodes and anything between is chunked prefill. There is no mask, mode or
 decode argument: what may be seen follows from `SeqInfo`.
 
-A new mixer is an `nnx.Module` made as `Mixer(config, project, rngs=rngs, layer=i)`, where
-`project(in_features, features, output=False)` makes the block's projections, memory or dense.
-It is entered in `mixers.MIXERS`, and in the lists of tests/model/test_mixers.py and of
-`accounting.mixers.MIXERS`.
+A new mixer is a `SequenceMixer` in a file of its own, made as `Mixer(config, project, rngs=rngs,
+layer=i)`, where `project(in_features, features, output=False)` makes the block's projections,
+memory or dense; and a line in `mixers.MIXERS`. Its options, costs, examples and its row of the
+table in docs/mixers.md are its class attributes.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import layers
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, remat, rotary
+
+OPTIONS = "model.mixer_options"
 
 State = Any  # a pytree of arrays of static shape
 Project = Callable[..., nnx.Module]
@@ -48,19 +52,94 @@ class SeqInfo(NamedTuple):
         return cls(positions, jnp.ones_like(positions))
 
 
-class SequenceMixer(Protocol):
-    """The interface; a mixer is an `nnx.Module` with these two methods."""
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a mixer costs without its projections, over one sequence or per sequence kept.
+
+    An element of a running sum costs one multiply-add to write and one to read. Denominators,
+    softmaxes and rotary positions are not counted.
+    """
+
+    multiply_adds: int  # over one sequence
+    state_values: int  # kept to decode at that length
+    parameters: int = 0
+    state_value_bytes: int = 0  # 4 for sums, kept in float32; 0: as values are stored
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """A mixer's row in the table of docs/mixers.md (`mixers.table`)."""
+
+    reads: str  # what a token reads
+    multiply_adds: str  # per token
+    state: str  # values per head that decoding keeps
+    positions: str
+
+
+class SequenceMixer(nnx.Module):
+    """The interface, and all that the project asks of a mixer: `y, state = mixer(x, seq, state)`.
+
+    Options: frozen dataclass of `model.mixer_options`; each with a default.
+    EXAMPLES: {name: options}, what `presets.with_mixer` knows by that name.
+    ABOUT: its row of the table of mixers.
+    LOOKS_AHEAD: whether it has a form with causal=False.
+    TAKES_ANY_ORDER: whether tokens of a row may lie in any order over a `sequence` axis; sums
+        over the past need consecutive parts.
+    """
+
+    Options: ClassVar[type] = config_lib.NoOptions
+    EXAMPLES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    ABOUT: ClassVar[About]
+    LOOKS_AHEAD: ClassVar[bool] = False
+    TAKES_ANY_ORDER: ClassVar[bool] = False
 
     def __call__(
         self, x: Activations, seq: SeqInfo, state: State | None = None
     ) -> tuple[Activations, State | None]:
         """Mix along the sequence: [B, L, D] -> [B, L, D] and the state after it."""
+        raise NotImplementedError
 
     def init_state(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> State:
         """Return the state that has seen nothing and may see `max_len` tokens."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, config: Any, length: int) -> Cost:
+        """Count what mixing `length` tokens costs, and a state of so many."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raise `ConfigError` for a model that the mixer cannot be in."""
+
+    @classmethod
+    def check_sequence(cls, config: Any) -> None:
+        """Raise `ConfigError` if rows cannot be split over devices of a `sequence` axis."""
+        if not config.causal:
+            raise ConfigError(
+                f"mesh: mixer={config.mixer!r} with model.causal=False sums over whole rows "
+                "and cannot run over a 'sequence' axis: use softmax, or no such axis."
+            )
+
+    @classmethod
+    def max_length(cls, config: Any) -> int:
+        """Return the most tokens that it has positions for; 0: no limit."""
+        return 0
 
 
-class MultiHead(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class PrefixOptions:
+    """What every mixer that sums over the past (`ops.prefix`) can be told."""
+
+    prefix_chunk: int = config_lib.field(
+        "rounding", 64, doc="Tokens per matrix product of the sums."
+    )
+
+    def __post_init__(self):
+        at_least(self, 1, "prefix_chunk")
+
+
+class MultiHead(SequenceMixer):
     """Three projections of D into H heads of width E, sharing one hash, and one back.
 
     Heads may be a device's share: nothing here or in a subclass mixes them.
@@ -96,6 +175,20 @@ class MultiHead(nnx.Module):
     def _project_back(self, y):
         y = y.reshape(*y.shape[:2], -1)
         return y if self.out is None else self.out(y)
+
+
+class LimitedPositions:
+    """A mixer with the option `max_len`: so many positions, 0 being `model.seq_len`."""
+
+    @classmethod
+    def max_length(cls, config: Any) -> int:
+        """Return the positions that there are."""
+        return config.mixer_options.max_len or config.seq_len
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse rows longer than that."""
+        check_length(cls.max_length(config), config.seq_len)
 
 
 class Rotary(nnx.Module):
@@ -154,17 +247,15 @@ def take_rows(x: Array, index: Int[Array, "B N"]) -> Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
-def check_positive(config, *names: str) -> None:
-    """Raise `ConfigError` for a field of the model's config that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"model.{name}={getattr(config, name)}: must be >= 1.")
+def at_least(options: Any, bound: int, *names: str) -> None:
+    """Raise `ConfigError` for an option that is below `bound`."""
+    config_lib.at_least(options, OPTIONS, bound, *names)
 
 
-def check_length(name: str, max_len: int, length: int) -> None:
+def check_length(max_len: int, length: int) -> None:
     """Raise `ConfigError` if `length` tokens are more than a mixer was made for."""
     if length > max_len:
         raise ConfigError(
-            f"{name}={max_len}: the mixer has no position beyond it, but {length} tokens "
+            f"{OPTIONS}.max_len={max_len}: the mixer has no position beyond it, but {length} tokens "
             "are asked for; raise it (before training) or use fewer tokens."
         )

@@ -22,11 +22,17 @@ from memoryformer.ops import collectives
 WINDOW = 3  # keys
 
 
+def cost(num_heads: int, hidden: int) -> tuple[int, int]:
+    """Multiply-adds for each query and key, and parameters."""
+    per_pair = WINDOW * (2 * num_heads * hidden + hidden * num_heads)
+    return per_pair, per_pair + hidden
+
+
 class DapeV2(nnx.Module):
     """S' of a layer; on a `model` axis the heads' logits are gathered."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
-        self.num_heads, hidden = config.num_heads, config.dape_width
+        self.num_heads, hidden = config.num_heads, config.mixer_options.dape_width
         fan_in = WINDOW * 2 * self.num_heads
 
         def uniform(fan_in, *shape):

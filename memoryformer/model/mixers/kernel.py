@@ -13,13 +13,16 @@ a state of fixed size. The variants differ in phi and in how they guard the deno
 Start at `KernelAttention`.
 """
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float
@@ -29,9 +32,16 @@ from memoryformer.ops import prefix, random_features
 class KernelAttention(base.MultiHead):
     """The equation above; a subclass defines `features`, `width` and `guard`."""
 
+    Options = base.PrefixOptions
+
+    @classmethod
+    def cost(cls, config, length):
+        """2 R D per token to write and read the sums, beside what the features cost."""
+        return _cost(config, length, config.head_dim)
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
-        self.chunk_size = config.prefix_chunk
+        self.chunk_size = config.mixer_options.prefix_chunk
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: prefix.PrefixState | None = None
@@ -70,6 +80,17 @@ class KernelAttention(base.MultiHead):
         )
 
 
+def _cost(config, length, num_features, per_token=0, parameters=0, extra=0):
+    """Cost with R features a head, which cost `per_token` and `extra` values of state."""
+    per_token += 2 * num_features * config.embed_dim
+    return base.Cost(
+        multiply_adds=length * per_token,
+        state_values=config.num_heads * (num_features * (config.head_dim + 1) + extra),
+        parameters=parameters,
+        state_value_bytes=4,
+    )
+
+
 def _ratio(numerator: Array, z: Array) -> Array:
     """numerator / z with the gradient (dn - y dz) / z: autodiff's 1 / z^2 overflows."""
     fixed = jax.lax.stop_gradient(z)
@@ -79,6 +100,9 @@ def _ratio(numerator: Array, z: Array) -> Array:
 
 class Linear(KernelAttention):
     """phi(x) = elu(x) + 1 after rotary positions; 1e-6 is added to the denominator."""
+
+    EXAMPLES: ClassVar = {"linear": {}}
+    ABOUT = base.About("elu(x) + 1 features", "2 E D", "E (E + 1)", "rotary")
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
@@ -94,22 +118,39 @@ class Linear(KernelAttention):
         return z + 1e-6
 
 
-class CosFormer(KernelAttention):
+class CosFormer(base.LimitedPositions, KernelAttention):
     """A_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / 2M), its own code for positions.
 
     M is a constant of the model, not the length of the input as in the published code, so
     that training, prefill and decoding agree; beyond M the weights would be negative.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And M."""
+
+        max_len: int = field("numbers", 0, doc="M, positions; 0: model.seq_len.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 0, "max_len")
+
+    EXAMPLES: ClassVar = {"cosformer": {}}
+    ABOUT = base.About(
+        "relu features, weighted by cos(pi (t - s) / 2M)",
+        "4 E D",
+        "2 E (E + 1)",
+        "its own, up to `max_len` = M",
+    )
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
-        self.max_len = config.cosformer_max_len or config.seq_len
+        self.max_len = self.max_length(config)
 
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse M < seq_len."""
-        max_len = config.cosformer_max_len or config.seq_len
-        base.check_length("model.cosformer_max_len", max_len, config.seq_len)
+    @classmethod
+    def cost(cls, config, length):
+        """4 E D per token."""
+        return _cost(config, length, 2 * config.head_dim)
 
     def features(self, q, k, seq, state):
         """[relu(x) cos i, relu(x) sin i], whose products are cos(i_t - i_s)."""
@@ -133,7 +174,7 @@ class CosFormer(KernelAttention):
 
     def init_state(self, batch_size, max_len, dtype=jnp.float32):
         """As in every kernel mixer, but not for more than M tokens."""
-        base.check_length("model.cosformer_max_len", self.max_len, max_len)
+        base.check_length(self.max_len, max_len)
         return super().init_state(batch_size, max_len, dtype)
 
 
@@ -147,10 +188,33 @@ class TrainedKernel(KernelAttention):
     added to the loss.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And the size of the network."""
+
+        depth: int = field("numbers", 3, doc="Layers of the network of a head.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "depth")
+
+    EXAMPLES: ClassVar = {"trained_kernel": {}}
+    ABOUT = base.About(
+        "a head's own gated network as features", "2 E D + 9 E D", "E (E + 1)", "rotary"
+    )
+
+    @classmethod
+    def cost(cls, config, length):
+        """2 E D per token, and the network of queries and of keys."""
+        width = config.head_dim
+        network = config.num_heads * config.mixer_options.depth
+        network *= width * width + 2 * width * max(1, width // 4)
+        return _cost(config, length, width, per_token=2 * network, parameters=network)
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
-        self.depth = config.trained_kernel_layers
+        self.depth = config.mixer_options.depth
         width, heads = config.head_dim, config.num_heads
         rank = max(1, width // 4)
 
@@ -166,11 +230,6 @@ class TrainedKernel(KernelAttention):
         self.w, self.a, self.b = (
             nnx.Param(weights, spec="last_axis", decay=True) for weights in (w, a, b)
         )
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a network without layers."""
-        base.check_positive(config, "trained_kernel_layers")
 
     def features(self, q, k, seq, state):
         """Both through the network, after rotary positions."""
@@ -203,23 +262,49 @@ class Performer(KernelAttention):
     model scores well only with the features that it was trained on.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And how many random features there are, for how long."""
+
+        num_features: int = field("numbers", 256, doc="M, random features of a layer.")
+        redraw_every: int = field(
+            "numbers", 0, doc="Training steps between two draws of them; 0: never."
+        )
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "num_features")
+            base.at_least(self, 0, "redraw_every")
+
+    EXAMPLES: ClassVar = {  # the paper states neither; 'matched' to its Table 2 at 410M: 26.7G
+        "performer": {"num_features": 256, "redraw_every": 1000},
+        "performer_matched": {"num_features": 112, "redraw_every": 1000},
+    }
+    ABOUT = base.About("M random features (FAVOR+)", "4 M D", "M (E + 1) + 1", "rotary")
+
+    @classmethod
+    def cost(cls, config, length):
+        """4 M D per token: projections of queries and keys, and sums; a running maximum."""
+        num_features = config.mixer_options.num_features
+        projections = 2 * num_features * config.embed_dim
+        return _cost(config, length, num_features, per_token=projections, extra=1)
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
-        self.num_features = config.performer_features
+        self.num_features = config.mixer_options.num_features
         self.own = (*in_use(config), config.num_layers)
         self.layer = layer
 
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a model without features, or a negative schedule."""
-        base.check_positive(config, "performer_features")
+    @classmethod
+    def check(cls, config) -> None:
+        """Refuse a seed or a draw out of range, and blocks that must be alike."""
         if config.scan_layers:
             raise ConfigError(
                 "model.scan_layers=True: the performer's random features differ by layer "
                 "and are no parameters; use scan_layers=False."
             )
-        for name in ("performer_redraw_every", "performer_seed", "performer_draw"):
+        for name in ("performer_seed", "performer_draw"):
             if not 0 <= getattr(config, name) < 2**31:
                 raise ConfigError(
                     f"model.{name}={getattr(config, name)}: must be in [0, 2^31)."
@@ -259,9 +344,10 @@ def in_use(config, seed=0, step=0):
     """
     seed = (config.performer_seed + seed) & 0x7FFFFFFF
     number = config.performer_draw
-    if config.performer_redraw_every:
+    redraw_every = config.mixer_options.redraw_every
+    if redraw_every:
         done = step - 1 + (step == 0)  # the last step's index
-        number = number + done // config.performer_redraw_every
+        number = number + done // redraw_every
     return seed, number
 
 
@@ -270,7 +356,7 @@ def draw(config, seed: Array | int, step: Array | int) -> Float[Array, "N M E"]:
 
     Of plain numbers a constant, a numpy array of no mesh.
     """
-    sizes = config.num_layers, config.performer_features, config.head_dim
+    sizes = config.num_layers, config.mixer_options.num_features, config.head_dim
     constant = isinstance(seed, int) and isinstance(step, int)
     return (_fixed_rows if constant else _rows)(*in_use(config, seed, step), *sizes)
 

@@ -1,39 +1,28 @@
-"""Attention through a bounded memory: m slots that the past is written to, and read by.
+"""Linformer as attention through a bounded memory: m slots that the past is written to.
 
-    slots_t = sum_{s <= t, same document} k_s (x) w_s        [E, m], a running sum
+    slots_t = sum_{s <= t, same document} k_s (x) E[s]       [E, m], a running sum
     p_t     = softmax(q_t . slots_t / sqrt(E))               over the m slots
-    o_t     = p_t . sum_{s <= t} u_s (x) v_s
+    o_t     = p_t . sum_{s <= t} F[s] (x) v_s
 
-Two calls of `ops.prefix`. The variants differ in the write weights w and u:
+Two calls of `ops.prefix`: the causal prefix form (ABC, Peng et al. 2022), with E and F learned
+by position. The published form (Wang et al. 2020) compresses the whole sequence at once, so its
+slots hold the future; its last token equals this. With `causal=False` (whole documents, no
+state) the sums run over past and future, which is the published form.
 
-    linformer   w = E[pos], u = F[pos], learned by position: the causal prefix form of
-                Linformer (ABC, Peng et al. 2022). The published form compresses the whole
-                sequence at once, so its slots hold the future; its last token equals this.
-    luna        w = u = elu(x W_pack . P) + 1, averaged over t      Ma et al. 2021
-    conv_luna   luna whose inputs to the memory are filtered over a few tokens, with learned
-                temperatures                                  after Yorsh et al. 2024, causal
-
-With `causal=False` (whole documents, no state) the sums run over past and future: Linformer's
-is then the published form, and Luna packs by a softmax over the document,
-
-    Y_P = softmax_s(P . pack(x_s) / tau_pack) c_s,     o_t = softmax(q_t . Y_P / tau) Y_P
-
-where P is each layer's own and does not flow through the layers as in the paper.
-
-Linformer has its own code for positions and Luna none, so neither takes rotary ones.
-Start at `Linformer`.
+It has its own code for positions and takes no rotary ones. Start at `Linformer`.
 """
 
-import functools
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer.config import field
 from memoryformer.model.mixers import base
-from memoryformer.notation import Activations, Array, Float, Int
-from memoryformer.ops import collectives, prefix
+from memoryformer.notation import Activations
+from memoryformer.ops import prefix
 
 
 class LinformerState(NamedTuple):
@@ -43,27 +32,57 @@ class LinformerState(NamedTuple):
     values: prefix.PrefixState
 
 
-class Linformer(base.MultiHead):
-    """Causal Linformer (prefix form): w = E[pos], u = F[pos], shared by a layer's heads."""
+class Linformer(base.LimitedPositions, base.MultiHead):
+    """Causal Linformer (prefix form), E and F shared by a layer's heads."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And the size of E and F."""
+
+        num_slots: int = field("numbers", 64, doc="m, slots of the memory.")
+        max_len: int = field(
+            "numbers", 0, doc="Positions that E and F have rows for; 0: model.seq_len."
+        )
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "num_slots")
+            base.at_least(self, 0, "max_len")
+
+    EXAMPLES: ClassVar = {  # the paper states no m; 'matched' to its Table 2 at 410M: 26.1G
+        "linformer": {"num_slots": 64},
+        "linformer_matched": {"num_slots": 40},
+    }
+    ABOUT = base.About(
+        "m slots written by position: the **causal prefix form**",
+        "4 m D",
+        "2 m E",
+        "its own, up to `max_len`",
+    )
+    LOOKS_AHEAD = True
+
+    @classmethod
+    def cost(cls, config, length):
+        """4 m D per token: keys and values, each written and read."""
+        num_slots, width = config.mixer_options.num_slots, config.embed_dim
+        return base.Cost(
+            multiply_adds=length * 4 * num_slots * width,
+            state_values=2 * num_slots * width,
+            parameters=2 * num_slots * cls.max_length(config),
+            state_value_bytes=4,
+        )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
-        self.chunk_size = config.prefix_chunk
-        self.max_len = config.linformer_max_len or config.seq_len
-        self.num_slots = config.linformer_slots
+        self.chunk_size = config.mixer_options.prefix_chunk
+        self.max_len = self.max_length(config)
+        self.num_slots = config.mixer_options.num_slots
         self.causal = config.causal
         shape = (self.max_len, self.num_slots)
         std = sum(shape) ** -0.5  # as a Glorot initialiser with gain 1 / sqrt(2)
         for name in ("write_keys", "write_values"):
             value = std * jax.random.normal(rngs.params(), shape)
             setattr(self, name, nnx.Param(value, spec="whole", decay=True))
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse rows longer than the positions that E and F have."""
-        base.check_positive(config, "linformer_slots")
-        max_len = config.linformer_max_len or config.seq_len
-        base.check_length("model.linformer_max_len", max_len, config.seq_len)
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: LinformerState | None = None
@@ -98,234 +117,9 @@ class Linformer(base.MultiHead):
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
     ) -> LinformerState:
         """2 m E values a head, but not for more tokens than E and F have rows."""
-        base.check_length("model.linformer_max_len", self.max_len, max_len)
+        base.check_length(self.max_len, max_len)
         heads, width, slots = self.local_heads, self.head_dim, self.num_slots
         return LinformerState(
             prefix.init_state(batch_size, heads, width, slots),
             prefix.init_state(batch_size, heads, slots, width),
         )
-
-
-class LunaState(NamedTuple):
-    """The memory [B, H, E, m] and, for a filter, the last tokens' inputs to it."""
-
-    memory: prefix.PrefixState
-    tail: Float[Array, "B W 2 D"]  # W = filter width - 1 rows
-    tail_segments: Int[Array, "B W"]
-
-
-class Luna(base.MultiHead):
-    """Causal Luna with tied keys and values: one matrix [E, m] a head is all its state.
-
-        omega_t = elu(pack(x_t) . P / tau_pack) + 1                           in R^m
-        A_t     = 1/t sum_{s <= t} c_s (x) omega_s
-        o_t     = A_t . softmax(q_t . A_t / tau)
-
-    P is a parameter of the layer and stands for the projected P W_pq of the paper; here
-    tau = tau_pack = sqrt(E).
-    """
-
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project)  # q, c and pack share one hash
-        self.chunk_size = config.prefix_chunk
-        self.num_slots = config.luna_slots
-        self.causal = config.causal
-        shape = (self.num_slots, config.embed_dim)
-        p = jax.random.normal(rngs.params(), shape)
-        self.memory = nnx.Param(p, spec="last_axis", decay=True)  # P: [m, D]
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a memory without slots."""
-        base.check_positive(config, "luna_slots")
-
-    def __call__(
-        self, x: Activations, seq: base.SeqInfo, state: LunaState | None = None
-    ) -> tuple[Activations, LunaState | None]:
-        """[B, L, D] -> [B, L, D] and the state after it."""
-        q, c, logits, tail = self._inputs(x, seq, state)
-        if not self.causal:
-            base.refuse_state(state)
-            y = self._both_directions(q, c, logits, seq.segment_ids)
-            return self.join(y, x.dtype), None
-        omega = jax.nn.elu(logits) + 1
-        average = 1 / (seq.positions + 1).astype(c.dtype)[..., None, None]
-        written = None if state is None else state.memory
-        rest = {"chunk_size": self.chunk_size}
-        logits, memory = prefix.prefix(q, c, omega, seq.segment_ids, written, **rest)
-        weights = jax.nn.softmax(logits * average, axis=-1)
-        if written is not None:  # the same sums, read from the other side
-            written = written._replace(sums=written.sums.mT)
-        y, _ = prefix.prefix(weights, omega, c, seq.segment_ids, written, **rest)
-        state = None if state is None else LunaState(memory, *tail)
-        return self.join(y * average, x.dtype), state
-
-    def _inputs(self, x, seq, state):
-        """q / tau, c and the logits of writing pack . P / tau_pack [B, L, H, m]; the tail."""
-        q, c, pack = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
-        c, pack, tail = self.filter(c, pack, seq, state)
-        unpack_scale, pack_scale = self.scales()
-        p = self.memory[...].reshape(self.num_slots, -1, self.head_dim)
-        logits = jnp.einsum("blhe,mhe->blhm", pack * pack_scale, p.astype(pack.dtype))
-        return q * unpack_scale, c, logits, tail
-
-    def packed(self, x: Activations, seq: base.SeqInfo) -> Float[Array, "B m H E"]:
-        """Y_P of the two-sided form: what the tokens of a row's last document read."""
-        _, c, logits, _ = self._inputs(x, seq, None)
-        real = seq.segment_ids != 0
-        last = x.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1, keepdims=True)
-        own = seq.segment_ids == jnp.take_along_axis(seq.segment_ids, last, axis=1)
-        inside = (own & real)[..., None, None]
-        logits = jnp.where(inside, logits, jnp.finfo(logits.dtype).min)
-        weights = jnp.where(inside, jax.nn.softmax(logits, axis=1), 0)
-        return jnp.einsum("blhm,blhe->bmhe", weights, c)
-
-    def _both_directions(self, q, c, logits, segment_ids):
-        """Pack with a softmax over the document, and read what was packed."""
-        flat = logits.reshape(*logits.shape[:2], -1)
-        highest = prefix.document_max(jax.lax.stop_gradient(flat), segment_ids)
-        real = (segment_ids != 0)[..., None, None]
-        logits = jnp.where(real, logits - highest.reshape(logits.shape), 0)
-        omega, ones = jnp.exp(logits), jnp.ones_like(c[..., :1])
-        sums = functools.partial(
-            prefix.total, segment_ids=segment_ids, chunk_size=self.chunk_size
-        )
-        mass = sums(ones, ones, omega)  # [B, L, H, m], of the token's document
-        mass = jnp.where(real, mass, 1)
-        weights = jax.nn.softmax(sums(q, c, omega) / mass, axis=-1)
-        return sums(weights / mass, omega, c)
-
-    def scales(self) -> tuple[Array | float, Array | float]:
-        """Return 1 / tau of reading and of writing."""
-        return self.head_dim**-0.5, self.head_dim**-0.5
-
-    def filter(
-        self, c: Array, pack: Array, seq: base.SeqInfo, state: LunaState | None
-    ) -> tuple[Array, Array, tuple[Array, Array] | None]:
-        """Return what enters the memory, and the tail that the next call needs."""
-        return c, pack, None if state is None else state[1:]
-
-    @property
-    def tail_length(self) -> int:
-        """Tokens before a call that its first token's filter sees."""
-        return 0
-
-    def init_state(
-        self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
-    ) -> LunaState:
-        """Return an empty memory, for any length."""
-        shape = (batch_size, self.tail_length)
-        return LunaState(
-            prefix.init_state(
-                batch_size, self.local_heads, self.head_dim, self.num_slots
-            ),
-            jnp.zeros((*shape, 2, self.local_heads * self.head_dim), jnp.float32),
-            jnp.zeros(shape, jnp.int32),
-        )
-
-
-class ConvLuna(Luna):
-    """Luna with a filter before the memory and learned temperatures.
-
-        f_t = sum_{i < W} w_i x_{t-W+1+i}     or     max_{i < W} x_{t-i}
-
-    on c and pack, one kernel of W weights a head, inside a document and never ahead of t
-    (the published 'same' padding looks ahead; with causal=False this one is centred).
-    tau = exp(log tau) for reading and for writing, both 1 at first, as in the published code,
-    where the one for reading is never learned, by mistake.
-    """
-
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project, rngs=rngs, layer=layer)
-        self.filter_width = config.conv_luna_width
-        self.kind = config.conv_luna_filter
-        self.log_tau = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
-        self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
-        if self.kind == "conv":
-            shape, bound = (self.filter_width, self.num_heads), self.filter_width**-0.5
-            kernel = jax.random.uniform(
-                rngs.params(), shape, minval=-bound, maxval=bound
-            )
-            self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
-
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a memory without slots, or a filter without width."""
-        base.check_positive(config, "luna_slots", "conv_luna_width")
-
-    def scales(self):
-        """exp(-log tau) of each."""
-        return jnp.exp(-self.log_tau[...]), jnp.exp(-self.log_tau_pack[...])
-
-    def filter(self, c, pack, seq, state):
-        """Filter both over the last W tokens of the document."""
-        rows = jnp.stack([c, pack], axis=2)  # [B, L, 2, H, E]
-        batch_size, length, _, *heads = rows.shape
-        if state is None:
-            tail = jnp.zeros((batch_size, self.tail_length, 2, *heads), rows.dtype)
-            tail_segments = jnp.zeros((batch_size, self.tail_length), jnp.int32)
-        else:
-            tail = state.tail.reshape(batch_size, -1, 2, *heads).astype(rows.dtype)
-            tail_segments = state.tail_segments
-        # Padding may stand between two calls of one document, so it takes no place here.
-        real = seq.segment_ids != 0
-        order = jnp.argsort(~real, axis=1, stable=True)
-        place = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-        kept = jnp.sum(real, axis=1, keepdims=True)  # the last W - 1 after these
-        kept = kept + jnp.arange(self.tail_length)[None]
-        new = base.take_rows(rows, order), base.take_rows(seq.segment_ids, order)
-        tail = tail, tail_segments
-        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            empty = jax.tree.map(jnp.zeros_like, tail)
-            own = (jnp.concatenate(both, 1) for both in zip(empty, new, strict=True))
-            own = tuple(base.take_rows(x, kept) for x in own)
-            axis = collectives.SEQUENCE_AXIS
-            tail = _later_tail(tail, collectives.scan_before(_later_tail, own, axis))
-        rows, segments = (
-            jnp.concatenate(both, 1) for both in zip(tail, new, strict=True)
-        )
-        filtered = base.take_rows(self._over_window(rows, segments, length), place)
-        if state is not None:
-            flat = rows.reshape(*rows.shape[:2], 2, -1)
-            tail = base.take_rows(flat, kept), base.take_rows(segments, kept)
-        return filtered[:, :, 0], filtered[:, :, 1], tail
-
-    def _over_window(self, rows, segments, length):
-        width, total = self.filter_width, None
-        own = segments[:, width - 1 :]
-        # The window of a token ends at it, or `ahead` tokens after it.
-        ahead = 0 if self.causal else width // 2
-        rows = jnp.pad(rows, [(0, 0), (0, ahead)] + [(0, 0)] * (rows.ndim - 2))
-        segments = jnp.pad(segments, [(0, 0), (0, ahead)])
-        for i in range(width):
-            first = i + ahead
-            window = jax.lax.slice_in_dim(rows, first, first + length, axis=1)
-            inside = segments[:, first : first + length] == own
-            inside = inside[..., None, None, None]
-            if self.kind == "conv":
-                weight = self.kernel[...][i].astype(rows.dtype)[
-                    None, None, None, :, None
-                ]
-                term = jnp.where(inside, window * weight, 0)
-                total = term if total is None else total + term
-            else:
-                term = jnp.where(inside, window, -jnp.inf)
-                total = term if total is None else jnp.maximum(total, term)
-        return total
-
-    @property
-    def tail_length(self):
-        """W - 1."""
-        return self.filter_width - 1
-
-
-def _later_tail(left, right):
-    """Tail of two runs of tokens, from those of each alone; empty places stand first."""
-    (rows, segments), (right_rows, right_segments) = left, right
-    size = segments.shape[1]
-    count = jnp.sum(right_segments != 0, axis=1, keepdims=True)
-    place = jnp.arange(size)[None]
-    index = jnp.where(place < size - count, place + count, place + size)
-    rows = jnp.concatenate([rows, right_rows], axis=1)
-    segments = jnp.concatenate([segments, right_segments], axis=1)
-    return base.take_rows(rows, index), base.take_rows(segments, index)

@@ -1,12 +1,15 @@
 """Multi-head softmax attention with rotary positions and a key-value cache."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer import config as config_lib
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base, dape
 from memoryformer.notation import Activations, Array
@@ -28,38 +31,81 @@ class KVCache(NamedTuple):
 class Softmax(base.MultiHead):
     """o = MHA(Q(x), K(x), V(x)): every query looks at its own document's past."""
 
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """How the logits are formed, and by what."""
+
+        attention: str = field(
+            "rounding", "xla", doc="xla | cudnn (GPU) | splash (TPU) | auto."
+        )
+        logit_transform: str = field("numbers", "none", doc="none | dape_v2.")
+        dape_width: int = field("numbers", 32, doc="Hidden width of dape_v2.")
+
+        def __post_init__(self):
+            attentions, transforms = attention.IMPLEMENTATIONS, ("none", "dape_v2")
+            name = f"{base.OPTIONS}.attention"
+            config_lib.choose(self.attention, attentions, name)
+            name = f"{base.OPTIONS}.logit_transform"
+            config_lib.choose(self.logit_transform, transforms, name)
+            base.at_least(self, 1, "dape_width")
+            if self.logit_transform != "none" and self.attention != "xla":
+                raise ConfigError(
+                    f"{base.OPTIONS}.attention={self.attention!r} never forms the logits "
+                    f"that logit_transform={self.logit_transform!r} changes: use "
+                    "attention='xla'."
+                )
+
+        @property
+        def is_plain(self) -> bool:
+            """Whether plain products form all logits of a query, unchanged."""
+            return self.logit_transform == "none" and self.attention == "xla"
+
+    EXAMPLES: ClassVar = {"softmax": {}, "dape_v2": {"logit_transform": "dape_v2"}}
+    ABOUT = base.About("softmax over its document's past", "2 L D", "2 L E", "rotary")
+    LOOKS_AHEAD = True
+    TAKES_ANY_ORDER = True  # ring attention reads positions
+
+    @classmethod
+    def cost(cls, config, length):
+        """2 L D per token over the whole square, masked or not; keys and values are kept."""
+        options = config.mixer_options
+        blocks = length + -length % attention.CACHE_BLOCK  # the cache has whole ones
+        per_pair = parameters = 0
+        if options.logit_transform == "dape_v2":
+            per_pair, parameters = dape.cost(config.num_heads, options.dape_width)
+        return base.Cost(
+            multiply_adds=length * length * (2 * config.embed_dim + per_pair),
+            state_values=2 * blocks * config.embed_dim,
+            parameters=parameters,
+        )
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
         self.rotary = base.Rotary(config)
-        self.implementation = config.attention
+        self.implementation = config.mixer_options.attention
         self.sequence_chunk = config.sequence_chunk
         self.causal = config.causal
-        uses_dape = config.logit_transform == "dape_v2"
+        uses_dape = config.mixer_options.logit_transform == "dape_v2"
         self.transform = dape.DapeV2(config, rngs=rngs) if uses_dape else None
 
-    @staticmethod
-    def validate(config) -> None:
-        """Refuse a transform of logits that are never formed."""
-        transform = config.logit_transform
-        if transform != "none" and config.attention != "xla":
+    @classmethod
+    def check(cls, config) -> None:
+        """Refuse what looks at the past alone in a model that looks ahead."""
+        if not config.causal and not config.mixer_options.is_plain:
             raise ConfigError(
-                f"model.attention={config.attention!r} never forms the logits that "
-                f"model.logit_transform={transform!r} changes: use attention='xla'."
+                "model.causal=False: only with attention='xla' and logit_transform='none' "
+                f"in {base.OPTIONS}."
             )
-        if not config.causal and (transform != "none" or config.attention != "xla"):
-            raise ConfigError(
-                "model.causal=False: only with attention='xla' and logit_transform='none'."
-            )
-        base.check_positive(config, "dape_width")
 
-    @staticmethod
-    def validate_sequence(config) -> None:
+    @classmethod
+    def check_sequence(cls, config) -> None:
         """Refuse what needs a query's logits side by side, or a kernel of one device."""
-        if config.logit_transform != "none" or config.attention != "xla":
+        options = config.mixer_options
+        if not options.is_plain:
             raise ConfigError(
-                f"mesh: model.attention={config.attention!r} with model.logit_transform="
-                f"{config.logit_transform!r} cannot run over a 'sequence' axis: ring "
-                "attention needs attention='xla' and logit_transform='none'."
+                f"mesh: {base.OPTIONS}.attention={options.attention!r} with "
+                f"logit_transform={options.logit_transform!r} cannot run over a 'sequence' "
+                "axis: ring attention needs attention='xla' and logit_transform='none'."
             )
 
     def __call__(

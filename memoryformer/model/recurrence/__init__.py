@@ -7,7 +7,7 @@
 
 Any causal mixer may be inside. Attention ends at its chunk, so the cost is linear in the length
 and decoding keeps one chunk. Training scans over checkpointed chunks: only memories and outputs
-are stored, and a chunk is run again for its gradient. Gradients cross `recurrence_bptt` chunks,
+are stored, and a chunk is run again for its gradient. Gradients cross `bptt_chunks` chunks,
 counted from the row's start (0: all).
 
 Results depend on where chunks begin. A document must begin where a chunk does, which
@@ -16,17 +16,18 @@ Results depend on where chunks begin. A document must begin where a chunk does, 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 
-from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import mixers
 from memoryformer.model.recurrence.base import (
+    OPTIONS,
+    Cost,
     Read,
     Recurrence,
     RecurrentState,
-    capacity,
     chunk_size,
 )
 from memoryformer.model.recurrence.memformer import Memformer
@@ -42,12 +43,31 @@ def make(config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
     return KINDS[config.recurrence](config, project, norm, rngs=rngs)
 
 
-def validate(config) -> None:
-    """Check the recurrence of a model's config; raises `ConfigError`."""
-    config_lib.choose(config.recurrence, ("none", *KINDS), "model.recurrence")
-    for name in ("recurrence_chunk", "recurrence_bptt"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"model.{name}={getattr(config, name)}: must be >= 0.")
+def capacity(config) -> int:
+    """Return the positions that the trunk sees of one chunk."""
+    if config.recurrence == "none":
+        return chunk_size(config)
+    return KINDS[config.recurrence].capacity_of(config)
+
+
+def cost(config, block: int, project: Callable[[int], Any]) -> Cost:
+    """Count what the memory of a model's config adds to it; see `Recurrence.cost`."""
+    if config.recurrence == "none":
+        return Cost()
+    return KINDS[config.recurrence].cost(config, block, project)
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Return the examples that recurrences bring: {name: fields of a model's config}."""
+    return {
+        name: {"recurrence": kind, "recurrence_options": dict(options)}
+        for kind, cls in KINDS.items()
+        for name, options in cls.EXAMPLES.items()
+    }
+
+
+def check(config) -> None:
+    """Check what the recurrence of a model's config asks of it; raises `ConfigError`."""
     if config.recurrence == "none":
         return
     if not config.causal:
@@ -55,32 +75,30 @@ def validate(config) -> None:
             f"model.causal=False: model.recurrence={config.recurrence!r} goes from the past "
             "to the future; use causal=True."
         )
-    if config.recurrence_slots < 1 or config.memformer_temperature <= 0:
-        raise ConfigError(
-            f"model.recurrence_slots={config.recurrence_slots} must be >= 1, "
-            f"model.memformer_temperature={config.memformer_temperature} > 0."
-        )
     size = chunk_size(config)
     if size < 1 or config.seq_len % size:
         raise ConfigError(
-            f"model.recurrence_chunk={size} does not divide model.seq_len="
+            f"{OPTIONS}.chunk_size={size} does not divide model.seq_len="
             f"{config.seq_len}: choose a divisor."
         )
     needed, limit = capacity(config), mixers.max_length(config)
     if limit and limit < needed:
         raise ConfigError(
-            f"model.{config.mixer}_max_len={limit}: a chunk of {size} tokens with its "
+            f"model.mixer_options.max_len={limit}: a chunk of {size} tokens with its "
             f"memory takes {needed} positions; raise it to {needed}."
         )
 
 
 __all__ = [
     "KINDS",
+    "Cost",
     "Read",
     "Recurrence",
     "RecurrentState",
     "capacity",
+    "check",
     "chunk_size",
+    "cost",
     "make",
-    "validate",
+    "settings",
 ]

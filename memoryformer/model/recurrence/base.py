@@ -1,18 +1,22 @@
 """What both recurrences share: the scan over chunks, and decoding. Start at `Recurrence`."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer import config as config_lib
+from memoryformer.config import field
 from memoryformer.model import layers, mixers
 from memoryformer.notation import Activations, Array, Bool, Float, Int
 
 Read = Callable[[int, Activations], Activations]  # (block, x) -> x
 Memory = Float[Array, "B m D"]
+OPTIONS = "model.recurrence_options"
 
 
 class Trunk(Protocol):
@@ -42,14 +46,21 @@ class RecurrentState(NamedTuple):
 
 
 def chunk_size(config) -> int:
-    """S: `recurrence_chunk`, or a quarter of `seq_len`."""
-    return config.recurrence_chunk or config.seq_len // 4
+    """S, the tokens of a chunk; a whole row without a recurrence."""
+    if config.recurrence == "none":
+        return config.seq_len
+    return config.recurrence_options.chunk_size or config.seq_len // 4
 
 
-def capacity(config) -> int:
-    """Positions that the trunk sees of one chunk."""
-    memory = 2 * config.recurrence_slots if config.recurrence == "rmt" else 0
-    return chunk_size(config) + memory
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a memory adds to a model over one sequence of L tokens, all blocks together."""
+
+    multiply_adds: int = 0
+    parameters: int = 0  # m D, beside its projections and norms
+    projections: tuple[Any, ...] = ()  # what `project` made
+    norms: int = 0
+    state_values: int = 0  # kept beside the open chunk's state of the mixers
 
 
 class Recurrence(nnx.Module):
@@ -65,13 +76,46 @@ class Recurrence(nnx.Module):
     `features` as in `SeqInfo`.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What every kind of memory can be told."""
+
+        chunk_size: int = field(
+            "numbers", 0, doc="S, tokens of a chunk; 0: a quarter of model.seq_len."
+        )
+        num_slots: int = field("numbers", 16, doc="m, vectors carried on.")
+        bptt_chunks: int = field(
+            "numbers",
+            0,
+            doc="Chunks that gradients cross, from the row's start; 0: all.",
+        )
+
+        def __post_init__(self):
+            config_lib.at_least(self, OPTIONS, 0, "chunk_size", "bptt_chunks")
+            config_lib.at_least(self, OPTIONS, 1, "num_slots")
+
+    EXAMPLES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     before = 0
+
+    @classmethod
+    def capacity_of(cls, config: Any) -> int:
+        """Return the positions that the trunk sees of one chunk."""
+        return chunk_size(config)
+
+    @classmethod
+    def cost(cls, config: Any, block: int, project: Callable[[int], Any]) -> Cost:
+        """Count what the memory adds.
+
+        block: multiply-adds per token of a block's projections. project(F): the cost of a
+        projection from D to F, with `multiply_adds` per token.
+        """
+        raise NotImplementedError
 
     def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         self.chunk_size = chunk_size(config)
-        self.capacity = capacity(config)
-        self.num_slots = config.recurrence_slots
-        self.bptt_chunks = config.recurrence_bptt
+        self.capacity = self.capacity_of(config)
+        self.num_slots = config.recurrence_options.num_slots
+        self.bptt_chunks = config.recurrence_options.bptt_chunks
 
     def __call__(
         self,

@@ -1,11 +1,14 @@
 """Memformer (Wu et al. 2020): memory as slots that blocks read and one writer updates."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer.config import field
+from memoryformer.errors import ConfigError
 from memoryformer.model import layers
 from memoryformer.model.mixers.base import wide
 from memoryformer.model.recurrence import base
@@ -33,10 +36,47 @@ class Memformer(base.Recurrence):
     1, which a hash needs: tables are hardly read where all values are near zero.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.Recurrence.Options):
+        """And how sharply slots choose what is written to them."""
+
+        temperature: float = field("numbers", 0.5, doc="tau of writing.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            if self.temperature <= 0:
+                raise ConfigError(
+                    f"{base.OPTIONS}.temperature={self.temperature}: must be > 0."
+                )
+
+    EXAMPLES: ClassVar = {"memformer": {"num_slots": 64}}
+
+    @classmethod
+    def cost(cls, config, block, project):
+        """Of a chunk: each block projects S queries and m keys and values and reads them with
+        2 S m D; the writer projects m queries and S + m keys and values, and 2 m (S + 1) D.
+        """
+        size, num_slots = base.chunk_size(config), config.recurrence_options.num_slots
+        width, num_layers = config.embed_dim, config.num_layers
+        q, kv = project(width), project(2 * width)
+        out = (project(width),) if config.output_projection else ()
+        read = size * sum(layer.multiply_adds for layer in (q, *out))
+        read += num_slots * kv.multiply_adds + 2 * size * num_slots * width
+        write = num_slots * q.multiply_adds + (size + num_slots) * kv.multiply_adds
+        write += 2 * num_slots * (size + 1) * width
+        chunks = config.seq_len // size
+        return base.Cost(
+            multiply_adds=chunks * (num_layers * read + write),
+            parameters=num_slots * width,
+            projections=(q, kv, *out) * num_layers + (q, kv),
+            norms=2 * num_layers + 1,
+            state_values=(num_slots + 2 * num_slots * num_layers + size) * width,
+        )
+
     def __init__(self, config, project, norm, *, rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.head_dim, width = config.head_dim, config.embed_dim
-        self.width, self.temperature = width, config.memformer_temperature
+        self.width, self.temperature = width, config.recurrence_options.temperature
         self.readers = nnx.List(
             [_Reader(config, project, norm) for _ in range(config.num_layers)]
         )

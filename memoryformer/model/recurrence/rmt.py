@@ -1,9 +1,12 @@
 """The Recurrent Memory Transformer (Bulatov et al. 2022): memory as tokens of the trunk."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer.model import mixers
 from memoryformer.model.recurrence import base
 
 
@@ -13,6 +16,27 @@ class RMT(base.Recurrence):
     What reads cannot see the chunk, what writes sees all of it, by causality alone. Memory
     tokens take positions: 0..m-1, the text m.., then the ones that write.
     """
+
+    EXAMPLES: ClassVar = {"rmt": {"num_slots": 16}}
+
+    @classmethod
+    def capacity_of(cls, config):
+        """S + 2 m: memory tokens stand before and behind a chunk."""
+        return base.chunk_size(config) + 2 * config.recurrence_options.num_slots
+
+    @classmethod
+    def cost(cls, config, block, project):
+        """2 m tokens more through every block and chunk, and mixing over S + 2 m for S."""
+        size, num_slots = base.chunk_size(config), config.recurrence_options.num_slots
+        longer = mixers.cost(config, size + 2 * num_slots).multiply_adds
+        longer -= mixers.cost(config, size).multiply_adds
+        longer += 2 * num_slots * block
+        memory = num_slots * config.embed_dim
+        return base.Cost(
+            multiply_adds=config.seq_len // size * config.num_layers * longer,
+            parameters=memory,
+            state_values=memory,
+        )
 
     def __init__(self, config, project, norm, *, rngs):
         super().__init__(config, project, norm, rngs=rngs)

@@ -1,0 +1,312 @@
+"""Luna: attention through a memory of m slots that every token packs into and reads from.
+
+    slots_t = 1/t sum_{s <= t, same document} c_s (x) w_s    [E, m], a running sum
+    o_t     = slots_t . softmax(q_t . slots_t / tau)         over the m slots
+
+Two calls of `ops.prefix`. The variants differ in what is written:
+
+    luna        w = elu(x W_pack . P) + 1                                Ma et al. 2021
+    conv_luna   luna whose inputs to the memory are filtered over a few tokens, with learned
+                temperatures                                  after Yorsh et al. 2024, causal
+
+With `causal=False` (whole documents, no state) the sums run over past and future, and Luna packs
+by a softmax over the document,
+
+    Y_P = softmax_s(P . pack(x_s) / tau_pack) c_s,     o_t = softmax(q_t . Y_P / tau) Y_P
+
+where P is each layer's own and does not flow through the layers as in the paper. Luna has no
+code for positions, and takes no rotary ones. Start at `Luna`.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memoryformer import config as config_lib
+from memoryformer.config import field
+from memoryformer.model.mixers import base
+from memoryformer.notation import Activations, Array, Float, Int
+from memoryformer.ops import collectives, prefix
+
+
+class LunaState(NamedTuple):
+    """The memory [B, H, E, m] and, for a filter, the last tokens' inputs to it."""
+
+    memory: prefix.PrefixState
+    tail: Float[Array, "B W 2 D"]  # W = filter width - 1 rows
+    tail_segments: Int[Array, "B W"]
+
+
+class Luna(base.MultiHead):
+    """Causal Luna with tied keys and values: one matrix [E, m] a head is all its state.
+
+        omega_t = elu(pack(x_t) . P / tau_pack) + 1                           in R^m
+        A_t     = 1/t sum_{s <= t} c_s (x) omega_s
+        o_t     = A_t . softmax(q_t . A_t / tau)
+
+    P is a parameter of the layer and stands for the projected P W_pq of the paper; here
+    tau = tau_pack = sqrt(E).
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And the size of P."""
+
+        num_slots: int = field("numbers", 64, doc="m, slots of the memory.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            base.at_least(self, 1, "num_slots")
+
+    EXAMPLES: ClassVar = {"luna": {"num_slots": 64}}
+    ABOUT = base.About(
+        "m slots written by content, tied keys and values", "4 m D", "m E", "none"
+    )
+    LOOKS_AHEAD = True
+
+    @classmethod
+    def cost(cls, config, length):
+        """4 m D per token: the slots, written once and read twice, and the logits of packing."""
+        num_slots, width = config.mixer_options.num_slots, config.embed_dim
+        return base.Cost(
+            multiply_adds=length * 4 * num_slots * width,
+            state_values=num_slots * width,
+            parameters=num_slots * width,
+            state_value_bytes=4,
+        )
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project)  # q, c and pack share one hash
+        self.chunk_size = config.mixer_options.prefix_chunk
+        self.num_slots = config.mixer_options.num_slots
+        self.causal = config.causal
+        shape = (self.num_slots, config.embed_dim)
+        p = jax.random.normal(rngs.params(), shape)
+        self.memory = nnx.Param(p, spec="last_axis", decay=True)  # P: [m, D]
+
+    def __call__(
+        self, x: Activations, seq: base.SeqInfo, state: LunaState | None = None
+    ) -> tuple[Activations, LunaState | None]:
+        """[B, L, D] -> [B, L, D] and the state after it."""
+        q, c, logits, tail = self._inputs(x, seq, state)
+        if not self.causal:
+            base.refuse_state(state)
+            y = self._both_directions(q, c, logits, seq.segment_ids)
+            return self.join(y, x.dtype), None
+        omega = jax.nn.elu(logits) + 1
+        average = 1 / (seq.positions + 1).astype(c.dtype)[..., None, None]
+        written = None if state is None else state.memory
+        rest = {"chunk_size": self.chunk_size}
+        logits, memory = prefix.prefix(q, c, omega, seq.segment_ids, written, **rest)
+        weights = jax.nn.softmax(logits * average, axis=-1)
+        if written is not None:  # the same sums, read from the other side
+            written = written._replace(sums=written.sums.mT)
+        y, _ = prefix.prefix(weights, omega, c, seq.segment_ids, written, **rest)
+        state = None if state is None else LunaState(memory, *tail)
+        return self.join(y * average, x.dtype), state
+
+    def _inputs(self, x, seq, state):
+        """q / tau, c and the logits of writing pack . P / tau_pack [B, L, H, m]; the tail."""
+        q, c, pack = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        c, pack, tail = self.filter(c, pack, seq, state)
+        unpack_scale, pack_scale = self.scales()
+        p = self.memory[...].reshape(self.num_slots, -1, self.head_dim)
+        logits = jnp.einsum("blhe,mhe->blhm", pack * pack_scale, p.astype(pack.dtype))
+        return q * unpack_scale, c, logits, tail
+
+    def packed(self, x: Activations, seq: base.SeqInfo) -> Float[Array, "B m H E"]:
+        """Y_P of the two-sided form: what the tokens of a row's last document read."""
+        _, c, logits, _ = self._inputs(x, seq, None)
+        real = seq.segment_ids != 0
+        last = x.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1, keepdims=True)
+        own = seq.segment_ids == jnp.take_along_axis(seq.segment_ids, last, axis=1)
+        inside = (own & real)[..., None, None]
+        logits = jnp.where(inside, logits, jnp.finfo(logits.dtype).min)
+        weights = jnp.where(inside, jax.nn.softmax(logits, axis=1), 0)
+        return jnp.einsum("blhm,blhe->bmhe", weights, c)
+
+    def _both_directions(self, q, c, logits, segment_ids):
+        """Pack with a softmax over the document, and read what was packed."""
+        flat = logits.reshape(*logits.shape[:2], -1)
+        highest = prefix.document_max(jax.lax.stop_gradient(flat), segment_ids)
+        real = (segment_ids != 0)[..., None, None]
+        logits = jnp.where(real, logits - highest.reshape(logits.shape), 0)
+        omega, ones = jnp.exp(logits), jnp.ones_like(c[..., :1])
+        sums = functools.partial(
+            prefix.total, segment_ids=segment_ids, chunk_size=self.chunk_size
+        )
+        mass = sums(ones, ones, omega)  # [B, L, H, m], of the token's document
+        mass = jnp.where(real, mass, 1)
+        weights = jax.nn.softmax(sums(q, c, omega) / mass, axis=-1)
+        return sums(weights / mass, omega, c)
+
+    def scales(self) -> tuple[Array | float, Array | float]:
+        """Return 1 / tau of reading and of writing."""
+        return self.head_dim**-0.5, self.head_dim**-0.5
+
+    def filter(
+        self, c: Array, pack: Array, seq: base.SeqInfo, state: LunaState | None
+    ) -> tuple[Array, Array, tuple[Array, Array] | None]:
+        """Return what enters the memory, and the tail that the next call needs."""
+        return c, pack, None if state is None else state[1:]
+
+    @property
+    def tail_length(self) -> int:
+        """Tokens before a call that its first token's filter sees."""
+        return 0
+
+    def init_state(
+        self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
+    ) -> LunaState:
+        """Return an empty memory, for any length."""
+        shape = (batch_size, self.tail_length)
+        return LunaState(
+            prefix.init_state(
+                batch_size, self.local_heads, self.head_dim, self.num_slots
+            ),
+            jnp.zeros((*shape, 2, self.local_heads * self.head_dim), jnp.float32),
+            jnp.zeros(shape, jnp.int32),
+        )
+
+
+class ConvLuna(Luna):
+    """Luna with a filter before the memory and learned temperatures.
+
+        f_t = sum_{i < W} w_i x_{t-W+1+i}     or     max_{i < W} x_{t-i}
+
+    on c and pack, one kernel of W weights a head, inside a document and never ahead of t
+    (the published 'same' padding looks ahead; with causal=False this one is centred).
+    tau = exp(log tau) for reading and for writing, both 1 at first, as in the published code,
+    where the one for reading is never learned, by mistake.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(Luna.Options):
+        """And the filter."""
+
+        filter: str = field("numbers", "conv", doc="conv | pool: f_t as above.")
+        width: int = field("numbers", 4, doc="W, tokens of the filter.")
+
+        def __post_init__(self):
+            super().__post_init__()
+            name = f"{base.OPTIONS}.filter"
+            config_lib.choose(self.filter, ("conv", "pool"), name)
+            base.at_least(self, 1, "width")
+
+    EXAMPLES: ClassVar = {"conv_luna": {"num_slots": 64}}
+    ABOUT = base.About(
+        "luna behind a filter of W tokens, learned temperatures",
+        "4 m D + 2 W D",
+        "m E + 2 (W - 1) E",
+        "the filter",
+    )
+
+    @classmethod
+    def cost(cls, config, length):
+        """2 W D per token more than Luna for a convolution, and the tail that it sees."""
+        luna, options = super().cost(config, length), config.mixer_options
+        taps = options.width if options.filter == "conv" else 0
+        filters = 2 * taps * config.embed_dim * length
+        tail = 2 * (options.width - 1) * config.embed_dim
+        return dataclasses.replace(
+            luna,
+            multiply_adds=luna.multiply_adds + filters,
+            state_values=luna.state_values + tail,
+            parameters=luna.parameters
+            + taps * config.num_heads
+            + 2,  # two temperatures
+        )
+
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+        super().__init__(config, project, rngs=rngs, layer=layer)
+        self.filter_width = config.mixer_options.width
+        self.kind = config.mixer_options.filter
+        self.log_tau = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
+        self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
+        if self.kind == "conv":
+            shape, bound = (self.filter_width, self.num_heads), self.filter_width**-0.5
+            kernel = jax.random.uniform(
+                rngs.params(), shape, minval=-bound, maxval=bound
+            )
+            self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
+
+    def scales(self):
+        """exp(-log tau) of each."""
+        return jnp.exp(-self.log_tau[...]), jnp.exp(-self.log_tau_pack[...])
+
+    def filter(self, c, pack, seq, state):
+        """Filter both over the last W tokens of the document."""
+        rows = jnp.stack([c, pack], axis=2)  # [B, L, 2, H, E]
+        batch_size, length, _, *heads = rows.shape
+        if state is None:
+            tail = jnp.zeros((batch_size, self.tail_length, 2, *heads), rows.dtype)
+            tail_segments = jnp.zeros((batch_size, self.tail_length), jnp.int32)
+        else:
+            tail = state.tail.reshape(batch_size, -1, 2, *heads).astype(rows.dtype)
+            tail_segments = state.tail_segments
+        # Padding may stand between two calls of one document, so it takes no place here.
+        real = seq.segment_ids != 0
+        order = jnp.argsort(~real, axis=1, stable=True)
+        place = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        kept = jnp.sum(real, axis=1, keepdims=True)  # the last W - 1 after these
+        kept = kept + jnp.arange(self.tail_length)[None]
+        new = base.take_rows(rows, order), base.take_rows(seq.segment_ids, order)
+        tail = tail, tail_segments
+        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
+            empty = jax.tree.map(jnp.zeros_like, tail)
+            own = (jnp.concatenate(both, 1) for both in zip(empty, new, strict=True))
+            own = tuple(base.take_rows(x, kept) for x in own)
+            axis = collectives.SEQUENCE_AXIS
+            tail = _later_tail(tail, collectives.scan_before(_later_tail, own, axis))
+        rows, segments = (
+            jnp.concatenate(both, 1) for both in zip(tail, new, strict=True)
+        )
+        filtered = base.take_rows(self._over_window(rows, segments, length), place)
+        if state is not None:
+            flat = rows.reshape(*rows.shape[:2], 2, -1)
+            tail = base.take_rows(flat, kept), base.take_rows(segments, kept)
+        return filtered[:, :, 0], filtered[:, :, 1], tail
+
+    def _over_window(self, rows, segments, length):
+        width, total = self.filter_width, None
+        own = segments[:, width - 1 :]
+        # The window of a token ends at it, or `ahead` tokens after it.
+        ahead = 0 if self.causal else width // 2
+        rows = jnp.pad(rows, [(0, 0), (0, ahead)] + [(0, 0)] * (rows.ndim - 2))
+        segments = jnp.pad(segments, [(0, 0), (0, ahead)])
+        for i in range(width):
+            first = i + ahead
+            window = jax.lax.slice_in_dim(rows, first, first + length, axis=1)
+            inside = segments[:, first : first + length] == own
+            inside = inside[..., None, None, None]
+            if self.kind == "conv":
+                weight = self.kernel[...][i].astype(rows.dtype)[
+                    None, None, None, :, None
+                ]
+                term = jnp.where(inside, window * weight, 0)
+                total = term if total is None else total + term
+            else:
+                term = jnp.where(inside, window, -jnp.inf)
+                total = term if total is None else jnp.maximum(total, term)
+        return total
+
+    @property
+    def tail_length(self):
+        """W - 1."""
+        return self.filter_width - 1
+
+
+def _later_tail(left, right):
+    """Tail of two runs of tokens, from those of each alone; empty places stand first."""
+    (rows, segments), (right_rows, right_segments) = left, right
+    size = segments.shape[1]
+    count = jnp.sum(right_segments != 0, axis=1, keepdims=True)
+    place = jnp.arange(size)[None]
+    index = jnp.where(place < size - count, place + count, place + size)
+    rows = jnp.concatenate([rows, right_rows], axis=1)
+    segments = jnp.concatenate([segments, right_segments], axis=1)
+    return base.take_rows(rows, index), base.take_rows(segments, index)

@@ -1,0 +1,135 @@
+"""Runs and an export that older code wrote: read, evaluated and gone on with by this one.
+
+tests/data/runs_of_old.tar.xz has what it computed from them: logits.npz and eval_*.json.
+"""
+
+import json
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import config as config_lib
+from memoryformer import model
+from memoryformer.convert import export
+from memoryformer.errors import ConfigError
+from memoryformer.runs import directory, old_configs
+from memoryformer.runs import steps as run_steps
+from memoryformer.training import evaluate_run, experiment, loop
+
+ARCHIVE = pathlib.Path(__file__).parents[1] / "data" / "runs_of_old.tar.xz"
+each_run = pytest.mark.parametrize("name", ["softmax", "performer"])
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """The folder of the runs, in which their configs name the corpus."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def close_to_old(got, name, old):
+    want = np.load(old / "logits.npz")[name]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def stored(workdir):
+    """Its config, for one of the devices that there are here."""
+    config = experiment.complete(directory.read_json(workdir / "config.json"))
+    return config | {"mesh": "single"}
+
+
+@each_run
+def test_a_run_gives_the_same_logits(name, old):
+    """Mutations: an option of the mixer dropped by `upgraded`; another draw of the features."""
+    run, params, _ = experiment.load(old / name)
+    tokens = np.load(old / "logits.npz")["tokens"]
+    close_to_old(model.forward(run.model, params, tokens), name, old)
+
+
+@each_run
+def test_a_run_is_evaluated_to_the_same_figures(name, old):
+    """Mutation: `manifest.facts` of the config as it was written."""
+    want = json.loads((old / f"eval_{name}.json").read_text("utf-8"))
+    got = evaluate_run.evaluate_checkpoint(old / name, config=stored(old / name))
+    for key in want.keys() - {"val/seconds"}:
+        is_text = isinstance(want[key], str)
+        same = want[key] if is_text else pytest.approx(want[key], rel=1e-5)
+        assert got[key] == same, key
+
+
+@each_run
+def test_a_run_goes_on(name, old):
+    """Two more steps. Mutation: `Checkpointer._compare` with the config as it was written."""
+    config = stored(old / name)
+    config["train"]["num_steps"] = 6
+    loop.train(config, old / name, allow=["train.num_steps"])
+    assert run_steps.facts(old / name)["step"] == 6
+
+
+def test_what_a_run_was_told_is_kept(old):
+    """Where each field of old went. Mutation: any entry of MIXER_OPTIONS or _TIMEOUTS."""
+    run = experiment.resolve(stored(old / "performer"))
+    performer = model.mixers.MIXERS["performer"].Options
+    assert run.model.mixer_options == performer(64, num_features=8, redraw_every=3)
+    assert run.train.max_skipped == 0
+    assert run.train.timeouts["first_step"] == 7200
+    flat = {name: 3 for name in old_configs.MIXER_OPTIONS}
+    flat |= {
+        "attention": "auto",
+        "logit_transform": "dape_v2",
+        "conv_luna_filter": "pool",
+    }
+    for mixer, cls in model.mixers.MIXERS.items():
+        section = old_configs.upgraded_model({"mixer": mixer} | flat)
+        assert section.keys() == {"mixer", "mixer_options"}
+        known = {item.name for item in cls.Options.__dataclass_fields__.values()}
+        assert section["mixer_options"].keys() == known
+    for kind, cls in model.recurrence.KINDS.items():
+        flat = dict.fromkeys(old_configs.RECURRENCE_OPTIONS, 2)
+        section = old_configs.upgraded_model({"recurrence": kind} | flat)
+        assert (
+            section["recurrence_options"].keys()
+            == cls.Options.__dataclass_fields__.keys()
+        )
+
+
+def test_a_config_of_today_stays_as_it_is(tmp_path):
+    """Mutation: `max_skipped` forgotten for every run."""
+    fields = {"train.max_skipped": 4, "train.timeout_scale": 0.5, "model.mixer": "luna"}
+    today = experiment.as_dict(experiment.resolve(toy.run_config(tmp_path, **fields)))
+    assert old_configs.upgraded(today) == today
+
+
+def test_an_export_is_read(old):
+    """Mutation: `load_export` without `upgraded_model`."""
+    config, params = export.load_export(old / "export")
+    tokens = np.load(old / "logits.npz")["tokens"]
+    close_to_old(model.forward(config, params, tokens), "export", old)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "new"),
+    [
+        ("model.linformer_slots", 3, "model.mixer_options.num_slots, of linformer"),
+        ("model.recurrence_chunk", 3, "model.recurrence_options.chunk_size, of rmt"),
+        ("train.step_timeout", 9.0, "train.timeout_scale, times 1800 seconds"),
+        ("train.nonfinite", "skip", "train.max_skipped"),
+    ],
+)
+def test_a_config_file_with_an_old_field_is_told_the_new_one(
+    name, value, new, tmp_path
+):
+    """In one line. Mutation: `resolve` and `from_config` upgrade in silence."""
+    config = toy.run_config(tmp_path)
+    section, _, key = name.partition(".")
+    config[section][key] = value
+    with pytest.raises(ConfigError, match="no longer a field; set ") as caught:
+        experiment.resolve(config)
+    assert new in str(caught.value) and "\n" not in str(caught.value)
+    flat = config_lib.flatten(experiment.default_config())
+    assert name not in flat
