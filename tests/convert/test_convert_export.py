@@ -120,7 +120,14 @@ def test_narrow_tables_stay_within_their_bounds(tmp_path, tables):
     )
 
 
-@pytest.mark.parametrize("change", [dict(mixer="linear"), dict(causal=False)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(mixer="linear", mixer_options=None),
+        dict(mixer_options={"logit_transform": "dape_v2"}),
+        dict(causal=False),
+    ],
+)
 def test_reader_refuses_what_it_cannot_run(tmp_path, change):
     """The file is exact for every model; the reader says what it lacks.
 
