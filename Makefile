@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint clean
+.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint docs clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -31,8 +31,6 @@ test: $(VENV)/.dev lint
 
 # What does not need the whole data pipeline: the suite for a second jax.
 test-core: $(VENV)/.dev
-	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py tests/model/test_layers.py \
-	    tests/model/test_model.py tests/test_sharding.py tests/training/test_loop.py \
 	$(RUN) -m pytest tests/ops/test_hashing.py tests/ops/test_lookup.py \
 	    tests/model/test_layers.py tests/model/test_model.py tests/test_sharding.py \
 	    tests/training/test_loop.py tests/training/test_optimizer.py \
@@ -79,6 +77,10 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
+# The site, in docs/_build/html; a warning is an error.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.core: requirements.txt
@@ -86,14 +88,18 @@ $(VENV)/.core: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements-dev.txt
-	touch $(VENV)/.core $@
+# Extras of pyproject.toml.
+$(VENV)/.dev: pyproject.toml $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	touch $@
 
-$(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
-	$(PIP) -r requirements-peers.txt
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) -e '.[peers]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.core
+	$(PIP) -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build docs/_build docs/_generated

@@ -25,7 +25,7 @@ make_vm() {
   tpu scp "/tmp/memoryformer-$$.tar" "$NAME:code.tar" --worker=all || return 1
   rm -f "/tmp/memoryformer-$$.tar"
   on_all "mkdir -p code && tar -x -f code.tar -C code && cd code && python3 -m venv .venv &&
-    .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]' && $SETUP"
+    .venv/bin/pip install --quiet -e '.[tpu]' && $SETUP"
 }
 
 arguments=$(printf ' %q' "$@")

@@ -1,11 +1,13 @@
 """Command lines: flags, exit codes, and user errors as one line.
 
-A command is `define_flags` and `main`; `run_main` runs it. Start there.
+A command is `define_flags` and `main`; `run_main` runs it. Start there. `script` is the
+console script `memoryformer`, whose subcommands are the same commands.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import memoryformer
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.files import paths
@@ -23,6 +26,20 @@ from memoryformer.runs import console, old_configs
 T = TypeVar("T")
 
 flags.disclaim_key_flags()  # --help lists them under the command that asks for them
+
+# Subcommand of the console script -> (module below memoryformer, what it does)
+COMMANDS = {
+    "train": ("training", "train a model, or go on training it"),
+    "eval": ("harness", "evaluate a checkpoint"),
+    "accounting": ("accounting", "FLOPs, parameters and bytes of a config"),
+    "dryrun": ("dryrun", "what a run would need on a target"),
+    "data": ("data", "prepare and inspect data"),
+    "convert": ("convert", "convert checkpoints"),
+    "generation": ("generation", "continue text"),
+    "sweep": ("sweep", "many runs from one config"),
+    "report": ("report", "a page and pictures of runs"),
+    "tasks": ("tasks", "train a classifier on a generated task"),
+}
 
 
 def define_config_flag(*, required: bool = False) -> None:
@@ -92,12 +109,34 @@ def run_main(
             sys.exit(report(_usage_error(error, sys.argv), debug=False))
         finally:
             defined = set(flags.FLAGS) - before  # the others are absl's, defined once
+            # Whatever file defines them, --help lists them.
+            for name in defined | {"debug"}:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
         app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
     finally:
         sys.argv = saved_argv
         for name in set(flags.FLAGS):
             if name in defined or name.startswith("config."):
                 delattr(flags.FLAGS, name)
+
+
+def script() -> None:
+    """Run `memoryformer COMMAND ..`, which is `python -m memoryformer.MODULE ..`."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command == "--version":
+        print(f"memoryformer {memoryformer.__version__}")
+    elif command in ("--help", "-h"):
+        print("usage: memoryformer COMMAND [FLAGS], or memoryformer COMMAND --help\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:12s}{text}")
+    elif command in COMMANDS:
+        del sys.argv[1]
+        module = f"memoryformer.{COMMANDS[command][0]}"
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        near = config_lib.suggest(command, COMMANDS)
+        error = errors.ConfigError(f"{command!r}: no such command{near}.")
+        sys.exit(report(error, debug=False))
 
 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -74,7 +74,7 @@ def choose(value: str, known: typing.Iterable[str], name: str) -> str:
 
 
 def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
-    """Load `configs/name.py[:argument]` and apply dotted overrides.
+    """Load `configs/name.py[:argument]`, or a shipped `name[:argument]`, and override fields.
 
     The same as `--config=path --config.key=value` on a command line. Raises `ConfigError`
     for a file that is not there, cannot be run, or makes no config.
@@ -95,11 +95,20 @@ def load(path: str, **overrides: Any) -> ml_collections.ConfigDict:
 
 
 def load_module(path: str) -> tuple[types.ModuleType, str]:
-    """Import a config file FILE[:ARGUMENT]: (module, argument). Raises `ConfigError`."""
+    """Import a config FILE[:ARGUMENT] or NAME[:ARGUMENT]: (module, argument).
+
+    NAME is one of `shipped`; a file of that name comes first. Raises `ConfigError`.
+    """
     file, colon, argument = str(path).partition(":")
     where = paths.local(file, "--config")
+    if not where.is_file() and file in shipped():
+        where = shipped()[file]
     if not where.is_file():
         hint = " (it is a folder)" if where.is_dir() else ""
+        if file.isidentifier():
+            hint += (
+                f" and no shipped config of that name; there are {', '.join(shipped())}"
+            )
         hint += "; what follows a colon is the config's argument" if colon else ""
         raise ConfigError(f"--config={path}: there is no file {file!r}{hint}.")
     loader = importlib.machinery.SourceFileLoader("memoryformer_config", str(where))
@@ -109,6 +118,15 @@ def load_module(path: str) -> tuple[types.ModuleType, str]:
     with explained(path):
         loader.exec_module(module)
     return module, argument
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """Return {name: file} of the configs that come with the package."""
+    package = pathlib.Path(__file__).parent
+    folder = package / "configs"  # where a wheel has them
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # and a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
 
 
 @contextlib.contextmanager
@@ -124,7 +142,7 @@ def explained(path: str) -> Iterator[None]:
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
-            if pathlib.Path(frame.filename).name == pathlib.Path(file).name
+            if pathlib.Path(frame.filename).stem == pathlib.Path(file).stem
         ]
         line = f", line {lines[-1]}" if lines else ""
         raise ConfigError(

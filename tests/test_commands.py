@@ -8,6 +8,7 @@ import importlib
 import pathlib
 import pkgutil
 import re
+import sys
 
 import pytest
 import toy
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from runner import Runner
 
 import memoryformer
+from memoryformer import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENDS = (0, 2, 44, 45, 46)  # exit codes of a command that was given nonsense
@@ -26,11 +28,14 @@ SECONDS = 240.0
 CONFIG = "--config={folder}/toy_config.py"
 SWEEP = (CONFIG, "--sweep=seed", "--root={folder}/sweeps")
 BASES = {
-    "train.py": [
+    "memoryformer.training": [
         (CONFIG, "--workdir={folder}/new", "--config.train.num_steps=1"),
         (CONFIG, "--workdir={folder}/new", "--num_processes=2", "--init_timeout=0.1"),
     ],
-    "eval.py": [("--workdir={folder}/run",), ("--export={folder}/corpus", "--tasks=x")],
+    "memoryformer.harness": [
+        ("--workdir={folder}/run",),
+        ("--export={folder}/corpus", "--tasks=x"),
+    ],
     "memoryformer.accounting": [(CONFIG,)],
     "memoryformer.convert": [
         ("export", "{folder}/run", "{folder}/out"),
@@ -73,6 +78,7 @@ SURROUNDINGS = (
 def documented():
     """Modules and scripts that a document, docstring or script starts with python."""
     places = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    places += (ROOT / "docs" / "howto").glob("*.md")
     for folder in ("launch", "configs", "benchmarks", "memoryformer"):
         places += (ROOT / folder).rglob("*.py")
         places += (ROOT / folder).rglob("*.sh")
@@ -109,12 +115,6 @@ def flags_of(define):
 
 def kinds(command):
     """{flag: its kind} of a command, from what it defines."""
-    if command.endswith(".py"):
-        text = (ROOT / command).read_text("utf-8")
-        calls = re.findall(r"(DEFINE_\w+|cli\.define_path_flag)\(\s*\"(\w+)\"", text)
-        named = {"DEFINE_integer": "int", "cli.define_path_flag": "path"}
-        found = {name: named.get(call, call.split("_")[-1]) for call, name in calls}
-        return found | {"config": "config file"}
     return {
         n: f.flag_type() for n, f in flags_of(commands()[command].define_flags).items()
     }
@@ -169,9 +169,8 @@ def runner(tmp_path_factory, folder):
 
 def start(runner, folder, command, words, **options):
     """Run a command; `{folder}` in its words is the folder of the toy run."""
-    first = [command] if command.endswith(".py") else ["-m", command]
     words = [word.replace("{folder}", str(folder)) for word in words]
-    return runner.command(*first, *words, timeout=SECONDS, **options)
+    return runner.command("-m", command, *words, timeout=SECONDS, **options)
 
 
 def check_end(result, words):
@@ -186,9 +185,13 @@ def test_the_table_is_whole():
 
     Mutation: a `define_flags` in memoryformer/training/spikes.py.
     """
-    assert sorted(BASES) == sorted([*commands(), "eval.py", "train.py"])
+    assert sorted(BASES) == sorted(commands())
     assert all(kinds(command) for command in BASES)
-    assert kinds("train.py")["workdir"] == kinds("memoryformer.sweep")["root"] == "path"
+    assert (
+        kinds("memoryformer.training")["workdir"]
+        == kinds("memoryformer.sweep")["root"]
+        == "path"
+    )
 
 
 @pytest.mark.parametrize("name", documented())
@@ -202,6 +205,30 @@ def test_what_is_documented_starts(runner, name):
     assert result.code == 0, result
     assert "Traceback" not in result.err
     assert len(result.out.splitlines()) > 3
+
+
+def test_console_script(monkeypatch, capsys):
+    """Each subcommand is one of the commands, and none but a part of another is left out.
+
+    Mutations: "data" left out of `COMMANDS`; `del sys.argv[1]` left out.
+    """
+    modules = {f"memoryformer.{module}" for module, _ in cli.COMMANDS.values()}
+    assert modules == commands().keys() - {"memoryformer.report.quickstart"}
+    for words, code, said in (
+        (["accounting", "--config=quickstart:dense"], 0, "589,824"),
+        (["accounting", "--config=quickstrat"], 2, "memoryformer_tiny, pythia_160m"),
+        (["trian"], 2, "'trian': no such command; did you mean 'train'?"),
+        (["--version"], 0, memoryformer.__version__),
+    ):
+        monkeypatch.setattr(sys, "argv", ["memoryformer", *words])
+        ended = 0
+        try:
+            cli.script()
+        except SystemExit as error:
+            ended = error.code
+        printed = capsys.readouterr()
+        assert ended == code and said in printed.out + printed.err, words
+        assert printed.err.count("\n") == (code != 0)
 
 
 def test_mains_are_functions(capsys):
@@ -274,7 +301,9 @@ def test_no_variable_ends_in_a_traceback(runner, folder, environment):
     """
     words = [CONFIG, "--workdir={folder}/new", "--init_timeout=0.1"]
     words += ["--config.train.num_steps=1", "--config.data.data_dir="]
-    result = start(runner, folder, "train.py", words, environment=environment)
+    result = start(
+        runner, folder, "memoryformer.training", words, environment=environment
+    )
     check_end(result, environment)
     assert result.code in (2, 45)
     told = result.err.splitlines()[-1]

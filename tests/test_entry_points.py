@@ -247,14 +247,14 @@ FLAGS = (
 # Every command line in one process: its flags as after a start.
 MANY = """
 import contextlib, io, json, sys
-import eval as command
 from absl.testing import flagsaver
 from memoryformer import cli, errors
+from memoryformer.harness import __main__ as command
 from memoryformer.model import narrow
 
 def main(argv):
     try:
-        command.main(argv)
+        command._run(argv)
     except errors.StorageError:  # what was to be evaluated is not there
         print(repr(cli.chosen(narrow.WeightKinds)), file=sys.stderr)
 
@@ -262,7 +262,7 @@ for line in json.loads(sys.argv[1]):
     said = io.StringIO()
     with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
         with contextlib.suppress(SystemExit):
-            cli.run_main(main, cli.define_config_flag, ["eval.py", *line])
+            cli.run_main(main, command.define_flags, ["eval.py", *line])
     print(json.dumps(said.getvalue().strip()))
 """
 

@@ -7,6 +7,7 @@ get a small model and a small text, appended as overrides; nothing else is chang
 import pathlib
 import re
 import shlex
+import tomllib
 
 import pytest
 import toy
@@ -122,6 +123,48 @@ def test_python_example(index):
     exec(compile(code, f"README.md, python block {index}", "exec"), names)
     for name, shape in re.findall(r"^(\w+) = .*# \[([\d, ]+)\]$", code, re.MULTILINE):
         assert list(names[name].shape) == [int(n) for n in shape.split(",")], name
+
+
+def test_the_map_is_the_tree():
+    """Every folder and module of the package, every script and folder at the top, and no other.
+
+    Mutations: `sweep/` left out of the map; `tools/` added to it.
+    """
+    text = README.read_text(encoding="utf-8").split("## Map")[1].split("```")[1]
+    lines = [line for line in text.splitlines() if line.strip()]
+    top = {
+        w
+        for line in lines
+        if line[0] != " "
+        for w in re.findall(r"[\w.]+/?", line[:22])
+    }
+    inside = {line.split()[0] for line in lines if re.match(r"  \S", line)}
+    package = [p for p in (ROOT / "memoryformer").iterdir() if p.name[0] not in "_."]
+    modules = {p.name for p in package if p.suffix == ".py"}
+    folders = {f"{p.name}/" for p in package if p.is_dir()}
+    assert inside == modules | folders
+    scripts = {p.name for p in ROOT.glob("*.py")} - {"setup.py"}
+    assert {name for name in top if name.endswith(".py")} == scripts
+    assert all((ROOT / name).exists() for name in top)
+    for name in (
+        "configs/",
+        "memoryformer/",
+        "tests/",
+        "benchmarks/",
+        "launch/",
+        "docs/",
+    ):
+        assert name in top
+
+
+def test_extras_are_there():
+    """Those that README installs.
+
+    Mutation: `.[gpu]`.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = re.findall(r"\.\[(\w+)\]", README.read_text("utf-8"))
+    assert named and set(named) <= project["optional-dependencies"].keys()
 
 
 def test_links_and_paths_exist():

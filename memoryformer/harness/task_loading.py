@@ -26,8 +26,7 @@ def check_installed() -> None:
         version = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            "--tasks: needs the lm-evaluation-harness; "
-            "`pip install -r requirements-eval.txt`."
+            "--tasks: needs the lm-evaluation-harness; `pip install -e '.[eval]'`."
         ) from None
     if version != task_files.HARNESS_VERSION:
         logging.warning(

@@ -471,5 +471,5 @@ def test_without_the_harness_the_message_says_what_to_install(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(task_loading.importlib.metadata, "version", absent)
-    with pytest.raises(errors.ConfigError, match=r"requirements-eval\.txt"):
+    with pytest.raises(errors.ConfigError, match=r"\.\[eval\]"):
         task_loading.check_installed()

@@ -201,3 +201,18 @@ def test_one_module_names_what_jax_keeps_private():
     root = pathlib.Path(memoryformer.__file__).parent
     private = [path for path in root.rglob("*.py") if "jax._src" in path.read_text()]
     assert private == [root / "ops" / "jax_private.py"]
+
+
+def test_auto_leaves_more_keys_than_sort_fits_to_the_scan():
+    """What no key of the sort can hold is not traced for a GPU, and fails nowhere.
+
+    Mutation: `sortable = True` in `_auto`.
+    """
+    N, K, C, F = 2**21, 2, 2**10, 8
+    tables = jax.ShapeDtypeStruct((K, C, F), jnp.float32)
+    z = jax.ShapeDtypeStruct((N, K * 10), jnp.float32)
+
+    def total(tables, z):
+        return lookup.memory_layer(z, tables=tables, implementation="auto").sum()
+
+    assert jax.eval_shape(jax.grad(total), tables, z).shape == (K, C, F)

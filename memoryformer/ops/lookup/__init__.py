@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from memoryformer.notation import AnyArray, Array, Codes, Float, Int, Scores
 from memoryformer.ops import hashing, only_on
 from memoryformer.ops.lookup import gpu as lookup_gpu
+from memoryformer.ops.lookup import gpu_order
 from memoryformer.ops.lookup import native as lookup_native
 from memoryformer.ops.lookup import xla as lookup_xla
 
@@ -127,7 +128,8 @@ def _auto(tables, codes, scores):
         on_cpu = lookup_native.native if lookup_native.available() else on_cpu
     # 13 times as fast as the scan, with gradients, on an H200 (docs/results.md).
     on_cuda = lookup_xla.scan_tables
-    if not lookup_gpu.why_not(tables, scores):
+    sortable = tables.shape[1] * codes.shape[0] < gpu_order.MAX_KEYS
+    if sortable and not lookup_gpu.why_not(tables, scores):
         on_cuda = lookup_gpu.gpu
     return jax.lax.platform_dependent(
         tables,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from memoryformer.notation import Array, Codes, Int
 
+MAX_KEYS = 1 << 31  # of a sort: code * N + n is an int32
 RUN = 256  # tokens of one backward block: bounds what a popular row costs
 
 
@@ -26,7 +27,7 @@ class Order(NamedTuple):
 def sort_by_code(codes: Codes, num_buckets: int, run: int = RUN) -> Order:
     """Sort [N, K] codes by table and cut them into R = C + N // run runs a table."""
     num_tokens = codes.shape[0]
-    if num_buckets * num_tokens >= 1 << 31:
+    if num_buckets * num_tokens >= MAX_KEYS:
         raise ValueError(
             f"{num_tokens} tokens of {num_buckets} codes: code * N + n does not fit 31 "
             "bits; look up fewer tokens at a time."
