@@ -209,7 +209,7 @@ def _narrow_export():
     def narrow(original, path, table, kind):
         return {path: table.astype(ml_dtypes.bfloat16)}
 
-    wrap(export, "_narrow", narrow)
+    wrap(export, "_stored", narrow)
 
 
 def _same_rows_everywhere():
