@@ -15,7 +15,7 @@ _TESTS = {
     "model/__init__": ("model/test_model.py",),
     "model/implementations": ("model/test_implementations.py",),
     "model/codes": ("model/test_codes.py", "model/test_recurrence.py"),
-    "model/older": ("runs/test_old_performer.py",),
+    "model/older": ("runs/test_old_performer.py", "runs/test_old_runs.py"),
     "model/narrow": ("model/test_narrow.py", "ops/test_narrow_rows.py"),
     "model/narrow_layers": (
         "model/test_narrow.py",

@@ -1,4 +1,7 @@
-"""Runs of a performer written before its random features were stored: read, and gone on with."""
+"""A performer's run from before its random features were stored: gone on with, and exported.
+
+Its logits and figures are in test_old_runs.py.
+"""
 
 import json
 import pathlib
@@ -7,11 +10,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from memoryformer import model
 from memoryformer.convert import export, safetensors_file, transfer
 from memoryformer.runs import metrics
 from memoryformer.runs import steps as run_steps
-from memoryformer.training import evaluate_run, experiment, loop
+from memoryformer.training import experiment, loop
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "data" / "runs_of_old.tar.xz"
 
@@ -37,26 +39,11 @@ def _config(old):
     }
 
 
-def test_logits_and_evaluation_are_those_of_old(old):
-    """Step 4 of a run that drew anew at its fourth batch.
-
-    Mutation: the redraws since its first step are not counted in `older.random_features`.
-    """
-    run, params, _ = experiment.load(old / "performer")
-    stored = np.load(old / "logits.npz")
-    logits = model.forward(run.model, params, stored["tokens"])
-    np.testing.assert_allclose(logits, stored["performer"], atol=1e-6)
-    then = json.loads((old / "eval_performer.json").read_text())
-    now = evaluate_run.evaluate_checkpoint(old / "performer", config=_config(old))
-    assert now["data_fingerprint"] == then["data_fingerprint"]
-    for name in then.keys() - {"val/seconds", "model_fingerprint", "data_fingerprint"}:
-        assert now[name] == pytest.approx(then[name], rel=1e-6), name
-
-
 def test_training_goes_on_as_if_it_had_been_stored(old):
     """Two more steps: of the old run, and of one that was trained by this code from the start.
 
-    Mutation: `absent_params` not given to the checkpointer (refused), or another draw; an old
+    Mutations: the redraws since the first step not counted in `older.random_features`;
+    `absent_params` not given to the checkpointer (refused), or another draw; an old
     step taken for one that was not evaluated.
     """
     config = _config(old)
