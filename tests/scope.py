@@ -6,8 +6,20 @@ under FOLDERS is here and that the files exist.
 
 FOLDERS = ("ops", "model", "data")  # every module in them is in scope
 _DATA = ("data/test_data_source.py", "data/test_data_shards.py")
-_MIXERS = ("model/test_mixers.py", "training/test_mixers_training.py")
-_RECURRENCE = ("model/test_recurrence.py", "training/test_recurrence_runs.py")
+_FIELDS = ("test_fields.py",)  # defaults and bounds
+_DECLARED = ("training/test_optimizer.py",)  # which parameters decay
+_MIXERS = (
+    "model/test_mixers.py",
+    "training/test_mixers_training.py",
+    *_FIELDS,
+    *_DECLARED,
+)
+_RECURRENCE = (
+    "model/test_recurrence.py",
+    "training/test_recurrence_runs.py",
+    *_FIELDS,
+    *_DECLARED,
+)
 _LOOKUP = ("ops/test_hashing.py", "ops/test_lookup.py", "ops/test_lookup_native.py")
 
 _TESTS = {
@@ -16,7 +28,7 @@ _TESTS = {
     "model/implementations": ("model/test_implementations.py",),
     "model/narrow": ("model/test_narrow.py", "ops/test_narrow_rows.py"),
     "model/params": ("model/test_model.py", "training/test_optimizer_lean.py"),
-    "model/stack": ("ops/test_remat.py", "model/test_model.py"),
+    "model/stack": ("ops/test_remat.py", "model/test_model.py", *_FIELDS),
     "runs/steps": ("runs/test_checkpoint.py", "runs/test_ledger.py"),
     "training/programs": ("training/test_loop.py", "training/test_compilations.py"),
     "training/step": (
@@ -29,6 +41,7 @@ _TESTS = {
         "runs/test_checkpoint.py",
         "runs/test_ledger.py",
         "training/test_loop.py",
+        *_FIELDS,
     ),
     "data/__init__": (
         *_DATA,
@@ -38,7 +51,7 @@ _TESTS = {
     "data/__main__": ("data/test_data_source.py", "data/test_data_corpora.py"),
     "data/blocks": ("data/test_local_files.py", "data/test_data_fuzz.py"),
     "data/tfds_catalogue": ("data/test_data_corpora.py",),
-    "data/corpora": ("data/test_data_corpora.py",),
+    "data/corpora": ("data/test_data_corpora.py", *_FIELDS),
     "data/documents": (
         "data/test_data_documents.py",
         "data/test_data_corpora.py",
@@ -54,6 +67,7 @@ _TESTS = {
         "data/test_data_shards.py",
         "data/test_data_source.py",
         "data/test_data_corpora.py",
+        *_FIELDS,
     ),
     "data/progress": ("data/test_data_documents.py", "data/test_data_shards.py"),
     "data/shards": ("data/test_data_shards.py", "data/test_data_source.py"),
@@ -66,6 +80,7 @@ _TESTS = {
         "model/test_narrow.py",
         "training/test_mixers_training.py",
         "model/test_recurrence.py",
+        *_FIELDS,
     ),
     "runs/compatibility": (
         "runs/test_compatibility.py",
@@ -79,7 +94,12 @@ _TESTS = {
         "runs/test_checkpoint.py",
         "training/test_loop.py",
     ),
-    "model/layers": ("model/test_layers.py", "model/test_model.py", "test_sharding.py"),
+    "model/layers": (
+        "model/test_layers.py",
+        "model/test_model.py",
+        "test_sharding.py",
+        *_DECLARED,
+    ),
     "runs/state_spec": ("files/test_paths.py", "runs/test_checkpoint.py"),
     "model/losses": (
         "model/test_layers.py",
@@ -96,6 +116,8 @@ _TESTS = {
         "model/test_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",
+        *_FIELDS,
+        *_DECLARED,
     ),
     "model/mixers/dape": _MIXERS,
     "model/mixers/kernel": (
@@ -103,14 +125,22 @@ _TESTS = {
         "model/test_mixers.py",
         "training/test_mixers_training.py",
         "ops/test_ring.py",
+        *_FIELDS,
+        *_DECLARED,
     ),
     "model/mixers/softmax": (*_MIXERS, "ops/test_attention.py", "ops/test_ring.py"),
-    "model/config": ("test_config.py", "model/test_model.py", "model/test_mixers.py"),
+    "model/config": (
+        "test_config.py",
+        "model/test_model.py",
+        "model/test_mixers.py",
+        *_FIELDS,
+    ),
     "model/transformer": (
         "model/test_model.py",
         "training/test_optimizer_lean.py",
         "model/test_model_chunks.py",
         "test_config.py",
+        *_DECLARED,
     ),
     "ops/attention": (
         "ops/test_attention.py",
@@ -143,6 +173,7 @@ _TESTS = {
         "training/test_optimizer.py",
         "training/test_optimizer_lean.py",
         "training/test_loop.py",
+        *_FIELDS,
     ),
     "files/paths": ("files/test_paths.py",),
     "model/recurrence/__init__": _RECURRENCE,
