@@ -223,3 +223,105 @@ def test_progress_lines(monkeypatch, capsys):
     quiet.finish(1)
     quiet.note("3 files skipped")
     assert capsys.readouterr().err == ""
+
+
+def test_progress_at_the_edges(monkeypatch, capsys):
+    """Due at five seconds, shown at the end from one second on; more done than expected.
+
+    Mutations: `>` for `>=`; `or` for `and`; the clock not set back by a line.
+    """
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    line = progress.Progress("x")
+    line.start("reading", 8, "documents")
+    now[0] += 1
+    line.finish(8)
+    whole = "x, reading: 100% 8/8 documents 8 documents/s eta 0s\n"
+    assert capsys.readouterr().err == whole
+    line.start("reading", 4, "documents")
+    line.update(0)
+    assert capsys.readouterr().err == ""
+    now[0] += 5
+    line.update(10)
+    line.update(10)  # not due any more
+    more = "x, reading: 100% 10/10 documents 2 documents/s eta 0s\n"
+    assert capsys.readouterr().err == more
+    line.start("reading", 0, "B")
+    now[0] += 5
+    line.update(0)
+    assert capsys.readouterr().err == "x, reading: 0% 0.0/0.0 MB 0.0 MB/s eta 0s\n"
+    line.note("3 files skipped")
+    assert capsys.readouterr().err == "x: 3 files skipped\n"
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    """One line, written over every fifth of a second and kept at the end of each stage.
+
+    Mutations: `and` for `or` in `finish`; the line without its padding or its `\\r`.
+    """
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    line, quiet = progress.Progress("x"), progress.Progress("x", enabled=False)
+    for one in (line, quiet):
+        one.start("reading", 4, "documents")
+        now[0] += 0.1
+        one.update(1)
+    assert capsys.readouterr().err == ""
+    now[0] += 0.3
+    line.update(2)
+    quiet.update(2)
+    half = "x, reading: 50% 2/4 documents 4 documents/s eta 0s"
+    assert capsys.readouterr().err == f"\r{half:<79}"
+    now[0] += 0.5
+    line.finish(4)
+    quiet.finish(4)
+    whole = "x, reading: 100% 4/4 documents 4 documents/s eta 0s"
+    assert capsys.readouterr().err == f"\r{whole:<79}\n"
+
+
+def test_who_watches_can_stop():
+    """Before every item, in a stage or not. Mutation: `check` left out of either."""
+    questions = iter([False, False, True])
+    line = progress.Progress("x", enabled=False, stop=lambda: next(questions))
+    seen = []
+    with pytest.raises(errors.Preempted, match="asked to stop while x"):
+        for item in line.watched([1, 2, 3]):
+            seen.append(item)
+    assert seen == [1, 2]
+    line = progress.Progress("x", enabled=False, stop=lambda: True)
+    line.start("reading", 4, "documents")
+    with pytest.raises(errors.Preempted):
+        line.update(1)
+
+
+def test_quiet_work_beside_this_thread(capsys):
+    """Mutations: `or` for `and`, so that a quiet line or a nameless stage is shown."""
+    for line, stage in (
+        (progress.Progress("x", enabled=False), "training"),
+        (progress.Progress("x"), ""),
+        (progress.Progress("x"), "training"),  # not due within five seconds
+    ):
+        if stage == "" or not line.enabled:
+            line._every = 0.0
+        assert line.during(stage, lambda: time.sleep(0.15) or 3) == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m00s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (18_120, "5h02m"),
+        (86_399, "23h59m"),
+        (86_400, "1d00h"),
+        (183_600, "2d03h"),
+    ],
+)
+def test_durations(seconds, text):
+    """Mutations: any bound by one; any divisor."""
+    assert progress.duration(seconds) == text
