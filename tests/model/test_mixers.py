@@ -338,3 +338,80 @@ def test_eight_devices(case):
     want = _gradients(case)(case.x)[0]
     for got, one in zip(*map(jax.tree.leaves, (grads, want)), strict=True):
         np.testing.assert_allclose(got, one, atol=1e-4 * (1 + np.abs(one).max()))
+
+
+def made(name, **fields):
+    """A mixer of a dense model of H heads of width 4."""
+    config = toy.model_config("dense", mixer=name, num_heads=4, **fields)
+    rngs = nnx.Rngs(0)
+    project = functools.partial(transformer_lib.make_projection, config, rngs=rngs)
+    return mixers.MIXERS[name](config, project, rngs=rngs, layer=0)
+
+
+def test_how_large_parameters_begin():
+    """Each as its paper or its code has it.
+
+    Mutations: a factor more or less in the fan of DAPE's kernels, in Linformer's Glorot or
+    in the kernel network's rank; the width of conv_luna's filter.
+    """
+
+    def largest(parameter):
+        return np.abs(np.asarray(parameter[...])).max()
+
+    dape = made("softmax", logit_transform="dape_v2", dape_width=32).transform
+    for parameter, fan_in in (
+        (dape.first, 3 * 2 * 4),
+        (dape.first_bias, 3 * 2 * 4),
+        (dape.second, 3 * 32),
+    ):
+        assert 0.8 < largest(parameter) * fan_in**0.5 <= 1
+    linformer = made("linformer", linformer_slots=40, linformer_max_len=60)
+    for parameter in (linformer.write_keys, linformer.write_values):
+        assert parameter[...].shape == (60, 40)
+        assert abs(np.std(np.asarray(parameter[...])) * 10 - 1) < 0.1
+    luna = made("luna", luna_slots=40)
+    assert abs(np.std(np.asarray(luna.memory[...])) - 1) < 0.1
+    conv = made("conv_luna", conv_luna_width=4)
+    assert conv.kernel[...].shape == (4, 4) and 0.6 < largest(conv.kernel) * 2 <= 1
+    assert conv.log_tau[...] == conv.log_tau_pack[...] == 0
+    network = made("trained_kernel", embed_dim=64, trained_kernel_layers=2)
+    assert network.a[...].shape == (2, 16, 4, 4)  # [depth, E, E / 4, H]
+    assert network.b[...].shape == (2, 4, 16, 4)
+    assert abs(np.std(np.asarray(network.a[...])) * 16**0.5 - 1) < 0.15
+    assert abs(np.std(np.asarray(network.b[...])) * 4**0.5 - 1) < 0.15
+
+
+def test_how_large_states_are():
+    """Sums of fixed size; a cache of whole blocks of 32 keys.
+
+    Mutations: a width more or less; a block of another size.
+    """
+    for name, fields, shapes in (
+        ("softmax", {}, [(2, 4, 64, 4), (2, 4, 64, 4), (2, 64), ()]),
+        ("linear", {}, [(2, 4, 4, 5), (2,), (2, 4)]),
+        ("cosformer", {"cosformer_max_len": 99}, [(2, 4, 8, 5), (2,), (2, 4)]),
+        ("performer", {"performer_features": 6}, [(2, 4, 6, 5), (2,), (2, 4)]),
+        (
+            "linformer",
+            {"linformer_slots": 5, "linformer_max_len": 99},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 4, 5, 4), (2,), (2, 4)],
+        ),
+        (
+            "luna",
+            {"luna_slots": 5},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 0, 2, 16), (2, 0)],
+        ),
+        (
+            "conv_luna",
+            {"luna_slots": 5, "conv_luna_width": 4},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 3, 2, 16), (2, 3)],
+        ),
+    ):
+        state = jax.eval_shape(
+            lambda n=name, f=fields: made(n, **f).init_state(2, 33, jnp.bfloat16)
+        )
+        assert [x.shape for x in jax.tree.leaves(state)] == shapes, name
+        floats = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("int32")}
+        assert floats == {jnp.dtype("bfloat16" if name == "softmax" else "float32")}
+    whole = jax.eval_shape(lambda: made("softmax").init_state(1, 32))
+    assert whole.keys.shape[2] == 32 and whole.keys.dtype == jnp.float32
