@@ -257,7 +257,7 @@ def test_codes_are_sent_in_few_bytes(code_bits, small, monkeypatch):
         code_bits, 4, code_bits=code_bits, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
     codes = jnp.array([[(1 << code_bits) - 1]])
-    got, scores = layer._from_all_devices(codes, jnp.ones((1, 1)))
+    got, _ = layer._from_all_devices(codes, jnp.ones((1, 1)))
     assert sent == [(small, "model", -1), ("bfloat16", "model", -1)]
     assert got.dtype == jnp.int32 and (got == codes).all()
 
