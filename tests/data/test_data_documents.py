@@ -246,6 +246,11 @@ def test_progress_at_the_edges(monkeypatch, capsys):
     line.update(10)  # not due any more
     more = "x, reading: 100% 10/10 documents 2 documents/s eta 0s\n"
     assert capsys.readouterr().err == more
+    line.start("reading", 1, "documents")
+    now[0] += 1
+    line.finish(1)
+    one = "x, reading: 100% 1/1 documents 1 documents/s eta 0s\n"
+    assert capsys.readouterr().err == one
     line.start("reading", 0, "B")
     now[0] += 5
     line.update(0)
