@@ -126,13 +126,13 @@ def command(*arguments):
     )
 
 
-def described(dataset, row):
+def described(dataset, row, sizes=(600, 3, 1)):
     """What inspect says of a row of the first batch: each segment, column by column."""
-    batch = {k: v[row] for k, v in dataset.train.batches(600, 3, 1).batch(0).items()}
+    batch = {k: v[row] for k, v in dataset.train.batches(*sizes).batch(0).items()}
     eot, decode = dataset.tokenizer.eot_id, dataset.tokenizer.decode
     lines = []
     for segment in sorted({*batch["segment_ids"].tolist()} - {0}):
-        columns = [c for c in range(600) if batch["segment_ids"][c] == segment]
+        columns = [c for c in range(sizes[0]) if batch["segment_ids"][c] == segment]
         inputs = batch["inputs"][columns].tolist()
         text = decode(inputs)
         text = repr(text) if len(text) <= 160 else f"{text[:100]!r} .. {text[-50:]!r}"
@@ -268,7 +268,7 @@ def get_config():
 """
 
 
-def test_inspect_without_a_model(tmp_path, capsys):
+def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
     """Rows of 256 by four, of which two are shown; the twelve most frequent tokens.
 
     Mutations: any default; a token more or fewer; tokens never seen counted wrongly.
@@ -289,8 +289,12 @@ def test_inspect_without_a_model(tmp_path, capsys):
     assert f"\nfingerprint  {dataset.fingerprint}\n" in shown
     windows = (len(dataset.train.tokens) - 1) // 256
     assert f"first batch: 4 x 256, seed 0, {windows} windows per epoch" in shown
-    rows = {line.split()[1] for line in shown.split("\n") if line.startswith("row ")}
-    assert rows == {"0", "1"}
+    rows = [line for line in shown.split("\n") if line.startswith("row ")]
+    sizes = (256, 4, 0)
+    assert rows == [*described(dataset, 0, sizes), *described(dataset, 1, sizes)]
+    assert any(", ... " in row for row in rows) and any(
+        ", <eot> " in row for row in rows
+    )
     counts = collections.Counter(dataset.train.tokens.tolist())
     best = sorted(range(257), key=lambda token: (-counts[token], token))[:12]
     total = len(dataset.train.tokens)
@@ -304,7 +308,12 @@ def test_inspect_without_a_model(tmp_path, capsys):
     split = dataset.manifest["splits"]["train"]
     ratio = split["bytes"] / split["tokens"]
     assert f"{split['bytes']:,} bytes ({ratio:.3f} bytes/token); dropped 0" in shown
-    assert "source       text" in shown and "note" not in shown
+    head = shown.split("\n")
+    assert head[2] == f"source       text {corpus} the corpus's own"
+    sha256 = dataset.tokenizer.fingerprint[:16]
+    used = f"bytes: 257 tokens, end of document 256, sha256 {sha256}"
+    assert head[3] == f"tokenizer    {used}" and "\nnote" not in shown
+    assert [line.split()[0] for line in head[4:6]] == ["validation", "train"]
     for rows, wanted in (("0", set()), ("4", set("0123")), ("9", set("0123"))):
         shown, _ = run_command(capsys, "inspect", write(), f"--rows={rows}")
         lines = [line for line in shown.split("\n") if line.startswith("row ")]
@@ -325,6 +334,9 @@ def test_inspect_without_a_model(tmp_path, capsys):
     last = write(', "train": {"seed": 2**31 - 1, "batch_size": 2}, "model": {}')
     shown, code = run_command(capsys, "inspect", last)
     assert code == 0 and "first batch: 2 x 256, seed 2147483647" in shown
+    monkeypatch.setattr(data_command.manifest_lib, "byte_note", lambda manifest: "odd")
+    shown, _ = run_command(capsys, "inspect", write())
+    assert "\nnote         odd\n" in shown
 
 
 @pytest.mark.parametrize(
