@@ -315,7 +315,8 @@ def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
     assert head[3] == f"tokenizer    {used}" and "\nnote" not in shown
     assert [line.split()[0] for line in head[4:6]] == ["validation", "train"]
     for rows, wanted in (("0", set()), ("4", set("0123")), ("9", set("0123"))):
-        shown, _ = run_command(capsys, "inspect", write(), f"--rows={rows}")
+        shown, code = run_command(capsys, "inspect", write(), f"--rows={rows}")
+        assert code == 0
         lines = [line for line in shown.split("\n") if line.startswith("row ")]
         assert {line.split()[1] for line in lines} == wanted
     assert run_command(capsys, "prepare", write()) == (f"{directory}\n", 0)

@@ -6,7 +6,9 @@ import json
 import lzma
 import os
 import re
+import sys
 import tracemalloc
+import types
 
 import data_helpers
 import pytest
@@ -524,3 +526,57 @@ def test_a_faulty_disk(tmp_path, monkeypatch):
     with pytest.raises(errors.DataError, match=r"damaged or truncated \(bad\)"):
         refuse(theirs("bad"))
     assert not blocks.is_json_lines(tmp_path / "gone.jl")
+
+
+class Frame:
+    """Stands for zstandard's reader: a frame is its text and a full stop."""
+
+    eof, unused_data = False, b""
+
+    def decompress(self, data):
+        text, stop, self.unused_data = data.partition(b".")
+        self.eof = bool(stop)
+        return text
+
+
+def test_frames_of_zstandard(tmp_path, monkeypatch):
+    """One after another, over blocks and inside of one; a cut one is no whole one.
+
+    Mutations: blocks that are empty yielded; what is left of a block dropped; the cut
+    forgiven.
+    """
+    decompressor = types.SimpleNamespace(decompressobj=Frame)
+    module = types.SimpleNamespace(ZstdDecompressor=lambda: decompressor)
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+    path = tmp_path / "a.jsonl.ZST"
+    for block in (1, 3, 1 << 20):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        path.write_bytes(b'{"text": "a"}\n.{"text": "b"}\n.')
+        assert b"".join(blocks.read(path)) == b'{"text": "a"}\n{"text": "b"}\n'
+        assert all(blocks._raw(path, 8))
+        found = local_files.read_documents([("k", path)], local_files.Reading())
+        assert [text for _, text, _ in found] == ["a", "b"]
+        path.write_bytes(b"whole.cut")
+        with pytest.raises(errors.DataError, match="truncated .ends inside a frame"):
+            list(blocks.read(path))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(
+        errors.DataError, match=r"a\.jsonl\.ZST: reading \.zst needs the"
+    ):
+        list(blocks.read(path))
+
+
+def test_small_blocks_and_marks(tmp_path, monkeypatch):
+    """A mark may lie across blocks; a file of fewer bytes than it has none.
+
+    Mutations: `<=` for `<`; the rest of the blocks dropped.
+    """
+    path = tmp_path / "a.txt"
+    for block in (1, 2, 3, 4):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        for content in (b"a", b"ab", b"abcdef", BOM[:2]):
+            path.write_bytes(content)
+            assert b"".join(blocks.read(path)) == content
+            path.write_bytes(BOM + content)
+            assert b"".join(blocks.read(path)) == content
+            assert blocks.head(path) == content
