@@ -557,7 +557,7 @@ def test_frames_of_zstandard(tmp_path, monkeypatch):
         found = local_files.read_documents([("k", path)], local_files.Reading())
         assert [text for _, text, _ in found] == ["a", "b"]
         path.write_bytes(b"whole.cut")
-        with pytest.raises(errors.DataError, match="truncated .ends inside a frame"):
+        with pytest.raises(errors.DataError, match=r"truncated .ends inside a frame"):
             list(blocks.read(path))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(
