@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from memoryformer import data, sharding
-from memoryformer.cluster import signals
+from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
 from memoryformer.runs import steps as run_steps
@@ -135,6 +135,81 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
     toy.trained(folder, "restarted")  # done: nothing to do
     assert len(asked) == 20
     assert_same_run(folder / "restarted", straight)
+
+
+def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
+    """Phases for the watchdog, what processes must agree in, space and failed saves.
+
+    Then, from its checkpoint, that it goes on; of a goal behind it, a refusal.
+
+    Mutations: any `watch.enter`, `agree`, `preflight` or `check` left out; a state saved
+    twice, or not waited for; a note not printed.
+    """
+    seen = []
+
+    def noted(owner, name, what):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            seen.append(what(*arguments, **options))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(watchdog.Watchdog, "enter", lambda self, phase, step=0: (phase, step))
+    noted(processes, "check_joined", lambda mesh: ("joined", mesh))
+    noted(processes, "agree", lambda what, value: ("agree", what))
+    keeper = checkpoint.Checkpointer
+    noted(keeper, "preflight", lambda self, state: "space")
+    noted(keeper, "check", lambda self: "check")
+    noted(keeper, "save", lambda self, step, state, *, wait=False: ("save", step, wait))
+    fields = {
+        "train.num_steps": 3,
+        "train.log_every": 1,
+        "optimizer.decay_steps": 9,
+        "eval.every_steps": 2,
+        "eval.num_batches": 2,
+        "checkpoint.every_steps": 2,
+    }
+    toy.trained(folder, "asked", **fields)
+    two_batches = [("evaluation", 2)] * 2
+    assert seen == [
+        ("joined", "single"),
+        ("agree", "the config"),
+        ("agree", "the data"),
+        ("checkpoint", 0),
+        "space",
+        ("first_step", 0),
+        ("first_step", 1),
+        "check",
+        ("step", 2),
+        "check",
+        *two_batches,
+        ("checkpoint", 2),
+        ("save", 2, False),
+        ("step", 3),
+        "check",
+        *[("evaluation", 3)] * 2,
+        ("checkpoint", 3),
+        ("save", 3, False),
+        ("checkpoint", 3),
+        ("save", 3, True),
+    ]
+    told = capfd.readouterr()
+    lines = (told.out + told.err).splitlines()
+    losses = [line for line in lines if "validation loss" in line]
+    assert [line.split(":")[0].strip() for line in losses] == ["step 2", "step 3"]
+    row = metrics.read(folder / "asked")[-1]
+    assert f"validation loss {row['val/loss']:.4f} nats per token" in losses[-1]
+    assert f", {row['val/bits_per_byte']:.4f} bits per byte" in losses[-1]
+    assert not any("going on" in line for line in lines)
+    seen.clear()
+    toy.trained(folder, "asked", **fields)  # done already
+    told = capfd.readouterr()
+    assert f"going on from step 3 in {folder / 'asked'}" in told.out + told.err
+    assert ("first_step", 0) not in seen and ("save", 3, True) in seen
+    with pytest.raises(ConfigError, match=r"num_steps=2: .* is at step 3; raise it"):
+        toy.trained(folder, "asked", **fields | {"train.num_steps": 2})
 
 
 def test_another_config_is_refused(folder, straight):
