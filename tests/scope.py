@@ -50,6 +50,7 @@ _TESTS = {
         "test_config.py",
         "test_sharding.py",
         "training/test_mixers_training.py",
+        "model/test_implementations.py",
     ),
     "training/step": (
         "training/test_loop.py",
@@ -285,6 +286,7 @@ _TESTS = {
         "test_sharding.py",
         "test_config.py",
         "evaluation/test_evaluation.py",
+        "training/test_optimizer_lean.py",
     ),
     "training/spikes": (
         "training/test_spikes.py",

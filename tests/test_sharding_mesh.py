@@ -228,3 +228,13 @@ def test_rows_of_this_process():
     for mesh in ("single", "data", "fsdp_tensor:model=2", "sequence"):
         made = sharding.make(mesh)
         np.testing.assert_array_equal(made.local_rows(16), np.arange(16))
+
+
+def test_what_one_device_computes_stays_in_its_type():
+    """Mutations: `>=` for `>`; every gradient in float32."""
+    for dtype in ("bfloat16", "float32"):
+        grads = {"a": np.ones((2, 2), dtype)}
+        summed = sharding.sum_gradients(grads, {"a": P()})
+        assert summed["a"].dtype == dtype
+        gathered = sharding.gather_params(grads, {"a": P()})
+        assert gathered["a"] is grads["a"]

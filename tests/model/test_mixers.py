@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from memoryformer import errors, model, sharding
 from memoryformer.model import mixers
 from memoryformer.model import transformer as transformer_lib
+from memoryformer.model.mixers import kernel
 
 B, L, D, H = 4, 24, 16, 4
 CASES = {  # name: (mixer, fields of the config)
@@ -415,3 +416,49 @@ def test_how_large_states_are():
         assert floats == {jnp.dtype("bfloat16" if name == "softmax" else "float32")}
     whole = jax.eval_shape(lambda: made("softmax").init_state(1, 32))
     assert whole.keys.shape[2] == 32 and whole.keys.dtype == jnp.float32
+
+
+def test_a_row_over_several_devices_does_not_decode():
+    """Mutation: the check left out, and a state that nobody reads."""
+    with pytest.raises(errors.ConfigError, match="axis trains; decode without one"):
+        made("softmax")._around(None, None, None, None, "a state")
+
+
+def test_denominators_that_are_next_to_nothing():
+    """Mutations: `<=` for `<`; another floor."""
+    small = jnp.array([0.0, 1e-31, 1e-30, 2.0])
+    guarded = [
+        np.asarray(made(name).guard(small)) for name in ("trained_kernel", "linear")
+    ]
+    np.testing.assert_array_equal(guarded[0], np.float32([1, 1, 1e-30, 2]))
+    np.testing.assert_allclose(guarded[1], np.asarray(small) + 1e-6, rtol=1e-6)
+    cos = made("cosformer").guard(small)
+    np.testing.assert_array_equal(cos, np.float32([1e-6, 1e-6, 1e-6, 2]))
+
+
+def test_which_features_are_in_use():
+    """Those of a config outside a run; each draw for so many steps.
+
+    Mutations: any default; a sign of the count; a step too early.
+    """
+    config = toy.model_config(
+        mixer="performer",
+        performer_seed=3,
+        performer_draw=4,
+        performer_redraw_every=2,
+    )
+    assert kernel.in_use(config) == (3, 4)
+    assert kernel.in_use(config, 2**31 - 1) == (2, 4)
+    found = [int(kernel.in_use(config, 0, step)[1]) for step in range(7)]
+    assert found == [4, 4, 4, 5, 5, 6, 6]
+    run = mixers.with_draw(config, 10, 5)
+    assert (run.performer_seed, run.performer_draw) == (13, 6)
+    other = toy.model_config()
+    assert mixers.with_draw(other, 10, 5) is other
+    assert mixers.draw(other, 1, 1) is None
+    lengths = {"cosformer": 12, "linformer": 12, "softmax": 0, "luna": 0, "linear": 0}
+    for name, length in lengths.items():
+        assert mixers.max_length(toy.model_config(mixer=name)) == length
+        assert mixers.takes_any_order(toy.model_config(mixer=name)) == (
+            name == "softmax"
+        )

@@ -515,8 +515,16 @@ def test_why_there_is_none_is_said_once(monkeypatch, caplog):
     assert [r.getMessage().split(": ")[-1] for r in caplog.records] == [
         "a reason of this test"
     ]
-    with pytest.raises(RuntimeError, match="a reason of this test"):
-        lookup_native.configure()
+    x, weights = jnp.ones((1, 2)), jnp.ones((3, 2))
+    tables, codes, scores, _ = operands((12, 3, 8, 20))
+    for call in (
+        lookup_native.configure,
+        lambda: lookup_native.native(tables, codes, scores),
+        lambda: lookup_native.matrix_product(x, weights, None),
+        lambda: lookup_native.memory_layer(x, tables, None, None, 0, 2.0, 1.0),
+    ):
+        with pytest.raises(RuntimeError, match="a reason of this test"):
+            call()
     monkeypatch.setattr(lookup_native, "_load", lambda: ("library", ""))
     assert lookup_native.available() and lookup_native._library() == "library"
 
