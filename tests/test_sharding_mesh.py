@@ -238,3 +238,14 @@ def test_what_one_device_computes_stays_in_its_type():
         assert summed["a"].dtype == dtype
         gathered = sharding.gather_params(grads, {"a": P()})
         assert gathered["a"] is grads["a"]
+
+
+def test_a_long_reason_is_cut(monkeypatch):
+    """Mutation: 201."""
+
+    def refuse(*arguments, **options):
+        raise ValueError("y" * 300)
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(ConfigError, match=r"\(y{200}\): choose other sizes"):
+        sharding.make("data")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import json
 import logging
 import lzma
@@ -531,3 +532,16 @@ def test_held_out_splits_of_tfds(tmp_path):
     fresh = Found("train", prepared=False)
     tfds_catalogue.sources(fresh, config)
     assert fresh.made == ["prepared"]
+
+
+def test_the_first_thousand_may_be_held_out():
+    """No more are remembered. Mutations: 1001; `<=` for `<`."""
+    builder = bare(path="x", validation_every=10**12)
+    builder._train_files = list
+
+    def remainder(key):
+        return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10**12
+
+    texts = sorted(map(str, range(1001)), key=remainder, reverse=True)
+    builder._documents = lambda files: iter([("k", text, 0) for text in texts])
+    assert builder._fallback_key() == texts[999]

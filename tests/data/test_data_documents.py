@@ -330,3 +330,21 @@ def test_quiet_work_beside_this_thread(capsys):
 def test_durations(seconds, text):
     """Mutations: any bound by one; any divisor."""
     assert progress.duration(seconds) == text
+
+
+def test_what_is_a_fair_sample_of_whole_texts():
+    """None is over a quarter of it; otherwise slices of a 64th, up to four kilobytes.
+
+    Mutations: a fifth; `>=` for `>`; 65; 4097.
+    """
+    texts = [f"{i:04d}" + "x" * 21 for i in range(400)]
+    assert corpus(texts).sample(100, yes) == texts[::100]
+    longer = [text + "x" for text in texts]
+    assert {len(piece) for piece in corpus(longer).sample(100, yes)} == {1}
+    for length, budget, piece in ((400_000, 6400, 100), (4_000_000, 1 << 20, 4096)):
+        pieces = corpus(["b" * length]).sample(budget, yes)
+        assert {len(part) for part in pieces} <= {piece, length % piece}
+        assert sum(map(len, pieces)) <= budget
+    told = []
+    corpus(["b" * 900, "c" * 100]).sample(100, yes, told.append)
+    assert told == [900, 1000]

@@ -186,6 +186,8 @@ def test_a_folder_that_cannot_be_read_is_no_secret(tmp_path, monkeypatch):
         ({"lock": "123 on host"}, False),
         ({"lock": "x 123 on host\n"}, False),
         ({"a.txt": ""}, False),
+        ({"lock": "1 on " + "h" * 394 + "\n"}, True),
+        ({"lock": "1 on " + "h" * 395 + "\n"}, False),
     ],
 )
 def test_what_this_package_has_made(tmp_path, files, ours):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -648,7 +649,7 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
     Mutations: any part of the request left out, or `and` for `or`.
     """
     config = data_helpers.config(tmp_path, data_helpers.texts(10))
-    assert data.resolve_dir(config).name.startswith("text-")
+    assert re.fullmatch(r"text-[0-9a-f]{16}", data.resolve_dir(config).name)
     named = data.DataConfig(source="tfds", name="A/b_C:1", tokenizer="bytes")
     monkeypatch.setattr(shards, "_catalogue_identity", lambda config: "x")
     assert data.resolve_dir(named).name.startswith("a-b-c-1-")

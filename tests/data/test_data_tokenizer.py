@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import unicodedata
 
 import data_helpers
@@ -530,3 +531,77 @@ def test_words_are_cut_at_a_kilobyte(monkeypatch):
         pairs |= {(before, pair) for pair in (b"xy", b"yz") if pair in made.pieces}
     assert pairs == {(1021, b"yz"), (1022, b"xy"), (1023, b"yz")}
     assert shown == [False] * 3
+
+
+class Hub(types.ModuleType):
+    """Stands for the package: notes what is fetched."""
+
+    def __init__(self, answer):
+        super().__init__("huggingface_hub")
+        self.asked, self._answer = [], answer
+
+    def hf_hub_download(self, repo, name, *, revision):
+        self.asked.append((repo, name, revision))
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return str(self._answer)
+
+
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
+    """One file of a repository; what goes wrong in a line of 200 characters.
+
+    Mutations: `and` for `or`; `>=` for `>`; 201.
+    """
+    path = neox_like(tmp_path / "tokenizer.json")
+    hub = Hub(path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for spec in ("hub:owner/name", "hub:owner/name@v1", "hub:name"):
+        assert tokenizer_lib.load(spec).name == spec
+    assert hub.asked == [
+        ("owner/name", "tokenizer.json", None),
+        ("owner/name", "tokenizer.json", "v1"),
+        ("name", "tokenizer.json", None),
+    ]
+    for spec in ("hub:", "hub:/", "hub:a/b/c", "hub:@v1"):
+        with pytest.raises(errors.ConfigError, match="expected hub:owner/name"):
+            tokenizer_lib.load(spec)
+    broken = Hub(ValueError("y" * 300))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", broken)
+    with pytest.raises(errors.DataError, match=r"fetched \(ValueError: y{200}\); down"):
+        tokenizer_lib.load("hub:a/b")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(errors.ConfigError, match="needs the package huggingface_hub"):
+        tokenizer_lib.load("hub:a/b")
+
+
+def test_what_the_rust_side_raises_is_one_line():
+    """Up to 200 characters; an interrupt and errors of ours as they are.
+
+    Mutations: 201; KeyboardInterrupt taken for a fault.
+    """
+    with pytest.raises(errors.DataError, match=r"^what \(y{200}\)\.$"):
+        with tokenizer_lib._refused("what"):
+            raise BaseException("y" * 300)
+    for error in (KeyboardInterrupt(), SystemExit(3), errors.ConfigError("ours")):
+        with pytest.raises(type(error)):
+            with tokenizer_lib._refused("what"):
+                raise error
+
+
+def test_one_that_was_written_down(tmp_path):
+    """Known by its hash, told by 12 digits of it. Mutations: 13; `==` for `!=`."""
+    tokenizer = tokenizer_lib.byte_level()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    sha256 = tokenizer.fingerprint
+    recorded = tokenizer_lib.load_recorded
+    assert recorded(path, sha256, "", "this run").fingerprint == sha256
+    message = (
+        rf"is not the tokenizer of this run: its sha256 is {sha256[:12]}, not 0{{12}};"
+    )
+    with pytest.raises(errors.DataError, match=message):
+        recorded(path, "0" * 64, "", "this run")
+    with pytest.raises(
+        errors.DataError, match=r"not the tokenizer of this run: data\.end"
+    ):
+        recorded(path, sha256, "<other>", "this run")

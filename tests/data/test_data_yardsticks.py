@@ -14,6 +14,7 @@ import sys
 import zlib
 
 import data_helpers
+import numpy as np
 import pytest
 
 from memoryformer import data, errors
@@ -422,3 +423,23 @@ def test_the_levels_are_those_of_their_names():
         "xz_6_after_train",
         *(f"ngram_{n}" for n in range(1, 8)),
     ]
+
+
+@pytest.mark.parametrize("length", [160, 161])
+def test_long_segments_are_shown_by_their_ends(length, capsys):
+    """From 161 characters on. Mutations: any of the numbers by one."""
+    tokenizer = data_command.data.tokenizer.byte_level()
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    inputs = np.array([[256, *text.encode()]])
+    ones = np.ones_like(inputs)
+    batch = {
+        "inputs": inputs,
+        "targets": np.roll(inputs, -1, axis=1),
+        "segment_ids": ones,
+        "positions": np.arange(length + 1)[None],
+    }
+    data_command._print_row(batch, 0, tokenizer)
+    shown = repr(text) if length == 160 else f"{text[:100]!r} .. {text[-50:]!r}"
+    where = f"columns 0..{length}, positions 0..{length}"
+    line = f"row 0 segment 1: {where}, <eot> {shown} -> <eot>\n"
+    assert capsys.readouterr().out == line

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -486,6 +487,7 @@ def test_how_the_compiler_is_called(monkeypatch, tmp_path):
     ]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [built.name]
     assert calls[0][0][-1] == "--version" and "-O3" in calls[1][0]
+    assert re.fullmatch(r"lookup_native-[0-9a-f]{32}\.so", built.name)
     monkeypatch.setattr(
         subprocess,
         "run",
