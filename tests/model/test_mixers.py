@@ -414,6 +414,10 @@ def test_how_large_states_are():
         assert [x.shape for x in jax.tree.leaves(state)] == shapes, name
         floats = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("int32")}
         assert floats == {jnp.dtype("bfloat16" if name == "softmax" else "float32")}
+    for name in ("cosformer", "linformer"):  # rows of 12 positions
+        jax.eval_shape(lambda n=name: made(n).init_state(1, 12))
+        with pytest.raises(errors.ConfigError, match=f"{name}_max_len=12.* 13 tokens"):
+            jax.eval_shape(lambda n=name: made(n).init_state(1, 13))
     whole = jax.eval_shape(lambda: made("softmax").init_state(1, 32))
     assert whole.keys.shape[2] == 32 and whole.keys.dtype == jnp.float32
 
