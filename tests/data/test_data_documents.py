@@ -348,3 +348,52 @@ def test_what_is_a_fair_sample_of_whole_texts():
     told = []
     corpus(["b" * 900, "c" * 100]).sample(100, yes, told.append)
     assert told == [900, 1000]
+
+
+def test_records_are_read_together_or_alone():
+    """256 at once while they are small on the average, large ones one by one.
+
+    Mutations: any of the numbers; `<` for `<=`; a sign of the mean.
+    """
+    for count, num_bytes, sizes in (
+        (300, 0, [256, 44]),
+        (3, 3 * 65_535, [3]),
+        (3, 3 * 65_536 - 1, [3]),
+        (3, 3 * 65_536, [1, 1, 1]),
+    ):
+        read = []
+
+        class Recorded(Source):
+            def __getitems__(self, indices, read=read):
+                read.append(len(indices))
+                return super().__getitems__(indices)
+
+        texts = [str(i) for i in range(count)]
+        made = documents.Texts(Recorded(texts), "text", num_bytes)
+        assert list(made) == texts and read == sizes
+    limited = documents.Texts(Source(texts), "text", 0, limit=2)
+    assert list(limited) == texts[:2] and len(limited) == 2
+    assert len(documents.Texts(Source(texts), "text", 0, limit=9)) == 3
+    assert list(documents.Texts(Source([]), "text", 0)) == []
+
+
+@pytest.mark.parametrize("value", [b"\xff", None])
+def test_records_that_hold_no_text(value):
+    """Mutation: another error let through."""
+    made = documents.Texts(Source(["a", value]), "text", 0)
+    with pytest.raises(errors.DataError, match=r"'text': record 1 is not UTF-8 text"):
+        list(made)
+    assert list(documents.Texts(Source([b"\xc3\xa9"]), "text", 0)) == ["é"]
+
+
+def test_what_the_manifest_says_of_a_corpus():
+    """Mutation: one licence for all."""
+    said = documents.describe(data.DataConfig())
+    assert said == {
+        "kind": "stdlib",
+        "name": "",
+        "path": "",
+        "licence": "PSF-2.0 (read locally, not shipped)",
+    }
+    said = documents.describe(data.DataConfig(source="text", path="x"))
+    assert (said["path"], said["licence"]) == ("x", "the corpus's own")

@@ -222,3 +222,11 @@ def test_many_vectors_are_multiplied_in_xla(monkeypatch):
     large = np.zeros(5 << 20, np.int8)
     monkeypatch.setattr(jax, "device_put", None)
     assert narrow_rows.in_huge_pages(large).shape == large.shape
+
+
+def test_huge_pages_begin_at_their_borders():
+    """From two pages on, where a page is 2 MB. Mutations: 3 for 2; 21 for 20; any sign."""
+    page = 2 << 20
+    for size in (2 * page, 2 * page + 64):
+        got = narrow_rows.in_huge_pages(np.zeros(size, np.int8))
+        assert got.unsafe_buffer_pointer() % page == 0
