@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 
+from memoryformer import model
 from memoryformer.model import ModelConfig
 from memoryformer.training import experiment, loop
 
@@ -50,6 +51,12 @@ def model_config(projection="memory", **fields):
     }
     sizes |= dense if projection == "dense" else {"memory_bias": True, "bias_std": 0.3}
     return ModelConfig(projection=projection, **(sizes | fields))
+
+
+def numpy_params(config):
+    """Parameters of a model, all ones: drawing them would compile."""
+    shapes = jax.eval_shape(lambda: model.init(config))
+    return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
 
 
 def batch(config, seed=0, batch_size=8, seq_len=12):

@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import types
 
 import data_helpers
 import pytest
@@ -397,3 +398,19 @@ def test_what_the_manifest_says_of_a_corpus():
     }
     said = documents.describe(data.DataConfig(source="text", path="x"))
     assert (said["path"], said["licence"]) == ("x", "the corpus's own")
+
+
+def test_bytes_of_a_split_that_tfds_does_not_know():
+    """Mutations: `and` for `or`; the split not looked for."""
+    splits = {"train": types.SimpleNamespace(num_bytes=7)}
+    splits["test"] = types.SimpleNamespace(num_bytes=None)
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(splits=splits))
+    found = [documents._num_bytes(builder, n) for n in ("train", "test", "validation")]
+    assert found == [7, 0, 0]
+
+
+def test_texts_up_to_so_many_bytes():
+    """A cut character is left out. Mutations: any sign; a text more."""
+    assert documents._cut_to(["ab", "cd", "ef"], 4) == ["ab", "cd"]
+    assert documents._cut_to(["ab", "cé", "ef"], 4) == ["ab", "c"]
+    assert documents._cut_to(["ab"], 4) == ["ab"] and documents._cut_to([], 4) == []

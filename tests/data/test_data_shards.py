@@ -382,6 +382,9 @@ def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
     assert data.cache_root(data.DataConfig()) == tmp_path / ".cache/memoryformer"
     with pytest.raises(errors.ConfigError, match="only folders of this machine"):
         data.cache_root(data.DataConfig(data_dir="gs://bucket"))
+    monkeypatch.setenv("MEMORYFORMER_DATA", "gs://bucket")
+    with pytest.raises(errors.ConfigError, match=r"^MEMORYFORMER_DATA='gs://bucket'"):
+        data.cache_root(data.DataConfig())
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):

@@ -469,3 +469,20 @@ def test_weights_are_laid_out_for_reading(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert tables().dtype == jnp.float32  # as they were
     assert tables(half).values.dtype == jnp.bfloat16
+
+
+def test_rows_of_one_length_go_together(monkeypatch):
+    """Others take turns where a memory counts places. Mutation: `>=` for `>`."""
+    config = toy.model_config("dense", recurrence="rmt", num_layers=1)
+    generator = sampler.Generator(config, toy.numpy_params(config))
+    sampling = sampler.SamplingConfig(max_tokens=2)
+    monkeypatch.setattr(generator, "_one_by_one", lambda prompts, how: iter([["turn"]]))
+
+    def together(rows, length):
+        raise StopAsyncIteration(rows, length)
+
+    monkeypatch.setattr(generator, "_init_state", together)
+    assert list(generator.stream_batch([[1], [2, 3]], sampling)) == [["turn"]]
+    with pytest.raises(StopAsyncIteration) as begun:
+        next(generator.stream_batch([[1, 2], [3, 4]], sampling))
+    assert begun.value.args == (2, 4)

@@ -449,7 +449,7 @@ def test_tables_are_narrowed_as_they_are_read():
     Mutations: `>=` for `<`; `or` for `and`.
     """
     config, half = toy.model_config(), toy.model_config(dtype="bfloat16")
-    params = model.init(config)
+    params = toy.numpy_params(config)
     groups = model.param_groups(config)
     narrow = model.with_tables_as_read(half, params)
     for group, before, after in zip(
