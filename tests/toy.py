@@ -15,13 +15,11 @@ VOCAB = 264  # bytes and the end of text, padded to divide over 8 devices
 WORDS = "def return table hash code row score layer in for if else (x): self +=".split()
 
 # Compiling is what takes the time of small tests; also where all else is optimised.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def model_config(projection="memory", **fields):

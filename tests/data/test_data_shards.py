@@ -450,6 +450,8 @@ def test_what_was_prepared_is_read_before_it_is_named(tmp_path, monkeypatch):
     directory = data.prepare(config)
     names = {"manifest.json", "tokenizer.json", "train.bin", "validation.bin"}
     assert {path.name for path in directory.iterdir()} == names
+    text = (directory / "manifest.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
     os.truncate(directory / "train.bin", 2)
     with pytest.raises(errors.DataError, match="the manifest says"):
         data.prepare(config)

@@ -390,6 +390,7 @@ def test_what_is_looked_at(tmp_path, monkeypatch):
     assert not path.exists()
     assert yardsticks.measure(dataset) == result and path.exists()
     kept = json.loads(path.read_text())
+    assert path.read_text() == json.dumps(kept, indent=2) + "\n"
     assert kept["key"] == {"version": 1, "fingerprint": dataset.fingerprint}
     kept["bits_per_byte"] = {"zlib_6": 3.0}
     path.write_text(json.dumps(kept))

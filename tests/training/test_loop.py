@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -299,6 +300,43 @@ def test_nonfinite_numbers_halt_the_run(folder, poisoned):
         5,
         6,
     ]
+
+
+def test_what_an_update_is_dropped_for(tmp_path, monkeypatch):
+    """A loss or a norm that is no number, either alone, and a spike; the count goes on.
+
+    Mutations: `|` for either `&` of the step.
+    """
+    config = toy.run_config(tmp_path, **{"model.projection": "dense"})
+    run, made = experiment.resolve(config), sharding.make("single")
+    batch = toy.batch(run.model, batch_size=2, seq_len=4)
+    nothing = batch | {"weights": np.zeros_like(batch["weights"])}  # a loss of 0 / 0
+
+    def taken(norm, batch, seen=0):
+        state = step_lib.new_state(run, toy.numpy_params(run.model))
+        state = state._replace(spikes=state.spikes._replace(seen=jnp.int32(seen)))
+        after, values = programs_of[norm](state, batch)
+        assert int(after.step) == 1
+        changed = jax.tree.map(lambda a, b: (a != b).any(), state.params, after.params)
+        assert int(values["updates"]) == any(jax.tree.leaves(changed))
+        return bool(values["updates"]), bool(values["finite"]), bool(values["spike"])
+
+    is_spike = lambda state, loss, norm, sigmas: state.seen == 7  # noqa: E731
+    monkeypatch.setattr(step_lib.spikes_lib, "is_spike", is_spike)
+    programs_of = {}
+    for norm in (1.0, np.inf):
+        monkeypatch.setattr(
+            step_lib.optimizer, "norm", lambda grads, n=norm: jnp.float32(n)
+        )
+        specs = programs.check_fit(run, made)
+        step = step_lib.make_train_step(run, made, specs)
+        state = step_lib.new_state(run, toy.numpy_params(run.model))
+        programs_of[norm] = step.lower(state, batch).compile(toy.QUICK)
+    assert taken(1.0, batch) == (True, True, False)
+    assert taken(1.0, nothing) == (False, False, False)
+    assert taken(np.inf, batch) == (False, False, False)
+    assert taken(1.0, batch, seen=7) == (False, True, True)
+    assert taken(np.inf, batch, seen=7) == (False, False, False)
 
 
 def test_nonfinite_updates_can_be_skipped(folder, poisoned):
