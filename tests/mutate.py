@@ -1,7 +1,8 @@
 """Small changes of source code that should change what it does: `find` and `Mutant`.
 
 Comparisons, arithmetic, and/or, not, integers, defaults, deleted statements, returned values;
-left alone are annotations, docstrings, format strings and what runs only as a script.
+left alone are annotations, docstrings, format strings and what runs only as a script, and
+`strict=True` of a zip, which like an assertion changes nothing where it holds.
 """
 
 import ast
@@ -115,12 +116,21 @@ def _walk(node):
             continue
         for child in value if isinstance(value, list) else [value]:
             skipped = isinstance(child, ast.JoinedStr) or _is_script(child)
+            skipped = skipped or (_is_strict(child) and _is_zip(node))
             if isinstance(child, ast.AST) and not skipped:
                 yield from _walk(child)
 
 
 def _is_script(node):
     return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+
+
+def _is_zip(node):
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip"
+
+
+def _is_strict(node):
+    return isinstance(node, ast.keyword) and ast.unparse(node) == "strict=True"
 
 
 def _of_node(node):

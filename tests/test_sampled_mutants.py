@@ -19,6 +19,7 @@ def f(x: "list[1]", y=2, *, loud=False) -> int:
     if not x or y < 4:
         raise ValueError(f"{x + 5}")
     os.remove(x)
+    z = zip(x, y, strict=True), zip(x, y, strict=False), x(strict=True)
     return x + y
 
 if __name__ == "__main__":
@@ -40,7 +41,8 @@ def module(tmp_path):
 def test_what_is_changed(module):
     """Each operator where it applies; no annotation, docstring, message or script.
 
-    Mutations: `annotation` not left out of `_walk`; `JoinedStr` walked; byte columns.
+    Mutations: `annotation` not left out of `_walk`; `JoinedStr` walked; byte columns;
+    `_is_zip` not asked.
     """
     found = mutate.find(module, "module.py")
     changes = {(m.operator, m.before.split("\n")[0], m.after) for m in found}
@@ -52,6 +54,8 @@ def test_what_is_changed(module):
         ("compare", "y < 4", "(y <= 4)"),
         ("negate", "y < 4", "(y >= 4)"),
         ("integer", "4", "5"),
+        ("boolean", "False", "True"),  # of the zip that is not strict
+        ("boolean", "True", "False"),  # of what is no zip
         ("delete", "if not x or y < 4:", "pass"),
         ("delete", "os.remove(x)", "pass"),
         ("return", "return x + y", "return None"),

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from memoryformer import model, sharding
 from memoryformer.errors import ConfigError
 from memoryformer.evaluation import loss as loss_lib
-from memoryformer.model import mixers
+from memoryformer.model import losses, mixers
 from memoryformer.training import experiment, programs
 from memoryformer.training import step as step_lib
 
@@ -216,6 +216,25 @@ def test_one_device_equals_eight(name, mesh, microbatches):
     near = 1e-5 if name == "dense" else 0.05
     np.testing.assert_allclose(found.own, expected.own, rtol=near)
     assert int(found.state.step) == STEPS
+
+
+def test_gradients_are_of_the_mean():
+    """The loss and the norm of its gradient, in numbers, straight from the definition.
+
+    Neither Adam nor clipping would notice a factor. Mutations: gradients multiplied by the
+    weight; the sum of nats for their mean.
+    """
+    run, found = run_of("memory"), results("memory", "single")
+    batch, state = toy.batch(run.model, 0, B, L), found.states[0]
+
+    def mean_nats(params):
+        nats = losses.batch_nats(run.model, params, batch)
+        return nats.sum() / batch["weights"].sum()
+
+    loss, grads = toy.quick_jit(jax.value_and_grad(mean_nats))(state.params)
+    square = sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(found.losses[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(found.norms[0], square**0.5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])

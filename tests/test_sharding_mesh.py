@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
 from memoryformer.errors import ConfigError
@@ -131,3 +132,121 @@ def test_devices_that_cannot_be_laid_out(devices, reason):
     with pytest.raises(ConfigError, match="data=6 x model=2 cannot be laid") as caught:
         sharding.make("tensor:model=2", devices)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mesh, tables, columns, rows, last_axis, batch",
+    [
+        ("data", (None,) * 3, (None, None), (None, None), None, ("data", None)),
+        (
+            "fsdp",
+            (None, "data", None),
+            ("data", None),
+            (None, "data"),
+            None,
+            ("data", None),
+        ),
+        (
+            "tensor",
+            (None, None, "model"),
+            (None, "model"),
+            ("model", None),
+            "model",
+            (None, None),
+        ),
+        (
+            "fsdp_tensor:model=2",
+            (None, "data", "model"),
+            ("data", "model"),
+            ("model", "data"),
+            "model",
+            ("data", None),
+        ),
+        ("sequence", (None,) * 3, (None, None), (None, None), None, (None, "sequence")),
+    ],
+)
+def test_what_each_preset_splits(mesh, tables, columns, rows, last_axis, batch):
+    """As in the table of the module. Mutations: `and` for the order of axes; FSDP always."""
+    made = sharding.make(mesh, range(8))
+    assert made.specs == sharding.ShardingSpecs(
+        tables=P(*tables),
+        columns=P(*columns),
+        rows=P(*rows),
+        last_axis=P(last_axis),
+        whole=P(),
+        batch_bl=P(*batch),
+    )
+    assert made.num_devices == 8 and made.platform == "abstract"
+    assert made.striped is False
+    assert sharding.make(mesh, range(8), striped=True).striped
+
+
+def test_no_devices_are_too_few():
+    """Mutation: `data < 1` left out."""
+    with pytest.raises(ConfigError, match="does not fit 0 devices"):
+        sharding.make("data", [])
+
+
+def test_whose_devices_they_are():
+    """Mutations: the platform of this machine for that of the mesh."""
+    assert sharding.make("single").platform == sharding.make("data").platform == "cpu"
+    single = sharding.make("single")
+    assert (single.num_devices, single.axis_size("data")) == (1, 1)
+    made = sharding.make("data:sequence=2", jax.devices()[:6])
+    sizes = {axis: made.axis_size(axis) for axis in sharding.AXES}
+    assert sizes == {"data": 3, "sequence": 2, "model": 1}
+
+
+def test_bytes_of_a_tree():
+    """Mutation: a quotient for the product."""
+    tree = {"a": jax.ShapeDtypeStruct((2, 3), "bfloat16"), "b": np.zeros(5, np.int8)}
+    assert sharding.num_bytes(tree) == 12 + 5
+
+
+def test_a_spec_may_be_shorter_than_its_array():
+    """Axes that it does not name are not split. Mutation: `strict=True` in `validate`."""
+    made = sharding.make("data", range(4))
+    shapes = {"head": jax.ShapeDtypeStruct((3, 5), "float32")}
+    sharding.validate(made, {"head": P()}, shapes, 8, 2)
+    with pytest.raises(
+        ConfigError, match=r"mesh: head \(3, 5\): 3 does not divide over 4"
+    ):
+        sharding.validate(made, {"head": P("data")}, shapes, 8, 2)
+
+
+def test_rows_are_dealt_in_turn():
+    """Only over `sequence`, and only where asked. Mutations: `and` for `or`; parts for turns."""
+    rows = np.arange(8)[None]
+    for striped, wanted in ((True, [0, 2, 4, 6, 1, 3, 5, 7]), (False, range(8))):
+        made = sharding.make("sequence", range(2), striped=striped)
+        np.testing.assert_array_equal(made._dealt(rows), [list(wanted)])
+    made = sharding.make("data", range(2), striped=True)
+    np.testing.assert_array_equal(made._dealt(rows), rows)
+
+
+def test_rows_of_this_process():
+    """All of them where there is one. Mutation: a product for the quotient."""
+    for mesh in ("single", "data", "fsdp_tensor:model=2", "sequence"):
+        made = sharding.make(mesh)
+        np.testing.assert_array_equal(made.local_rows(16), np.arange(16))
+
+
+def test_what_one_device_computes_stays_in_its_type():
+    """Mutations: `>=` for `>`; every gradient in float32."""
+    for dtype in ("bfloat16", "float32"):
+        grads = {"a": np.ones((2, 2), dtype)}
+        summed = sharding.sum_gradients(grads, {"a": P()})
+        assert summed["a"].dtype == dtype
+        gathered = sharding.gather_params(grads, {"a": P()})
+        assert gathered["a"] is grads["a"]
+
+
+def test_a_long_reason_is_cut(monkeypatch):
+    """Mutation: 201."""
+
+    def refuse(*arguments, **options):
+        raise ValueError("y" * 300)
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(ConfigError, match=r"\(y{200}\): choose other sizes"):
+        sharding.make("data")

@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 
+from memoryformer import model
 from memoryformer.model import ModelConfig
 from memoryformer.training import experiment, loop
 
@@ -14,13 +15,11 @@ VOCAB = 264  # bytes and the end of text, padded to divide over 8 devices
 WORDS = "def return table hash code row score layer in for if else (x): self +=".split()
 
 # Compiling is what takes the time of small tests; also where all else is optimised.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def model_config(projection="memory", **fields):
@@ -50,6 +49,12 @@ def model_config(projection="memory", **fields):
     }
     sizes |= dense if projection == "dense" else {"memory_bias": True, "bias_std": 0.3}
     return ModelConfig(projection=projection, **(sizes | fields))
+
+
+def numpy_params(config):
+    """Parameters of a model, all ones: drawing them would compile."""
+    shapes = jax.eval_shape(lambda: model.init(config))
+    return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
 
 
 def batch(config, seed=0, batch_size=8, seq_len=12):

@@ -184,3 +184,41 @@ def test_an_id_outside_the_vocabulary_is_named(dataset, tmp_path):
         damaged.batches(SEQ_LEN, BATCH, 0).batch(0)
     with pytest.raises(errors.DataError, match=message):
         list(damaged.eval_batches(SEQ_LEN, BATCH))
+
+
+def test_a_dataset_does_not_print_its_manifest(dataset):
+    """Mutation: `repr=True`."""
+    assert "manifest=" not in repr(dataset) and "train=Split" in repr(dataset)
+
+
+@pytest.mark.parametrize("name, value", [("seq_len", 0), ("batch_size", 0)])
+def test_sizes_of_a_batch_are_at_least_one(dataset, name, value):
+    """Mutations: `<=` for `<`; 2 for 1."""
+    for make, least in (
+        (lambda **sizes: dataset.train.batches(**sizes, seed=0), 1),
+        (dataset.validation.eval_batches, 1),
+    ):
+        sizes = {"seq_len": 4, "batch_size": 2}
+        assert make(**sizes | {name: least})
+        with pytest.raises(
+            errors.ConfigError, match=f"{name}={value}: must be at least"
+        ):
+            make(**sizes | {name: value})
+
+
+def test_the_smallest_split_of_one_window(dataset):
+    """A window takes one token more than its length. Mutation: any sign of the count."""
+    length = len(dataset.train.tokens) - 1
+    assert dataset.train.batches(length, 1, 0).windows_per_epoch == 1
+    message = rf"has {length + 1} tokens, too few .* seq_len \+ 1 = {length + 2};"
+    with pytest.raises(errors.DataError, match=message):
+        dataset.train.batches(length + 1, 1, 0)
+    evals = dataset.validation.eval_batches(8, 2)
+    assert evals.num_targets == len(dataset.validation.tokens) - 1
+    for index in (-1, len(evals)):
+        with pytest.raises(IndexError, match=f"batch {index} of {len(evals)}"):
+            evals.batch(index)
+    windows = data.source.Windows(dataset.train, 8)
+    sha256 = dataset.manifest["splits"]["train"]["sha256"]
+    assert repr(windows) == f"Windows(train {sha256[:16]}, seq_len=8)"
+    assert len(windows) == length // 8 and windows[1].shape == (3, 8)

@@ -1,8 +1,11 @@
 """Corpora: TFDS builders without TensorFlow, and one line for every bad input."""
 
+import contextlib
 import dataclasses
 import gzip
+import hashlib
 import json
+import logging
 import lzma
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from memoryformer import data, errors
-from memoryformer.data import corpora, listing, local_files
+from memoryformer.data import corpora, listing, local_files, tfds_catalogue
 
 
 def records(builder, split):
@@ -359,3 +362,186 @@ def test_tfds_names_that_cannot_work_say_what_to_do(tmp_path, capsys):
             data.prepare(config)
         assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == "", "TFDS's banners belong nowhere"
+
+
+def bare(**fields):
+    """A builder of text files that writes nothing."""
+    config = corpora.TextConfig(name="mine", **fields)
+    return corpora.TextFiles(config=config, data_dir="/nowhere")
+
+
+def test_how_much_there_is_to_read(tmp_path):
+    """Each split reads its files: twice those of one corpus, once each of two.
+
+    Mutations: a difference for the sum; held-out files counted where there are none.
+    """
+    one = data_helpers.folder(tmp_path / "one", ["abc", "de"])
+    two = data_helpers.folder(tmp_path / "two", ["abcdefg"])
+    assert bare(path=str(one)).input_bytes() == 10
+    assert bare(path=str(one), validation_path=str(two)).input_bytes() == 12
+    assert bare(path=str(one)).builder_config.max_documents == 0
+
+
+def test_how_far_reading_is(tmp_path):
+    """Bytes of files, never back and never beyond a file's end.
+
+    Mutations: any sign in `_examples`; the last line of a split left out.
+    """
+    texts = ["é" * 10, "abc", "ü" * 15]
+    corpus = data_helpers.folder(tmp_path / "corpus", texts)
+    builder = bare(path=str(corpus))
+    done = []
+    builder.on_bytes = done.append
+    files = builder._train_files()
+    found = [example["text"] for _, example in builder._examples(files)]
+    assert found == texts and done == [10, 23, 38]
+    assert builder._bytes_read == 53  # the whole, whatever its characters
+    list(builder._examples(files))
+    assert done[3:] == [63, 76, 91] and builder._bytes_read == 106
+    one = bare(path=str(corpus / "0001.txt"))
+    one.on_bytes = done.append
+    list(one._examples(one._train_files()))
+    assert done[-1] == 3
+
+
+def test_markers_are_counted_where_they_are_text(tmp_path):
+    """Mutations: `and` for `or`; a marker counted twice."""
+    marked = f"a{corpora._MARKER}b{corpora._MARKER}"
+    corpus = data_helpers.folder(tmp_path / "c", [marked, "plain", marked + "x"])
+    builder = bare(path=str(corpus))
+    assert builder.marker_line() == ""
+    list(builder._examples(builder._train_files()))
+    assert builder.marker_line().startswith(
+        "documents with <|endoftext|> as plain text: 2; "
+    )
+    split = bare(path=str(corpus), separator="@@")
+    list(split._examples(split._train_files()))
+    assert split.marker_line() == ""
+
+
+def test_who_is_held_out(tmp_path):
+    """None of one document; the fallback where the rule takes none, no other.
+
+    Mutations: `and` for `or`; `!=` for `==`; 2 documents of the same text are one.
+    """
+    texts = [t for t in data_helpers.texts(30) if not local_files.in_validation(t, 3)]
+    taken = next(t for t in data_helpers.texts(30) if local_files.in_validation(t, 3))
+    for name, documents, count in (
+        ("same", ["x", "x", "x"], "3 documents"),
+        ("one", ["x"], "1 document"),
+    ):
+        folder = data_helpers.folder(tmp_path / name, documents)
+        builder = bare(path=str(folder), validation_every=1000)
+        builder._split_key = lambda name, text: text
+        with pytest.raises(errors.DataError, match=rf"{name}: {count} cannot be split"):
+            if name == "one":  # whole, not in pieces
+                builder._documents = lambda files: iter([("k", "x", 0)])
+            builder._fallback_key()
+    folder = data_helpers.folder(tmp_path / "none", texts[:4])
+    assert bare(path=str(folder), validation_every=3)._fallback_key() in texts[:4]
+    folder = data_helpers.folder(tmp_path / "some", [*texts[:4], taken])
+    builder = bare(path=str(folder), validation_every=3)
+    assert builder._fallback_key() == ""
+    files = builder._train_files()
+    splits = {
+        split: [e["text"] for _, e in builder._examples(files, split, texts[1])]
+        for split in ("train", "validation")
+    }
+    assert splits == {"train": [texts[0], *texts[2:4]], "validation": [texts[1], taken]}
+
+
+def test_skipped_files_are_counted_by_reason():
+    """Mutation: another order."""
+    line = corpora._skipped_line({"b": "empty", "a": "binary", "c": "empty"})
+    assert line == "3 files skipped: 2 empty, 1 binary (a, ..)"
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (ImportError("no tensorflow"), errors.ConfigError, "cannot run without Tensor"),
+        (NotImplementedError("x"), errors.ConfigError, "NotImplementedError: x"),
+        (
+            ValueError("a\n b"),
+            errors.DataError,
+            r"could not prepare it .ValueError: a b",
+        ),
+        (errors.DataError("ours"), errors.DataError, "^ours$"),
+    ],
+)
+def test_failures_of_tfds_are_one_line(error, kind, message):
+    """What it says, up to 160 characters. Mutations: 161; ours explained once more."""
+    with pytest.raises(kind, match=message):
+        with tfds_catalogue._explained("x"):
+            raise error
+    for long in (ImportError("y" * 200), ValueError("y" * 200)):
+        with pytest.raises(errors.MemoryFormerError) as caught:
+            with tfds_catalogue._explained("x"):
+                raise long
+        assert f": {'y' * 160});" in str(caught.value)
+
+
+def test_tfds_is_quiet_for_a_while(capsys):
+    """Its level and standard output come back, also behind an error.
+
+    Mutations: either level not set.
+    """
+    log = logging.getLogger("absl")
+    before = log.level
+    with contextlib.suppress(ValueError), tfds_catalogue.quiet():
+        print("a banner")
+        assert log.level == logging.ERROR
+        raise ValueError
+    assert log.level == before
+    print("a result")
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_held_out_splits_of_tfds(tmp_path):
+    """Under any of their names, `validation` first; prepared only where they are not.
+
+    Mutations: `not` left out; another order of names; the feature not looked for.
+    """
+
+    class Found:
+        def __init__(self, *names, prepared=True):
+            self.made, self.prepared = [], prepared
+            features = {"text": None}
+            self.info = type("I", (), {"splits": names, "features": features})
+
+        def is_prepared(self):
+            return self.prepared
+
+        def download_and_prepare(self):
+            self.made.append("prepared")
+
+        def as_data_source(self, split):
+            return split
+
+    config = data.DataConfig(source="tfds", name="x")
+    for names, held_out in (
+        (("train",), None),
+        (("train", "dev", "validation"), "validation"),
+        (("train", "val"), "val"),
+        (("train", "test"), None),
+    ):
+        found = Found(*names)
+        splits = tfds_catalogue.sources(found, config)
+        wanted = {"train": "train"} | ({"validation": held_out} if held_out else {})
+        assert splits == wanted and not found.made
+    fresh = Found("train", prepared=False)
+    tfds_catalogue.sources(fresh, config)
+    assert fresh.made == ["prepared"]
+
+
+def test_the_first_thousand_may_be_held_out():
+    """No more are remembered. Mutations: 1001; `<=` for `<`."""
+    builder = bare(path="x", validation_every=10**12)
+    builder._train_files = list
+
+    def remainder(key):
+        return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10**12
+
+    texts = sorted(map(str, range(1001)), key=remainder, reverse=True)
+    builder._documents = lambda files: iter([("k", text, 0) for text in texts])
+    assert builder._fallback_key() == texts[999]

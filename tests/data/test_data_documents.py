@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import types
 
 import data_helpers
 import pytest
@@ -223,3 +224,193 @@ def test_progress_lines(monkeypatch, capsys):
     quiet.finish(1)
     quiet.note("3 files skipped")
     assert capsys.readouterr().err == ""
+
+
+def test_progress_at_the_edges(monkeypatch, capsys):
+    """Due at five seconds, shown at the end from one second on; more done than expected.
+
+    Mutations: `>` for `>=`; `or` for `and`; the clock not set back by a line.
+    """
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    line = progress.Progress("x")
+    line.start("reading", 8, "documents")
+    now[0] += 1
+    line.finish(8)
+    whole = "x, reading: 100% 8/8 documents 8 documents/s eta 0s\n"
+    assert capsys.readouterr().err == whole
+    line.start("reading", 4, "documents")
+    line.update(0)
+    assert capsys.readouterr().err == ""
+    now[0] += 5
+    line.update(10)
+    line.update(10)  # not due any more
+    more = "x, reading: 100% 10/10 documents 2 documents/s eta 0s\n"
+    assert capsys.readouterr().err == more
+    line.start("reading", 1, "documents")
+    now[0] += 1
+    line.finish(1)
+    one = "x, reading: 100% 1/1 documents 1 documents/s eta 0s\n"
+    assert capsys.readouterr().err == one
+    line.start("reading", 0, "B")
+    now[0] += 5
+    line.update(0)
+    assert capsys.readouterr().err == "x, reading: 0% 0.0/0.0 MB 0.0 MB/s eta 0s\n"
+    line.note("3 files skipped")
+    assert capsys.readouterr().err == "x: 3 files skipped\n"
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    """One line, written over every fifth of a second and kept at the end of each stage.
+
+    Mutations: `and` for `or` in `finish`; the line without its padding or its `\\r`.
+    """
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    line, quiet = progress.Progress("x"), progress.Progress("x", enabled=False)
+    for one in (line, quiet):
+        one.start("reading", 4, "documents")
+        now[0] += 0.1
+        one.update(1)
+    assert capsys.readouterr().err == ""
+    now[0] += 0.3
+    line.update(2)
+    quiet.update(2)
+    half = "x, reading: 50% 2/4 documents 4 documents/s eta 0s"
+    assert capsys.readouterr().err == f"\r{half:<79}"
+    now[0] += 0.5
+    line.finish(4)
+    quiet.finish(4)
+    whole = "x, reading: 100% 4/4 documents 4 documents/s eta 0s"
+    assert capsys.readouterr().err == f"\r{whole:<79}\n"
+
+
+def test_who_watches_can_stop():
+    """Before every item, in a stage or not. Mutation: `check` left out of either."""
+    questions = iter([False, False, True])
+    line = progress.Progress("x", enabled=False, stop=lambda: next(questions))
+    seen = []
+    with pytest.raises(errors.Preempted, match="asked to stop while x"):
+        for item in line.watched([1, 2, 3]):
+            seen.append(item)
+    assert seen == [1, 2]
+    line = progress.Progress("x", enabled=False, stop=lambda: True)
+    line.start("reading", 4, "documents")
+    with pytest.raises(errors.Preempted):
+        line.update(1)
+
+
+def test_quiet_work_beside_this_thread(capsys):
+    """Mutations: `or` for `and`, so that a quiet line or a nameless stage is shown."""
+    for line, stage in (
+        (progress.Progress("x", enabled=False), "training"),
+        (progress.Progress("x"), ""),
+        (progress.Progress("x"), "training"),  # not due within five seconds
+    ):
+        if stage == "" or not line.enabled:
+            line._every = 0.0
+        assert line.during(stage, lambda: time.sleep(0.15) or 3) == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m00s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (18_120, "5h02m"),
+        (86_399, "23h59m"),
+        (86_400, "1d00h"),
+        (183_600, "2d03h"),
+    ],
+)
+def test_durations(seconds, text):
+    """Mutations: any bound by one; any divisor."""
+    assert progress.duration(seconds) == text
+
+
+def test_what_is_a_fair_sample_of_whole_texts():
+    """None is over a quarter of it; otherwise slices of a 64th, up to four kilobytes.
+
+    Mutations: a fifth; `>=` for `>`; 65; 4097.
+    """
+    texts = [f"{i:04d}" + "x" * 21 for i in range(400)]
+    assert corpus(texts).sample(100, yes) == texts[::100]
+    longer = [text + "x" for text in texts]
+    assert {len(piece) for piece in corpus(longer).sample(100, yes)} == {1}
+    for length, budget, piece in ((400_000, 6400, 100), (4_000_000, 1 << 20, 4096)):
+        pieces = corpus(["b" * length]).sample(budget, yes)
+        assert {len(part) for part in pieces} <= {piece, length % piece}
+        assert sum(map(len, pieces)) <= budget
+    told = []
+    corpus(["b" * 900, "c" * 100]).sample(100, yes, told.append)
+    assert told == [900, 1000]
+
+
+def test_records_are_read_together_or_alone():
+    """256 at once while they are small on the average, large ones one by one.
+
+    Mutations: any of the numbers; `<` for `<=`; a sign of the mean.
+    """
+    for count, num_bytes, sizes in (
+        (300, 0, [256, 44]),
+        (3, 3 * 65_535, [3]),
+        (3, 3 * 65_536 - 1, [3]),
+        (3, 3 * 65_536, [1, 1, 1]),
+    ):
+        read = []
+
+        class Recorded(Source):
+            def __getitems__(self, indices, read=read):
+                read.append(len(indices))
+                return super().__getitems__(indices)
+
+        texts = [str(i) for i in range(count)]
+        made = documents.Texts(Recorded(texts), "text", num_bytes)
+        assert list(made) == texts and read == sizes
+    limited = documents.Texts(Source(texts), "text", 0, limit=2)
+    assert list(limited) == texts[:2] and len(limited) == 2
+    assert len(documents.Texts(Source(texts), "text", 0, limit=9)) == 3
+    assert list(documents.Texts(Source([]), "text", 0)) == []
+
+
+@pytest.mark.parametrize("value", [b"\xff", None])
+def test_records_that_hold_no_text(value):
+    """Mutation: another error let through."""
+    made = documents.Texts(Source(["a", value]), "text", 0)
+    with pytest.raises(errors.DataError, match=r"'text': record 1 is not UTF-8 text"):
+        list(made)
+    assert list(documents.Texts(Source([b"\xc3\xa9"]), "text", 0)) == ["é"]
+
+
+def test_what_the_manifest_says_of_a_corpus():
+    """Mutation: one licence for all."""
+    said = documents.describe(data.DataConfig())
+    assert said == {
+        "kind": "stdlib",
+        "name": "",
+        "path": "",
+        "licence": "PSF-2.0 (read locally, not shipped)",
+    }
+    said = documents.describe(data.DataConfig(source="text", path="x"))
+    assert (said["path"], said["licence"]) == ("x", "the corpus's own")
+
+
+def test_bytes_of_a_split_that_tfds_does_not_know():
+    """Mutations: `and` for `or`; the split not looked for."""
+    splits = {"train": types.SimpleNamespace(num_bytes=7)}
+    splits["test"] = types.SimpleNamespace(num_bytes=None)
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(splits=splits))
+    found = [documents._num_bytes(builder, n) for n in ("train", "test", "validation")]
+    assert found == [7, 0, 0]
+
+
+def test_texts_up_to_so_many_bytes():
+    """A cut character is left out. Mutations: any sign; a text more."""
+    assert documents._cut_to(["ab", "cd", "ef"], 4) == ["ab", "cd"]
+    assert documents._cut_to(["ab", "cé", "ef"], 4) == ["ab", "c"]
+    assert documents._cut_to(["ab"], 4) == ["ab"] and documents._cut_to([], 4) == []

@@ -82,3 +82,16 @@ def test_rows_must_hold_whole_chunks(dataset):
     split = dataclasses.replace(dataset.train, align=8)
     with pytest.raises(errors.ConfigError, match="align_documents=8 does not divide"):
         split.batches(12, 2, 0)
+
+
+def test_a_long_stream_is_looked_at_in_parts(monkeypatch):
+    """The same places whatever the part. Mutations: parts that overlap, or leave a gap."""
+    tokens = np.array([1, 2, EOT, 3, EOT, 4, 5, 6, EOT, 7, EOT])
+    whole = layout.make(tokens, EOT, 3)
+    assert whole.starts.tolist() == [0, 2, 4, 8]  # the first begins inside a document
+    assert whole.lengths.tolist() == [2, 2, 4, 2]
+    assert whole.places.tolist() == [0, 3, 6, 12] and whole.num_places == 15
+    for size in (1, 2, 5):
+        monkeypatch.setattr(layout, "SCAN", size)
+        part = layout.make(tokens, EOT, 3)
+        np.testing.assert_array_equal(part.starts, whole.starts)

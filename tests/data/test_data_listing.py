@@ -174,3 +174,86 @@ def test_a_folder_that_cannot_be_read_is_no_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(errors.DataError, match=r"locked: cannot be read .Permission"):
         listing.list_files(str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    "files, ours",
+    [
+        ({"manifest.json": "", "tokenizer.json": "", "train.bin": ""}, True),
+        ({"manifest.json": "", "tokenizer.json": ""}, False),
+        ({"model.safetensors": "", "reader.py": ""}, True),
+        ({"model.safetensors": ""}, False),
+        ({"lock": "123 on host\n"}, True),
+        ({"lock": "123 on host"}, False),
+        ({"lock": "x 123 on host\n"}, False),
+        ({"a.txt": ""}, False),
+        ({"lock": "1 on " + "h" * 394 + "\n"}, True),
+        ({"lock": "1 on " + "h" * 395 + "\n"}, False),
+    ],
+)
+def test_what_this_package_has_made(tmp_path, files, ours):
+    """Mutations: any sign of it left out; `return True` for a lock that is not read."""
+    (tmp_path / "in").mkdir()
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_text(content)
+    (tmp_path / "b.txt").write_text("b")
+    found = {f"in/{name}" for name in files}
+    assert set(keys(tmp_path)) == {"b.txt"} | (set() if ours else found)
+    if ours:  # named itself, it is read
+        assert set(keys(tmp_path / "in")) == set(files)
+
+
+def test_a_lock_that_cannot_be_read(tmp_path):
+    """Mutation: `return True`."""
+    (tmp_path / "in" / "lock").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("a")
+    assert keys(tmp_path) == ["in/a.txt"]
+
+
+def test_whether_a_path_fits():
+    """Mutations: `or` for `and`; `begins` not handed on; a part too few."""
+    fits = listing._fits
+    for names, pattern, whole, begins in (
+        ((), (), True, True),
+        ((), ("a",), False, True),
+        (("a",), (), False, False),
+        (("a",), ("a",), True, True),
+        (("a",), ("a", "b"), False, True),
+        (("b",), ("a", "b"), False, False),
+        (("a", "b"), ("**",), False, True),
+        (("a", "b"), ("**", "*"), True, True),
+        (("a", "b"), ("**", "b"), True, True),
+        (("a", "b"), ("**", "c"), False, True),
+        (("a", "b"), ("*", "?"), True, True),
+        (("[a]",), ("[a]",), True, True),
+    ):
+        assert fits(names, pattern) is whole, (names, pattern)
+        assert fits(names, pattern, begins=True) is begins, (names, pattern)
+
+
+def test_a_standard_library_without_sources(tmp_path, monkeypatch):
+    """Zipped, or stripped. Mutations: the check left out; tests taken in."""
+    paths = {"stdlib": str(tmp_path)}
+    monkeypatch.setattr(listing.sysconfig, "get_paths", lambda: paths)
+    with pytest.raises(errors.DataError, match="no sources under"):
+        listing.stdlib_files()
+    for name in ("b.py", "a.py", "test/c.py", "x/site-packages/d.py", "x/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [key for key, _ in listing.stdlib_files()] == ["a.py", "b.py", "x/e.py"]
+
+
+def test_json_lines_only(tmp_path):
+    """Mutations: `json_only=True` unless asked otherwise; the filter left out."""
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert keys(tmp_path) == ["a.txt", "b.jsonl"]
+    assert keys(tmp_path, json_only=True) == ["b.jsonl"]
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(errors.DataError, match=r"^data\.x=.*holds no JSON-lines files"):
+        keys(tmp_path, json_only=True, field="data.x")
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / ".a.txt").write_text("x")
+    with pytest.raises(errors.DataError, match=r"^data\.path=.*: holds no files\.$"):
+        keys(hidden)

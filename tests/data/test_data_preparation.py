@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -300,6 +301,15 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             "splits.validation.file is No",
             False,
         ),
+        ("manifest.json", lambda p: sign(p, format=2), "another format than 1", False),
+        (
+            "manifest.json",
+            lambda p: sign(
+                p, splits=dataset.manifest["splits"] | {"test": {"file": 1}}
+            ),
+            "splits.test is in another file",
+            False,
+        ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
         ("manifest.json", lambda p: sign(p, source=["x"]), "source.kind is No", False),
         (
@@ -324,6 +334,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
                 {"file": "../train.bin"},
                 {"token_bytes": "x"},
                 {"token_bytes": 10**400},
+                {"bytes": 1 << 63},
                 {"ends_of_document": None},
                 {"empty_dropped": -1},
                 {"duplicates_of_validation_dropped": 1.5},
@@ -373,6 +384,9 @@ def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
     assert data.cache_root(data.DataConfig()) == tmp_path / ".cache/memoryformer"
     with pytest.raises(errors.ConfigError, match="only folders of this machine"):
         data.cache_root(data.DataConfig(data_dir="gs://bucket"))
+    monkeypatch.setenv("MEMORYFORMER_DATA", "gs://bucket")
+    with pytest.raises(errors.ConfigError, match=r"^MEMORYFORMER_DATA='gs://bucket'"):
+        data.cache_root(data.DataConfig())
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
@@ -381,3 +395,305 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
     blocked = dataclasses.replace(config, data_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(errors.StorageError, match="cannot be written"):
         data.prepare(blocked)
+
+
+def test_a_split_is_in_its_own_file(dataset):
+    """Mutation: `and` for `or`, so that only a split of another name is refused."""
+    splits = dataset.manifest["splits"]
+    elsewhere = splits | {"train": splits["train"] | {"file": "validation.bin"}}
+    wrong = manifest_lib._wrong_field(dataset.manifest | {"splits": elsewhere})
+    assert wrong == "splits.train is in another file"
+    assert manifest_lib._wrong_field(dataset.manifest) == ""
+
+
+def test_ids_of_a_vocabulary():
+    """The first that is none is named. Mutations: `<=` for `<`; `>` for `>=`."""
+    manifest_lib.check_ids(np.array([], np.int64), 3, "here")
+    manifest_lib.check_ids(np.array([0, 2]), 3, "here")
+    for ids, bad in (([1, 3, 4], 3), ([[0, 1], [-1, 9]], -1)):
+        message = f"here: token id {bad} is outside the vocabulary of 3"
+        with pytest.raises(errors.DataError, match=message):
+            manifest_lib.check_ids(np.array(ids), 3, "here")
+
+
+def test_a_text_of_no_bytes_changes_none():
+    """Mutation: `not split["token_bytes"]` left out (a division by zero)."""
+    pieces = np.array([1, 2])
+    for split in ({"bytes": 3, "token_bytes": 0}, {"bytes": 4, "token_bytes": 4}):
+        assert manifest_lib.text_bytes(split, pieces) is pieces
+
+
+def test_a_tokenizer_has_the_name_that_was_asked_for(dataset):
+    """Not its path. Mutation: the name left as it was loaded."""
+    assert dataset.tokenizer.name == "bytes"
+
+
+def test_a_directory_without_a_manifest_is_refused(tmp_path):
+    """Where the data would be, and where it is said to be.
+
+    Mutations: either check left out of `prepare`.
+    """
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    data.resolve_dir(config).mkdir(parents=True)
+    with pytest.raises(errors.DataError, match=r"has no manifest\.json; delete it"):
+        data.prepare(config)
+    (tmp_path / "empty").mkdir()
+    prepared = data.DataConfig(source="prepared", path=str(tmp_path / "empty"))
+    with pytest.raises(errors.DataError, match=r"holds no manifest\.json"):
+        data.prepare(prepared)
+
+
+def test_what_was_prepared_is_read_before_it_is_named(tmp_path, monkeypatch):
+    """What is damaged is told at once, however it came there.
+
+    Mutations: `manifest_lib.read` left out where the directory is there; after writing.
+    """
+    config = data_helpers.config(tmp_path / "a" / "b", data_helpers.texts(20))
+    directory = data.prepare(config)
+    names = {"manifest.json", "tokenizer.json", "train.bin", "validation.bin"}
+    assert {path.name for path in directory.iterdir()} == names
+    text = (directory / "manifest.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    os.truncate(directory / "train.bin", 2)
+    with pytest.raises(errors.DataError, match="the manifest says"):
+        data.prepare(config)
+    shutil.rmtree(directory)
+    monkeypatch.setattr(shards, "_write", lambda *args: None)
+    with pytest.raises(errors.DataError, match=r"holds no manifest\.json"):
+        data.prepare(config)
+
+
+@pytest.mark.parametrize("size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_type_of_the_ids(tmp_path, size, dtype):
+    """As narrow as they allow. Mutations: `<` for `<=`; 15 or 17 for 16."""
+    spec = shards.tokenizer_lib.byte_level().spec
+    spec["model"]["vocab"]["zz"] = size - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    config = data_helpers.config(
+        tmp_path, data_helpers.texts(12), tokenizer=str(tmp_path / "tokenizer.json")
+    )
+    dataset = data.open(config)
+    assert dataset.manifest["tokenizer"]["vocab_size"] == size
+    assert dataset.manifest["dtype"] == dtype == str(dataset.train.tokens.dtype)
+
+
+class Line:
+    """Notes what a progress line is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def start(self, *stage):
+        self.told.append(stage)
+
+    def update(self, done):
+        self.told.append(done)
+
+    def finish(self, done):
+        self.told.append(("end", done))
+
+    def check(self):
+        pass
+
+    def during(self, stage, work):
+        self.told.append(stage)
+        return work()
+
+    def watched(self, items):
+        return items
+
+
+def test_documents_are_tokenised_by_the_batch(tmp_path, monkeypatch):
+    """Of so many documents or so many characters; memory goes back after large ones.
+
+    Mutations: `and` for `or`; `>` for `>=`; a line of progress left out.
+    """
+    monkeypatch.setattr(shards, "_BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(shards, "_BATCH_CHARS", 100)
+    trimmed, sizes, line = [], [], Line()
+    monkeypatch.setattr(shards, "_give_back_memory", lambda: trimmed.append(len(sizes)))
+    tokenizer = shards.tokenizer_lib.byte_level()
+    encode = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda t: sizes.append(len(t)) or encode(t)
+    )
+    texts = ["a", "b", "c", "", "d" * 60, "e" * 40, "f", "g"]
+    counts = shards._write_split(
+        tmp_path / "train.bin", texts, tokenizer, set(), "uint16", line
+    )
+    assert sizes == [3, 2, 2] and trimmed == [2]
+    assert line.told == ["", 3, "", 6, ("end", 8)]
+    assert (counts["documents"], counts["empty_dropped"]) == (7, 1)
+    assert counts["bytes"] == counts["token_bytes"] == 105
+    assert counts["tokens"] == 105 + 8
+
+
+def test_splits_that_cannot_be(tmp_path, monkeypatch):
+    """No text at all; an end of document that the tokenizer made of text.
+
+    Mutations: either check left out; a sign of the numbers turned round.
+    """
+    tokenizer = shards.tokenizer_lib.byte_level()
+
+    def write(texts):
+        path = tmp_path / "train.bin"
+        return shards._write_split(path, texts, tokenizer, set(), "uint16", Line())
+
+    with pytest.raises(errors.DataError, match=r"^train: no document holds any text"):
+        write(["", ""])
+    encode = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda t: [[*ids, 256] for ids in encode(t)]
+    )
+    with pytest.raises(errors.DataError, match=r"\(4 ends in 2 documents\)"):
+        write(["a", "b"])
+
+
+def test_a_sample_says_how_far_it_is(tmp_path):
+    """Of the text's bytes. Mutations: the records' bytes; the stage not begun."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(40), tokenizer="bpe:300")
+    line = Line()
+    texts = data_helpers.texts(40)
+
+    class Corpus:
+        text_bytes, num_bytes = 70, 99
+
+        def sample(self, budget, accept, on_bytes):
+            assert budget == shards.BPE_TRAINING_BYTES == 3_000_000
+            on_bytes(7)
+            return [text for text in texts if accept(text)]
+
+    made = shards._tokenizer(config, Corpus(), {shards._digest(texts[0])}, line)
+    assert made.vocab_size == 300
+    begun = ("sampling for the tokenizer", 70, "B")
+    assert line.told == [begun, 7, "training bpe:300"]
+
+
+def test_freed_memory_is_given_back(monkeypatch):
+    """Where there is a way. Mutation: `malloc_trim` not called."""
+    seen = []
+    libc = type("C", (), {"malloc_trim": staticmethod(seen.append)})
+    for library in (libc, type("Other", (), {})):
+        monkeypatch.setattr(shards.ctypes, "CDLL", lambda name, c=library: c)
+        shards._give_back_memory()
+    assert seen == [0]
+
+
+def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Every file and folder is flushed, then renamed; no file stays open.
+
+    Mutations: `os.fsync` or `os.close` left out; either `_sync` left out.
+    """
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    seen = []
+    fsync, rename = os.fsync, pathlib.Path.rename
+
+    def note(handle):
+        seen.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def moved(path, target):
+        seen.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(pathlib.Path, "rename", moved)
+    data.prepare(config)
+    before, after = seen[: seen.index("renamed")], seen[seen.index("renamed") + 1 :]
+    names = {"manifest.json", "tokenizer.json", "train.bin", "validation.bin"}
+    assert names <= set(before) and "cache" in after
+    directory = data.resolve_dir(config)
+    opened = len(os.listdir("/proc/self/fd"))
+    shards._sync(directory)
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """Mutation: the error of the rename forgiven although no data set is there."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+
+    def refuse(path, target):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(errors.StorageError, match="Directory not empty"):
+        data.prepare(config)
+    assert [p.name[:6] for p in (tmp_path / "cache").iterdir()] == [".lock-"]
+
+
+def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch, capsys):
+    """Another process may be at work. Mutations: `yield True`; `if locked` left out."""
+    import fcntl
+
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    directory = data.resolve_dir(config)
+    theirs = directory.with_name(f".tmp-{directory.name}-1")
+    theirs.mkdir(parents=True)
+
+    def refuse(handle, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    manifest_lib.read(data.prepare(config))
+    assert theirs.exists()
+    assert "waiting" not in capsys.readouterr().err
+
+
+def test_who_waits_says_so_once(tmp_path, capsys):
+    """Mutation: at every question."""
+    config = data_helpers.config(tmp_path, data_helpers.texts(20))
+    (tmp_path / "cache").mkdir()
+    questions = iter([False, False, False, True])
+    with shards._lock(data.resolve_dir(config), progress.Progress("")):
+        with pytest.raises(errors.Preempted):
+            data.prepare(config, stop=lambda: next(questions))
+    assert capsys.readouterr().err.count("waiting for another process") == 1
+
+
+def test_what_names_a_directory(tmp_path, monkeypatch):
+    """The corpus's name or kind; long texts, separators and held-out files by content.
+
+    Mutations: any part of the request left out, or `and` for `or`.
+    """
+    config = data_helpers.config(tmp_path, data_helpers.texts(10))
+    assert re.fullmatch(r"text-[0-9a-f]{16}", data.resolve_dir(config).name)
+    named = data.DataConfig(source="tfds", name="A/b_C:1", tokenizer="bytes")
+    monkeypatch.setattr(shards, "_catalogue_identity", lambda config: "x")
+    assert data.resolve_dir(named).name.startswith("a-b-c-1-")
+    request = shards._request(config)
+    assert set(request) == {
+        "format",
+        "source",
+        "max_documents",
+        "validation_every",
+        "tokenizer",
+        "files",
+        "text_field",
+    }
+    assert shards._request(named)["tfds"] == "x"
+    monkeypatch.setattr(shards.listing, "stdlib_files", lambda: [])
+    stdlib = shards._request(data.DataConfig())
+    assert "text_field" not in stdlib and stdlib["sample"] == 2
+    for separator, line_ends in (("@", None), ("\\n", "\\n or \\r\\n")):
+        changed = shards._request(dataclasses.replace(config, separator=separator))
+        assert changed.get("line_ends") == line_ends
+    held_out = dataclasses.replace(config, validation_path=config.path)
+    assert shards._request(held_out)["validation"] == request["files"]
+
+
+@pytest.mark.parametrize(
+    "name, size, cut",
+    [
+        ("a.txt", 10, False),
+        ("a.txt", 11, True),
+        ("a.txt.gz", 1, True),
+        ("a.TXT.XZ", 1, True),
+        ("a.jsonl", 11, False),
+        ("a.jsonl.gz", 11, False),
+    ],
+)
+def test_which_files_may_be_cut(tmp_path, monkeypatch, name, size, cut):
+    """Those whose text may be long. Mutations: `>=` for `>`; `and` for `or`."""
+    monkeypatch.setattr(shards.local_files, "MAX_CHARS", 10)
+    (tmp_path / name).write_bytes(b"x" * size)
+    assert shards._may_be_cut(tmp_path / name) is cut

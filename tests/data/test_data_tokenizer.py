@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import unicodedata
 
 import data_helpers
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.data import vocabulary
 
 TRICKY = [
     "",
@@ -412,3 +414,194 @@ def test_odd_tokenizer_files(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(errors.DataError, match=r"not a tokenizer\.json"):
         tokenizer_lib.load(str(path))
+
+
+def test_texts_of_a_batch_are_encoded_apart(three):
+    """Mutation: `no_padding` left out, so that a short text ends in padding."""
+    texts = ["a", "a longer text", ""]
+    for tokenizer in three.values():
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+
+
+def test_text_that_spells_a_hidden_name_makes_no_special_token(three):
+    """Mutation: `encode_special_tokens` not set."""
+    for tokenizer in three.values():
+        for number in range(2):
+            ids = tokenizer.encode(f"\ufdd0\ufdd1{number}\ufdd2\ufdd3")
+            assert all(tokenizer.piece(i) for i in ids)
+
+
+def test_sizes_of_a_vocabulary():
+    """The least and the most, and what is no size. Mutations: either bound by one."""
+    assert tokenizer_lib.bpe_size("bpe:257") == 257
+    assert tokenizer_lib.bpe_size("bpe:1048576") == 1048576
+    for spec in ("bytes", "bpex:300", "hub:a/b"):
+        assert tokenizer_lib.bpe_size(spec) == 0
+    for size in ("256", "1048577", "", "-300", "3e3"):
+        with pytest.raises(errors.ConfigError, match="expected bpe:V with V >= 257"):
+            tokenizer_lib.bpe_size(f"bpe:{size}")
+
+
+def test_which_tokenizers_are_files():
+    """Mutation: `or` for `and`."""
+    kinds = {"bytes": False, "bpe:300": False, "x.json": True, "hub:a/b": True}
+    assert {spec: tokenizer_lib.is_file(spec) for spec in kinds} == kinds
+
+
+def test_ids_that_no_table_can_hold():
+    """Mutation: `>` for `>=`."""
+    vocabulary.check_ids({"a": 2**24 - 1}, "x")
+    vocabulary.check_ids({}, "x")
+    with pytest.raises(errors.DataError, match=r"has the id 16777216; ids must be be"):
+        vocabulary.check_ids({"a": 2**24}, "x")
+
+
+def test_a_wanted_end_token_is_there():
+    """An added token, or a usual name in the vocabulary; six of the others are named.
+
+    Mutations: `and` for `or`; seven.
+    """
+    spec = {"added_tokens": [{"content": f"<{n}>"} for n in "abcdefgh"]}
+    end = vocabulary.end_of_document
+    assert end(spec, {"</s>": 3}, "</s>", "x") == "</s>"
+    assert end(spec, {"<b>": 3}, "<b>", "x") == "<b>"
+    for wanted in ("<eos>", "z"):
+        with pytest.raises(errors.ConfigError, match=f"data.end_token='{wanted}'"):
+            end(spec, {"</s>": 3, "z": 4}, wanted, "x")
+    named = r"TOKEN \(it has <a>, <b>, <c>, <d>, <e>, <f>\)\.$"
+    with pytest.raises(errors.DataError, match=named):
+        end(spec, {}, "", "x")
+    with pytest.raises(errors.DataError, match=r"end_token=TOKEN\.$"):
+        end({}, {}, "", "x")
+
+
+def test_merges_as_text_and_as_pairs():
+    """Old files write 'a b'; what takes or makes a special token is left out.
+
+    Mutations: split twice; `and` for `or`.
+    """
+    special = {"</s>": "x"}
+    for merge in ("</s> b", "b </s>", "</ s>", ["</", "s>"], ["</s>", "b"]):
+        assert vocabulary._makes(merge, special)
+    for merge in ("a b", ["a", "b"], "a b c"):
+        assert not vocabulary._makes(merge, special)
+    assert vocabulary._makes("a b c", {"b c": "x"})
+
+
+def test_a_file_is_written_whole_or_not_at_all(three, tmp_path, monkeypatch):
+    """Mutations: the rest of a failed write stays; the error is swallowed."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text("before")
+
+    def refuse(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        three["bytes"].save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert path.read_text() == "before"
+
+
+def test_what_a_byte_tokenizer_says_of_itself():
+    """Its hash is in every data set of bytes, so its file must not change.
+
+    Mutations: `use_regex=True`; `add_prefix_space=True`.
+    """
+    split = tokenizer_lib.byte_level().spec["pre_tokenizer"]
+    assert split["type"] == "ByteLevel"
+    assert (split["use_regex"], split["add_prefix_space"]) == (False, False)
+
+
+def test_words_are_cut_at_a_kilobyte(monkeypatch):
+    """For training alone; whoever looks on sees no second progress bar.
+
+    Mutations: 1023 or 1025 for 1024; `show_progress=True`.
+    """
+    shown = []
+    trainer = tokenizers.trainers.BpeTrainer
+    monkeypatch.setattr(
+        tokenizers.trainers,
+        "BpeTrainer",
+        lambda **options: shown.append(options["show_progress"]) or trainer(**options),
+    )
+    pairs = set()
+    for before in (1021, 1022, 1023):
+        made = tokenizer_lib.train_bpe(["a" * before + "xyz"] * 9, 257 + 12)
+        pairs |= {(before, pair) for pair in (b"xy", b"yz") if pair in made.pieces}
+    assert pairs == {(1021, b"yz"), (1022, b"xy"), (1023, b"yz")}
+    assert shown == [False] * 3
+
+
+class Hub(types.ModuleType):
+    """Stands for the package: notes what is fetched."""
+
+    def __init__(self, answer):
+        super().__init__("huggingface_hub")
+        self.asked, self._answer = [], answer
+
+    def hf_hub_download(self, repo, name, *, revision):
+        self.asked.append((repo, name, revision))
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return str(self._answer)
+
+
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
+    """One file of a repository; what goes wrong in a line of 200 characters.
+
+    Mutations: `and` for `or`; `>=` for `>`; 201.
+    """
+    path = neox_like(tmp_path / "tokenizer.json")
+    hub = Hub(path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for spec in ("hub:owner/name", "hub:owner/name@v1", "hub:name"):
+        assert tokenizer_lib.load(spec).name == spec
+    assert hub.asked == [
+        ("owner/name", "tokenizer.json", None),
+        ("owner/name", "tokenizer.json", "v1"),
+        ("name", "tokenizer.json", None),
+    ]
+    for spec in ("hub:", "hub:/", "hub:a/b/c", "hub:@v1"):
+        with pytest.raises(errors.ConfigError, match="expected hub:owner/name"):
+            tokenizer_lib.load(spec)
+    broken = Hub(ValueError("y" * 300))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", broken)
+    with pytest.raises(errors.DataError, match=r"fetched \(ValueError: y{200}\); down"):
+        tokenizer_lib.load("hub:a/b")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(errors.ConfigError, match="needs the package huggingface_hub"):
+        tokenizer_lib.load("hub:a/b")
+
+
+def test_what_the_rust_side_raises_is_one_line():
+    """Up to 200 characters; an interrupt and errors of ours as they are.
+
+    Mutations: 201; KeyboardInterrupt taken for a fault.
+    """
+    with pytest.raises(errors.DataError, match=r"^what \(y{200}\)\.$"):
+        with tokenizer_lib._refused("what"):
+            raise BaseException("y" * 300)
+    for error in (KeyboardInterrupt(), SystemExit(3), errors.ConfigError("ours")):
+        with pytest.raises(type(error)):
+            with tokenizer_lib._refused("what"):
+                raise error
+
+
+def test_one_that_was_written_down(tmp_path):
+    """Known by its hash, told by 12 digits of it. Mutations: 13; `==` for `!=`."""
+    tokenizer = tokenizer_lib.byte_level()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    sha256 = tokenizer.fingerprint
+    recorded = tokenizer_lib.load_recorded
+    assert recorded(path, sha256, "", "this run").fingerprint == sha256
+    message = (
+        rf"is not the tokenizer of this run: its sha256 is {sha256[:12]}, not 0{{12}};"
+    )
+    with pytest.raises(errors.DataError, match=message):
+        recorded(path, "0" * 64, "", "this run")
+    with pytest.raises(
+        errors.DataError, match=r"not the tokenizer of this run: data\.end"
+    ):
+        recorded(path, sha256, "<other>", "this run")

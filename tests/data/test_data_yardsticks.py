@@ -1,9 +1,11 @@
 """Yardsticks against a plain-Python oracle, and the command line around the data."""
 
+import bz2
 import collections
 import errno
 import io
 import json
+import lzma
 import math
 import pathlib
 import random
@@ -12,6 +14,7 @@ import sys
 import zlib
 
 import data_helpers
+import numpy as np
 import pytest
 
 from memoryformer import data, errors
@@ -124,13 +127,13 @@ def command(*arguments):
     )
 
 
-def described(dataset, row):
+def described(dataset, row, sizes=(600, 3, 1)):
     """What inspect says of a row of the first batch: each segment, column by column."""
-    batch = {k: v[row] for k, v in dataset.train.batches(600, 3, 1).batch(0).items()}
+    batch = {k: v[row] for k, v in dataset.train.batches(*sizes).batch(0).items()}
     eot, decode = dataset.tokenizer.eot_id, dataset.tokenizer.decode
     lines = []
     for segment in sorted({*batch["segment_ids"].tolist()} - {0}):
-        columns = [c for c in range(600) if batch["segment_ids"][c] == segment]
+        columns = [c for c in range(sizes[0]) if batch["segment_ids"][c] == segment]
         inputs = batch["inputs"][columns].tolist()
         text = decode(inputs)
         text = repr(text) if len(text) <= 160 else f"{text[:100]!r} .. {text[-50:]!r}"
@@ -242,3 +245,199 @@ def test_a_train_split_shorter_than_a_window():
     """Nothing is counted, every byte costs 8 bits. Red if it is an IndexError."""
     assert yardsticks.ngram_bits(b"abc", b"abcabc", 7) == [8.0] * 7
     assert yardsticks.ngram_bits(b"", b"x", 3) == oracle(b"", b"x", 3)
+
+
+def run_command(capsys, *arguments):
+    """What the command shows in this process, and its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        data_command.main(["data", *arguments])
+    out, err = capsys.readouterr()
+    return out + err, ended.value.code or 0
+
+
+BARE = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({{
+        "data": {{"source": "text", "path": {path!r}, "data_dir": {cache!r},
+                  "tokenizer": "bytes", "validation_every": 5}}{more},
+    }})
+"""
+
+
+def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
+    """Rows of 256 by four, of which two are shown; the twelve most frequent tokens.
+
+    Mutations: any default; a token more or fewer; tokens never seen counted wrongly.
+    """
+    corpus = data_helpers.folder(tmp_path / "corpus", data_helpers.texts(40))
+    config = tmp_path / "config.py"
+
+    def write(more=""):
+        cache = str(tmp_path / "cache")
+        text = BARE.format(path=str(corpus), cache=cache, more=more)
+        config.write_text(text)
+        return f"--config={config}"
+
+    shown, code = run_command(capsys, "inspect", write())
+    assert code == 0
+    directory = shown.split()[1]
+    dataset = data.open_directory(directory)
+    assert f"\nfingerprint  {dataset.fingerprint}\n" in shown
+    windows = (len(dataset.train.tokens) - 1) // 256
+    assert f"first batch: 4 x 256, seed 0, {windows} windows per epoch" in shown
+    rows = [line for line in shown.split("\n") if line.startswith("row ")]
+    sizes = (256, 4, 0)
+    assert rows == [*described(dataset, 0, sizes), *described(dataset, 1, sizes)]
+    assert any(", ... " in row for row in rows) and any(
+        ", <eot> " in row for row in rows
+    )
+    counts = collections.Counter(dataset.train.tokens.tolist())
+    best = sorted(range(257), key=lambda token: (-counts[token], token))[:12]
+    total = len(dataset.train.tokens)
+    pieces = [
+        f"{'<eot>' if t == 256 else repr(dataset.tokenizer.decode([t]))} "
+        f"{counts[t] / total:.1%}"
+        for t in best
+    ]
+    assert f"most frequent {'  '.join(pieces)}\n" in shown
+    assert f"never seen   {257 - len(counts)} of 257 tokens in train" in shown
+    split = dataset.manifest["splits"]["train"]
+    ratio = split["bytes"] / split["tokens"]
+    assert f"{split['bytes']:,} bytes ({ratio:.3f} bytes/token); dropped 0" in shown
+    head = shown.split("\n")
+    assert head[2] == f"source       text {corpus} the corpus's own"
+    sha256 = dataset.tokenizer.fingerprint[:16]
+    used = f"bytes: 257 tokens, end of document 256, sha256 {sha256}"
+    assert head[3] == f"tokenizer    {used}" and "\nnote" not in shown
+    assert [line.split()[0] for line in head[4:6]] == ["validation", "train"]
+    for rows, wanted in (("0", set()), ("4", set("0123")), ("9", set("0123"))):
+        shown, code = run_command(capsys, "inspect", write(), f"--rows={rows}")
+        assert code == 0
+        lines = [line for line in shown.split("\n") if line.startswith("row ")]
+        assert {line.split()[1] for line in lines} == wanted
+    assert run_command(capsys, "prepare", write()) == (f"{directory}\n", 0)
+    shown, _ = run_command(capsys, "inspect", write(), "--json")
+    assert json.loads(shown) == {"directory": directory, **dataset.manifest}
+    shown, _ = run_command(capsys, "yardsticks", write())
+    assert shown.strip() == yardsticks.table(yardsticks.measure(dataset))
+    for more, message in (
+        (', "train": {"seed": 2**31}', "train.seed=2147483648: must be in"),
+        (', "train": {"batch_size": True}', "train.batch_size=True: expected int"),
+        (', "train": {"batch_size": "4"}', "train.batch_size='4': expected int"),
+        (', "train": 3', "train=3: expected a section of fields"),
+    ):
+        shown, code = run_command(capsys, "inspect", write(more))
+        assert code == 2 and message in shown
+    last = write(', "train": {"seed": 2**31 - 1, "batch_size": 2}, "model": {}')
+    shown, code = run_command(capsys, "inspect", last)
+    assert code == 0 and "first batch: 2 x 256, seed 2147483647" in shown
+    monkeypatch.setattr(data_command.manifest_lib, "byte_note", lambda manifest: "odd")
+    shown, _ = run_command(capsys, "inspect", write())
+    assert "\nnote         odd\n" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give one command of prepare, inspect, yardsticks"),
+        (["prepare", "inspect"], "give one command of"),
+        (["inspct"], "command='inspct': unknown choice; did you mean 'inspect'"),
+        (["prepare", "--verify"], "--verify: prepare does not look at it"),
+        (["yardsticks", "--rows=1"], "--rows: yardsticks does not look at it"),
+        (["inspect", "--rows=-1"], "rows"),
+    ],
+)
+def test_commands_that_cannot_be(arguments, message, capsys):
+    """Mutations: `and` for `or`; any check left out; rows below 0."""
+    shown, code = run_command(capsys, *arguments)
+    assert code == 2 and message in shown and shown.startswith("error: ")
+
+
+def test_what_is_looked_at(tmp_path, monkeypatch):
+    """So many bytes of each split, and no more; a cache only where it is wanted.
+
+    Mutations: `>` for `>=`; the limit not cut to; `cache` the other way round.
+    """
+    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(30)))
+    text = yardsticks._split_bytes(dataset.train, dataset.tokenizer, 1 << 20)
+    read = []
+
+    class Tokens:
+        def __len__(self):
+            return len(dataset.train.tokens)
+
+        def __getitem__(self, part):
+            read.append(part.start)
+            return dataset.train.tokens[part]
+
+    split = type("S", (), {"tokens": Tokens()})
+    monkeypatch.setattr(yardsticks, "CHUNK_TOKENS", 100)
+    got = yardsticks._split_bytes(split, dataset.tokenizer, 150)
+    assert got == text[:150] and read == [0, 100]
+    first = len(dataset.tokenizer.decode_bytes(dataset.train.tokens[:100].tolist()))
+    read.clear()
+    assert yardsticks._split_bytes(split, dataset.tokenizer, first) == text[:first]
+    assert read == [0]
+    limits = yardsticks.TRAIN_LIMIT, yardsticks.VALIDATION_LIMIT
+    assert limits == (32 << 20, 16 << 20)
+    path = dataset.directory / "yardsticks.json"
+    result = yardsticks.measure(dataset, cache=False)
+    assert not path.exists()
+    assert yardsticks.measure(dataset) == result and path.exists()
+    kept = json.loads(path.read_text())
+    assert path.read_text() == json.dumps(kept, indent=2) + "\n"
+    assert kept["key"] == {"version": 1, "fingerprint": dataset.fingerprint}
+    kept["bits_per_byte"] = {"zlib_6": 3.0}
+    path.write_text(json.dumps(kept))
+    assert yardsticks.measure(dataset) == {"zlib_6": 3.0}
+    assert yardsticks.measure(dataset, cache=False) == result
+    assert [p.name for p in dataset.directory.glob(".yardsticks*")] == []
+
+
+def test_the_levels_are_those_of_their_names():
+    """Mutations: any level; the dictionary a byte smaller or larger than 64 MB."""
+    text = bytes(random.Random(0).choices(range(6), k=30_000))
+    result = yardsticks.compute(b"", text)
+    scale = 8 / len(text)
+    assert result["zlib_6"] == len(zlib.compress(text, 6)) * scale
+    assert result["bz2_9"] == len(bz2.compress(text, 9)) * scale
+    assert result["xz_6"] == len(lzma.compress(text, preset=6)) * scale
+    wide = {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 64 << 20}
+    alone = len(lzma.compress(text, filters=[wide])) - len(
+        lzma.compress(b"", filters=[wide])
+    )
+    assert result["xz_6_after_train"] == pytest.approx(alone * scale, rel=1e-12)
+    assert (result["train_bytes"], result["validation_bytes"]) == (0, 30_000)
+    table = yardsticks.table(result)
+    assert table.startswith(
+        "bits per byte of 30,000 validation bytes (0 train bytes seen)\n"
+    )
+    assert [line.split()[0] for line in table.split("\n")[1:]] == [
+        "zlib_6",
+        "bz2_9",
+        "xz_6",
+        "xz_6_after_train",
+        *(f"ngram_{n}" for n in range(1, 8)),
+    ]
+
+
+@pytest.mark.parametrize("length", [160, 161])
+def test_long_segments_are_shown_by_their_ends(length, capsys):
+    """From 161 characters on. Mutations: any of the numbers by one."""
+    tokenizer = data_command.data.tokenizer.byte_level()
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    inputs = np.array([[256, *text.encode()]])
+    ones = np.ones_like(inputs)
+    batch = {
+        "inputs": inputs,
+        "targets": np.roll(inputs, -1, axis=1),
+        "segment_ids": ones,
+        "positions": np.arange(length + 1)[None],
+    }
+    data_command._print_row(batch, 0, tokenizer)
+    shown = repr(text) if length == 160 else f"{text[:100]!r} .. {text[-50:]!r}"
+    where = f"columns 0..{length}, positions 0..{length}"
+    line = f"row 0 segment 1: {where}, <eot> {shown} -> <eot>\n"
+    assert capsys.readouterr().out == line

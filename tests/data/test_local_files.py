@@ -4,8 +4,11 @@ import collections
 import gzip
 import json
 import lzma
+import os
 import re
+import sys
 import tracemalloc
+import types
 
 import data_helpers
 import pytest
@@ -379,3 +382,208 @@ def test_names_are_one_printable_line(text):
 def test_what_a_shell_spells():
     r"""Mutation: `unicode_escape`, which breaks what is not ASCII."""
     assert names.unescaped(r"\n\t\r\\n é \q \x") == "\n\t\r\\n é \\q \\x"
+
+
+def test_sizes_that_decide(tmp_path, monkeypatch):
+    """What a corpus's directory and documents hang on.
+
+    Mutations: any of the constants; `<` for `<=`; `max` and `min` exchanged.
+    """
+    assert (local_files.MAX_CHARS, local_files.SMALL_CORPUS) == (1 << 20, 256 << 20)
+    assert (blocks.BLOCK, blocks.HEAD) == (1 << 20, 8192)
+    path = tmp_path / "a.txt"
+    for size, every, piece in (
+        (100, 20, 256),
+        (100 * 300, 20, 300),
+        (100 * 300 - 1, 20, 299),
+        (1 << 24, 2, 1 << 20),
+        (1 << 23, 2, (1 << 23) // 10),
+    ):
+        with path.open("wb") as file:
+            file.truncate(size)
+        assert local_files.lone_text_piece([("a", path)], every) == piece
+    files = [("a", path)] * 2
+    assert local_files.lone_text_piece(files, 2) == 1 << 20
+    (tmp_path / "b.jsonl").write_text("x")
+    assert local_files.lone_text_piece([("b", tmp_path / "b.jsonl")], 2) == 1 << 20
+
+
+def test_what_a_corpus_is_known_by(tmp_path, monkeypatch):
+    """Keys and contents; of a large one keys, sizes and times.
+
+    Mutations: `<` for `<=`; the time or the key left out.
+    """
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    files = [("a", path), ("b", path)]
+    known = local_files.fingerprint
+    small = known(files)
+    assert known([("a", path), ("c", path)]) != small
+    stat = path.stat()
+
+    def touch(nanoseconds):
+        path.touch()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + nanoseconds))
+
+    touch(5)
+    assert known(files) == small
+    monkeypatch.setattr(local_files, "SMALL_CORPUS", 6)
+    assert known(files) == small
+    monkeypatch.setattr(local_files, "SMALL_CORPUS", 5)
+    large = known(files)
+    assert large != small
+    path.write_text("xyz")
+    touch(5)
+    assert known(files) == large
+    touch(6)
+    assert known(files) != large
+    path.unlink()
+    with pytest.raises(
+        errors.DataError, match=r"a\.txt: cannot be read \(No such file"
+    ):
+        known(files)
+
+
+@pytest.mark.parametrize(
+    "name, content, what",
+    [
+        ("a.txt", b"text", ""),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b"a\0b", "binary"),
+        ("a.txt", b"x" * 8191 + b"\0", "binary"),
+        ("a.txt", b"x" * 8192 + b"\0", ""),
+        ("a.txt.gz", b"not gzip", ""),
+        ("a.json", b'{"a": 1}', "other JSON"),
+        ("a.json", b'{"text": "a"}', ""),
+        ("a.jsonl", b'{"a": 1}', ""),
+        ("a.json", b"   ", ""),
+        ("a.json", b'{"text": 1, ', ""),
+        ("a.json", b"{", "other JSON"),
+    ],
+)
+def test_files_without_text(tmp_path, name, content, what):
+    """Told by their beginning. Mutations: `or` for `and`; any of the answers."""
+    (tmp_path / name).write_bytes(content)
+    assert local_files.without_text(tmp_path / name, "text") == what
+
+
+def test_a_byte_after_the_head_is_no_sign_of_a_binary(tmp_path):
+    """Mutation: 8193 for 8192, or the whole block looked at."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 8192 + b"\0")
+    assert len("".join(local_files.read_text(path))) == 8193
+    path.write_bytes(b"x" * 8191 + b"\0")
+    with pytest.raises(errors.DataError, match="a binary file"):
+        list(local_files.read_text(path))
+
+
+@pytest.mark.parametrize(
+    "what, names_, line",
+    [
+        ("link to folders", ["b", "a"], "2 links to folders (a, ..)"),
+        ("link to folders", ["b\n"], "1 link to folders (b\\n)"),
+        ("file", ["b", "a", "c"], "3 files (a, ..)"),
+    ],
+)
+def test_counted(what, names_, line):
+    """Mutations: `>=` for `>`; the first name for the smallest."""
+    text = names.counted(names_, what)
+    assert " ".join(text.split()) == line
+
+
+def test_fields_that_are_named(tmp_path):
+    """Up to 160 characters of them. Mutations: 161; `>=` for `>`."""
+    for length, more in ((160, ""), (161, "..")):
+        field = "x" * length
+        with pytest.raises(errors.DataError) as caught:
+            jsonlines.text({field: 1}, "t", "f:1", "fix")
+        assert f"(found: {'x' * 160}{more}); fix." in str(caught.value)
+    with pytest.raises(errors.DataError, match=r"\(found: none\)"):
+        jsonlines.text({}, "t", "f:1", "fix")
+    for value, kind in (([1], "a list"), (True, "true or false"), (2.5, "a number")):
+        with pytest.raises(errors.DataError, match=f"it holds {kind}"):
+            jsonlines.text({"t": value}, "t", "f:1", "fix")
+    named = {"a": {}, "b": {"c": 1}}
+    with pytest.raises(errors.DataError, match=r"\(found: a, b\.c\)"):
+        jsonlines.text(named, "t", "f:1", "fix")
+
+
+def test_a_faulty_disk(tmp_path, monkeypatch):
+    """In one line; what is nobody's fault is not hidden. Mutation: every error is damage."""
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+
+    def refuse(error):
+        def raw(path, size):
+            raise error
+            yield
+
+        monkeypatch.setattr(blocks, "_raw", raw)
+        return list(blocks.read(path))
+
+    with pytest.raises(
+        errors.DataError, match=r"a\.txt: cannot be read \(Input/output"
+    ):
+        refuse(OSError(5, "Input/output error"))
+    with pytest.raises(errors.DataError, match=r"cannot be read \(odd\)"):
+        refuse(OSError("odd"))
+    with pytest.raises(ZeroDivisionError):
+        refuse(ZeroDivisionError("a fault of ours"))
+    theirs = type("ZstdError", (Exception,), {})
+    with pytest.raises(errors.DataError, match=r"damaged or truncated \(bad\)"):
+        refuse(theirs("bad"))
+    assert not blocks.is_json_lines(tmp_path / "gone.jl")
+
+
+class Frame:
+    """Stands for zstandard's reader: a frame is its text and a full stop."""
+
+    eof, unused_data = False, b""
+
+    def decompress(self, data):
+        text, stop, self.unused_data = data.partition(b".")
+        self.eof = bool(stop)
+        return text
+
+
+def test_frames_of_zstandard(tmp_path, monkeypatch):
+    """One after another, over blocks and inside of one; a cut one is no whole one.
+
+    Mutations: blocks that are empty yielded; what is left of a block dropped; the cut
+    forgiven.
+    """
+    decompressor = types.SimpleNamespace(decompressobj=Frame)
+    module = types.SimpleNamespace(ZstdDecompressor=lambda: decompressor)
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+    path = tmp_path / "a.jsonl.ZST"
+    for block in (1, 3, 1 << 20):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        path.write_bytes(b'{"text": "a"}\n.{"text": "b"}\n.')
+        assert b"".join(blocks.read(path)) == b'{"text": "a"}\n{"text": "b"}\n'
+        assert all(blocks._raw(path, 8))
+        found = local_files.read_documents([("k", path)], local_files.Reading())
+        assert [text for _, text, _ in found] == ["a", "b"]
+        path.write_bytes(b"whole.cut")
+        with pytest.raises(errors.DataError, match=r"truncated .ends inside a frame"):
+            list(blocks.read(path))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(
+        errors.DataError, match=r"a\.jsonl\.ZST: reading \.zst needs the"
+    ):
+        list(blocks.read(path))
+
+
+def test_small_blocks_and_marks(tmp_path, monkeypatch):
+    """A mark may lie across blocks; a file of fewer bytes than it has none.
+
+    Mutations: `<=` for `<`; the rest of the blocks dropped.
+    """
+    path = tmp_path / "a.txt"
+    for block in (1, 2, 3, 4):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        for content in (b"a", b"ab", b"abcdef", BOM[:2]):
+            path.write_bytes(content)
+            assert b"".join(blocks.read(path)) == content
+            path.write_bytes(BOM + content)
+            assert b"".join(blocks.read(path)) == content
+            assert blocks.head(path) == content

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from memoryformer import data
 from memoryformer.convert import export, gpt_neox, transfer
 from memoryformer.data import run_tokenizer
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.errors import ConfigError, DataError
+from memoryformer.errors import ConfigError, DataError, StorageError
 from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
 from memoryformer.report import pictures
@@ -250,6 +251,52 @@ def test_what_lies_in_the_folder_is_not_written_over(tmp_path):
     path.write_text("{")
     run_tokenizer.keep(tmp_path, ours, begun=False)
     assert tokenizer_lib.load(str(path)).fingerprint == ours.fingerprint
+
+
+def test_keeping_it_touches_nothing_that_is_there(tmp_path):
+    """The same one stays as it is spelt; folders are made; a full disk is told.
+
+    Mutations: written anew each time; `parents=False`; the OSError let through.
+    """
+    ours = tokenizer_lib.byte_level()
+    folder = tmp_path / "a" / "b"
+    run_tokenizer.keep(folder, ours, begun=False)
+    path = folder / "tokenizer.json"
+    spaced = json.dumps(json.loads(path.read_text()), indent=1)
+    path.write_text(spaced)
+    for begun in (False, True):
+        run_tokenizer.keep(folder, ours, begun=begun)
+        assert path.read_text() == spaced
+    path.unlink()
+    run_tokenizer.keep(folder, ours, begun=True)  # the folder is there already
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"tokenizer\.json: cannot be written"):
+        run_tokenizer.keep(tmp_path / "file", ours, begun=False)
+
+
+def test_which_tokenizer_a_run_has(tmp_path, monkeypatch):
+    """Its own, if it is as large as the model; before runs kept theirs, that of the data.
+
+    Mutations: the size not looked at; an old run given what lies in its folder; a path
+    that is none taken for a file.
+    """
+    ours = tokenizer_lib.byte_level()
+    run_tokenizer.keep(tmp_path, ours, begun=False)
+    config = data.DataConfig(source="text", path="x", tokenizer="~nobody-here/x.json")
+    facts = {"tokenizer": run_tokenizer.identity(ours)}
+    assert run_tokenizer.load(tmp_path, config, facts, 257).vocab_size == 257
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size=256: the tokenizer '.*257 t"
+    ):
+        run_tokenizer.load(tmp_path, config, facts, 256)
+    of_data = types.SimpleNamespace(tokenizer="of the data")
+    monkeypatch.setattr(run_tokenizer, "dataset", lambda *arguments: of_data)
+    assert run_tokenizer.load(tmp_path, config, {}, 257) == "of the data"
+    own = str(tmp_path / "tokenizer.json")
+    assert run_tokenizer.located(config, tmp_path).tokenizer == own
+    for spec in ("bytes", "bpe:300", "hub:a/b"):
+        named = dataclasses.replace(config, tokenizer=spec)
+        assert run_tokenizer.located(named, tmp_path) is named
 
 
 @pytest.mark.parametrize("config", [{"format": "memoryformer"}, {"model_type": "x"}])

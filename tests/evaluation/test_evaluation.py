@@ -192,3 +192,38 @@ def test_a_mesh_that_does_not_fit_is_refused(toy_run):
     with pytest.raises(ConfigError, match="batch_size=3 does not divide") as caught:
         evaluate_run.evaluate_checkpoint(toy_run, None, config)
     assert "\n" not in str(caught.value)
+
+
+def test_what_memories_are_measured_on(monkeypatch):
+    """The first four batches, or fewer; tables where there are any, slots likewise.
+
+    Mutations: five; either kind always, or never.
+    """
+    looked_at = []
+
+    def collect(config, params, batches, made, features):
+        looked_at.append(list(batches))
+        return {"slots": 2.0}
+
+    monkeypatch.setattr(loss_lib.buckets, "collect", collect)
+    monkeypatch.setattr(loss_lib.slots, "collect", collect)
+    monkeypatch.setattr(loss_lib.buckets, "summary", lambda counts: {"tables": 1.0})
+    made = sharding.make("single")
+    for fields, wanted in (
+        ({"projection": "memory"}, {"tables": 1.0}),
+        ({"projection": "dense"}, {}),
+        ({"projection": "dense", "mixer": "luna"}, {"slots": 2.0}),
+        ({"projection": "memory", "mixer": "luna"}, {"tables": 1.0, "slots": 2.0}),
+    ):
+        config = toy.model_config(**fields)
+        for batches in (range(6), range(3)):
+            assert loss_lib.memories(config, {}, batches, made) == wanted
+            assert all(seen == list(range(min(len(batches), 4))) for seen in looked_at)
+            assert len(looked_at) == len(wanted)
+            looked_at.clear()
+
+
+def test_text_that_counts_for_nothing(opened):
+    """Of no bytes, or none at all. Mutations: `and` for `or`; the check left out."""
+    with pytest.raises(DataError, match="validation: no text to evaluate on"):
+        evaluate(opened, 8, share=0)

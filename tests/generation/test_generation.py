@@ -164,7 +164,12 @@ def test_impossible_prompts_are_refused():
     """Red when an id is clipped or an empty prompt starts from nothing."""
     generator = sampler.Generator(*make())
     sampling = sampler.SamplingConfig(max_tokens=2)
-    for prompts, message in (([[1], []], "empty"), ([[1], [31]], r"1\.\.|31\.\.31")):
+    generator._check([[0, 30], [7]])
+    for prompts, message in (
+        ([[1], []], "empty"),
+        ([[1], [31]], r"in \[0, 31\), got 31\.\.31"),
+        ([[5, -1]], r"got -1\.\.5"),
+    ):
         with pytest.raises(errors.ConfigError, match=message):
             next(generator.stream_batch(prompts, sampling))
 
@@ -411,3 +416,77 @@ def test_prompts_are_read_before_anything(tmp_path, capsys, content, seed, messa
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert output.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "length, chunk, pieces",
+    [
+        (0, 0, []),
+        (1, 0, [1]),
+        (300, 0, [256, 32, 8, 4]),
+        (600, 0, [256, 256, 64, 16, 8]),
+        (10, 4, [4, 4, 2]),
+        (8, 4, [4, 4]),
+        (3, 4, [2, 1]),
+    ],
+)
+def test_pieces_of_a_prompt(length, chunk, pieces):
+    """Powers of two, largest first, behind whole chunks. Mutations: 257; any sign."""
+    assert sampler._pieces(length, chunk) == pieces
+
+
+def test_how_long_a_cache_is():
+    """In steps of 128 tokens, but for a row no longer than those of training.
+
+    Mutations: 129 for 128; `<` for `<=`; `max` and `min` exchanged.
+    """
+    generator = sampler.Generator(*make())  # rows of 64
+    for length, places in ((1, 64), (64, 64), (65, 128), (128, 128), (129, 256)):
+        state = generator._init_state(2, length)
+        assert state[0].keys.shape[2] == places, length
+
+
+def test_the_nucleus_ends_where_its_mass_is_reached():
+    """Mutations: `<=` for `<`; the likeliest token left out."""
+    certain = jnp.log(jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    for top_p in (0.1, 1.0):
+        inside = sampler.in_nucleus(certain, top_p).tolist()
+        assert inside == [[True, False, False], [False, False, True]]
+    even = jnp.zeros((1, 4))
+    assert sampler.in_nucleus(even, 0.1).all()  # of equals, all or none
+
+
+def test_weights_are_laid_out_for_reading(monkeypatch):
+    """On a CPU always, elsewhere where a kind is named.
+
+    Mutations: `and` for `or`, either way.
+    """
+    config, params = make()
+
+    def tables(kinds=None):
+        made = sampler.Generator(config, params, kinds)
+        return made._params["blocks"]["0"]["mixer"]["qkv"]["tables"]
+
+    half = sampler.narrow.WeightKinds(tables="bfloat16")
+    assert tables().values.dtype == jnp.float32
+    assert tables(half).values.dtype == jnp.bfloat16
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert tables().dtype == jnp.float32  # as they were
+    assert tables(half).values.dtype == jnp.bfloat16
+
+
+def test_rows_of_one_length_go_together(monkeypatch):
+    """Others take turns where a memory counts places. Mutation: `>=` for `>`."""
+    config = toy.model_config("dense", recurrence="rmt", num_layers=1)
+    generator = sampler.Generator(config, toy.numpy_params(config))
+    sampling = sampler.SamplingConfig(max_tokens=2)
+    monkeypatch.setattr(generator, "_one_by_one", lambda prompts, how: iter([["turn"]]))
+
+    def together(rows, length):
+        raise StopAsyncIteration(rows, length)
+
+    monkeypatch.setattr(generator, "_init_state", together)
+    assert list(generator.stream_batch([[1], [2, 3]], sampling)) == [["turn"]]
+    with pytest.raises(StopAsyncIteration) as begun:
+        next(generator.stream_batch([[1, 2], [3, 4]], sampling))
+    assert begun.value.args == (2, 4)

@@ -178,3 +178,30 @@ def test_the_model_itself_refuses():
     ):
         model.forward(config, params, jnp.zeros((1, 12), jnp.int32))
     assert sharding.make("single").platform == jax.default_backend() == "cpu"
+
+
+def test_what_a_model_is_read_with():
+    """'auto' for what cannot run here, and for fused attention wherever it runs.
+
+    Mutations: `==` for `!=`; another platform than the one that is named; a mixer without
+    attention refused for it; the length of a row for that of a chunk.
+    """
+    for fields, platform, lookup, attention in (
+        ({}, "cpu", "reference", "xla"),
+        ({"lookup": "gpu"}, "cpu", "auto", "xla"),
+        ({"lookup": "gpu"}, "gpu", "gpu", "xla"),
+        ({"lookup": "gpu"}, "abstract", "gpu", "xla"),
+        ({"attention": "splash", "seq_len": 128}, "tpu", "reference", "auto"),
+        ({"attention": "splash", "seq_len": 128}, None, "reference", "auto"),
+    ):
+        config = toy.model_config("memory", **fields)
+        found = implementations.readable(config, platform)
+        assert (found.lookup, found.attention) == (lookup, attention)
+    chunks = {"recurrence": "rmt", "recurrence_slots": 32, "recurrence_chunk": 64}
+    config = toy.model_config(
+        "memory", seq_len=256, attention="splash", lookup="xla", **chunks
+    )
+    implementations.check(config, "tpu")  # 64 + 2 * 32 places of the trunk
+    longer = dataclasses.replace(config, recurrence_slots=16)
+    with pytest.raises(errors.ConfigError, match="the length 96 is not a multiple"):
+        implementations.check(longer, "tpu")

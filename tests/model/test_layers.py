@@ -213,3 +213,58 @@ def test_collectives(name):
     with jax.set_mesh(mesh):
         close(spread(parts), expected(np.asarray(x)))
     assert (collectives.axis_size("model"), collectives.axis_index("model")) == (1, 0)
+
+
+def test_what_a_layer_is_unless_asked_otherwise():
+    """Standard deviations, biases and eps. Mutations: any default of a layer."""
+    rngs = nnx.Rngs(0)
+    memory = layers.MemoryLayer(64, 32, code_bits=8, rngs=rngs)
+    dense = layers.Dense(64, 32, rngs=rngs)
+    embed, head = layers.Embed(64, 32, rngs=rngs), layers.Head(64, 32, rngs=rngs)
+    for weights in (memory.tables, dense.kernel, embed.embedding, head.kernel):
+        assert abs(np.std(np.asarray(weights[...])) / 0.02 - 1) < 0.1
+        assert weights[...].dtype == jnp.float32
+    assert memory.bias is None and not dense.bias[...].any()
+    assert (memory.score, memory.temperature) == ("softmax", 1.0)
+    assert memory.implementation == "auto"
+    biased = layers.MemoryLayer(64, 32, code_bits=8, use_bias=True, rngs=rngs)
+    assert biased.bias[...].shape == (32,) and not biased.bias[...].any()
+    assert (dense.split_inputs, dense.kernel.get_metadata()["spec"]) == (
+        False,
+        "columns",
+    )
+    assert (layers.RMSNorm(4).eps, layers.LayerNorm(4).eps) == (1e-8, 1e-5)
+    x, positions = jnp.asarray(normal((1, 3, 2, 16))), jnp.arange(3)[None]
+    np.testing.assert_array_equal(
+        rotary.rotate(x, positions), rotary.rotate(x, positions, 0.25, 10_000.0)
+    )
+
+
+@pytest.mark.parametrize("code_bits, small", [(8, "uint8"), (9, "uint16")])
+def test_codes_are_sent_in_few_bytes(code_bits, small, monkeypatch):
+    """And come back as numbers of 32 bits. Mutations: `<` for `<=`; 9 for 8."""
+    sent = []
+
+    def all_gather(x, axis, dim):
+        sent.append((str(x.dtype), axis, dim))
+        return x
+
+    monkeypatch.setattr(layers.collectives, "axis_size", lambda axis: 2)
+    monkeypatch.setattr(layers.collectives, "all_gather", all_gather)
+    layer = layers.MemoryLayer(
+        code_bits, 4, code_bits=code_bits, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    codes = jnp.array([[(1 << code_bits) - 1]])
+    got, _ = layer._from_all_devices(codes, jnp.ones((1, 1)))
+    assert sent == [(small, "model", -1), ("bfloat16", "model", -1)]
+    assert got.dtype == jnp.int32 and (got == codes).all()
+
+
+def test_codes_are_handed_over_only_where_they_are_asked_for():
+    """Mutations: `is` for `is not`; nothing handed over."""
+    assert not layers.recording()
+    layers.record({1: jnp.zeros(1)})
+    with layers.record_codes() as recorded:
+        assert layers.recording()
+        layers.record({1: jnp.ones(1)})
+    assert list(recorded) == [1] and not layers.recording()

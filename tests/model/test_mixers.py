@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from memoryformer import errors, model, sharding
 from memoryformer.model import mixers
 from memoryformer.model import transformer as transformer_lib
+from memoryformer.model.mixers import kernel
 
 B, L, D, H = 4, 24, 16, 4
 CASES = {  # name: (mixer, its options, other fields of the config)
@@ -333,3 +334,130 @@ def test_eight_devices(case):
     want = _gradients(case)(case.x)[0]
     for got, one in zip(*map(jax.tree.leaves, (grads, want)), strict=True):
         np.testing.assert_allclose(got, one, atol=1e-4 * (1 + np.abs(one).max()))
+
+
+def made(name, **fields):
+    """A mixer of a dense model of H heads of width 4."""
+    config = toy.model_config("dense", mixer=name, num_heads=4, **fields)
+    rngs = nnx.Rngs(0)
+    project = functools.partial(transformer_lib.make_projection, config, rngs=rngs)
+    return mixers.MIXERS[name](config, project, rngs=rngs, layer=0)
+
+
+def test_how_large_parameters_begin():
+    """Each as its paper or its code has it.
+
+    Mutations: a factor more or less in the fan of DAPE's kernels, in Linformer's Glorot or
+    in the kernel network's rank; the width of conv_luna's filter.
+    """
+
+    def largest(parameter):
+        return np.abs(np.asarray(parameter[...])).max()
+
+    dape = made("softmax", logit_transform="dape_v2", dape_width=32).transform
+    for parameter, fan_in in (
+        (dape.first, 3 * 2 * 4),
+        (dape.first_bias, 3 * 2 * 4),
+        (dape.second, 3 * 32),
+    ):
+        assert 0.8 < largest(parameter) * fan_in**0.5 <= 1
+    linformer = made("linformer", linformer_slots=40, linformer_max_len=60)
+    for parameter in (linformer.write_keys, linformer.write_values):
+        assert parameter[...].shape == (60, 40)
+        assert abs(np.std(np.asarray(parameter[...])) * 10 - 1) < 0.1
+    luna = made("luna", luna_slots=40)
+    assert abs(np.std(np.asarray(luna.memory[...])) - 1) < 0.1
+    conv = made("conv_luna", conv_luna_width=4)
+    assert conv.kernel[...].shape == (4, 4) and 0.6 < largest(conv.kernel) * 2 <= 1
+    assert conv.log_tau[...] == conv.log_tau_pack[...] == 0
+    network = made("trained_kernel", embed_dim=64, trained_kernel_layers=2)
+    assert network.a[...].shape == (2, 16, 4, 4)  # [depth, E, E / 4, H]
+    assert network.b[...].shape == (2, 4, 16, 4)
+    assert abs(np.std(np.asarray(network.a[...])) * 16**0.5 - 1) < 0.15
+    assert abs(np.std(np.asarray(network.b[...])) * 4**0.5 - 1) < 0.15
+
+
+def test_how_large_states_are():
+    """Sums of fixed size; a cache of whole blocks of 32 keys.
+
+    Mutations: a width more or less; a block of another size.
+    """
+    for name, fields, shapes in (
+        ("softmax", {}, [(2, 4, 64, 4), (2, 4, 64, 4), (2, 64), ()]),
+        ("linear", {}, [(2, 4, 4, 5), (2,), (2, 4)]),
+        ("cosformer", {"cosformer_max_len": 99}, [(2, 4, 8, 5), (2,), (2, 4)]),
+        ("performer", {"performer_features": 6}, [(2, 4, 6, 5), (2,), (2, 4)]),
+        (
+            "linformer",
+            {"linformer_slots": 5, "linformer_max_len": 99},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 4, 5, 4), (2,), (2, 4)],
+        ),
+        (
+            "luna",
+            {"luna_slots": 5},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 0, 2, 16), (2, 0)],
+        ),
+        (
+            "conv_luna",
+            {"luna_slots": 5, "conv_luna_width": 4},
+            [(2, 4, 4, 5), (2,), (2, 4), (2, 3, 2, 16), (2, 3)],
+        ),
+    ):
+        state = jax.eval_shape(
+            lambda n=name, f=fields: made(n, **f).init_state(2, 33, jnp.bfloat16)
+        )
+        assert [x.shape for x in jax.tree.leaves(state)] == shapes, name
+        floats = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("int32")}
+        assert floats == {jnp.dtype("bfloat16" if name == "softmax" else "float32")}
+    for name in ("cosformer", "linformer"):  # rows of 12 positions
+        jax.eval_shape(lambda n=name: made(n).init_state(1, 12))
+        with pytest.raises(errors.ConfigError, match=f"{name}_max_len=12.* 13 tokens"):
+            jax.eval_shape(lambda n=name: made(n).init_state(1, 13))
+    whole = jax.eval_shape(lambda: made("softmax").init_state(1, 32))
+    assert whole.keys.shape[2] == 32 and whole.keys.dtype == jnp.float32
+
+
+def test_a_row_over_several_devices_does_not_decode():
+    """Mutation: the check left out, and a state that nobody reads."""
+    with pytest.raises(errors.ConfigError, match="axis trains; decode without one"):
+        made("softmax")._around(None, None, None, None, "a state")
+
+
+def test_denominators_that_are_next_to_nothing():
+    """Mutations: `<=` for `<`; another floor."""
+    small = jnp.array([0.0, 1e-31, 1e-30, 2.0])
+    guarded = [
+        np.asarray(made(name).guard(small)) for name in ("trained_kernel", "linear")
+    ]
+    np.testing.assert_array_equal(guarded[0], np.float32([1, 1, 1e-30, 2]))
+    np.testing.assert_allclose(guarded[1], np.asarray(small) + 1e-6, rtol=1e-6)
+    cos = made("cosformer").guard(small)
+    np.testing.assert_array_equal(cos, np.float32([1e-6, 1e-6, 1e-6, 2]))
+
+
+def test_which_features_are_in_use():
+    """Those of a config outside a run; each draw for so many steps.
+
+    Mutations: any default; a sign of the count; a step too early.
+    """
+    config = toy.model_config(
+        mixer="performer",
+        performer_seed=3,
+        performer_draw=4,
+        performer_redraw_every=2,
+    )
+    assert kernel.in_use(config) == (3, 4)
+    assert kernel.in_use(config, 2**31 - 1) == (2, 4)
+    found = [int(kernel.in_use(config, 0, step)[1]) for step in range(7)]
+    assert found == [4, 4, 4, 5, 5, 6, 6]
+    run = mixers.with_draw(config, 10, 5)
+    assert (run.performer_seed, run.performer_draw) == (13, 6)
+    other = toy.model_config()
+    assert mixers.with_draw(other, 10, 5) is other
+    assert mixers.draw(other, 1, 1) is None
+    lengths = {"cosformer": 12, "linformer": 12, "softmax": 0, "luna": 0, "linear": 0}
+    for name, length in lengths.items():
+        assert mixers.max_length(toy.model_config(mixer=name)) == length
+        assert mixers.takes_any_order(toy.model_config(mixer=name)) == (
+            name == "softmax"
+        )

@@ -441,3 +441,24 @@ def test_mistakes_are_one_line(fields, message):
     with pytest.raises(ConfigError, match=message) as caught:
         toy.model_config(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_are_narrowed_as_they_are_read():
+    """To a bfloat16 model's type and never wider; nothing else is touched.
+
+    Mutations: `>=` for `<`; `or` for `and`.
+    """
+    config, half = toy.model_config(), toy.model_config(dtype="bfloat16")
+    params = toy.numpy_params(config)
+    groups = model.param_groups(config)
+    narrow = model.with_tables_as_read(half, params)
+    for group, before, after in zip(
+        *map(jax.tree.leaves, (groups, params, narrow)), strict=True
+    ):
+        assert after.dtype == (jnp.bfloat16 if group == "tables" else jnp.float32)
+        assert after is before or group == "tables"
+    for kept, now in ((narrow, config), (narrow, half), (params, config)):
+        same = jax.tree.map(
+            lambda a, b: a is b, kept, model.with_tables_as_read(now, kept)
+        )
+        assert jax.tree.all(same)

@@ -1,6 +1,7 @@
 """Weights stored narrower: what decoding and evaluation make of them."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +105,59 @@ def test_int8_tables_cost_next_to_nothing(tmp_path):
     int8 = evaluate_run.evaluate_checkpoint(workdir, kinds=kinds)
     assert 0 < abs(int8["val/loss"] - float32["val/loss"]) < 0.002
     assert int8["weights"] == dataclasses.asdict(kinds)
+
+
+def test_what_is_altered_is_said():
+    """Nothing unless it is asked for. Mutations: `==` for `!=`; `is` for `is not`."""
+    config = toy.model_config("dense")
+    params = jax.tree.map(np.asarray, model.init(config))
+    same, told = narrow.altered(config, params, None, 1)
+    assert same is params and told == {}
+    half, told = narrow.altered(config, params, None, 0.5)
+    assert set(told) == {"multiply_adds", "effective_multiply_adds"}
+    assert told["effective_multiply_adds"] * 2 == told["multiply_adds"]
+    sizes = {
+        name: weights.size
+        for name, weights in zip(
+            map(jax.tree_util.keystr, dict(jax.tree.leaves_with_path(params))),
+            jax.tree.leaves(params),
+            strict=True,
+        )
+        if "kernel" in name and "head" not in name
+    }
+    assert told["multiply_adds"] == sum(sizes.values())
+    kinds = narrow.WeightKinds(dense="int8")
+    rounded, told = narrow.altered(config, half, kinds, 1)
+    assert told == {
+        "weights": {"tables": "float32", "head": "float32", "dense": "int8"}
+    }
+    up = [tree["blocks"]["0"]["ffn"]["up"]["kernel"] for tree in (half, rounded)]
+    assert 0 < np.abs(up[0] - up[1]).max() <= np.abs(up[0]).max() / 127
+    _, told = narrow.altered(config, params, kinds, 0.5)
+    assert len(told) == 3
+    tiny, counts = narrow.prune(config, params, 1e-9)
+    assert counts["effective_multiply_adds"] == 0
+    assert not tiny["blocks"]["0"]["ffn"]["up"]["kernel"].any()
+    assert tiny["head"]["kernel"].any()
+    for density in (0.0, 1.1, -0.5):
+        with pytest.raises(
+            errors.ConfigError, match=f"--density={density}: must be in"
+        ):
+            narrow.prune(config, params, density)
+    for field in ("tables", "head", "dense"):
+        with pytest.raises(errors.ConfigError, match=f"--{field}='x'"):
+            narrow.WeightKinds(**{field: "x"})
+
+
+def test_flags_that_say_nothing_are_none(monkeypatch):
+    """Mutation: `!=` for `==`."""
+    values = {"tables": "float32", "head": "float32", "dense": "float32"}
+
+    def flags():
+        return {k: types.SimpleNamespace(value=v) for k, v in values.items()}
+
+    monkeypatch.setattr(narrow.flags, "FLAGS", flags())
+    assert narrow.kinds_from_flags() is None
+    values["head"] = "int4"
+    monkeypatch.setattr(narrow.flags, "FLAGS", flags())
+    assert narrow.kinds_from_flags() == narrow.WeightKinds(head="int4")

@@ -9,13 +9,14 @@ import numpy as np
 import oracle_recurrence
 import pytest
 import toy
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import errors, model, sharding
 from memoryformer.convert import gpt_neox, reference_reader, released
 from memoryformer.evaluation import buckets
 from memoryformer.generation import sampler
-from memoryformer.model import mixers, recurrence
+from memoryformer.model import mixers, recurrence, transformer
 
 B, L, S = 4, 16, 4
 SEGMENTS = np.array(
@@ -367,3 +368,50 @@ def test_positions_of_a_chunk_count_its_real_tokens():
     seq = chunk.sequence(padded, 1)
     assert seq.positions[0, ::2].tolist() == [1, 2]
     assert seq.segment_ids.tolist() == [[1, 0, 1, 0]]
+
+
+def test_a_chunk_is_a_quarter_of_a_row_unless_said():
+    """And takes that many positions of the trunk. Mutations: a product; a fifth."""
+    for name in recurrence.KINDS:
+        config = toy.model_config("dense", recurrence=name, seq_len=32)
+        assert recurrence.chunk_size(config) == 8
+        slots = 2 * config.recurrence_slots if name == "rmt" else 0
+        assert recurrence.capacity(config) == 8 + slots
+    with pytest.raises(errors.ConfigError, match="recurrence_chunk=0 does not divide"):
+        toy.model_config("dense", recurrence="rmt", seq_len=3)
+    config = toy.model_config("dense", recurrence="none", seq_len=3)
+    assert recurrence.make(config, None, None, rngs=None) is None
+
+
+def test_a_mixer_with_just_enough_positions_is_taken():
+    """Mutation: `<=` for `<`."""
+    fields = {"mixer": "linformer", "recurrence": "rmt", "recurrence_slots": 4}
+    fields |= {"seq_len": 16, "recurrence_chunk": 12, "linformer_max_len": 20}
+    fields["recurrence_chunk"] = 8
+    for limit, taken in ((16, True), (20, True)):
+        config = toy.model_config("dense", **fields | {"linformer_max_len": limit})
+        assert (recurrence.capacity(config) == 16) == taken
+    with pytest.raises(errors.ConfigError, match="takes 18 positions; raise it to 18"):
+        toy.model_config(
+            "dense", **fields | {"linformer_max_len": 17, "recurrence_slots": 5}
+        )
+
+
+def test_how_memories_begin():
+    """RMT's as embeddings, Memformer's slots of length 1.
+
+    Mutations: another standard deviation; the slots not normalised.
+    """
+    fields = {"recurrence_chunk": 4, "recurrence_slots": 60, "embed_std": 0.3}
+    for name, std in (("rmt", 0.3), ("memformer", 0.25)):
+        config = toy.model_config("dense", recurrence=name, num_layers=1, **fields)
+        rngs = nnx.Rngs(0)
+        project = functools.partial(transformer.make_projection, config, rngs=rngs)
+        norm = functools.partial(transformer.make_norm, config)
+        made = recurrence.make(config, project, norm, rngs=rngs)
+        own = np.asarray((made.memory if name == "rmt" else made.bias)[...])
+        assert own.shape == (60, 16)
+        assert abs(np.std(own) / std - 1) < 0.1
+        if name == "memformer":
+            lengths = np.linalg.norm(made.initial(), axis=-1)
+            np.testing.assert_allclose(lengths, 1, rtol=1e-5)

@@ -92,3 +92,115 @@ def test_dape_is_refused_without_logits(implementation):
         model.ModelConfig(
             **fields, seq_len=8, mixer="cosformer", mixer_options={"max_len": 4}
         )
+
+
+@pytest.mark.parametrize(
+    "implementation, dtype, length, width, platform, reason",
+    [
+        ("cudnn", "bfloat16", 8, 128, "gpu", ""),
+        ("cudnn", "bfloat16", 8, 8, "gpu", ""),
+        ("cudnn", "bfloat16", 8, 64, "tpu", "the platform is tpu, not gpu"),
+        ("cudnn", "float32", 8, 64, "gpu", "the dtype is float32, not bfloat16"),
+        ("cudnn", "bfloat16", 8, 136, "gpu", "the heads' width 136 is not"),
+        (
+            "cudnn",
+            "bfloat16",
+            8,
+            12,
+            "gpu",
+            "the heads' width 12 is not a multiple of 8",
+        ),
+        ("cudnn", "bfloat16", 7, 64, "gpu", "the length 7 is odd"),
+        ("splash", "float32", 256, 64, "tpu", ""),
+        ("splash", "float32", 128, 64, "gpu", "the platform is gpu, not tpu"),
+        (
+            "splash",
+            "float32",
+            129,
+            64,
+            "tpu",
+            "the length 129 is not a multiple of 128",
+        ),
+        ("splash", "float32", 64, 64, "tpu", "the length 64 is not a multiple of 128"),
+        ("xla", "float32", 7, 3, "cpu", ""),
+        ("auto", "float32", 7, 3, "cpu", ""),
+    ],
+)
+def test_where_fused_attention_runs(
+    implementation, dtype, length, width, platform, reason
+):
+    """Both sides of each edge. Mutations: `and` for `or`; 9 for 8; `>=` for `>`."""
+    q = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+    found = attention.why_not(implementation, q, platform)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    if platform != "cpu":  # asked of this machine
+        assert "the platform is cpu" in attention.why_not(implementation, q)
+
+
+def test_what_auto_takes(monkeypatch):
+    """cuDNN where it runs, with its zeros for padding; the plain form elsewhere.
+
+    Mutations: `not` left out; the mask not handed on; padding left as it comes.
+    """
+    seen = []
+
+    def theirs(q, k, v, *, mask, implementation):
+        seen.append((mask.shape, implementation))
+        return jnp.ones_like(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", theirs)
+    q, k, v = _qkv()
+    wide = attention.fused(q, k, v, SEGMENTS, "auto")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(attention.fused(q, k, v, SEGMENTS, "auto"), wide)
+    assert not seen
+    half = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    y = np.asarray(attention.fused(*half, SEGMENTS, "auto"), np.float32)
+    assert seen == [((1, 1, 128, 128), "cudnn")]
+    assert (y[SEGMENTS != 0] == 1).all() and (y[SEGMENTS == 0] == 0).all()
+
+
+def test_without_the_cuda_plugin(monkeypatch):
+    """What is wrong with the shapes comes first. Mutations: `and` for `or`; `all`."""
+    monkeypatch.setattr(
+        attention.only_on, "platform", lambda segments, platform, what: segments
+    )
+    q, k, v = (x.astype(jnp.bfloat16) for x in _qkv())
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="CUDA plugin, which brings cuDNN, is not inst"
+    ):
+        attention.fused(q, k, v, SEGMENTS, "cudnn")
+    with pytest.raises(ValueError, match="the length 127 is odd"):
+        attention.fused(*(x[:, 1:] for x in (q, k, v)), SEGMENTS[:, 1:], "cudnn")
+    monkeypatch.setattr(
+        attention.importlib.util, "find_spec", lambda name: "cuda13" in name or None
+    )
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **options: jnp.ones_like(q)
+    )
+    assert attention.fused(q, k, v, SEGMENTS, "cudnn").any()
+
+
+def test_a_cache_read_all_at_once(monkeypatch):
+    """As an accelerator does, from keys and values by head and of another type.
+
+    Mutations: axes not swapped; the mask of another document.
+    """
+    (q, k, v), here = _qkv(), np.where(np.arange(128) < 40, 1, 0)[None]
+    arguments = (
+        q[:, 30:40],
+        *(jnp.swapaxes(x, 1, 2) for x in (k, v)),
+        np.arange(30, 40, dtype=np.int32)[None],
+        np.ones((1, 10), np.int32),
+        here,
+        jnp.int32(40),
+    )
+    wanted = attention.over_cache(*arguments)
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *operands, cpu, default: default(*operands),
+    )
+    got = attention.over_cache(*arguments)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)

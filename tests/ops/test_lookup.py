@@ -239,3 +239,108 @@ def test_mistakes_are_named(monkeypatch):
     codes = jnp.zeros((2, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"codes \(2, 4\) and scores \(2, 4\)"):
         lookup.lookup(tables, codes, jnp.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_without_a_scatter(dtype, monkeypatch):
+    """On other platforms than CPU a product with one-hot codes stands for it: the same sums.
+
+    Mutations: scores left out of `product`, or divided by.
+    """
+    tables, codes, scores, dy = operands(dtype)
+    wanted = value_and_gradients(tables, codes, scores, dy, "xla")
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *operands, default, **others: default(*operands),
+    )
+    got = value_and_gradients(tables, codes, scores, dy, "xla")
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert relative(one, other) < (1e-6 if dtype == "float32" else 4e-3)
+
+
+def chosen(monkeypatch, num_buckets, dtype="float32"):
+    """What `auto` takes on each platform, by name."""
+    seen = {}
+
+    def platform_dependent(*operands, **functions):
+        seen.update({name: f.__name__ for name, f in functions.items()})
+        return functions["default"](*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
+    tables = jax.ShapeDtypeStruct((2, num_buckets, 8), dtype)
+    codes = jax.ShapeDtypeStruct((3, 2), "int32")
+    scores = jax.ShapeDtypeStruct((3, 2), "float32")
+    jax.eval_shape(lookup.lookup, tables, codes, scores)
+    return seen
+
+
+def test_what_auto_takes(monkeypatch):
+    """Products up to ten bits on a TPU; C++ on CPU, only where it will run.
+
+    Mutations: nine or eleven bits; `<` for `<=`; `or` for `and`.
+    """
+    built = "native" if lookup_native.available() else "scan_tables"
+    few = {"cpu": built, "tpu": "onehot_products", "cuda": "gpu"}
+    few["default"] = "scan_tables"
+    assert chosen(monkeypatch, 1 << 10) == few
+    assert chosen(monkeypatch, 1 << 11) == few | {"tpu": "scan_tables"}
+    half = few | {"cpu": "scan_tables", "cuda": "scan_tables"}
+    assert chosen(monkeypatch, 1 << 10, "float16") == half
+    monkeypatch.setattr(lookup_native, "available", lambda: False)
+    assert chosen(monkeypatch, 2) == few | {"cpu": "scan_tables"}
+    monkeypatch.setattr(lookup_native, "available", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert chosen(monkeypatch, 4) == few | {"cpu": "scan_tables"}
+
+
+@pytest.mark.parametrize(
+    "implementation, dtype, platform, capability, reason",
+    [
+        ("xla", "float64", "tpu", None, ""),
+        ("native", "float32", "gpu", None, "the platform is gpu, not cpu"),
+        ("native", "float64", "cpu", None, "it takes float32 or bfloat16, not float64"),
+        ("gpu", "float32", "cpu", None, "the platform is cpu, not gpu"),
+        ("gpu", "float32", "gpu", 9.0, ""),
+        (
+            "gpu",
+            "float32",
+            "gpu",
+            8.0,
+            "the GPU's compute capability is 8.0, below 9.0",
+        ),
+        (
+            "gpu",
+            "float16",
+            "gpu",
+            9.0,
+            "it takes no float16 tables with float32 scores",
+        ),
+    ],
+)
+def test_why_not(implementation, dtype, platform, capability, reason):
+    """Mutations: any of the checks left out."""
+    with jax.enable_x64(True):
+        found = lookup.why_not(implementation, jnp.dtype(dtype), platform, capability)
+    assert found == reason
+
+
+def test_a_layer_as_in_the_paper_unless_asked_otherwise():
+    """Score, temperature and implementation. Mutations: any default of `memory_layer`."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 12)), jnp.float32)
+    tables = jnp.asarray(rng.normal(size=(3, 16, 5)), jnp.float32)
+    plain = lookup.memory_layer(x, tables)
+    named = lookup.memory_layer(x, tables, None, "softmax", 1.0, "auto", None)
+    np.testing.assert_array_equal(plain, named)
+    chunks = hashing.split_chunks(x, 4)
+    np.testing.assert_array_equal(
+        hashing.scores(chunks), hashing.scores(chunks, "softmax", 1.0)
+    )
+    one = jnp.float32(1.0)
+    np.testing.assert_allclose(
+        hashing.scores(chunks, "learned", 0.5),
+        hashing.scores(chunks, "learned", 9.0, (4 * one, one)),
+        rtol=1e-6,
+    )

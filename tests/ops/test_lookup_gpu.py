@@ -5,6 +5,7 @@ Interpretation runs every block's program one read and write at a time, so shape
 
 import functools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +217,132 @@ def test_auto_leaves_more_keys_than_sort_fits_to_the_scan():
         return lookup.memory_layer(z, tables=tables, implementation="auto").sum()
 
     assert jax.eval_shape(jax.grad(total), tables, z).shape == (K, C, F)
+
+
+def test_where_it_can_run(monkeypatch):
+    """From compute capability 9.0 on; of the GPU that is here where none is named.
+
+    Mutations: `<=` for `<`; the backend not asked; every dot taken out of a version.
+    """
+    tables, _, scores, _ = operands(N=1, K=1, C=2, F=128)
+    why = functools.partial(lookup_gpu.why_not, tables, scores)
+    assert why() == why(9.0) == why(10.0) == ""
+    assert why(8.9) == "the GPU's compute capability is 8.9, below 9.0"
+    assert "float32 tables with float16 scores" in lookup_gpu.why_not(
+        tables, scores.astype(jnp.float16)
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, number in (("8.6", 8.6), ("9.0", 9.0), ("gfx90a", 0.0), ("", 0.0)):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert lookup_gpu.own_capability() == number
+        assert (why() == "") == (number >= 9)
+        assert why(9.0) == ""  # named: not asked
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace()])
+    assert lookup_gpu.own_capability() == 0.0
+    odd = types.SimpleNamespace(compute_capability="9.0.0")
+    monkeypatch.setattr(jax, "devices", lambda: [odd])
+    assert lookup_gpu.own_capability() == 0.0
+
+
+@pytest.mark.parametrize(
+    "width, padded, tile, lanes",
+    [
+        (1, 128, 128, 1),
+        (128, 128, 128, 1),
+        (129, 256, 256, 2),
+        (640, 640, 640, 1),
+        (1024, 1024, 1024, 8),
+        (1536, 1536, 1536, 4),
+        (1664, 1664, 128, 1),
+        (2048, 2048, 1024, 8),
+        (2304, 2304, 768, 2),
+        (3072, 3072, 1024, 8),
+    ],
+)
+def test_tiles_of_a_width(width, padded, tile, lanes):
+    """Wide reads first, then wide tiles, as measured.
+
+    Mutations: the tile before its lanes; MAX_TILE, MAX_LANES or THREADS by one.
+    """
+    rows, found = lookup_gpu._tiled(jnp.zeros((1, 1, width)), lookup_gpu.MAX_TILE)
+    assert rows.shape == (1, 1, padded)
+    assert (found, lookup_gpu._lanes(found)) == (tile, lanes)
+    assert (lookup_gpu.MAX_TILE, lookup_gpu.THREADS) == (1536, 128)
+
+
+def launches(monkeypatch, N, K, C, F, dtype="bfloat16", direction="forward", **sizes):
+    """What a direction launches for these shapes: [(grid, tile, sizes), ..]."""
+    seen = []
+
+    def launch(body, grid, results, tile, interpret, **sizes):
+        assert interpret is False
+        seen.append((grid, tile, sizes))
+        made = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), results)
+        return lambda *operands: made
+
+    monkeypatch.setattr(lookup_gpu, "_launch", launch)
+    tables, codes, scores, dy = shapes(N, K, C, F, dtype)
+    operands = [tables, codes, scores] + [dy] * (direction == "backward")
+    function = functools.partial(getattr(lookup_gpu, direction), **sizes)
+    jax.eval_shape(function, *operands)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "shape, grid, tile, tokens, num_tables",
+    [
+        ((16384, 128, 256, 1024), (1, 1, 1024), 1024, 16, 128),
+        ((16384, 128, 256, 3072), (3, 1, 1024), 1024, 16, 128),
+        ((16384, 128, 256, 1536), (1, 1, 2048), 1536, 8, 128),
+        ((1, 128, 256, 1024), (1, 128, 1), 1024, 1, 1),
+        ((5, 128, 256, 1024), (1, 128, 1), 1024, 8, 1),
+        ((368, 23, 16, 128), (1, 1, 23), 128, 16, 23),
+        ((352, 24, 16, 128), (1, 24, 22), 128, 16, 1),
+    ],
+)
+def test_blocks_of_a_forward_pass(monkeypatch, shape, grid, tile, tokens, num_tables):
+    """As many tokens as registers hold; few tokens are spread over parts of the tables.
+
+    Mutations: TOKENS, SUMS or BLOCKS by one; `_power_of_two_above` of one more.
+    """
+    [(found, width, sizes)] = launches(monkeypatch, *shape)
+    assert tuple(found.values()) == grid and width == tile
+    assert list(found) == ["features", "splits", "tokens"]
+    assert sizes == {"tokens": tokens, "num_tables": num_tables}
+
+
+def test_blocks_of_a_backward_pass(monkeypatch):
+    """A block to a run of 256 tokens, two at a time, then one to a row.
+
+    Mutations: RUN or UNROLL by one; a tile more.
+    """
+    shape = (16384, 4, 256, 2048)
+    runs, rows = launches(monkeypatch, *shape, direction="backward")
+    assert runs == (
+        {"features": 2, "tables": 4, "runs": 256 + 64},
+        1024,
+        {"unroll": 2},
+    )
+    assert rows == ({"features": 2, "tables": 4, "rows": 256}, 1024, {})
+
+
+def test_whole_numbers():
+    """Mutations: any of them by one."""
+    assert [lookup_gpu._power_of_two_below(n) for n in (1, 7, 8, 9)] == [1, 4, 8, 8]
+    above = [lookup_gpu._power_of_two_above(n) for n in (0, 1, 2, 8, 9)]
+    assert above == [1, 1, 2, 8, 16]
+    cases = ((12, 0), (12, 1), (12, 5), (12, 6), (12, 99), (7, 6))
+    assert [lookup_gpu._divisor(*case) for case in cases] == [1, 1, 4, 6, 12, 1]
+
+
+def test_keys_fit_a_positive_int32():
+    """Mutations: `>` for `>=`; 30 or 32 for 31."""
+
+    def sort(num_tokens):
+        codes = jax.ShapeDtypeStruct((num_tokens, 1), jnp.int32)
+        return jax.eval_shape(lambda c: lookup_gpu.sort_by_code(c, 1 << 20), codes)
+
+    assert sort((1 << 11) - 1).rows.shape == (1, (1 << 20) + 7)
+    with pytest.raises(ValueError, match="2048 tokens of 1048576 codes"):
+        sort(1 << 11)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -430,3 +431,117 @@ def test_a_failed_build_says_why(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"failed on lookup_native.cc: {message}"):
             lookup_native._build()
     assert not list(tmp_path.rglob("*.so"))
+
+
+class Recorded:
+    """Stands for the library: notes how it is configured."""
+
+    def memoryformer_configure(self, threads, level, reuse):
+        self.last = (threads, level, reuse.value)
+
+
+def test_how_it_is_configured(monkeypatch):
+    """Threads of the environment or one a core, all instructions, copies from four tokens.
+
+    Mutations: any default; any of the checks of $MEMORYFORMER_THREADS left out.
+    """
+    library = Recorded()
+    monkeypatch.delenv("MEMORYFORMER_THREADS", raising=False)
+    lookup_native._configure(library)
+    assert library.last[1:] == (2, 4)
+    monkeypatch.setenv("MEMORYFORMER_THREADS", "3")
+    lookup_native._configure(library)
+    assert library.last == (3, 2, 4)
+    lookup_native._configure(library, 5, "portable", 7)
+    assert library.last == (5, 0, 7)
+    lookup_native._configure(library, 1, "avx2")
+    assert library.last == (1, 1, 4)
+    for wrong in ("two", "-1", "1.5"):
+        monkeypatch.setenv("MEMORYFORMER_THREADS", wrong)
+        with pytest.raises(ValueError, match=f"MEMORYFORMER_THREADS='{wrong}'"):
+            lookup_native._configure(library)
+
+
+def test_how_the_compiler_is_called(monkeypatch, tmp_path):
+    """Its words are kept, it may take five minutes, and the folder is made.
+
+    Mutations: `text=False`; `check=False`; any of the seconds; `parents=False`.
+    """
+    calls = []
+
+    def run(command, **how):
+        calls.append((command, how))
+        if "-o" in command:
+            pathlib.Path(command[-1]).touch()
+        return subprocess.CompletedProcess(command, 0, "some version", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for _ in range(2):  # the second finds what the first has built
+        monkeypatch.setenv("MEMORYFORMER_CACHE", str(tmp_path / "a" / "b"))
+        built = lookup_native._build()
+    words = {"capture_output": True, "text": True}
+    assert [how for _, how in calls] == [
+        words | {"check": True, "timeout": 60},
+        words | {"timeout": 300},
+        words | {"check": True, "timeout": 60},
+    ]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [built.name]
+    assert calls[0][0][-1] == "--version" and "-O3" in calls[1][0]
+    assert re.fullmatch(r"lookup_native-[0-9a-f]{32}\.so", built.name)
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **how: subprocess.CompletedProcess(
+            command, "-o" in command, "some version", "x" * 400
+        ),
+    )
+    monkeypatch.setenv("MEMORYFORMER_CACHE", str(tmp_path / "c"))
+    with pytest.raises(OSError, match=r"failed on lookup_native.cc: x{300}$"):
+        lookup_native._build()
+
+
+def test_where_it_is_built(monkeypatch):
+    """Mutation: `and` for `or`."""
+    monkeypatch.setenv("MEMORYFORMER_CACHE", "/some/where")
+    assert lookup_native._cache_folder() == pathlib.Path("/some/where")
+    monkeypatch.delenv("MEMORYFORMER_CACHE")
+    monkeypatch.setenv("HOME", "/home/me")
+    folder = pathlib.Path("/home/me/.cache/memoryformer")
+    assert lookup_native._cache_folder() == folder
+
+
+def test_why_there_is_none_is_said_once(monkeypatch, caplog):
+    """Mutations: nothing said; `available` the other way round."""
+    monkeypatch.setattr(lookup_native, "_load", lambda: (None, "a reason of this test"))
+    assert not lookup_native.available() and not lookup_native.available()
+    assert [r.getMessage().split(": ")[-1] for r in caplog.records] == [
+        "a reason of this test"
+    ]
+    x, weights = jnp.ones((1, 2)), jnp.ones((3, 2))
+    tables, codes, scores, _ = operands((12, 3, 8, 20))
+    for call in (
+        lookup_native.configure,
+        lambda: lookup_native.native(tables, codes, scores),
+        lambda: lookup_native.matrix_product(x, weights, None),
+        lambda: lookup_native.memory_layer(x, tables, None, None, 0, 2.0, 1.0),
+    ):
+        with pytest.raises(RuntimeError, match="a reason of this test"):
+            call()
+    monkeypatch.setattr(lookup_native, "_load", lambda: ("library", ""))
+    assert lookup_native.available() and lookup_native._library() == "library"
+
+
+def test_types_that_it_does_not_take():
+    """Mutations: `and` for `or`; any of the checks left out."""
+    tables, codes, scores, _ = operands((12, 3, 8, 20))
+    half = jnp.float16
+    for wrong in (
+        (tables.astype(half), codes, scores),
+        (tables, codes, scores.astype(half)),
+    ):
+        assert not lookup_native.supports(wrong[0], wrong[2])
+        with pytest.raises(TypeError, match="use 'xla'"):
+            lookup_native.native(*wrong)
+    assert lookup_native.supports(tables, scores)
+    with pytest.raises(ValueError, match="a score with the power 2 of"):
+        lookup_native.memory_layer(jnp.ones((1, 9)), tables, None, None, 2, 1.0, 1.0)

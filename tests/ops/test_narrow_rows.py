@@ -199,3 +199,34 @@ def test_huge_pages_change_no_value(dtype):
         got = narrow_rows.in_huge_pages(array)
         assert got.dtype == array.dtype
         np.testing.assert_array_equal(np.asarray(got), array)
+
+
+def test_many_vectors_are_multiplied_in_xla(monkeypatch):
+    """From 33 on; elsewhere than on CPU always. Mutations: `<` for `<=`; 33 for 32."""
+    offered = []
+
+    def on_cpu(native, in_xla):
+        offered.append(native)
+        return in_xla
+
+    whole = narrow_rows._on_cpu
+    monkeypatch.setattr(narrow_rows, "_on_cpu", on_cpu)
+    matrix = narrow_rows.pack_matrix(np.ones((4, 2), np.float32), "float32")
+    for count, offers in ((32, 1), (33, 1), (1, 2)):
+        y = narrow_rows.product(np.ones((count, 4), np.float32), matrix)
+        np.testing.assert_array_equal(y, np.full((count, 2), 4.0))
+        assert len(offered) == offers
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(lookup_native, "available", lambda: True)
+    assert whole("native", "xla") == "xla"
+    large = np.zeros(5 << 20, np.int8)
+    monkeypatch.setattr(jax, "device_put", None)
+    assert narrow_rows.in_huge_pages(large).shape == large.shape
+
+
+def test_huge_pages_begin_at_their_borders():
+    """From two pages on, where a page is 2 MB. Mutations: 3 for 2; 21 for 20; any sign."""
+    page = 2 << 20
+    for size in (2 * page, 2 * page + 64):
+        got = narrow_rows.in_huge_pages(np.zeros(size, np.int8))
+        assert got.unsafe_buffer_pointer() % page == 0

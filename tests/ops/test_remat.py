@@ -174,3 +174,35 @@ def test_attention_is_kept_once(remat):
     )
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
     assert shapes.count((4, 12, 2, 8)) == (remat == "codes")
+
+
+def test_two_passes_are_kept_apart(monkeypatch):
+    """By a scan itself, otherwise by jax; nothing is computed again unless asked.
+
+    Mutations: `not` left out; either default of `apply`; a layer of a loop told that it is
+    scanned.
+    """
+    seen = []
+
+    def checkpoint(layer, *, policy, prevent_cse):
+        seen.append(prevent_cse)
+        return layer
+
+    monkeypatch.setattr(remat_lib.jax, "checkpoint", checkpoint)
+    layers, params = [lambda own, x: own * x] * 2, [jnp.float32(2), jnp.float32(3)]
+    x = jnp.ones(3)
+    for how, kept in (
+        ({}, []),
+        ({"scan": True}, []),
+        ({"remat": "full"}, [True, True]),
+        ({"remat": "full", "scan": True}, [False]),
+    ):
+        np.testing.assert_array_equal(
+            remat_lib.apply(layers, params, x, **how), np.full(3, 6.0)
+        )
+        assert seen == kept
+        seen.clear()
+    remat_lib.rematerialise(layers[0], "codes")
+    assert seen == [True]
+    with pytest.raises(ValueError, match="'x': no policy keeps it; known: codes"):
+        remat_lib.name(x, "x")

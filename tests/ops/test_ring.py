@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
+from memoryformer.model import mixers, transformer
 from memoryformer.model.mixers import conv_luna
 from memoryformer.ops import attention, document_max, prefix, ring
 
@@ -204,3 +206,31 @@ def test_tails_of_earlier_parts():
         whole = conv_luna._later_tail(tail(0, cut), tail(cut, last))
         for x, y in zip(whole, tail(0, last), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "conv_luna", "performer"])
+def test_two_devices_are_several(mixer):
+    """What looks along a row looks at the other half too, as on one device.
+
+    Mutation: `> 2` for `> 1`, where a mixer or a sum asks how many there are.
+    """
+    options = {"num_features": 6} if mixer == "performer" else None
+    config = toy.model_config("dense", mixer=mixer, seq_len=L, mixer_options=options)
+    rngs = nnx.Rngs(0)
+    project = functools.partial(transformer.make_projection, config, rngs=rngs)
+    made = mixers.MIXERS[mixer](config, project, rngs=rngs, layer=0)
+    graph, params = nnx.split(made)
+    params = jax.tree.map(np.asarray, params)
+    *_, segments, positions = inputs()
+    x = np.random.default_rng(3).normal(size=(B, L, config.embed_dim))
+
+    def mix(x, positions, segments):
+        seq = mixers.SeqInfo(positions, segments)
+        return nnx.merge(graph, params)(x, seq)[0]
+
+    striped = mixers.takes_any_order(config)
+    two = sharding.make("sequence", jax.devices()[:2], striped=striped)
+    arrays = x.astype(np.float32), positions, segments
+    real = segments != 0
+    one = np.asarray(toy.quick_jit(mix)(*arrays))[real]
+    np.testing.assert_allclose(over(two, mix, *arrays)[real], one, atol=2e-5)

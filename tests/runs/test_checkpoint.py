@@ -306,6 +306,162 @@ def test_should_save_by_steps_and_minutes(tmp_path, monkeypatch):
         assert run.should_save(5) and not run.should_save(3)
 
 
+# At the edges.
+
+
+def test_minutes_are_whole(tmp_path, monkeypatch):
+    """Due after exactly as many; never where both are off; process 0's clock of several.
+
+    Mutations: `>` for `>=`; `every_steps` of 0 divided by; every step asks.
+    """
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    minutes = checkpoint.CheckpointConfig(every_steps=0, every_minutes=0.5)
+    with open_run(tmp_path / "a", minutes) as run:
+        now[0] = 29.0
+        assert not run.should_save(0) and not run.should_save(1)
+        now[0] = 30.0
+        assert run.should_save(1)
+        asked = []
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(
+            checkpoint.processes, "from_chief", lambda due: asked.append(due) or not due
+        )
+        assert not run.should_save(9) and not run.should_save(10) and asked == [True]
+        now[0] = 29.0
+        assert run.should_save(20) and asked == [True, False]
+        monkeypatch.undo()
+    with open_run(tmp_path / "b", checkpoint.CheckpointConfig(every_steps=0)) as run:
+        assert not any(run.should_save(step) for step in range(1000, 3000, 1000))
+
+
+def test_just_enough_space_is_enough(tmp_path, monkeypatch):
+    """Mutation: `<=` for `<`."""
+    state = {"w": jax.ShapeDtypeStruct((2**28,), jnp.float32)}  # 1 GiB
+    exact = shutil.disk_usage(tmp_path)._replace(free=4 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: exact)
+    with open_run(tmp_path, checkpoint.CheckpointConfig(keep=2)) as run:
+        run.preflight(state)
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: exact._replace(free=4 * 2**30 - 1)
+        )
+        with pytest.raises(StorageError, match=r"checkpoint\.keep=2 plus 2, 1.00 GiB"):
+            run.preflight(state)
+
+
+def test_nothing_lies_in_the_folder_but_steps(tmp_path):
+    """Folders are made as deep as asked. Mutations: `parents=False`; Orbax's own file."""
+    workdir = tmp_path / "a" / "b"
+    save_steps(workdir, [1])
+    names = {path.name for path in (workdir / run_steps.FOLDER).iterdir()}
+    assert names == {"1", manifest.LEDGER}
+    save_steps(workdir, [1, 2])  # there already
+
+
+def test_a_damaged_step_does_not_count_as_kept(tmp_path):
+    """With two to keep, the whole one stays. Mutation: `_damaged.add` left out."""
+    save_steps(tmp_path, [1, 2])
+    shutil.rmtree(tmp_path / run_steps.FOLDER / "2" / "state")
+    with open_run(tmp_path) as run:
+        assert run.restore_latest(make_state(0))[0] == 1
+        run.save(3, make_state(3))
+    assert steps_on_disk(tmp_path) == [1, 3]
+
+
+def test_what_a_failed_save_leaves_is_removed(tmp_path, monkeypatch, capfd):
+    """Which would keep a full disk full; of a killed one at the next start.
+
+    Mutations: `rmtree` left out of `_failed`; out of `_remove_debris`.
+    """
+    folder = tmp_path / run_steps.FOLDER
+
+    def fails(directory, facts):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        with open_run(tmp_path) as run:
+            (folder / "2.orbax-checkpoint-tmp-7").mkdir()
+            monkeypatch.setattr(manifest, "write", fails)
+            run.save(2, make_state(2), wait=True)
+    assert not list(folder.glob("*tmp*"))
+    monkeypatch.undo()
+    (folder / "5.orbax-checkpoint-tmp-7").mkdir()
+    capfd.readouterr()
+    with open_run(tmp_path):
+        assert not list(folder.glob("*tmp*"))
+    assert "checkpoint 5: unfinished save removed." in capfd.readouterr().err
+
+
+def test_an_error_is_told_once(tmp_path, monkeypatch, capfd):
+    """Mutation: the error that ends the run printed as if it hid another."""
+
+    def fails(directory, facts):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", fails)
+    with pytest.raises(StorageError, match="1: saving failed"):
+        with open_run(tmp_path) as run:
+            run.save(1, make_state(1), wait=True)
+    assert "error:" not in capfd.readouterr().err
+
+
+def test_processes_wait_for_each_other(tmp_path, monkeypatch):
+    """Where one deletes what all must see the same of.
+
+    Mutations: either barrier left out; the chief's work done by every process.
+    """
+    waited = []
+    monkeypatch.setattr(checkpoint.processes, "barrier", waited.append)
+    save_steps(tmp_path, [1])
+    assert waited == ["checkpoints", "replace 1"]
+    (tmp_path / run_steps.FOLDER / "3.orbax-checkpoint-tmp-7").mkdir()
+    monkeypatch.setattr(checkpoint.processes, "is_chief", lambda: False)
+    with open_run(tmp_path) as run:
+        run.preflight({"w": jax.ShapeDtypeStruct((2**60,), jnp.float32)})
+    assert list((tmp_path / run_steps.FOLDER).glob("3.orbax*"))
+
+
+def test_dumps_of_orbax_are_not_logged(tmp_path):
+    """An error of its own that we tell in a line; whatever else absl logs stays.
+
+    Mutations: `or` for `and`; the filter not added.
+    """
+    log = logging.getLogger("absl")
+    for old in list(log.filters):
+        log.removeFilter(old)
+    with open_run(tmp_path):
+        (keeps,) = log.filters
+
+    def record(path, error):
+        exc_info = (ValueError, ValueError("x"), None) if error else None
+        return logging.LogRecord("absl", 40, path, 1, "text", (), exc_info)
+
+    assert not keeps(record("/lib/orbax/a.py", True))
+    assert keeps(record("/lib/orbax/a.py", False)) and keeps(record("/lib/x.py", True))
+
+
+def test_a_sample_of_every_kind():
+    """The smallest array of each first key, or a scalar where there is no other.
+
+    Mutations: `!=` for `==` in the order of sizes; the largest.
+    """
+    array = jax.ShapeDtypeStruct
+    state = {
+        "params": {
+            "a": array((4,), "int8"),
+            "b": array((2,), "int8"),
+            "c": array((), "int8"),
+        },
+        "opt": {"count": array((), "int32")},
+    }
+    kept = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree.leaves_with_path(state_spec.samples(state))
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    assert kept == {"params/b", "opt/count"}
+
+
 # Refusals.
 
 

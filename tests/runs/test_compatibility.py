@@ -145,3 +145,57 @@ def test_a_linear_mixer_goes_on_with_other_chunks(tmp_path):
     after = evaluate_run.evaluate_checkpoint(workdir, None, changed)
     assert after["val/loss"] == pytest.approx(before["val/loss"], rel=1e-5)
     toy.trained(tmp_path, **other)
+
+
+def test_another_tokenizer_is_told_by_twelve_digits():
+    """Where both are known. Mutations: `or` for `and`; 13; old and new exchanged."""
+    one, two = ({"sha256": c * 64, "end_token": f"<{c}>"} for c in "ab")
+    for pair in ((None, one), (one, None), (None, None), (one, dict(one))):
+        compatibility.check_tokenizer(*pair, 3)
+    told = r"^checkpoint 3 was trained with the tokenizer a{12} \(<a>\), this data has b{12} "
+    with pytest.raises(ConfigError, match=told):
+        compatibility.check_tokenizer(one, two, 3)
+    with pytest.raises(ConfigError, match="was trained with the tokenizer"):
+        compatibility.check_tokenizer(one, one | {"end_token": "<c>"}, 3)
+
+
+def test_what_differs_and_what_may():
+    """By field, sorted; by patterns; a hint where the schedule's end has moved.
+
+    Mutations: `all` for `any`; `and` for `or`; nothing allowed, or all, unless asked.
+    """
+    saved = {"a": {"x": 1, "y": (1, 2)}, "train": {"num_steps": 5}, "old": 1}
+    new = {"a": {"x": 2, "y": [1, 2]}, "train": {"num_steps": 6}, "b": 3}
+    changes = compatibility.drift(saved, new)
+    assert [field for field, *_ in changes] == ["a.x", "b", "old", "train.num_steps"]
+    assert changes[0] == ("a.x", 1, 2) and changes[1][1:] == (compatibility.ABSENT, 3)
+    assert compatibility.describe(changes[:1]) == "  a.x: 1 -> 2"
+    for allow in (
+        ["a.*", "b", "old", "train.*"],
+        ["*"],
+        {"a.x", "b", "o?d", "train.n*"},
+    ):
+        assert compatibility.check(saved, new, allow) == changes
+    with pytest.raises(
+        ConfigError, match=r"set optimizer.decay_steps\); .*train.num_s"
+    ):
+        compatibility.check(saved, new, ["a.*", "b", "old"])
+    with pytest.raises(ConfigError, match=r"--allow=a\.x,b,old,train\.num_steps$"):
+        compatibility.check(saved, new)
+    with pytest.raises(ConfigError, match=r"a\.x: 1 -> 2; start in a new") as caught:
+        compatibility.check(saved, new, ["b", "old", "train.*"])
+    assert "decay_steps" not in str(caught.value)
+    fixed = {"optimizer": {"decay_steps": 9}, "train": {"num_steps": 5}}
+    longer = fixed | {"train": {"num_steps": 6}}
+    assert len(compatibility.check(fixed, longer)) == 1
+    for either in (
+        (fixed, {"train": {"num_steps": 6}}),
+        ({"train": {"num_steps": 5}}, longer),
+    ):
+        with pytest.raises(ConfigError, match=r"train\.num_steps: 5 -> 6"):
+            compatibility.check(*either, ["optimizer.*"])
+    assert compatibility.check(saved, dict(saved)) == []
+    text = compatibility.shared({"b": {"x": 1, "y": 2}, "a": 3}, {"b.x"})
+    assert text == '{"a": 3, "b.y": 2}'
+    with pytest.raises(ConfigError, match="the config must hold JSON values only"):
+        compatibility.plain({"a": object()})

@@ -1,5 +1,7 @@
 """The ledger of checkpoints: what was whole once and is not any more is damaged."""
 
+import hashlib
+import os
 import shutil
 
 import pytest
@@ -118,3 +120,79 @@ def test_killed_before_the_ledger(tmp_path, monkeypatch):
     with open_run(tmp_path) as run:
         assert run.restore_latest(make_state(0))[0] == 2
     assert manifest.read_ledger(tmp_path / run_steps.FOLDER) == {1, 2}
+
+
+@pytest.mark.parametrize("value", [{"1": 2}, [1, True], [1, "2"], 3, None])
+def test_a_ledger_is_a_list_of_steps(tmp_path, value):
+    """Mutations: `and` for `or`; true taken for 1."""
+    manifest._seal(tmp_path / manifest.LEDGER, value)
+    with pytest.raises(manifest.DamagedError, match="is no list of steps"):
+        manifest.read_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], {}, {"facts": {}}, {"files": {}}, {"facts": 1}])
+def test_a_manifest_has_facts_and_files(tmp_path, value):
+    """Mutation: either not asked for."""
+    manifest._seal(tmp_path / manifest.MANIFEST, value)
+    for read in (manifest.facts, manifest.verify):
+        with pytest.raises(manifest.DamagedError, match="is no manifest"):
+            read(tmp_path)
+
+
+def test_what_cannot_be_read_is_damaged(tmp_path, monkeypatch):
+    """Whatever the reason. Mutation: `differs` says no of it."""
+    (tmp_path / "a").write_text("a")
+    manifest.write(tmp_path, {"step": 1})
+    assert manifest.verify(tmp_path) == {"step": 1} == manifest.facts(tmp_path)
+
+    def refuse(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(manifest, "_sha256", refuse)
+    with pytest.raises(manifest.DamagedError, match="a: changed since it was written"):
+        manifest.verify(tmp_path)
+
+
+def test_a_manifest_is_on_disk_behind_its_files(tmp_path, monkeypatch):
+    """Each file is flushed whole, the manifest last, and moved into place.
+
+    Mutations: `flush=False`; `os.fsync` or `file.flush` left out; keys not sorted.
+    """
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_text("bb")
+    (tmp_path / "a").write_text("a")
+    flushed = []
+    fsync = os.fsync
+
+    def note(handle):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+        flushed.append((name, os.fstat(handle).st_size))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    manifest.write(tmp_path, {"b": 1, "a": 2})
+    content = (tmp_path / manifest.MANIFEST).read_bytes()
+    assert flushed == [("a", 1), ("b", 2), (f"{manifest.MANIFEST}.tmp", len(content))]
+    digest, _, body = content.partition(b"\n")
+    assert digest.decode() == hashlib.sha256(body).hexdigest()
+    assert body.startswith(b'{"facts": {"a": 2, "b": 1}, "files": {"a": [1, ')
+    assert manifest.size(tmp_path) == 3
+    assert manifest.size(tmp_path / "nowhere") == 0
+
+
+def test_the_manifest_goes_first(tmp_path, monkeypatch):
+    """Killed while it deletes, what is left is not whole. Mutation: the order turned."""
+    step, bare = tmp_path / "1", tmp_path / "2"
+    for folder in (step, bare):
+        folder.mkdir()
+    manifest.write(step, {})
+    manifest.remove(bare)  # without one
+    assert not bare.exists()
+
+    def killed(directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.remove(step)
+    assert step.exists() and not manifest.exists(step)

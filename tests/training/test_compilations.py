@@ -12,7 +12,7 @@ from memoryformer.evaluation import buckets, slots
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import mixers, recurrence
 from memoryformer.runs import metrics
-from memoryformer.training import loop
+from memoryformer.training import experiment, loop, programs
 
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -128,3 +128,34 @@ def test_a_run_compiles_nothing_after_its_first_evaluation(tmp_path, monkeypatch
         loop.train(toy.run_config(tmp_path, **fields), tmp_path / "run")
     # The first row of the log, and with it the schedule, is computed at the second step.
     assert len(counts) == 6 and counts[1:] == counts[1:2] * 5
+
+
+def test_one_set_of_programs_is_kept(tmp_path):
+    """Runs share it that differ in inputs, or in what the loop alone does.
+
+    Mutations: `cache.clear()` left out; the set not kept; seeds, rates or phases compared.
+    """
+
+    def made(**fields):
+        run = experiment.resolve(toy.run_config(tmp_path, **fields))
+        return programs.programs(run, sharding.make("single"), None, cache)
+
+    cache = {}
+    first = made()
+    for fields in (
+        {},
+        {"train.seed": 3},
+        {"optimizer.learning_rate": 0.1, "optimizer.weight_decay": 0.0},
+        {"train.log_every": 1, "train.step_timeout": 9.0, "train.nonfinite": "skip"},
+        {"eval.every_steps": 3, "checkpoint.keep": 9},
+    ):
+        assert made(**fields) is first and len(cache) == 1, fields
+    for fields in (
+        {"train.num_microbatches": 2},
+        {"optimizer.b1": 0.8},
+        {"model.score": "l1"},
+        {"train.num_steps": 21},
+    ):
+        other = made(**fields)
+        assert other is not first and len(cache) == 1, fields
+        first = other

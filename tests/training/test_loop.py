@@ -9,12 +9,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
 from memoryformer import data, evaluation, sharding
-from memoryformer.cluster import signals
+from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
@@ -139,6 +140,81 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
     assert_same_run(folder / "restarted", straight)
 
 
+def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
+    """Phases for the watchdog, what processes must agree in, space and failed saves.
+
+    Then, from its checkpoint, that it goes on; of a goal behind it, a refusal.
+
+    Mutations: any `watch.enter`, `agree`, `preflight` or `check` left out; a state saved
+    twice, or not waited for; a note not printed.
+    """
+    seen = []
+
+    def noted(owner, name, what):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            seen.append(what(*arguments, **options))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(watchdog.Watchdog, "enter", lambda self, phase, step=0: (phase, step))
+    noted(processes, "check_joined", lambda mesh: ("joined", mesh))
+    noted(processes, "agree", lambda what, value: ("agree", what))
+    keeper = checkpoint.Checkpointer
+    noted(keeper, "preflight", lambda self, state: "space")
+    noted(keeper, "check", lambda self: "check")
+    noted(keeper, "save", lambda self, step, state, *, wait=False: ("save", step, wait))
+    fields = {
+        "train.num_steps": 3,
+        "train.log_every": 1,
+        "optimizer.decay_steps": 9,
+        "eval.every_steps": 2,
+        "eval.num_batches": 2,
+        "checkpoint.every_steps": 2,
+    }
+    toy.trained(folder, "asked", **fields)
+    two_batches = [("evaluation", 2)] * 2
+    assert seen == [
+        ("joined", "single"),
+        ("agree", "the config"),
+        ("agree", "the data"),
+        ("checkpoint", 0),
+        "space",
+        ("first_step", 0),
+        ("first_step", 1),
+        "check",
+        ("step", 2),
+        "check",
+        *two_batches,
+        ("checkpoint", 2),
+        ("save", 2, False),
+        ("step", 3),
+        "check",
+        *[("evaluation", 3)] * 2,
+        ("checkpoint", 3),
+        ("save", 3, False),
+        ("checkpoint", 3),
+        ("save", 3, True),
+    ]
+    told = capfd.readouterr()
+    lines = (told.out + told.err).splitlines()
+    losses = [line for line in lines if "validation loss" in line]
+    assert [line.split(":")[0].strip() for line in losses] == ["step 2", "step 3"]
+    row = metrics.read(folder / "asked")[-1]
+    assert f"validation loss {row['val/loss']:.4f} nats per token" in losses[-1]
+    assert f", {row['val/bits_per_byte']:.4f} bits per byte" in losses[-1]
+    assert not any("going on" in line for line in lines)
+    seen.clear()
+    toy.trained(folder, "asked", **fields)  # done already
+    told = capfd.readouterr()
+    assert f"going on from step 3 in {folder / 'asked'}" in told.out + told.err
+    assert ("first_step", 0) not in seen and ("save", 3, True) in seen
+    with pytest.raises(ConfigError, match=r"num_steps=2: .* is at step 3; raise it"):
+        toy.trained(folder, "asked", **fields | {"train.num_steps": 2})
+
+
 def test_another_config_is_refused(folder, straight):
     """What would change the result, by field; a free field is not refused.
 
@@ -226,6 +302,43 @@ def test_nonfinite_numbers_halt_the_run(folder, poisoned):
         5,
         6,
     ]
+
+
+def test_what_an_update_is_dropped_for(tmp_path, monkeypatch):
+    """A loss or a norm that is no number, either alone, and a spike; the count goes on.
+
+    Mutations: `|` for either `&` of the step.
+    """
+    config = toy.run_config(tmp_path, **{"model.projection": "dense"})
+    run, made = experiment.resolve(config), sharding.make("single")
+    batch = toy.batch(run.model, batch_size=2, seq_len=4)
+    nothing = batch | {"weights": np.zeros_like(batch["weights"])}  # a loss of 0 / 0
+
+    def taken(norm, batch, seen=0):
+        state = step_lib.new_state(run, toy.numpy_params(run.model))
+        state = state._replace(spikes=state.spikes._replace(seen=jnp.int32(seen)))
+        after, values = programs_of[norm](state, batch)
+        assert int(after.step) == 1
+        changed = jax.tree.map(lambda a, b: (a != b).any(), state.params, after.params)
+        assert int(values["updates"]) == any(jax.tree.leaves(changed))
+        return bool(values["updates"]), bool(values["finite"]), bool(values["spike"])
+
+    is_spike = lambda state, loss, norm, sigmas: state.seen == 7  # noqa: E731
+    monkeypatch.setattr(step_lib.spikes_lib, "is_spike", is_spike)
+    programs_of = {}
+    for norm in (1.0, np.inf):
+        monkeypatch.setattr(
+            step_lib.optimizer, "norm", lambda grads, n=norm: jnp.float32(n)
+        )
+        specs = programs.check_fit(run, made)
+        step = step_lib.make_train_step(run, made, specs)
+        state = step_lib.new_state(run, toy.numpy_params(run.model))
+        programs_of[norm] = step.lower(state, batch).compile(toy.QUICK)
+    assert taken(1.0, batch) == (True, True, False)
+    assert taken(1.0, nothing) == (False, False, False)
+    assert taken(np.inf, batch) == (False, False, False)
+    assert taken(1.0, batch, seen=7) == (False, True, True)
+    assert taken(np.inf, batch, seen=7) == (False, False, False)
 
 
 def test_nonfinite_updates_can_be_skipped(folder, poisoned):

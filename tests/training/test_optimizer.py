@@ -239,3 +239,32 @@ def test_warmup_that_does_not_fit_is_refused():
     """Mutation: compare with `>`."""
     with pytest.raises(ConfigError, match="warmup_steps=10: must be below"):
         optimizer.make(OptimizerConfig(warmup_steps=10), 10, GROUPS)
+
+
+def test_gradients_are_left_as_they_are_without_a_norm():
+    """And at the norm itself. Mutations: `not` left out; a minimum for the maximum."""
+    gradient = {"a": jnp.array([3.0, 4.0])}  # of norm 5
+    for clip_norm, factor in ((0.0, 1), (5.0, 1), (7.0, 1), (2.5, 0.5)):
+        config = OptimizerConfig(clip_norm=clip_norm, eps=1e3, b1=0.0, b2=0.0)
+        tx = optimizer.make(config, 10, {"a": "undecayed"})
+        updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+        clipped = factor * np.array([3.0, 4.0])
+        wanted = -1e-3 * clipped / (np.abs(clipped) + 1e3)
+        np.testing.assert_allclose(updates["a"], wanted, rtol=1e-5)
+    assert float(optimizer.norm(gradient)) == 5
+
+
+def test_a_fall_of_no_steps():
+    """A cooldown that rounds to none, and the longest warm-up that fits.
+
+    Mutations: a product for `1 - cooldown_fraction`; the length 0; `>` for `>=`.
+    """
+    config = OptimizerConfig(schedule="wsd", cooldown_fraction=0.01, learning_rate=2.0)
+    rate = optimizer.schedule(config, 10)
+    found = [float(rate(step)) for step in (0, 9, 10, 11, 99)]
+    np.testing.assert_allclose(found, [2, 2, 2, 0.2, 0.2], rtol=1e-6)
+    optimizer.schedule(OptimizerConfig(warmup_steps=9), 10)
+    constant = OptimizerConfig(schedule="constant", warmup_steps=10)
+    assert float(optimizer.schedule(constant, 10)(4)) == pytest.approx(5e-4)
+    with pytest.raises(ConfigError, match="horizon of 8 steps"):
+        optimizer.schedule(OptimizerConfig(warmup_steps=8, decay_steps=8), 10)

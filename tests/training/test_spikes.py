@@ -50,3 +50,23 @@ def test_a_level_that_lasts_is_accepted():
         verdicts.append(is_spike(state, 9, 9, sigmas=2.0))
         state = spikes.record(state, jnp.float32(9), jnp.float32(9))
     assert verdicts[0] and not verdicts[-1]
+
+
+def test_at_the_edge_and_of_two_sizes():
+    """What equals the bound is none; the window is counted in steps, not numbers.
+
+    Mutations: `>=` for `>`; `and` for either number; the other axis.
+    """
+    state = filled([(1, 3), (3, 1), (1, 3), (3, 1)])
+    assert not is_spike(state, 5, 5)
+    assert not is_spike(filled([(1, 1)] * 2, window=3), 9, 9)
+    assert is_spike(filled([(1, 1)] * 3, window=3), 9, 0)
+    assert spikes.init(7).values.shape == (2, 7)
+
+
+def test_parameters_that_are_no_numbers():
+    """In any leaf. Mutation: the last leaf alone."""
+    good = {"a": jnp.ones(3), "b": jnp.zeros((2, 2))}
+    assert spikes.are_finite(good)
+    for bad in (jnp.nan, jnp.inf):
+        assert not spikes.are_finite(good | {"a": jnp.array([1.0, bad, 1.0])})

@@ -1,0 +1,375 @@
+"""Every field of a config: its default, and both sides of each bound, in one table.
+
+A recipe on file names only what it changes, so a default is part of what it says.
+"""
+
+import dataclasses
+
+import pytest
+import toy
+
+from memoryformer import config as config_lib
+from memoryformer import data, model
+from memoryformer.data import corpora
+from memoryformer.errors import ConfigError
+from memoryformer.generation import sampler
+from memoryformer.model import ModelConfig
+from memoryformer.runs.checkpoint import CheckpointConfig
+from memoryformer.training import experiment
+from memoryformer.training.optimizer import OptimizerConfig
+
+MODEL = {
+    "mixer": "softmax",
+    "projection": "memory",
+    "code_bits": 8,
+    "extra_bits": 2,
+    "score": "softmax",
+    "temperature": 1.0,
+    "lookup": "auto",
+    "memory_bias": False,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-8,
+    "residual": "sequential",
+    "ffn_activation": "none",
+    "ffn_multiple": 4,
+    "output_projection": False,
+    "rotary_fraction": 0.25,
+    "rotary_base": 10_000.0,
+    "tie_embeddings": False,
+    "sequence_chunk": 0,
+    "remat": "none",
+    "scan_layers": False,
+    "embed_std": 0.02,
+    "head_std": 0.02,
+    "mixer_std": 0.02,
+    "ffn_std": 0.02,
+    "output_std": 0.02,
+    "bias_std": 0.0,
+    "causal": True,
+    "dtype": "float32",
+}
+# Options of mixers and recurrences, by their names under --config.model with `_` for dots.
+OPTIONS = {
+    "attention": "xla",
+    "logit_transform": "none",
+    "dape_width": 32,
+    "prefix_chunk": 64,
+    "cosformer_max_len": 0,
+    "trained_kernel_layers": 3,
+    "performer_features": 256,
+    "performer_redraw_every": 0,
+    "performer_seed": 0,
+    "performer_draw": 0,
+    "linformer_slots": 64,
+    "linformer_max_len": 0,
+    "luna_slots": 64,
+    "conv_luna_filter": "conv",
+    "conv_luna_width": 4,
+    "recurrence_chunk": 0,
+    "recurrence_slots": 16,
+    "recurrence_bptt": 0,
+    "memformer_temperature": 0.5,
+}
+DEFAULTS = {
+    OptimizerConfig: {
+        "learning_rate": 1e-3,
+        "end_fraction": 0.1,
+        "warmup_steps": 0,
+        "decay_steps": 0,
+        "cooldown_fraction": 0.2,
+        "schedule": "cosine",
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "table_learning_rate_scale": 1.0,
+        "decay_tables": True,
+        "clip_norm": 1.0,
+        "table_second_moment": "full",
+        "table_moment_dtype": "float32",
+        "table_dtype": "float32",
+        "table_rounding": "nearest",
+    },
+    CheckpointConfig: {
+        "every_steps": 1000,
+        "every_minutes": 0.0,
+        "keep": 2,
+        "keep_every": 0,
+    },
+    data.DataConfig: {
+        "source": "stdlib",
+        "path": "",
+        "name": "",
+        "text_field": "text",
+        "separator": "",
+        "validation_path": "",
+        "validation_every": 20,
+        "max_documents": 0,
+        "tokenizer": "bpe:4096",
+        "end_token": "",
+        "data_dir": "",
+        "align_documents": 0,
+    },
+    sampler.SamplingConfig: {
+        "max_tokens": 200,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seed": 0,
+    },
+    experiment.EvalConfig: {"every_steps": 0, "batch_size": 16, "num_batches": 0},
+}
+
+
+@pytest.mark.parametrize("cls", DEFAULTS, ids=lambda cls: cls.__name__)
+def test_defaults(cls):
+    """Mutation: any default of a section."""
+    assert dataclasses.asdict(cls()) == DEFAULTS[cls]
+
+
+def test_defaults_of_a_model():
+    """Mutations: any default of a model, or of an option of a mixer."""
+    config = ModelConfig(8, 16, 1, 2, 8)
+    values = dataclasses.asdict(config)
+    assert {name: values[name] for name in MODEL} == MODEL
+    assert (config.vocab_size, config.embed_dim, config.num_layers) == (8, 16, 1)
+    assert (config.num_heads, config.seq_len) == (2, 8)
+    assert (config.head_dim, config.num_tables) == (8, 2)
+    flat = config_lib.flatten({"model": values})
+    flat = {name.replace(".", "_"): value for name, value in flat.items()}
+    for option, default in OPTIONS.items():
+        same = [v for name, v in flat.items() if name.endswith(f"_{option}")]
+        assert same and set(same) == {default}, option
+
+
+def test_defaults_of_a_corpus():
+    """As those of the data section. Mutation: any default of TextConfig."""
+    fields = {f.name: f.default for f in dataclasses.fields(corpora.TextConfig)}
+    shared = DEFAULTS[data.DataConfig].keys() & fields.keys() - {"name"}
+    assert len(shared) == 6 and fields["json_only"] is False
+    for name in shared:
+        assert fields[name] == DEFAULTS[data.DataConfig][name], name
+
+
+def model_of(**fields):
+    return toy.model_config(**fields)
+
+
+def text_of(**fields):
+    return data.DataConfig(**{"source": "text", "path": "x"} | fields)
+
+
+HUGE = 2**31
+BOUNDS = [  # what makes the section, name in messages, field, values taken, values refused
+    *(
+        (model_of, "model", name, [], [0, -1])
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "seq_len")
+    ),
+    (model_of, "model", "vocab_size", [1], []),
+    (model_of, "model", "num_layers", [1], []),
+    (model_of, "model", "num_heads", [1, 2, 16], [3, 32]),
+    (model_of, "model", "seq_len", [1], []),
+    (model_of, "model", "prefix_chunk", [1], [0]),
+    (model_of, "model", "sequence_chunk", [0, 1], [-1]),
+    (model_of, "model", "code_bits", [1, 2, 8], [0, 17, 5]),
+    (model_of, "model", "extra_bits", [0, 12], [-1, 13]),
+    (model_of, "model", "temperature", [0.1], [0.0, -0.5]),
+    (OptimizerConfig, "optimizer", "learning_rate", [0.0], [-1e-6]),
+    (OptimizerConfig, "optimizer", "end_fraction", [0.0, 1.0], [-0.1, 1.1]),
+    (OptimizerConfig, "optimizer", "warmup_steps", [0, 1], [-1]),
+    (OptimizerConfig, "optimizer", "decay_steps", [0, 1], [-1]),
+    (OptimizerConfig, "optimizer", "cooldown_fraction", [0.1, 1.0], [0.0, 1.1]),
+    (OptimizerConfig, "optimizer", "schedule", ["constant", "wsd"], ["linear"]),
+    (OptimizerConfig, "optimizer", "b1", [0.0, 0.99], [-0.1, 1.0]),
+    (OptimizerConfig, "optimizer", "b2", [0.0, 0.99], [-0.1, 1.0]),
+    (OptimizerConfig, "optimizer", "eps", [1e-12], [0.0]),
+    (OptimizerConfig, "optimizer", "weight_decay", [0.0], [-0.1]),
+    (OptimizerConfig, "optimizer", "table_learning_rate_scale", [0.0], [-0.1]),
+    (OptimizerConfig, "optimizer", "clip_norm", [0.0], [-0.1]),
+    (OptimizerConfig, "optimizer", "table_second_moment", ["row"], ["rows"]),
+    (OptimizerConfig, "optimizer", "table_moment_dtype", ["bfloat16", "none"], ["x"]),
+    (OptimizerConfig, "optimizer", "table_dtype", ["bfloat16"], ["int8"]),
+    (OptimizerConfig, "optimizer", "table_rounding", [], ["up", "stochastic"]),
+    (CheckpointConfig, "checkpoint", "every_steps", [0], [-1]),
+    (CheckpointConfig, "checkpoint", "every_minutes", [0.0], [-0.5]),
+    (CheckpointConfig, "checkpoint", "keep", [1], [0]),
+    (CheckpointConfig, "checkpoint", "keep_every", [0], [-1]),
+    (experiment.EvalConfig, "eval", "batch_size", [1], [0]),
+    (experiment.EvalConfig, "eval", "every_steps", [0], [-1]),
+    (experiment.EvalConfig, "eval", "num_batches", [0], [-1]),
+    (text_of, "data", "validation_every", [2], [1]),
+    (text_of, "data", "max_documents", [0, 1], [-1]),
+    (text_of, "data", "align_documents", [0, 1], [-1]),
+    (text_of, "data", "text_field", ["body"], [""]),
+    (text_of, "data", "path", ["y"], ["", "gs://bucket/x"]),
+    (text_of, "data", "validation_path", ["y"], ["gs://bucket/x"]),
+    (text_of, "data", "data_dir", ["y"], ["gs://bucket/x"]),
+    (text_of, "data", "end_token", [""], ["<x>"]),
+    (sampler.SamplingConfig, "", "max_tokens", [1], [0, -1]),
+    (sampler.SamplingConfig, "", "temperature", [0.0, 5.0], [-0.1, float("inf")]),
+    (sampler.SamplingConfig, "", "top_p", [0.01, 1.0], [0.0, 1.01, float("nan")]),
+    (sampler.SamplingConfig, "", "seed", [-HUGE, HUGE - 1], [-HUGE - 1, HUGE]),
+]
+
+
+def _test_id(value):
+    return value if isinstance(value, str) else None
+
+
+@pytest.mark.parametrize("make, section, field, good, bad", BOUNDS, ids=_test_id)
+def test_bounds(make, section, field, good, bad):
+    """The last value that is taken, and the first that is refused, with its name and value.
+
+    Mutations: any check of a section left out, or its bound moved by one.
+    """
+    for value in good:
+        assert getattr(make(**{field: value}), field) == value
+    name = f"{section}.{field}" if section else field
+    for value in bad:
+        with pytest.raises(ConfigError) as caught:
+            make(**{field: value})
+        message = str(caught.value)
+        assert f"{name}={value!r}" in message or f"{name}: " in message
+        assert "\n" not in message
+
+
+def test_bits_share_sixteen():
+    """Codes of the second feed-forward layer too. Mutations: 17 or 15 for 16."""
+    assert model_of(code_bits=16, extra_bits=0).num_tables == 1
+    for fields in ({"code_bits": 16}, {"code_bits": 8, "extra_bits": 9}):
+        with pytest.raises(ConfigError, match=r"code_bits \+ extra_bits <= 16"):
+            model_of(**fields)
+    dense = model_of(projection="dense", code_bits=99, temperature=-1.0)
+    assert dense.code_bits == 99  # not looked at
+
+
+@pytest.mark.parametrize(
+    "code_bits, embed_dim, advice",
+    [(4, 30, "28 or 32"), (8, 6, "8 or 8"), (3, 16, "15 or 18")],
+)
+def test_a_width_that_codes_cannot_cover(code_bits, embed_dim, advice):
+    """The nearest that they can. Mutations: any sign of the advice turned round."""
+    with pytest.raises(ConfigError, match=f"try embed_dim={advice}"):
+        model_of(code_bits=code_bits, embed_dim=embed_dim, extra_bits=0)
+
+
+@pytest.mark.parametrize(
+    "source, field, value",
+    [
+        ("stdlib", "path", "x"),
+        ("stdlib", "text_field", "body"),
+        ("stdlib", "name", "x"),
+        ("c4", "separator", "x"),
+        ("tfds", "separator", "x"),
+        ("tfds", "validation_path", "x"),
+        ("text", "name", "x"),
+        ("prepared", "max_documents", 3),
+        ("prepared", "validation_every", 3),
+        ("prepared", "text_field", "body"),
+    ],
+)
+def test_a_field_that_a_source_does_not_use_is_refused(source, field, value):
+    """Mutations: the loop over `users` left out; a source more in its table."""
+    fields = {"source": source, field: value}
+    if source in ("text", "c4", "prepared"):
+        fields["path"] = "x"
+    if source == "tfds":
+        fields["name"] = "lm1b"
+    message = rf"^data\.{field}={value!r}: data\.source='{source}' does not use it"
+    with pytest.raises(ConfigError, match=message):
+        data.DataConfig(**fields)
+
+
+@pytest.mark.parametrize("source", ["text", "c4", "prepared"])
+def test_sources_that_need_a_path(source):
+    with pytest.raises(ConfigError, match=rf"data\.path='': data\.source='{source}'"):
+        data.DataConfig(source=source)
+
+
+def test_a_tfds_source_needs_a_name():
+    """Mutation: the check left out."""
+    with pytest.raises(ConfigError, match=r"data\.name='': data\.source='tfds' needs"):
+        data.DataConfig(source="tfds")
+    named = data.DataConfig(source="tfds", name="lm1b", path="y", text_field="body")
+    assert (named.path, named.text_field) == ("y", "body")
+    everywhere = {"max_documents": 3, "validation_every": 3}
+    for source in ({}, {"source": "tfds", "name": "lm1b"}):
+        assert data.DataConfig(**source, **everywhere).max_documents == 3
+    for fields in ({"source": "c4"}, {"source": "text", "separator": "x"}):
+        full = fields | everywhere | {"path": "y", "validation_path": "z"}
+        assert data.DataConfig(**full, text_field="body").validation_path == "z"
+
+
+def test_where_data_lies_may_differ():
+    """Between the processes of a run. Mutation: `local=False` of either."""
+    described = config_lib.described(experiment.Experiment)
+    local = {name for name, (_, here) in described.items() if here}
+    assert {n for n in local if n.startswith("data.")} == {"data.path", "data.data_dir"}
+
+
+OPTION_BOUNDS = [  # other fields, option, values taken, values refused
+    ({}, "dape_width", [1], [0]),
+    ({"mixer": "trained_kernel"}, "trained_kernel_layers", [1], [0]),
+    ({"mixer": "performer"}, "performer_features", [1], [0]),
+    ({"mixer": "performer"}, "performer_redraw_every", [0, HUGE - 1], [-1, HUGE]),
+    ({"mixer": "performer"}, "performer_seed", [0, HUGE - 1], [-1, HUGE]),
+    ({"mixer": "performer"}, "performer_draw", [0, HUGE - 1], [-1, HUGE]),
+    ({"mixer": "cosformer"}, "cosformer_max_len", [0, 12, 13], [11]),
+    ({"mixer": "linformer"}, "linformer_slots", [1], [0]),
+    ({"mixer": "linformer"}, "linformer_max_len", [0, 12, 13], [11]),
+    ({"mixer": "luna"}, "luna_slots", [1], [0]),
+    ({"mixer": "conv_luna"}, "luna_slots", [1], [0]),
+    ({"mixer": "conv_luna"}, "conv_luna_width", [1], [0]),
+    ({"mixer": "conv_luna"}, "conv_luna_filter", ["pool"], ["mean"]),
+    ({"recurrence": "rmt"}, "recurrence_chunk", [1, 3, 12], [-1, 5, 13]),
+    ({"recurrence": "rmt"}, "recurrence_slots", [1], [0]),
+    ({"recurrence": "rmt"}, "recurrence_bptt", [0, 1], [-1]),
+    ({"recurrence": "memformer"}, "memformer_temperature", [0.1], [0.0]),
+]
+
+
+@pytest.mark.parametrize("fields, option, good, bad", OPTION_BOUNDS, ids=_test_id)
+def test_bounds_of_options(fields, option, good, bad):
+    """As above, of mixers and recurrences.
+
+    Mutations: a check of a mixer left out, or its bound moved by one.
+    """
+    for value in good:
+        model_of(**fields, **{option: value})
+    for value in bad:
+        with pytest.raises(ConfigError, match=str(value)):
+            model_of(**fields, **{option: value})
+
+
+def test_options_of_softmax_alone():
+    """Taken by softmax, refused elsewhere, and not both at once.
+
+    Mutations: `and` for `or` in its checks; a check left out.
+    """
+    with pytest.raises(ConfigError, match=r"cudnn.*never forms the logits"):
+        model_of(attention="cudnn", logit_transform="dape_v2")
+    for fields in ({"attention": "cudnn"}, {"logit_transform": "dape_v2"}):
+        model_of(**fields)
+        with pytest.raises(ConfigError, match=r"model\.causal=False"):
+            model_of(causal=False, **fields)
+        with pytest.raises(ConfigError, match="no use for it"):
+            model_of(mixer="linear", **fields)
+        with pytest.raises(ConfigError, match="cannot run over a 'sequence' axis"):
+            model.mixers.validate_sequence(model_of(**fields), 2)
+    assert not model_of(causal=False).causal
+    with pytest.raises(ConfigError, match="has only a causal form"):
+        model_of(mixer="linear", causal=False)
+
+
+def test_options_of_a_stack():
+    """A recurrence has its own loop; the performer's features are drawn by layer.
+
+    Mutations: `and` for `or`; either check left out.
+    """
+    for fields in ({"remat": "full"}, {"scan_layers": True}):
+        model_of(**fields)
+        with pytest.raises(ConfigError, match="runs blocks in its own loop"):
+            model_of(recurrence="rmt", **fields)
+    with pytest.raises(ConfigError, match=r"scan_layers=True: the performer's"):
+        model_of(mixer="performer", scan_layers=True)
+    with pytest.raises(ConfigError, match=r"model\.remat='al'"):
+        model_of(remat="al")
