@@ -1,1 +1,1 @@
-"""What a run would need, without running it."""
+"""What a run would need, without running it. Start at `examine.examine`."""

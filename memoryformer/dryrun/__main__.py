@@ -18,7 +18,11 @@ from memoryformer.training import experiment
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_config_flag()
-    flags.DEFINE_string("target", "cpu", "cpu[:N], v5e:2x4, v6e:8x8, h200[:N]")
+    flags.DEFINE_string(
+        "target",
+        "cpu",
+        "A chip and how many: cpu, h100, h200:8, a100:4, v5e:2x4, v6e:8x8.",
+    )
     flags.DEFINE_string("compile", "auto", "auto, full, blocks or none.")
     flags.DEFINE_bool("json", False, "Print the whole report as one JSON object.")
     cli.define_path_flag("output", "Also write that object to this file.")

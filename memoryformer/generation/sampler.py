@@ -4,7 +4,9 @@
 
 Temperature 0 takes the most likely token, which equals the argmax of the full forward pass.
 A compiled loop chooses and reads up to LOOP tokens; between them nothing goes through
-Python. Weights may be stored narrower (`model.narrow`). Start at `Generator`.
+Python. Weights may be stored narrower (`model.narrow`). Start at `Generator`; a new way to
+choose is a field of `SamplingConfig`, a line of `choose`, a flag in `generation.__main__` and
+an entry in `harness.encoding`.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     kind       of tables         of the head and of dense layers
     float32    4 bytes           4 bytes a weight
     bfloat16   2                 2
-    int8       1                 1, a scale for each output
+    int8       1, a scale a row  1, a scale for each output
     int4       -                 1/2, a scale for 64 weights
 
 What is rounded, and by how much, is in `ops.lookup.narrow`. The result takes the place of the

@@ -56,7 +56,9 @@ def hash_codes(chunks: Chunks) -> Codes:
     """Read the signs of each chunk as a binary number: [.., K, tau] -> int32 [.., K].
 
     The first value of a chunk is the high bit, and zero counts as a set bit, as in the
-    released code and the paper's Fig. 2. Never formed in bf16, exact only to 256.
+    released code and the paper's Fig. 2. Never formed in bf16, exact only to 256. Written
+    once more in C++ (`lookup/native/decode_native.h`) and in NumPy, for readers of exports
+    (`convert/reference_reader.py`); tests hold them equal.
     """
     code_bits = chunks.shape[-1]
     bit_weights = 1 << jnp.arange(code_bits - 1, -1, -1, dtype=jnp.int32)

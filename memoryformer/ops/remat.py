@@ -3,12 +3,13 @@
     remat          kept between a layer's forward and backward pass
     none           everything the gradient reads
     projections    what projections put out, and what `codes` keeps
-    codes          codes and scores of memory layers, and what mixers read along the
-                   sequence: all that other devices had a part in, so that nothing is
+    codes          codes and scores of memory layers, and what attention (any mixer) read
+                   along the sequence: all that other devices had a part in, so that nothing is
                    sent twice
     full           the layer's input
 
-What is not kept is computed again; results are the same. Start at `apply`.
+What is not kept is computed again; results are the same. `name` marks what a row may keep:
+`model.mixers.base` marks what was attended, `ops.ring` and the layers the rest. Start at `apply`.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,8 @@ carry their shardings in their types (Explicit axes).
 
 `config.mesh` is a preset with optional sizes, such as 'tensor:model=4'; every preset but
 `single` takes every axis, as in 'fsdp_tensor:model=2,sequence=2'. `data` takes the devices
-that are left. Modules: `mesh` (which devices), `placement` (what lies on them). Start at `make`.
+that are left. Modules: `mesh` (which devices), `placement` (what lies on them, decided in
+`specs_over`). Start at `make`.
 """
 
 from memoryformer.ops.collectives import AXES, TOKEN_AXES

@@ -1,6 +1,6 @@
 """What lies where on a mesh: one spec per kind of parameter, batches, gradients.
 
-Start at `Sharding`; `mesh.make` builds one.
+Which axis splits what is decided in `specs_over`. Start at `Sharding`; `mesh.make` builds one.
 """
 
 import contextlib
@@ -164,7 +164,10 @@ class Sharding:
 
 
 def specs_over(axes: set[str], *, fsdp: bool) -> ShardingSpecs:
-    """Return the specs of a mesh with these axes."""
+    """Return the specs of a mesh with these axes.
+
+    What gathers relies on them: `model.layers` (codes), `evaluation.buckets` (counts).
+    """
     data, sequence, model = (axis if axis in axes else None for axis in AXES)
     rows = data if fsdp else None  # the axis that `model` does not split
     return ShardingSpecs(

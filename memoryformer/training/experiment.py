@@ -141,7 +141,7 @@ _SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name !=
 
 
 def may_change() -> frozenset[str]:
-    """Return the fields, 'section.name', that may change while a run goes on (`fields`)."""
+    """Return the fields, 'section.name', that may change while a run goes on (`config.field`)."""
     described = config_lib.described(Experiment)
     return frozenset(
         name for name, (changes, _) in described.items() if changes != "numbers"

@@ -55,6 +55,7 @@ def round_rows(
     """Round rows [.., F] to int8 in [-largest, largest], times one float32 scale a row [..].
 
     rows ~ values * scales[.., None], off by at most half a scale; a row of zeros has scale 0.
+    Exports hold these values too (`convert.export`), and `convert.reference_reader` reads them.
     """
     scales = np.abs(rows).max(axis=-1, initial=0).astype(np.float32)
     scales = scales / np.float32(largest)

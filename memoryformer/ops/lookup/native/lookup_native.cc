@@ -1,5 +1,5 @@
 // XLA's side of the native code: the FFI handlers and the settings, over the plain C++ of
-// lookup_native.h and decode_native.h. lookup_native.py compiles this file on first use and
+// lookup_native.h and decode_native.h. ops/lookup/native.py compiles this file on first use and
 // loads it.
 
 #include "decode_native.h"
