@@ -14,7 +14,7 @@
 #         array-record grain importlib_resources ml_collections tensorflow-datasets dm-tree \
 #         simple_parsing tensorflow-metadata toml immutabledict docstring-parser etils flax \
 #         googleapis-common-protos orbax-checkpoint optax chex jaxtyping treescope \
-#         tensorboardX termcolor portpicker
+#         tensorboardX termcolor portpicker filelock
 #     pip wheel --no-deps -w .whl promise
 #
 # Every part is a process of its own, has a limit of time and writes JSON after each row.
