@@ -210,7 +210,7 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
 
 
 def _parameters(
-    model: ModelConfig, layers: Sequence[Layer], memory: recurrence.Cost
+    model: ModelConfig, layers: tuple[Layer, ...], memory: recurrence.Cost
 ) -> Parameters:
     width = model.embed_dim
     norm = width * (2 if model.norm == "layernorm" else 1)

@@ -88,7 +88,7 @@ class Scorer:
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """Score every window; raises `DataError` for one that is too long."""
-        scores: list[Score | None] = [None] * len(windows)
+        scores: dict[int, Score] = {}
         by_length: dict[int, list[int]] = {}
         for index, window in enumerate(windows):
             by_length.setdefault(self._length_of(window), []).append(index)
@@ -105,7 +105,7 @@ class Scorer:
                 _collect(scores, pending)
                 pending = [(batch, places, result)]
         _collect(scores, pending)
-        return scores
+        return [scores[index] for index in range(len(windows))]
 
     def _length_of(self, window: Window) -> int:
         size = len(window.tokens) - 1
@@ -220,7 +220,7 @@ def _score(model_config, params, tokens, sizes, index, targets, counts, piece):
     return jax.lax.fori_loop(0, num_groups, group, out)
 
 
-def _collect(scores: list[Score | None], pending: Iterable[tuple]) -> None:
+def _collect(scores: dict[int, Score], pending: Iterable[tuple]) -> None:
     for batch, places, result in pending:
         logprobs, greedy = (np.asarray(array) for array in result)
         for index, (g, place) in zip(batch, places, strict=True):

@@ -45,7 +45,7 @@ class Sharding:
     holding r, r + n, ..; otherwise in consecutive parts. See `ops.ring`.
     """
 
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
     specs: ShardingSpecs
     striped: bool = False
 

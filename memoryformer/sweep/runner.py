@@ -80,8 +80,7 @@ class _Worker:
             "workdir": str(point.workdir),
         }
         self.point, self.program = point, programs_lib.program(point.run)
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(request), file=self.process.stdin, flush=True)
 
 
 class _Runner:

@@ -138,7 +138,8 @@ def logits(
         x, _ = model.recurrence(model, x, seq)
     real = (data["segment_ids"] != 0)[..., None]
     mean = jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.sum(real, axis=1)
-    return mean.astype(jnp.float32) @ params["classes"]["kernel"]
+    kernel: Any = params["classes"]["kernel"]
+    return mean.astype(jnp.float32) @ kernel
 
 
 def train(

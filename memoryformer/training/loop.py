@@ -157,8 +157,8 @@ class _Loop:
                 watch.enter("first_step" if step == start else "step", step + 1)
                 with jax.transfer_guard("disallow"):
                     with log.section("data"):
-                        batch = self.batches.batch(step, rows)
-                    batch = self.sharding.put_batch(batch)
+                        read = self.batches.batch(step, rows)
+                    batch = self.sharding.put_batch(read)
                     with log.section("step"):
                         state, sums = self.programs.train_step(state, batch, hyper)
                     log.push(step + 1, sums)

@@ -88,9 +88,14 @@ def settings() -> dict[str, dict[str, Any]]:
 
 def table() -> str:
     """Return the table of mixers in Markdown."""
-    heads = ("`mixer`", "what a token reads", "multiply-adds per token")
-    heads += ("decode state, values per head", "positions")
-    rows = [heads, ("---",) * len(heads)]
+    heads = (
+        "`mixer`",
+        "what a token reads",
+        "multiply-adds per token",
+        "decode state, values per head",
+        "positions",
+    )
+    rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     rows += [
         (f"`{name}`", *dataclasses.astuple(mixer.ABOUT))
         for name, mixer in MIXERS.items()

@@ -80,9 +80,13 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         self.causal = config.causal
         shape = (self.max_len, self.num_slots)
         std = sum(shape) ** -0.5  # as a Glorot initialiser with gain 1 / sqrt(2)
-        for name in ("write_keys", "write_values"):
+
+        def table() -> nnx.Param:
             value = std * jax.random.normal(rngs.params(), shape)
-            setattr(self, name, nnx.Param(value, spec="whole", decay=True))
+            return nnx.Param(value, spec="whole", decay=True)
+
+        self.write_keys = table()
+        self.write_values = table()
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: LinformerState | None = None

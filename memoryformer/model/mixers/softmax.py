@@ -126,8 +126,9 @@ class Softmax(base.MultiHead):
         if state is not None and self.transform is None:
             y, state = self._continue(q, k, v, seq, state)
             return self.join(y, x.dtype), state
+        start: Array | int = 0
         if state is None:
-            keys, values, key_segments, start = k, v, seq.segment_ids, 0
+            keys, values, key_segments = k, v, seq.segment_ids
         else:
             start = state.length
             state = _append(state, k, v, seq.segment_ids)
