@@ -15,7 +15,7 @@ import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-
-
-class HasOptions(Protocol):
-    """A class, such as a mixer, with a dataclass of what it can be told."""
-
-    Options: ClassVar[type[Any]]
 
 
 def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -246,7 +240,7 @@ def field(
     *,
     doc: str = "",
     local: bool = False,
-    options: Mapping[str, type[HasOptions]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a dataclass field that says what it means and what a change of it changes.
 
@@ -287,9 +281,7 @@ class NoOptions:
     """There is nothing to set."""
 
 
-def options(
-    kinds: Mapping[str, type[HasOptions]], choice: str, values: Any, name: str
-) -> Any:
+def options(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> Any:
     """Freeze the options `name` of the class that `choice` names: its `Options`.
 
     `values` is a mapping, where None is not set, or the dataclass itself. Raises
@@ -316,7 +308,7 @@ def options(
     return build(cls, section, name)
 
 
-def _no_options(kinds: Mapping[str, type[HasOptions]]) -> ml_collections.ConfigDict:
+def _no_options(kinds: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A section in which the options of every class can be set, and none is.
 
     ml_collections sets only what is there, and in which order it comes to a choice and to its

@@ -44,7 +44,7 @@ class TextConfig(tfds.core.BuilderConfig):
     max_documents: int = 0
 
 
-class _LocalDocuments(records.RecordsBuilder, skip_registration=True):
+class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """Splits documents by the hash of a key; subclasses say which files and which key."""
 
     VERSION = tfds.core.Version("1.0.0")

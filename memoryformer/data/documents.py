@@ -6,7 +6,6 @@ Start at `read`. Importing this module imports TFDS, never TensorFlow.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 import tensorflow_datasets as tfds
 
@@ -21,14 +20,6 @@ _SLICE = 4096  # bytes of text that stand in for what lies around them
 _FAIR = (0.75, 1.1)  # size of a sample of whole texts over the size it should have
 
 
-class Source(Protocol):
-    """Records at random places, several at once, as TFDS's data sources have them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, record_keys: Sequence[int], /) -> Sequence[Any]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """The texts of one split, in the builder's order, as often as asked.
@@ -37,7 +28,7 @@ class Texts:
     some; num_bytes is their size on disk, text_bytes that of their texts if known.
     """
 
-    source: Source
+    source: tfds_catalogue.Source
     field: str
     num_bytes: int
     text_bytes: int = 0

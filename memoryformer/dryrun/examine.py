@@ -16,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp

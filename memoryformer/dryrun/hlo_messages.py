@@ -228,7 +228,7 @@ def _payloads(kind, result, started, size, operands):
         arrays = [(dtype, (size, *shape))]
     for dtype, shape in arrays:
         if kind == "reduce-scatter":
-            dim = int(re.search(r"dimensions=\{(\d+)\}", operands)[1])
+            dim = int(re.findall(r"dimensions=\{(\d+)\}", operands)[0])
             shape = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
         yield dtype, shape
 

@@ -49,9 +49,9 @@ class Buckets(base.Evaluator):
 class Utilisation:
     """How evenly the rows of each of K tables are read; every field is [K]."""
 
-    used_fraction: Float[np.ndarray, "K"]
-    entropy: Float[np.ndarray, "K"]  # as a fraction of log C
-    max_over_mean: Float[np.ndarray, "K"]
+    used_fraction: Float[np.ndarray, " K"]
+    entropy: Float[np.ndarray, " K"]  # as a fraction of log C
+    max_over_mean: Float[np.ndarray, " K"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ window: not on the batch size, nor on its neighbours. Rows are split over local 
 Start at `Scorer.score`.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -166,9 +167,7 @@ class Scorer:
             *arrays, piece = arrays_and_piece
             rows = P(collectives.DATA_AXIS) if self.sharding.mesh is not None else P()
             function = self.sharding.shard_map(
-                lambda params, *arrays: _score(
-                    self.model_config, params, *arrays, piece
-                ),
+                functools.partial(_score, self.model_config, piece),
                 (specs, *[rows] * len(arrays)),
                 (rows, rows),
             )
@@ -182,7 +181,7 @@ def lengths(seq_len: int) -> tuple[int, ...]:
     return (*(n for n in SHORT_LENGTHS if n < seq_len), seq_len)
 
 
-def _score(model_config, params, tokens, sizes, index, targets, counts, piece):
+def _score(model_config, piece, params, tokens, sizes, index, targets, counts):
     """Score one device's groups: [G, m, L], [G, m], [G, P], [G, P], [G] -> two [G, P]."""
     model = model_lib.merge(model_config, params)
     length = tokens.shape[-1]

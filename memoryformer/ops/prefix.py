@@ -184,8 +184,8 @@ def _prefix_bwd(chunk_size, operands, cotangents):
     dstate = total * _masked_exp(same[:, None], gap)[..., None, None]
     grads = (da, jnp.flip(db, axis=1), jnp.flip(dc, axis=1), dstate)
     primals = (a, b, c, sums)
-    grads = [g.astype(x.dtype) for g, x in zip(grads, primals, strict=True)]
-    return (*grads, None, None, None)
+    typed = [g.astype(x.dtype) for g, x in zip(grads, primals, strict=True)]
+    return (*typed, None, None, None)
 
 
 _prefix.defvjp(_prefix_fwd, _prefix_bwd)

@@ -15,7 +15,7 @@ tokens, and a linear head. `trainer` trains it.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from memoryformer.model import mixers
 from memoryformer.notation import Array, Params
 from memoryformer.tasks import trainer
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
     "MAX": max,
     "MED": lambda values: int(np.median(values)),

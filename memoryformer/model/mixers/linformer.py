@@ -13,7 +13,7 @@ It has its own code for positions and takes no rotary ones. Start at `Linformer`
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations
 from memoryformer.ops import prefix
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class LinformerState(NamedTuple):
@@ -62,7 +65,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
     LOOKS_AHEAD = True
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 m D per token: keys and values, each written and read."""
         num_slots, width = config.mixer_options.num_slots, config.embed_dim
         return base.Cost(
@@ -72,7 +75,14 @@ class Linformer(base.LimitedPositions, base.MultiHead):
             state_value_bytes=4,
         )
 
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+    def __init__(
+        self,
+        config: "ModelConfig",
+        project: base.Project,
+        *,
+        rngs: nnx.Rngs,
+        layer: int,
+    ):
         super().__init__(config, project)
         self.chunk_size = config.mixer_options.prefix_chunk
         self.max_len = self.max_length(config)

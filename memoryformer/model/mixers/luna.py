@@ -20,7 +20,7 @@ code for positions, and takes no rotary ones. Start at `Luna`.
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import document_max, prefix
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class LunaState(NamedTuple):
@@ -68,7 +71,7 @@ class Luna(base.MultiHead):
     LOOKS_AHEAD = True
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 m D per token: the slots, written once and read twice, and the logits of packing."""
         num_slots, width = config.mixer_options.num_slots, config.embed_dim
         return base.Cost(
@@ -78,7 +81,14 @@ class Luna(base.MultiHead):
             state_value_bytes=4,
         )
 
-    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
+    def __init__(
+        self,
+        config: "ModelConfig",
+        project: base.Project,
+        *,
+        rngs: nnx.Rngs,
+        layer: int,
+    ):
         super().__init__(config, project)  # q, c and pack share one hash
         self.chunk_size = config.mixer_options.prefix_chunk
         self.num_slots = config.mixer_options.num_slots

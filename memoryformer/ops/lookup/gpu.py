@@ -162,7 +162,8 @@ def _gpu_fwd(tables, codes, scores, interpret):
 
 
 def _gpu_bwd(interpret, residuals, dy):
-    dtables, dscores = backward(*residuals, dy, interpret=interpret)
+    tables, codes, scores = residuals
+    dtables, dscores = backward(tables, codes, scores, dy, interpret=interpret)
     return dtables, None, dscores
 
 
