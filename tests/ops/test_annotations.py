@@ -31,7 +31,13 @@ def public_functions(module):
         if inspect.isclass(value):
             for attribute, method in vars(value).items():
                 function = inspect.unwrap(getattr(method, "__func__", method))
-                if inspect.isfunction(function) and not attribute.startswith("_"):
+                public = not attribute.startswith("_")
+                # A field's default may be a lambda.
+                if (
+                    inspect.isfunction(function)
+                    and public
+                    and function.__name__ != "<lambda>"
+                ):
                     yield f"{name}.{attribute}", function
         elif callable(value):
             yield name, inspect.unwrap(value)
