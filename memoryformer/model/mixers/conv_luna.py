@@ -65,14 +65,7 @@ class ConvLuna(luna.Luna):
             + 2,  # two temperatures
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.filter_width = config.mixer_options.width
         self.kind = config.mixer_options.filter

@@ -42,14 +42,7 @@ class CosFormer(base.LimitedPositions, kernel.KernelAttention):
         "its own, up to `max_len` = M",
     )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.max_len = self.max_length(config)
 

@@ -40,14 +40,7 @@ class KernelAttention(base.MultiHead):
         """2 R D per token to write and read the sums, beside what the features cost."""
         return feature_cost(config, length, config.head_dim)
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
         self.chunk_size = config.mixer_options.prefix_chunk
 
@@ -119,14 +112,7 @@ class Linear(KernelAttention):
     EXAMPLES: ClassVar = {"linear": {}}
     ABOUT = base.About("elu(x) + 1 features", "2 E D", "E (E + 1)", "rotary")
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
 
@@ -183,14 +169,7 @@ class Performer(KernelAttention):
             config, length, num_features, per_token=projections, extra=1
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
         self.num_features = config.mixer_options.num_features

@@ -75,14 +75,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
             state_value_bytes=4,
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
         self.chunk_size = config.mixer_options.prefix_chunk
         self.max_len = self.max_length(config)

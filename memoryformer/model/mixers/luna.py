@@ -81,14 +81,7 @@ class Luna(base.MultiHead):
             state_value_bytes=4,
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)  # q, c and pack share one hash
         self.chunk_size = config.mixer_options.prefix_chunk
         self.num_slots = config.mixer_options.num_slots

@@ -82,14 +82,7 @@ class Softmax(base.MultiHead):
             parameters=parameters,
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project)
         self.rotary = base.Rotary(config)
         self.implementation = config.mixer_options.attention

@@ -51,14 +51,7 @@ class TrainedKernel(kernel.KernelAttention):
             config, length, width, per_token=2 * network, parameters=network
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: base.Project,
-        *,
-        rngs: nnx.Rngs,
-        layer: int,
-    ):
+    def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
         self.depth = config.mixer_options.depth

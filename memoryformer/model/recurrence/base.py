@@ -106,14 +106,7 @@ class Recurrence(nnx.Module):
         """
         raise NotImplementedError
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: Callable,
-        norm: Callable,
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         self.chunk_size = chunk_size(config)
         self.capacity = self.capacity_of(config)
         self.num_slots = config.recurrence_options.num_slots

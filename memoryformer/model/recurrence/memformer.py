@@ -80,14 +80,7 @@ class Memformer(base.Recurrence):
             state_values=(num_slots + 2 * num_slots * num_layers + size) * width,
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: Callable,
-        norm: Callable,
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.head_dim, width = config.head_dim, config.embed_dim
         self.width, self.temperature = width, config.recurrence_options.temperature
@@ -205,7 +198,7 @@ class _Reader(nnx.Module):
 
     of_memory = ("key_value",)
 
-    def __init__(self, config: "ModelConfig", project: Callable, norm: Callable):
+    def __init__(self, config, project: Callable, norm: Callable):
         self.head_dim, width = config.head_dim, config.embed_dim
         self.norm, self.memory_norm = norm(width), norm(width)
         self.query = project(width, width)

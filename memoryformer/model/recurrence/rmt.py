@@ -45,14 +45,7 @@ class RMT(base.Recurrence):
             state_values=memory,
         )
 
-    def __init__(
-        self,
-        config: "ModelConfig",
-        project: Callable,
-        norm: Callable,
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.before = self.num_slots
         shape = (self.num_slots, config.embed_dim)
