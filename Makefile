@@ -76,6 +76,7 @@ golden-configs: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 # The site, in docs/_build/html; a warning is an error.
 docs: $(VENV)/.docs

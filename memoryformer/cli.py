@@ -11,7 +11,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import ml_collections
 from absl import app, flags, logging
@@ -23,7 +23,10 @@ from memoryformer import errors
 from memoryformer.files import paths
 from memoryformer.runs import console, old_configs
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 flags.disclaim_key_flags()  # --help lists them under the command that asks for them
 
@@ -112,7 +115,9 @@ def run_main(
             # Whatever file defines them, --help lists them.
             for name in defined | {"debug"}:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-        app.run(lambda words: _guarded(main, words), sys.argv, _parse_flags)
+        app.run(
+            lambda words: _guarded(main, words), sys.argv, flags_parser=_parse_flags
+        )
     finally:
         sys.argv = saved_argv
         for name in set(flags.FLAGS):
@@ -208,7 +213,7 @@ def _usage_error(error: Exception, argv: Sequence[str]) -> errors.MemoryFormerEr
     return _override_error(argv) or errors.ConfigError(message)
 
 
-def _override_error(argv: Sequence[str]) -> errors.ConfigError | None:
+def _override_error(argv: Sequence[str]) -> errors.MemoryFormerError | None:
     """Name the first `--config.KEY` that the config file does not have."""
     words = [f"-{a}" if a.startswith("-config") else a for a in argv]
     files = [a.partition("=")[2] for a in words if a.startswith("--config=")]

@@ -15,7 +15,7 @@ import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
@@ -23,7 +23,10 @@ from ml_collections import config_dict
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -113,6 +116,7 @@ def load_module(path: str) -> tuple[types.ModuleType, str]:
         raise ConfigError(f"--config={path}: there is no file {file!r}{hint}.")
     loader = importlib.machinery.SourceFileLoader("memoryformer_config", str(where))
     spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # there is a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[loader.name] = module  # where dataclasses look for their module
     with explained(path):
@@ -152,7 +156,7 @@ def explained(path: str) -> Iterator[None]:
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {'section.key': value} of a nested config; an empty section is a value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in dict(section).items():
         if isinstance(value, Mapping | ml_collections.ConfigDict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
@@ -236,8 +240,8 @@ def field(
     *,
     doc: str = "",
     local: bool = False,
-    options: Mapping[str, type] | None = None,
-):
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Make a dataclass field that says what it means and what a change of it changes.
 
     local: the processes of one run may differ in it. options: the field holds the options of
@@ -260,7 +264,7 @@ def described(cls: type) -> dict[str, tuple[str, bool]]:
             item.metadata.get("changes", "numbers"),
             item.metadata.get("local", False),
         )
-        sections = [item.type] if dataclasses.is_dataclass(item.type) else []
+        sections: list[Any] = [item.type] if dataclasses.is_dataclass(item.type) else []
         if kinds := item.metadata.get("options"):
             sections = [kind.Options for kind in kinds.values()]
         elif not sections:
@@ -277,7 +281,7 @@ class NoOptions:
     """There is nothing to set."""
 
 
-def options(kinds: Mapping[str, type], choice: str, values: Any, name: str) -> Any:
+def options(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> Any:
     """Freeze the options `name` of the class that `choice` names: its `Options`.
 
     `values` is a mapping, where None is not set, or the dataclass itself. Raises
@@ -304,7 +308,7 @@ def options(kinds: Mapping[str, type], choice: str, values: Any, name: str) -> A
     return build(cls, section, name)
 
 
-def _no_options(kinds: Mapping[str, type]) -> ml_collections.ConfigDict:
+def _no_options(kinds: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A section in which the options of every class can be set, and none is.
 
     ml_collections sets only what is there, and in which order it comes to a choice and to its

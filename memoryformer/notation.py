@@ -11,10 +11,12 @@ z, h(z), s  chunk [.., K, tau], its code (int32), its score    chunks, codes, sc
 T           all tables of a layer, one array [K, C, F]         tables
 """
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 AnyArray = Array | np.ndarray  # what is taken where numpy's arrays will do
+ArrayOrShape = Array | jax.ShapeDtypeStruct  # where only shape and dtype are read
 Tokens = Int[Array, "B L"]
 Activations = Float[Array, "*B D"]
 Chunks = Float[Array, "*B K tau"]
@@ -27,6 +29,7 @@ __all__ = [
     "Activations",
     "AnyArray",
     "Array",
+    "ArrayOrShape",
     "Bool",
     "Chunks",
     "Codes",

@@ -159,7 +159,7 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     `value_bytes` is the width of a stored value: 2 for fp16 and bf16 (as the paper
     counts), 4 for float32.
     """
-    layers = list(projections(model).values())
+    layers = tuple(projections(model).values())
     per_token = sum(layer.multiply_adds for layer in layers)
     memory = recurrence.cost(model, per_token, lambda f: _project(model, f))
     # The mixer with the longest state that it has to keep.
@@ -210,7 +210,7 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
 
 
 def _parameters(
-    model: ModelConfig, layers: Sequence[Layer], memory: recurrence.Cost
+    model: ModelConfig, layers: tuple[Layer, ...], memory: recurrence.Cost
 ) -> Parameters:
     width = model.embed_dim
     norm = width * (2 if model.norm == "layernorm" else 1)

@@ -107,6 +107,8 @@ CHIPS = {
 def gpu_description(name: str) -> str:
     """Describe the GPU `name` of `CHIPS` as XLA reads it: a GpuTargetConfigProto as text."""
     chip, gpu = CHIPS[name], CHIPS[name].gpu
+    if gpu is None:
+        raise ValueError(f"{name} is no GPU of CHIPS.")
     major, minor = divmod(round(10 * gpu.capability), 10)
     return f"""
 gpu_device_info {{

@@ -114,11 +114,12 @@ class Lifeline:
                 selector.register(peer, selectors.EVENT_READ, who)
             while selector.get_map():
                 for key, _ in selector.select():
-                    news = key.fileobj.news()
+                    peer = self._peers[key.data]
+                    news = peer.news()
                     if news is None:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(peer)
                         if key.data not in ended:
-                            self._on_end(key.data, LOST, key.fileobj.host)
+                            self._on_end(key.data, LOST, peer.host)
                         continue
                     for who, code, host in news:
                         ended.add(who)
@@ -166,5 +167,6 @@ def _exit_code(error: BaseException | None) -> int:
 def _leave(code: int) -> None:
     """End the process now: no handler, no lock, no waiting for the others."""
     for stream in (sys.__stdout__, sys.__stderr__):
-        stream.flush()
+        if stream is not None:
+            stream.flush()
     os._exit(code)

@@ -154,8 +154,8 @@ class _RollCall:
     def _take(self, connection: socket.socket) -> str:
         """Note who has come; return what is wrong with that, or ''."""
         connection.settimeout(5)
-        index, count, host = _line(connection).split()
-        index, count = int(index), int(count)
+        *numbers, host = _line(connection).split()
+        index, count = map(int, numbers)
         self._callers.append(connection)
         if count != self._num_processes:
             return (

@@ -75,7 +75,8 @@ class Watchdog:
 
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            stream = sys.__stderr__ or sys.stderr
+            faulthandler.dump_traceback(file=stream, all_threads=True)
             print(
                 f"error: step {step}: {phase.replace('_', ' ')} has taken {seconds:.0f} s, "
                 f"of {self._limits[phase]:g} s allowed; the stacks are above, run the same "

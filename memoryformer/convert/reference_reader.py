@@ -14,8 +14,10 @@ D width, H heads, E head width, K tables, tau bits, C = 2^tau rows of a table, V
 
 import json
 import math
+import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +27,7 @@ import numpy as np
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
 
 
-def read_safetensors(path):
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Return {name: array}; bfloat16 becomes float32."""
     data = pathlib.Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -41,7 +43,7 @@ def read_safetensors(path):
     return arrays
 
 
-def load(folder):
+def load(folder: str | os.PathLike) -> "Model":
     """Read config.json and model.safetensors of `folder`: a `Model`."""
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -80,7 +82,7 @@ class Model:
             )
         self.config, self.params = config, params
 
-    def logits(self, tokens):
+    def logits(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
         """Int [B, L] -> float32 [B, L, V]."""
         c, p = self.config, self.params
         x = p["embed.embedding"][np.asarray(tokens)]  # [B, L, D]
@@ -100,7 +102,7 @@ class Model:
         tied = c["tie_embeddings"]
         return x @ (p["embed.embedding"].T if tied else p["head.kernel"])
 
-    def greedy(self, tokens, num_tokens):
+    def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         """Return `num_tokens` more tokens, each the most likely one."""
         tokens = list(tokens)
         for _ in range(num_tokens):
@@ -118,7 +120,7 @@ class Model:
         """Dense: x W + b. Memory layer: sum_k s(z_k) T_k[h(z_k)] + b."""
         p = self.params
         if name + ".kernel" in p:
-            y = np.tensordot(x, p[name + ".kernel"], 1)
+            y: np.ndarray | float = np.tensordot(x, p[name + ".kernel"], 1)
         else:
             chunks = x.reshape(*x.shape[:-1], -1, code_bits)  # z: [B, L, K, tau]
             bit_weights = 1 << np.arange(code_bits)[::-1]  # first value: high bit
@@ -183,20 +185,22 @@ class Model:
         return self._project(name + ".down", hidden, c["code_bits"] + c["extra_bits"])
 
 
-def layer_norm(x, scale, bias, eps):
+def layer_norm(
+    x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float
+) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) * scale + bias."""
     x = x - x.mean(-1, keepdims=True)
     variance = np.mean(x * x, -1, keepdims=True)
     return x / np.sqrt(variance + np.float32(eps)) * scale + bias
 
 
-def gelu(x):
+def gelu(x: np.ndarray) -> np.ndarray:
     """x Phi(x)."""
     erf = np.vectorize(math.erf, otypes=[np.float32])
     return x * np.float32(0.5) * (1 + erf(x / np.float32(math.sqrt(2))))
 
 
-def gelu_tanh(x):
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
     """The tanh approximation of x Phi(x)."""
     inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
     return x * np.float32(0.5) * (1 + np.tanh(inner))

@@ -98,8 +98,8 @@ def save_released(
         yml = json.dumps(fields, indent=2)
         (target / "configs" / "memoryformer.yml").write_text(yml, encoding="utf-8")
         if layer_files:
-            for index, piece in pieces.items():
-                name = f"layer_{index:02d}-model_00-model_states.pt"
+            for layer, piece in pieces.items():
+                name = f"layer_{layer:02d}-model_00-model_states.pt"
                 torch_file.write(target / name, piece)
         else:
             states["module"] = {

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -121,7 +122,7 @@ def _layout(path, name, entry) -> tuple[np.dtype, list[int], tuple[int, int]]:
     return dtype, shape, (span[0], span[1])
 
 
-def _naturals(value) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 

@@ -16,6 +16,7 @@ import os
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -166,7 +167,9 @@ class _Storage:
 
 
 class _Pickler(pickle._Pickler):  # the C pickler cannot write a bare name
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+    write: Callable[[bytes], Any]  # the base's, as `memoize`: its stub has neither
+    memoize: Callable[[Any], None]
 
     def __init__(self, file, arrays: list[np.ndarray]):
         super().__init__(file, protocol=2)

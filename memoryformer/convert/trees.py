@@ -83,7 +83,8 @@ def write(
     entries: Iterable[Entry], params: Params, config: model.ModelConfig
 ) -> dict[str, np.ndarray]:
     """Make their tensors from our parameters."""
-    flat, tensors = flatten(params), {}
+    flat = flatten(params)
+    tensors: dict[str, np.ndarray] = {}
     for entry in entries:
         arrays = entry.write(config, np.asarray(flat.pop(entry.ours)))
         tensors |= zip(entry.theirs, map(np.ascontiguousarray, arrays), strict=True)
@@ -104,7 +105,7 @@ def named_arrays(tensors: Any, source: Any) -> dict[str, np.ndarray]:
 
 def flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
     """{'a': {'b': x}} -> {'a.b': x}."""
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -116,7 +116,8 @@ class Batches:
         token_files.check_ids(
             windows, self._split.vocab_size, f"{self._split.path} at step {step}"
         )
-        return _batch(*np.moveaxis(windows, 1, 0), self._split.eot_id)
+        inputs, targets, real = np.moveaxis(windows, 1, 0)
+        return _batch(inputs, targets, real, self._split.eot_id)
 
 
 class EvalBatches:

@@ -12,7 +12,8 @@ import gzip
 import lzma
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 from memoryformer import errors
 from memoryformer.data.names import shown
@@ -21,7 +22,11 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 HEAD = 8192  # bytes that are looked at to tell what a file is
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+}
 COMPRESSED = (*_OPENERS, ".zst")
 
 
@@ -99,7 +104,8 @@ def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:
     if suffix == ".zst":
         yield from filter(None, _zstandard(path))
         return
-    with _OPENERS.get(suffix, open)(path, "rb") as stream:
+    opener: Callable[..., IO[bytes]] = _OPENERS.get(suffix, open)
+    with opener(path, "rb") as stream:
         while block := stream.read(size):
             yield block
 

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Importing this module registers the builders under their TFDS names.
 import tensorflow_datasets as tfds
@@ -43,13 +44,13 @@ class TextConfig(tfds.core.BuilderConfig):
     max_documents: int = 0
 
 
-class _LocalDocuments(records.RecordsBuilder, skip_registration=True):
+class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """Splits documents by the hash of a key; subclasses say which files and which key."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = (TextConfig(name="default", description="As configured."),)
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.on_bytes: Callable[[int], None] = lambda done: None
         self.notes: list[str] = []  # what the user should know of the files
@@ -121,7 +122,7 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):
         every = self.builder_config.validation_every
         known: set[int] = set()  # hashes of different keys
         fallback, smallest = "", every
-        seen = collections.Counter()
+        seen: collections.Counter[bool] = collections.Counter()
         for name, text, _ in self._documents(self._train_files()):
             key = self._split_key(name, text)
             seen[local_files.in_validation(key, every)] += 1

@@ -28,7 +28,7 @@ class Texts:
     some; num_bytes is their size on disk, text_bytes that of their texts if known.
     """
 
-    source: Sequence
+    source: tfds_catalogue.Source
     field: str
     num_bytes: int
     text_bytes: int = 0

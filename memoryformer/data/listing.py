@@ -66,7 +66,7 @@ def list_files(
         base = paths.local(path, field)
         if base.is_file():
             return [(key([base.name]), base)]
-        pattern = _EVERYTHING
+        pattern: tuple[str, ...] = _EVERYTHING
         if not base.is_dir():
             base, pattern = _split(base)
         files = sorted(_Walk(base, pattern).run(note)) if pattern else []
@@ -118,7 +118,7 @@ class _Walk:
 
     def __init__(self, base: pathlib.Path, pattern: tuple[str, ...]):
         self._pattern = pattern
-        self._folders = [(base, ())]
+        self._folders: list[tuple[pathlib.Path, tuple[str, ...]]] = [(base, ())]
         self._links: list[tuple[pathlib.Path, tuple[str, ...]]] = []
         self._read: set[str] = set()  # real paths
         self._followed: list[str] = []

@@ -11,12 +11,15 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -24,7 +27,7 @@ DTYPES = ("uint16", "uint32")
 SPLITS = ("validation", "train")
 _LARGEST = 1 << 63
 _DAMAGE = (ValueError, KeyError, TypeError, OSError, RecursionError)
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memoryformer import errors
 from memoryformer.data import blocks, listing, local_files, names, options, token_files
@@ -119,7 +119,7 @@ def _request(data_config: options.DataConfig) -> dict:
 def _local_identity(data_config: options.DataConfig) -> dict:
     only = data_config.source == "c4"
     files = listing.list_files(data_config.path, json_only=only)
-    identity = {"files": local_files.fingerprint(files)}
+    identity: dict[str, Any] = {"files": local_files.fingerprint(files)}
     if data_config.validation_path:
         held_out = listing.list_files(
             data_config.validation_path, json_only=only, field="data.validation_path"

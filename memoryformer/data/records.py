@@ -20,7 +20,7 @@ class _LocalInfo(tfds.core.DatasetInfo):
         """Ask no bucket: these data sets exist only here."""
 
 
-class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """Examples with the features `name` and `text`; `text_bytes` counts them by split."""
 
     def __init__(self, *, file_format: str = "array_record", **kwargs):

@@ -95,7 +95,7 @@ def dataset(
     workdir: str | os.PathLike,
     data_config: data.DataConfig,
     facts: Mapping[str, Any],
-    vocab_size: int | None = None,
+    vocab_size: int = 0,
 ) -> data.Dataset:
     """The data that a checkpoint was trained on, wherever its tokenizer lies by now."""
     there = located(data_config, workdir)

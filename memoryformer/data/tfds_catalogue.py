@@ -11,6 +11,7 @@ import io
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 # TFDS 4.9.10 imports importlib_resources without declaring it: see requirements.txt.
 import tensorflow_datasets as tfds
@@ -42,9 +43,17 @@ def builder(data_config: options.DataConfig) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, file_format="array_record", **arguments)
 
 
+class Source(Protocol):
+    """Records by their places, several at once, as TFDS's data sources have them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, record_keys: Sequence[int], /) -> Sequence[Any]: ...
+
+
 def sources(
     dataset: tfds.core.DatasetBuilder, data_config: options.DataConfig
-) -> dict[str, Sequence]:
+) -> dict[str, Source]:
     """Random-access examples by split: 'train', and 'validation' if there is one."""
     with _explained(data_config.name):
         if not dataset.is_prepared():

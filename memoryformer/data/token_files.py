@@ -14,7 +14,7 @@ import ctypes
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import BinaryIO
 
 import numpy as np
@@ -43,7 +43,7 @@ def write(
     texts: Iterable[str],
     tokenizer: Tokenizer,
     progress: progress_lib.Progress,
-    skip: set[bytes] = frozenset(),
+    skip: Set[bytes] = frozenset(),
 ) -> SplitFacts:
     """Tokenise `texts` into a new file, less empty ones and those whose `digest` is in `skip`.
 
@@ -100,9 +100,9 @@ class _Writer:
         self._bytes = self._token_bytes = 0
 
     def append(self, texts: Sequence[str]) -> None:
-        encoded = self._tokenizer.encode_batch(texts)
-        for text, ids in zip(texts, encoded, strict=True):
-            ids = np.array(ids, np.int64)
+        encodings = self._tokenizer.encode_batch(texts)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding, np.int64)
             check_ids(ids, self._tokenizer.vocab_size, "the tokenizer's output")
             self._write(np.concatenate([[self._tokenizer.eot_id], ids]))
             self._documents += 1

@@ -16,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,10 +160,12 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
 
 def _compile(lowered: jax.stages.Lowered, sharding: sharding_lib.Sharding) -> Compiled:
     """Compile, quickly for a CPU: there only the plan is wanted, not the code."""
-    options = None
+    options: dict[str, Any] | None = None
     if sharding.platform == "cpu":
-        options = {"xla_llvm_disable_expensive_passes": True}
-        options["xla_backend_optimization_level"] = 0
+        options = {
+            "xla_llvm_disable_expensive_passes": True,
+            "xla_backend_optimization_level": 0,
+        }
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -173,7 +176,9 @@ def _compile(lowered: jax.stages.Lowered, sharding: sharding_lib.Sharding) -> Co
         detail = used[0] if used else message[:200]
         return Compiled(Verdict(Fit.DOES_NOT_FIT, detail))
     mesh = lowering.mesh_shape(sharding)
-    messages = hlo_messages.collectives(compiled.as_text(), mesh)
+    text = compiled.as_text()
+    assert text is not None  # XLA's own backends have one
+    messages = hlo_messages.collectives(text, mesh)
     return Compiled(Verdict(Fit.COMPILES), Memory.of(compiled), messages)
 
 
@@ -190,13 +195,13 @@ def _compile_blocks(
         if part.memory is None:
             detail = f"{part.verdict.detail}, with {layers} block(s) alone"
             return Compiled(Verdict(part.verdict.fit, detail))
-        parts.append(part)
-    one, two = parts
+        parts.append((part.memory, part.collectives))
+    (one, one_messages), (two, two_messages) = parts
     layers = run.model.num_layers
     return Compiled(
         Verdict(Fit.COMPILES),
-        two.memory.plus(one.memory, layers - 2),
-        hlo_messages.extrapolated(one.collectives, two.collectives, layers),
+        two.plus(one, layers - 2),
+        hlo_messages.extrapolated(one_messages, two_messages, layers),
     )
 
 

@@ -58,7 +58,7 @@ class Collective:
     count: int
 
     @property
-    def payload_bytes(self) -> int:
+    def payload_bytes(self) -> float:
         """Bytes of one payload."""
         return math.prod(self.shape) * item_bytes(self.dtype)
 
@@ -136,7 +136,10 @@ def item_bytes(dtype: str) -> float:
     """Bytes of one value of an HLO type, such as 'bf16' or 'f8e4m3fn'."""
     if dtype in ITEM_BYTES:
         return ITEM_BYTES[dtype]
-    bits = int(re.match(r"[a-z]+(\d+)", dtype)[1])
+    sized = re.match(r"[a-z]+(\d+)", dtype)
+    if sized is None:
+        raise ValueError(f"the HLO type {dtype!r} has no size")
+    bits = int(sized[1])
     return bits / 8 if bits < 8 else bits // 8
 
 
@@ -203,8 +206,8 @@ def _called(line: str, bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, i
 
 def _limit(line: str, bodies: Mapping[str, list[str]]) -> int:
     """The bound that a loop's condition compares its counter with; 1 where none shows."""
-    condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
-    text = "\n".join(bodies.get(condition, ()))
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(bodies.get(condition[1], ())) if condition else ""
     bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
     return int(bounds[0]) if len(bounds) == 1 else 1
 
@@ -225,7 +228,7 @@ def _payloads(kind, result, started, size, operands):
         arrays = [(dtype, (size, *shape))]
     for dtype, shape in arrays:
         if kind == "reduce-scatter":
-            dim = int(re.search(r"dimensions=\{(\d+)\}", operands)[1])
+            dim = int(re.findall(r"dimensions=\{(\d+)\}", operands)[0])
             shape = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
         yield dtype, shape
 
@@ -257,12 +260,12 @@ def _members(operands: str, mesh_shape: Mapping[str, int]) -> list[int]:
         return ids.reshape(shape)[0].tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", operands)
     if named:
-        shape = {
+        sizes = {
             name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])
         }
         moving = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
-        index = tuple(slice(None) if axis in moving else 0 for axis in shape)
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        index = tuple(slice(None) if axis in moving else 0 for axis in sizes)
         return ids[index].reshape(-1).tolist()
     return everyone
 

@@ -33,11 +33,13 @@ def device_sharding(
     """
     striped = mixers.takes_any_order(run.model)
     sharding = sharding_lib.make(run.mesh, devices, striped=striped)
-    local = isinstance(devices, range) or devices[0].platform == jax.default_backend()
-    if sharding.mesh is None and not local:
-        mesh = jax.make_mesh((1,), (collectives.DATA_AXIS,), devices=devices[:1])
-        return sharding_lib.Sharding(mesh, sharding_lib.ShardingSpecs())
-    return sharding
+    if sharding.mesh is not None or isinstance(devices, range):
+        return sharding
+    first: Any = devices[0]
+    if first.platform == jax.default_backend():
+        return sharding
+    mesh = jax.make_mesh((1,), (collectives.DATA_AXIS,), devices=devices[:1])
+    return sharding_lib.Sharding(mesh, sharding_lib.ShardingSpecs())
 
 
 def trace(

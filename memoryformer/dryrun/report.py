@@ -45,6 +45,8 @@ class Memory:
     def of(cls, compiled: jax.stages.Compiled) -> "Memory":
         """Read the compiler's plan."""
         stats = compiled.memory_analysis()
+        if stats is None:
+            raise ValueError("this platform's compiler shows no memory plan")
         outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
         parts = (stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes)
         return cls(*parts, sum(parts))

@@ -82,7 +82,7 @@ def sums(
         rows = sharding.local_rows(len(batch["inputs"]))
         inputs = {k: batch[k][rows] for k in ("inputs", "positions", "segment_ids")}
         for name, value in step(params, sharding.put_batch(inputs)).items():
-            value = np.asarray(value)
-            wide = np.int64 if value.dtype.kind == "i" else np.float64
-            totals[name] = totals.get(name, 0) + value.astype(wide)
+            array = np.asarray(value)
+            wide = np.int64 if array.dtype.kind == "i" else np.float64
+            totals[name] = totals.get(name, 0) + array.astype(wide)
     return totals

@@ -49,9 +49,9 @@ class Buckets(base.Evaluator):
 class Utilisation:
     """How evenly the rows of each of K tables are read; every field is [K]."""
 
-    used_fraction: Float[np.ndarray, "K"]
-    entropy: Float[np.ndarray, "K"]  # as a fraction of log C
-    max_over_mean: Float[np.ndarray, "K"]
+    used_fraction: Float[np.ndarray, " K"]
+    entropy: Float[np.ndarray, " K"]  # as a fraction of log C
+    max_over_mean: Float[np.ndarray, " K"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def summary(counts_by_layer: Mapping[str, Int[np.ndarray, "K C"]]) -> dict[str, 
     `used_fraction`, `entropy` and `flip_rate` are means over the layer's tables (and
     bits), `max_over_mean` is that of its worst table.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, counts in counts_by_layer.items():
         use = utilisation(counts)
         values = {

@@ -53,7 +53,7 @@ class Loss(base.Evaluator):
 @functools.lru_cache(maxsize=4)  # runs of one model share it
 def make_eval_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
-) -> Callable[..., Array]:
+) -> jax.stages.Wrapped:
     """Compile `(params, batch) -> nats of each row, [B]`."""
     specs = model_lib.partition_specs(model_config, sharding)
 

@@ -182,7 +182,7 @@ class Generator:
         position = jnp.asarray(sizes[:, 0], jnp.int32)
         keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
         knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        pending = []
+        pending: Sequence[Array] | Array = []
         for done in range(0, sampling.max_tokens, LOOP):
             count = min(LOOP, sampling.max_tokens - done)
             chosen, state, logits, position, keys = self._decode(

@@ -59,7 +59,7 @@ class HarnessModel(harness_model.TemplateLM):
         return self.text.fingerprint
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids of a text, after the prefix token if `add_bos`."""
         add_bos = False if add_special_tokens is False else None
@@ -72,7 +72,7 @@ class HarnessModel(harness_model.TemplateLM):
         return pair.context, pair.continuation
 
     def loglikelihood(
-        self, requests, disable_tqdm: bool = False
+        self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations, and whether each token is the likeliest."""
         pairs = []
@@ -84,7 +84,7 @@ class HarnessModel(harness_model.TemplateLM):
         return self._loglikelihood_tokens(pairs)
 
     def _loglikelihood_tokens(
-        self, requests, disable_tqdm: bool = False, **kwargs
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         windows = []
         for _, context, continuation in requests:
@@ -102,7 +102,7 @@ class HarnessModel(harness_model.TemplateLM):
         return results
 
     def loglikelihood_rolling(
-        self, requests, disable_tqdm: bool = False
+        self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once.
 
@@ -134,7 +134,9 @@ class HarnessModel(harness_model.TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return results
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[str]:
         """Continue each context until one of its stop strings, which is left out.
 
         Request i draws with seed i, so that repeats of one request differ.

@@ -140,14 +140,15 @@ def _evaluate(model_config, params, tokenizer, options: Options, origin):
     adapter = adapter_lib.HarnessModel(
         scorer, generator, tokenizer, add_bos=options.add_bos
     )
-    results, notes = {}, {}
+    results: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     for name, parts in loaded.items():
         adapter.notes.clear()
         results[name] = _run(name, parts, adapter, options)
         counts = {what: count for what, count in adapter.notes.items() if count}
         notes |= {name: counts} if counts else {}
         options.keep(results)
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for result in results.values():
         tasks |= summary.flat(result)
     settings = {

@@ -9,6 +9,7 @@ window: not on the batch size, nor on its neighbours. Rows are split over local 
 Start at `Scorer.score`.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ class Scorer:
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """Score every window; raises `DataError` for one that is too long."""
-        scores: list[Score | None] = [None] * len(windows)
+        scores: dict[int, Score] = {}
         by_length: dict[int, list[int]] = {}
         for index, window in enumerate(windows):
             by_length.setdefault(self._length_of(window), []).append(index)
@@ -105,7 +106,7 @@ class Scorer:
                 _collect(scores, pending)
                 pending = [(batch, places, result)]
         _collect(scores, pending)
-        return scores
+        return [scores[index] for index in range(len(windows))]
 
     def _length_of(self, window: Window) -> int:
         size = len(window.tokens) - 1
@@ -166,9 +167,7 @@ class Scorer:
             *arrays, piece = arrays_and_piece
             rows = P(collectives.DATA_AXIS) if self.sharding.mesh is not None else P()
             function = self.sharding.shard_map(
-                lambda params, *arrays: _score(
-                    self.model_config, params, *arrays, piece
-                ),
+                functools.partial(_score, self.model_config, piece),
                 (specs, *[rows] * len(arrays)),
                 (rows, rows),
             )
@@ -182,7 +181,7 @@ def lengths(seq_len: int) -> tuple[int, ...]:
     return (*(n for n in SHORT_LENGTHS if n < seq_len), seq_len)
 
 
-def _score(model_config, params, tokens, sizes, index, targets, counts, piece):
+def _score(model_config, piece, params, tokens, sizes, index, targets, counts):
     """Score one device's groups: [G, m, L], [G, m], [G, P], [G, P], [G] -> two [G, P]."""
     model = model_lib.merge(model_config, params)
     length = tokens.shape[-1]
@@ -220,7 +219,7 @@ def _score(model_config, params, tokens, sizes, index, targets, counts, piece):
     return jax.lax.fori_loop(0, num_groups, group, out)
 
 
-def _collect(scores: list[Score | None], pending: Iterable[tuple]) -> None:
+def _collect(scores: dict[int, Score], pending: Iterable[tuple]) -> None:
     for batch, places, result in pending:
         logprobs, greedy = (np.asarray(array) for array in result)
         for index, (g, place) in zip(batch, places, strict=True):

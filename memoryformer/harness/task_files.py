@@ -9,7 +9,6 @@ Start at `task_config`.
 """
 
 import hashlib
-import importlib.util
 import pathlib
 import urllib.request
 from collections.abc import Iterable
@@ -73,9 +72,9 @@ def task_config(
     from lm_eval.tasks import _yaml_loader
 
     file, version = TASKS[name]
-    root = pathlib.Path(importlib.util.find_spec("lm_eval").origin).parent
+    folder = pathlib.Path(_yaml_loader.__file__).parent
     try:
-        config = _yaml_loader.load_yaml(root / "tasks" / file)
+        config = _yaml_loader.load_yaml(folder / file)
     except OSError as error:
         raise ConfigError(
             f"task {name}: this lm-eval has no {file}; install lm-eval=={HARNESS_VERSION}."

@@ -7,17 +7,20 @@ keeps nothing and computes nothing more. Start at `of_tokens`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
 from memoryformer.model import layers
 from memoryformer.notation import Codes, Tokens
 
+if TYPE_CHECKING:
+    from memoryformer.model.transformer import Transformer
+
 CodesByPath = dict[str, Codes]  # 'blocks.0.mixer.qkv' -> int32 [B, L, K]
 
 
-def of_tokens(model: nnx.Module, tokens: Tokens, seq: Any) -> CodesByPath:
+def of_tokens(model: "Transformer", tokens: Tokens, seq: Any) -> CodesByPath:
     """Return the codes of every memory layer that reads tokens [B, L], by its path."""
     ask(model)
     model.features(tokens, seq)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -11,12 +12,13 @@ from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model import layers, mixers, stack
 from memoryformer.model import recurrence as recurrence_lib
+from memoryformer.notation import Array
 from memoryformer.ops import hashing, lookup
 from memoryformer.runs import old_configs
 
 NORMS = {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm}
 RESIDUALS = ("sequential", "parallel", "eq13")
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),

@@ -82,7 +82,7 @@ def prune(
     """
     if not 0 < density <= 1:
         raise ConfigError(f"--density={density}: must be in (0, 1].")
-    counts = {"multiply_adds": 0, "effective_multiply_adds": 0}
+    counts: dict[str, float] = {"multiply_adds": 0, "effective_multiply_adds": 0}
 
     def sparse(role, leaf):
         if role != "dense":

@@ -4,6 +4,8 @@ On one device and without gradients. `params.merge` puts them in the place of th
 whose weights are stored so. Start at `swap_in`.
 """
 
+from typing import Any
+
 from flax import nnx
 
 from memoryformer.model import layers
@@ -16,7 +18,7 @@ class NarrowMemoryLayer(layers.MemoryLayer):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        tables = self.tables.get_value()
+        tables: Any = self.tables.get_value()  # `PackedTables`, see `swap_in`
         bias = None if self.bias is None else self.bias[...]
         y = narrow_rows.memory_layer(
             x, tables, bias, self.score, self.temperature, self.learned()
@@ -29,7 +31,8 @@ class NarrowDense(layers.Dense):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        y = narrow_rows.product(x, self.kernel.get_value()).astype(self.dtype)
+        kernel: Any = self.kernel.get_value()  # a `PackedMatrix`, see `swap_in`
+        y = narrow_rows.product(x, kernel).astype(self.dtype)
         y = y.reshape(*x.shape[:-1], *self.features)
         bias = None if self.bias is None else self.bias[...]
         return y if bias is None else y + layers.align(bias, y.ndim)
@@ -40,7 +43,8 @@ class NarrowHead(layers.Head):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> float32 [.., V]."""
-        return narrow_rows.product(x, self.kernel.get_value())
+        kernel: Any = self.kernel.get_value()  # a `PackedMatrix`, see `swap_in`
+        return narrow_rows.product(x, kernel)
 
 
 _NARROW = {

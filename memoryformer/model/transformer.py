@@ -125,14 +125,12 @@ class Block(nnx.Module):
         """[B, L, D] -> [B, L, D] and the mixer's state."""
         normed = self.norm1(x)
         mixed, state = self.mixer(normed, seq, state)
-        match self.residual:
-            case "sequential":
-                x = x + mixed
-                return x + self._feed_forward(self.norm2(x)), state
-            case "parallel":  # Pythia
-                return x + mixed + self._feed_forward(self.norm2(x)), state
-            case "eq13":  # X = Norm(X) overwrites the residual stream
-                return normed + mixed + self._feed_forward(normed), state
+        if self.norm2 is None:  # eq13: X = Norm(X) overwrites the residual stream
+            return normed + mixed + self._feed_forward(normed), state
+        if self.residual == "parallel":  # Pythia
+            return x + mixed + self._feed_forward(self.norm2(x)), state
+        x = x + mixed
+        return x + self._feed_forward(self.norm2(x)), state
 
     def _feed_forward(self, x):
         ffn, params = codes.pure(self.ffn)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from memoryformer.notation import Array, Float, Int
+from memoryformer.notation import Array, ArrayOrShape, Float, Int
 from memoryformer.ops import only_on
 
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # with one of them cuDNN is there
@@ -45,8 +45,8 @@ def causal_mask(
     """
     past = key_index[:, None, :] <= query_index[:, :, None]
     same = key_segments[:, None, :] == query_segments[:, :, None]
-    past = past if causal else True
-    return past & same & (key_segments[:, None, :] != 0)
+    seen = past & same if causal else same
+    return seen & (key_segments[:, None, :] != 0)
 
 
 def softmax(
@@ -141,7 +141,7 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
 
 
 def why_not(
-    implementation: str, q: Float[Array, "B L H E"], platform: str | None = None
+    implementation: str, q: Float[ArrayOrShape, "B L H E"], platform: str | None = None
 ) -> str:
     """Say why `fused` cannot serve q on a platform (None: this process's); '' if it can."""
     backend, dtype = platform or jax.default_backend(), q.dtype

@@ -35,7 +35,7 @@ class PrefixState(NamedTuple):
     """What a row has seen; its size does not depend on how much that was."""
 
     sums: Float[Array, "B H R F"]  # sum_s exp(g_s - shift) b_s (x) c_s, of one document
-    segment_ids: Int[Array, "B"]  # that document; 0 before the first
+    segment_ids: Int[Array, " B"]  # that document; 0 before the first
     shift: Float[Array, "B H"]  # g of its last token
 
 
@@ -140,14 +140,15 @@ def total(
 ) -> Float[Array, "B L H F"]:
     """Read the sum over the whole document, past and future, with a; as `prefix`."""
     past, _ = prefix(a, b, c, segment_ids, chunk_size=chunk_size)
-    reverse = (jnp.flip(x, axis=1) for x in (a, b, c, segment_ids))
-    future = jnp.flip(prefix(*reverse, chunk_size=chunk_size)[0], axis=1)
+    back = [jnp.flip(x, axis=1) for x in (a, b, c, segment_ids)]
+    read, _ = prefix(back[0], back[1], back[2], back[3], chunk_size=chunk_size)
+    future = jnp.flip(read, axis=1)
     present = jnp.sum(a * b, axis=-1, keepdims=True) * c  # in both of them
     return past + future - jnp.where((segment_ids != 0)[..., None, None], present, 0)
 
 
 def fill_padding(
-    segment_ids: Int[Array, "B L"], before: Int[Array, "B"]
+    segment_ids: Int[Array, "B L"], before: Int[Array, " B"]
 ) -> Int[Array, "B L"]:
     """Give padding the id of the document before it (`before`: of the first token)."""
     index = jnp.arange(1, segment_ids.shape[1] + 1, dtype=jnp.int32)[None]
@@ -183,8 +184,8 @@ def _prefix_bwd(chunk_size, operands, cotangents):
     dstate = total * _masked_exp(same[:, None], gap)[..., None, None]
     grads = (da, jnp.flip(db, axis=1), jnp.flip(dc, axis=1), dstate)
     primals = (a, b, c, sums)
-    grads = [g.astype(x.dtype) for g, x in zip(grads, primals, strict=True)]
-    return (*grads, None, None, None)
+    typed = [g.astype(x.dtype) for g, x in zip(grads, primals, strict=True)]
+    return (*typed, None, None, None)
 
 
 _prefix.defvjp(_prefix_fwd, _prefix_bwd)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -54,7 +55,9 @@ def _run(argv):
         from memoryformer.report import pictures  # with matplotlib
 
         names = [field.name for field in dataclasses.fields(pictures.Options)]
-        options = {name: flags.FLAGS[name].value or "" for name in names}
+        options: dict[str, Any] = {
+            name: flags.FLAGS[name].value or "" for name in names
+        }
         return pictures.main(argv, pictures.Options(**options))
     from memoryformer.report import page
 

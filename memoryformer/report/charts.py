@@ -6,6 +6,7 @@ Start at `band`, which turns the runs of a variant into a line, and `lines`, whi
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -38,7 +39,8 @@ def band(
     series = [run.series(metric, against) for run in runs]
     series = [(x, y) for x, y in series if len(x)]
     if not series:
-        return Band(name, *np.zeros((4, 0)), marks)
+        empty = np.zeros(0)
+        return Band(name, empty, empty, empty, empty, marks)
     common = functools.reduce(np.intersect1d, [x for x, _ in series])
     values = np.stack([y[np.searchsorted(x, common)] for x, y in series])
     if metric == LOSS:
@@ -46,7 +48,7 @@ def band(
     return Band(name, common, values.mean(0), values.min(0), values.max(0), marks)
 
 
-@plt.rc_context(drawing.PAGE_STYLE)
+@drawing.page_style()
 def lines(
     bands: Sequence[Band], x_label: str, y_label: str, *, log_x: bool = False
 ) -> plt.Figure:
@@ -58,9 +60,10 @@ def lines(
     for index, one in enumerate(bands):
         style = drawing.series_style(index)
         if not np.array_equal(one.low, one.high):
-            shade = {"color": style["color"], "alpha": 0.17, "linewidth": 0}
-            axes.fill_between(one.x, one.low, one.high, **shade)
-        dots = {"marker": "o", "markersize": 3} if one.marks else {}
+            axes.fill_between(
+                one.x, one.low, one.high, color=style["color"], alpha=0.17, linewidth=0
+            )
+        dots: dict[str, Any] = {"marker": "o", "markersize": 3} if one.marks else {}
         axes.plot(one.x, one.mean, label=one.name, **style, **dots)
     drawn = [one for one in bands if len(one.x)]
     low = min(float(one.low.min()) for one in drawn)
@@ -76,7 +79,7 @@ def lines(
     return figure
 
 
-@plt.rc_context(drawing.PAGE_STYLE)
+@drawing.page_style()
 def bars(
     names: Sequence[str], values: Sequence[tuple[float, float, float]]
 ) -> plt.Figure:

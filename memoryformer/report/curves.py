@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -54,7 +55,7 @@ def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
 
 
 def _draw_losses(
-    axes: plt.Axes, name: str, curves: Curves, by_tokens: bool, style: dict[str, str]
+    axes: plt.Axes, name: str, curves: Curves, by_tokens: bool, style: dict[str, Any]
 ) -> float:
     """Draw a run's losses and return the highest that the picture should show."""
     x, y = _against(curves, "train/loss", by_tokens)
@@ -112,7 +113,7 @@ def _legend(axes: plt.Axes) -> None:
     Matplotlib leaves out labels that begin with `_`, and reads `$` as a formula.
     """
     unnamed = re.compile(r"_child\d+")  # what it calls lines without a label
-    lines = [x for x in axes.get_lines() if not unnamed.fullmatch(x.get_label())]
+    lines = [x for x in axes.get_lines() if not unnamed.fullmatch(str(x.get_label()))]
     legend = axes.legend(lines, list(map(str, range(len(lines)))))
     for text, line in zip(legend.get_texts(), lines, strict=True):
         text.set_parse_math(False)

@@ -1,11 +1,15 @@
 """How every picture is drawn: colours, smoothing, and a figure as a file or as SVG text."""
 
+import contextlib
 import html
 import io
 import os
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
+import cycler
 import matplotlib
 import numpy as np
 
@@ -17,10 +21,10 @@ from matplotlib import pyplot as plt
 # Okabe and Ito's colours with a grey for their black, told apart by every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
 INK, FAINT, RULE = "#1b1b1a", "#6a6a66", "#dededa"
-STYLE = {
+STYLE: dict[Any, Any] = {  # Any: matplotlib wants its own literals as keys
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler.cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
@@ -46,10 +50,17 @@ VARIABLES = {colour: f"--c{i}" for i, colour in enumerate(COLOURS)}
 VARIABLES |= {INK: "--ink", FAINT: "--faint", RULE: "--rule"}
 
 
-def series_style(index: int) -> dict[str, str]:
+def series_style(index: int) -> dict[str, Any]:
     """Colour and line style of series `index`; from the eighth on lines are dashed."""
     line = "-" if index < len(COLOURS) else "--"
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": line}
+
+
+@contextlib.contextmanager
+def page_style() -> Iterator[None]:
+    """Draw as pages do: a context manager, and a decorator."""
+    with plt.rc_context(PAGE_STYLE):
+        yield
 
 
 def running_mean(
@@ -101,7 +112,7 @@ def svg(figure: plt.Figure, label: str) -> str:
     """
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with plt.rc_context(PAGE_STYLE):
+    with page_style():
         figure.savefig(file, format="svg", metadata=nothing, transparent=True)
     plt.close(figure)
     text = file.getvalue()

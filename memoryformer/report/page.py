@@ -107,8 +107,16 @@ def _results(study: Study, metric: str) -> str:
                 f"{tokens * run.cost.training_flops_per_token:.2e}",
             )
         )
-    header = ("variant", "seeds", NAMES[metric], "difference ± s.e.", "")
-    header += ("tokens", "parameters", "FLOPs")
+    header = (
+        "variant",
+        "seeds",
+        NAMES[metric],
+        "difference ± s.e.",
+        "",
+        "tokens",
+        "parameters",
+        "FLOPs",
+    )
     floor = ""
     if not math.isnan(pooled):
         degrees = sum(s.count - 1 for s in summaries)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -31,7 +32,7 @@ def flops_figure() -> plt.Figure:
             cost = [_block_flops(width, length, projection) / 1e9 for width in widths]
             axes.plot(widths, cost, line, color=colour, label=f"{label}, L = {length}")
     memory, dense = (_block_flops(2048, 2048, kind) for kind in ("memory", "dense"))
-    ends = {"xy": (2048, memory / 1e9), "xytext": (2048, dense / 1e9)}
+    ends: dict[str, Any] = {"xy": (2048, memory / 1e9), "xytext": (2048, dense / 1e9)}
     axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "0.3"})
     axes.text(2080, 0.7 * dense / 1e9, f"to {100 * memory / dense:.1f} %\n(L = 2048)")
     axes.set(
@@ -213,9 +214,9 @@ def _collect(workdir: pathlib.Path, max_tokens: int) -> dict[str, np.ndarray]:
     model_config = implementations.readable(run.model)
     dataset = run_tokenizer.dataset(workdir, run.data, facts, model_config.vocab_size)
     batch_size = max(1, 8192 // model_config.seq_len)
-    batches = dataset.validation.eval_batches(model_config.seq_len, batch_size)
+    split = dataset.validation.eval_batches(model_config.seq_len, batch_size)
     number = -(-max_tokens // (batch_size * model_config.seq_len)) or None
-    batches = itertools.islice(iter(batches), number)
+    batches = itertools.islice(iter(split), number)
     return buckets.collect(model_config, params, batches)
 
 

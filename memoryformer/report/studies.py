@@ -161,9 +161,9 @@ def load(directories: Sequence[pathlib.Path]) -> list[Study]:
             if path.parent.resolve() not in seen:
                 seen.add(path.parent.resolve())
                 others.append(_run(path.parent, damaged))
-    others = [run for run in others if run]
-    if others:
-        studies.append(Study("runs", others))
+    runs = [run for run in others if run is not None]
+    if runs:
+        studies.append(Study("runs", runs))
     if damaged and not studies:
         raise damaged[0]
     for error in damaged:

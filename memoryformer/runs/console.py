@@ -53,9 +53,10 @@ class _Unbroken:
         return getattr(self._stream, name)
 
     def _try(self, name: str, *arguments: str) -> None:
+        if self._stream is None:
+            return
         try:
-            if self._stream is not None:
-                getattr(self._stream, name)(*arguments)
+            getattr(self._stream, name)(*arguments)
         except (OSError, ValueError):  # ValueError: closed, or not of its encoding
             silence(self._stream)
 

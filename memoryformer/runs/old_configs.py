@@ -10,8 +10,8 @@ from typing import Any
 from memoryformer.errors import ConfigError
 
 # Old field: (whose options it is one of now, its name there).
-_ALL_SUMS = ("linear", "cosformer", "trained_kernel", "performer", "linformer", "luna")
-_ALL_SUMS += ("conv_luna",)
+_KERNELS = ("linear", "cosformer", "trained_kernel", "performer")
+_ALL_SUMS = (*_KERNELS, "linformer", "luna", "conv_luna")
 _MEMORIES = ("rmt", "memformer")
 MIXER_OPTIONS = {
     "attention": (("softmax",), "attention"),

@@ -45,7 +45,7 @@ class Sharding:
     holding r, r + n, ..; otherwise in consecutive parts. See `ops.ring`.
     """
 
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
     specs: ShardingSpecs
     striped: bool = False
 
@@ -85,10 +85,11 @@ class Sharding:
 
     def named(self, specs: Any) -> Any:
         """Turn a tree of PartitionSpecs into shardings, None without a mesh."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return jax.tree.map(lambda _: None, specs, is_leaf=_is_spec)
         return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec
+            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec
         )
 
     def put(self, tree: Any, specs: Any) -> Any:
@@ -105,7 +106,9 @@ class Sharding:
         if self.mesh is None:
             return np.arange(batch_size)
         share = batch_size // self.axis_size(DATA_AXIS)
-        return (self._local_parts()[:, None] * share + np.arange(share)).reshape(-1)
+        return (
+            self._local_parts(self.mesh)[:, None] * share + np.arange(share)
+        ).reshape(-1)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         """Place this process's rows of a batch, those of `local_rows`: -> [B, L].
@@ -115,13 +118,13 @@ class Sharding:
         if self.mesh is None:
             return jax.device_put(batch)
         sharding = NamedSharding(self.mesh, self.specs.batch_bl)
-        parts = self._local_parts()
+        parts = self._local_parts(self.mesh)
 
         def put(rows: np.ndarray) -> Array:
             rows, share = self._dealt(rows), len(rows) // len(parts)
             shape = (share * self.axis_size(DATA_AXIS), *rows.shape[1:])
 
-            def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            def of_device(index: Any) -> np.ndarray:
                 part = index[0].indices(shape[0])[0] // share
                 first = int(np.searchsorted(parts, part)) * share
                 return rows[first : first + share, index[1]]
@@ -132,12 +135,14 @@ class Sharding:
 
         return {name: put(rows) for name, rows in batch.items()}
 
-    def _local_parts(self) -> np.ndarray:
+    def _local_parts(self, mesh: Mesh | AbstractMesh) -> np.ndarray:
         """Which of the parts of `data` this process's devices hold, ascending."""
-        by_row = NamedSharding(self.mesh, P(self.specs.batch_bl[0]))
+        by_row = NamedSharding(mesh, P(self.specs.batch_bl[0]))
         size = self.axis_size(DATA_AXIS)
         held = by_row.addressable_devices_indices_map((size,)).values()
-        return np.unique([part[0].indices(size)[0] for part in held])
+        return np.unique(
+            [part[0].indices(size)[0] for part in held if part is not None]
+        )
 
     def _dealt(self, rows: np.ndarray) -> np.ndarray:
         """Tokens in the order in which the devices of `sequence` hold them."""

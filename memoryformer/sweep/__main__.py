@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -51,7 +52,8 @@ def _run(argv):
             cli.refuse_flags([name], f"{argv[1]} does not look at it")
     config = flags.FLAGS["config"]
     names = [f.name for f in dataclasses.fields(commands.Options)]
-    options = commands.Options(**{name: flags.FLAGS[name].value for name in names})
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    options = commands.Options(**values)
     return commands.main(
         argv[1:],
         config_flags.get_config_filename(config),

@@ -57,9 +57,9 @@ def check(sweep: Sweep, unused_options: Options) -> int:
         gigabytes = [f"{part / 2**30:.3g}" for part in (*parts, sum(parts))]
         name = point.workdir.name[:-9]
         lines.append((point.index, name, *figures, f"{cost:.2e}", *gigabytes))
-    header = ("index", "point", "parameters", "tokens", "FLOPs")
-    header += ("GiB: state", "gradients", "activations", "all")
-    print(statistics.text_table(header, lines))
+    columns = ("index", "point", "parameters", "tokens", "FLOPs")
+    memory = ("GiB: state", "gradients", "activations", "all")
+    print(statistics.text_table((*columns, *memory), lines))
     print(f"{len(lines)} points are sound, of {len(sizes)} compiled programs.")
     return 0
 

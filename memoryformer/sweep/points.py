@@ -81,7 +81,7 @@ def expand(
     folder = "-".join(filter(None, (stem, argument)))
     root = paths.workdir(root, "--root")
     directory = root / _clean(folder) / _clean("-".join(names))
-    points = []
+    points: list[Point] = []
     for index, parts in enumerate(itertools.product(*chosen)):
         overrides, label = _merged(parts, names)
         where = (
@@ -93,8 +93,8 @@ def expand(
     _refuse_twins(points)
     with config_lib.explained(config):
         metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
-    points = tuple(_named_apart(points))
-    return Sweep(config, tuple(names), base, directory, metrics, points)
+    apart = tuple(_named_apart(points))
+    return Sweep(config, tuple(names), base, directory, metrics, apart)
 
 
 def bookkeeping() -> set[str]:
@@ -122,7 +122,7 @@ def _named_apart(points: Sequence[Point]) -> list[Point]:
     for point in points:
         groups.setdefault(identity(point), []).append(point)
     variants = [group[0].variant for group in groups.values()]
-    apart = {}
+    apart: dict[int, Point] = {}
     for group, variant in zip(groups.values(), variants, strict=True):
         first = group[0]
         label = first.label

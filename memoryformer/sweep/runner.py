@@ -72,6 +72,8 @@ class _Worker:
             env=dict(environment),
             start_new_session=True,  # Ctrl-C is for us to pass on
         )
+        assert self.process.stdin and self.process.stdout  # pipes, as asked above
+        self.requests, self.replies = self.process.stdin, self.process.stdout
 
     def give(self, point: Point) -> None:
         request = {
@@ -80,8 +82,7 @@ class _Worker:
             "workdir": str(point.workdir),
         }
         self.point, self.program = point, programs_lib.program(point.run)
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(request), file=self.requests, flush=True)
 
 
 class _Runner:
@@ -141,7 +142,7 @@ class _Runner:
                 continue
             if worker is None:
                 worker = self.workers[slot] = _Worker(*self.environments[slot])
-                selector.register(worker.process.stdout, selectors.EVENT_READ, slot)
+                selector.register(worker.replies, selectors.EVENT_READ, slot)
             point = self._choose(worker)
             self.pending.remove(point)
             if point.index not in self.locked:
@@ -173,7 +174,7 @@ class _Runner:
 
     def _reply(self, selector, slot):
         worker = self.workers[slot]
-        line = worker.process.stdout.readline()
+        line = worker.replies.readline()
         point, worker.point = worker.point, None
         if line:
             reply = json.loads(line)
@@ -210,14 +211,14 @@ class _Runner:
 
     def _end(self, selector, slot):
         worker = self.workers.pop(slot)
-        selector.unregister(worker.process.stdout)
-        worker.process.stdin.close()
+        selector.unregister(worker.replies)
+        worker.requests.close()
         try:
             worker.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
-        worker.process.stdout.close()
+        worker.replies.close()
 
     def _on_signal(self, number, unused_frame):
         again, self.stopping = bool(self.stopping), signal.Signals(number).name

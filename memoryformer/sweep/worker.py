@@ -35,9 +35,9 @@ def serve(requests: Any, replies: Any, programs: Any = None) -> None:
 
     compilations: list[float] = []
 
-    def count(event, seconds, **unused_facts):
+    def count(event: str, duration_secs: float, **unused_facts: str | int) -> None:
         if event == COMPILATION:
-            compilations.append(seconds)
+            compilations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(count)
     programs = programs or programs_lib.Cache()

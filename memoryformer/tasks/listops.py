@@ -15,7 +15,7 @@ tokens, and a linear head. `trainer` trains it.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from memoryformer.model import mixers
 from memoryformer.notation import Array, Params
 from memoryformer.tasks import trainer
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
     "MAX": max,
     "MED": lambda values: int(np.median(values)),
@@ -138,7 +138,8 @@ def logits(
         x, _ = model.recurrence(model, x, seq)
     real = (data["segment_ids"] != 0)[..., None]
     mean = jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.sum(real, axis=1)
-    return mean.astype(jnp.float32) @ params["classes"]["kernel"]
+    kernel: Any = params["classes"]["kernel"]
+    return mean.astype(jnp.float32) @ kernel
 
 
 def train(

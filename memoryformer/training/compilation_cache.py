@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -29,8 +30,9 @@ def use_cache(directory: str, *, required: bool = True) -> str:
     `required` and was chosen: a home that cannot be written is no reason to stop.
     """
     global _chosen
-    present = jax.config.jax_compilation_cache_dir
-    if not jax.config.jax_enable_compilation_cache:
+    flags: Any = jax.config  # its type names none of them
+    present = flags.jax_compilation_cache_dir
+    if not flags.jax_enable_compilation_cache:
         return "compiled programs are not kept: JAX_ENABLE_COMPILATION_CACHE is off"
     if present and present != _chosen:
         return f"compiled programs are kept in {present}, as JAX is configured"

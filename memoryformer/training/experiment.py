@@ -137,7 +137,9 @@ class Experiment:
     )
 
 
-_SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"}
+_SECTIONS: dict[str, Any] = {
+    f.name: f.type for f in dataclasses.fields(Experiment) if f.name != "mesh"
+}
 
 
 def may_change() -> frozenset[str]:

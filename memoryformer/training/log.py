@@ -84,9 +84,9 @@ class TrainingLog:
         """Read the metrics that are still pending, waiting for them."""
         if self._pending is None:
             return
-        step, values = self._pending
+        step, pending = self._pending
         self._pending = None
-        values = {name: float(x) for name, x in jax.device_get(values).items()}
+        values = {name: float(x) for name, x in jax.device_get(pending).items()}
         self._check(step, values)
         if values["finite"]:
             self._nats += values["nats"]

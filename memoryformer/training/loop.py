@@ -157,8 +157,8 @@ class _Loop:
                 watch.enter("first_step" if step == start else "step", step + 1)
                 with jax.transfer_guard("disallow"):
                     with log.section("data"):
-                        batch = self.batches.batch(step, rows)
-                    batch = self.sharding.put_batch(batch)
+                        read = self.batches.batch(step, rows)
+                    batch = self.sharding.put_batch(read)
                     with log.section("step"):
                         state, sums = self.programs.train_step(state, batch, hyper)
                     log.push(step + 1, sums)
@@ -248,10 +248,11 @@ class _Loop:
             return True
         evaluated = True
         if processes.is_chief():
-            evaluated = self.checkpointer.facts(step).get("evaluated")
-            if evaluated is None:  # an older version's: its metrics say so
+            stored = self.checkpointer.facts(step).get("evaluated")
+            if stored is None:  # an older version's: its metrics say so
                 logged = metrics.read(self.workdir)
-                evaluated = any(r["step"] == step and "val/loss" in r for r in logged)
+                stored = any(r["step"] == step and "val/loss" in r for r in logged)
+            evaluated = stored
         return processes.from_chief(evaluated)
 
     def _evaluate(self, params, writer, step):

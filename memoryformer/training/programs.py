@@ -12,7 +12,6 @@ from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
-from memoryformer.notation import Array
 from memoryformer.ops import collectives
 from memoryformer.training import experiment, optimizer
 from memoryformer.training import step as step_lib
@@ -24,13 +23,13 @@ class Programs:
 
     draw: Callable[..., step_lib.TrainState]  # seed -> the first state
     abstract: step_lib.TrainState
-    train_step: Callable[..., tuple[step_lib.TrainState, dict[str, Array]]]
+    train_step: jax.stages.Wrapped  # as `step.make_train_step`
 
 
 class Cache:
     """The programs of the last run of a process, for the next one that shares them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._key: Any = None
         self._programs: Programs | None = None
 
@@ -52,7 +51,7 @@ def program(run: experiment.Experiment) -> Any:
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
     described = config_lib.described(experiment.TrainConfig)
-    loops = {
+    loops: dict[str, Any] = {
         item.name: item.default
         for item in dataclasses.fields(run.train)
         if described[item.name][0] == "nothing"
@@ -85,8 +84,9 @@ def init_state(
         model_lib.split_trained(run.model, tree)[0] for tree in (abstract.params, specs)
     )
     opt_specs = optimizer.state_specs(abstract.opt_state, trained, trained_specs)
-    everywhere = jax.tree.map(lambda _: P(), abstract.spikes)
-    shardings = sharding.named(step_lib.TrainState(P(), specs, opt_specs, everywhere))
+    whole: Any = P()  # stands, as the specs do, where the state has arrays
+    everywhere = jax.tree.map(lambda _: whole, abstract.spikes)
+    shardings = sharding.named(step_lib.TrainState(whole, specs, opt_specs, everywhere))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,

@@ -3,7 +3,6 @@
 Start at `make_train_step`.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +50,7 @@ def _trained_groups(run):
 
 def make_train_step(
     run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+) -> jax.stages.Wrapped:
     """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
 
     `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.

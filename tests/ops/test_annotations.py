@@ -18,8 +18,8 @@ MODULES = [
     .as_posix()
     .removesuffix("/__init__")
     .replace("/", ".")
-    for folder in ("data", "ops")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    for path in sorted(ROOT.rglob("*.py"))
+    if path.name != "__main__.py"
 ]
 
 
@@ -31,15 +31,23 @@ def public_functions(module):
         if inspect.isclass(value):
             for attribute, method in vars(value).items():
                 function = inspect.unwrap(getattr(method, "__func__", method))
-                if inspect.isfunction(function) and not attribute.startswith("_"):
+                public = not attribute.startswith("_")
+                # A field's default may be a lambda.
+                if (
+                    inspect.isfunction(function)
+                    and public
+                    and function.__name__ != "<lambda>"
+                ):
                     yield f"{name}.{attribute}", function
         elif callable(value):
             yield name, inspect.unwrap(value)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if "__main__" not in name])
+@pytest.mark.parametrize("name", MODULES)
 def test_public_functions_are_annotated(name):
     """Every argument and the result. Mutation: take one annotation away."""
+    if name == "memoryformer.harness.adapter":
+        pytest.importorskip("lm_eval")
     for function_name, function in public_functions(importlib.import_module(name)):
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())

@@ -1,7 +1,7 @@
 """Sequence mixers, one file per family; `MIXERS` names them."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import kernel
@@ -21,6 +21,9 @@ from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.model.mixers.trained_kernel import TrainedKernel
 from memoryformer.notation import Array, Params
 
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
+
 MIXERS = {
     "softmax": Softmax,
     "linear": Linear,
@@ -33,7 +36,7 @@ MIXERS = {
 }
 
 
-def check(config) -> None:
+def check(config: "ModelConfig") -> None:
     """Check what the mixer of a model's config asks of it; raises `ConfigError`."""
     if not config.causal and not MIXERS[config.mixer].LOOKS_AHEAD:
         able = [name for name, mixer in MIXERS.items() if mixer.LOOKS_AHEAD]
@@ -44,7 +47,7 @@ def check(config) -> None:
     MIXERS[config.mixer].check(config)
 
 
-def check_sequence(config, num_devices: int) -> None:
+def check_sequence(config: "ModelConfig", num_devices: int) -> None:
     """Check that rows can be split over devices of a `sequence` axis; `ConfigError`."""
     if num_devices == 1:
         return
@@ -62,17 +65,17 @@ def check_sequence(config, num_devices: int) -> None:
     MIXERS[config.mixer].check_sequence(config)
 
 
-def takes_any_order(config) -> bool:
+def takes_any_order(config: "ModelConfig") -> bool:
     """Whether the tokens of a row may lie in any order over a `sequence` axis."""
     return MIXERS[config.mixer].TAKES_ANY_ORDER
 
 
-def max_length(config) -> int:
+def max_length(config: "ModelConfig") -> int:
     """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
     return MIXERS[config.mixer].max_length(config)
 
 
-def cost(config, length: int) -> Cost:
+def cost(config: "ModelConfig", length: int) -> Cost:
     """Count what mixing `length` tokens costs in one block, without its projections."""
     return MIXERS[config.mixer].cost(config, length)
 
@@ -88,9 +91,14 @@ def settings() -> dict[str, dict[str, Any]]:
 
 def table() -> str:
     """Return the table of mixers in Markdown."""
-    heads = ("`mixer`", "what a token reads", "multiply-adds per token")
-    heads += ("decode state, values per head", "positions")
-    rows = [heads, ("---",) * len(heads)]
+    heads = (
+        "`mixer`",
+        "what a token reads",
+        "multiply-adds per token",
+        "decode state, values per head",
+        "positions",
+    )
+    rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     rows += [
         (f"`{name}`", *dataclasses.astuple(mixer.ABOUT))
         for name, mixer in MIXERS.items()
@@ -98,7 +106,9 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def redraw(config, fixed: Params, seed: Array | int, step: Array) -> Params:
+def redraw(
+    config: "ModelConfig", fixed: Params, seed: Array | int, step: Array
+) -> Params:
     """Return the parameters that are not trained, as batch `step` of a run needs them."""
     if config.mixer != "performer":
         return fixed

@@ -14,7 +14,7 @@ table in docs/mixers.md are its class attributes.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import collectives, remat, rotary
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 OPTIONS = "model.mixer_options"
 
@@ -101,16 +104,16 @@ class SequenceMixer(nnx.Module):
         raise NotImplementedError
 
     @classmethod
-    def cost(cls, config: Any, length: int) -> Cost:
+    def cost(cls, config: "ModelConfig", length: int) -> Cost:
         """Count what mixing `length` tokens costs, and a state of so many."""
         raise NotImplementedError
 
     @classmethod
-    def check(cls, config: Any) -> None:
+    def check(cls, config: "ModelConfig") -> None:
         """Raise `ConfigError` for a model that the mixer cannot be in."""
 
     @classmethod
-    def check_sequence(cls, config: Any) -> None:
+    def check_sequence(cls, config: "ModelConfig") -> None:
         """Raise `ConfigError` if rows cannot be split over devices of a `sequence` axis."""
         if not config.causal:
             raise ConfigError(
@@ -119,7 +122,7 @@ class SequenceMixer(nnx.Module):
             )
 
     @classmethod
-    def max_length(cls, config: Any) -> int:
+    def max_length(cls, config: "ModelConfig") -> int:
         """Return the most tokens that it has positions for; 0: no limit."""
         return 0
 
@@ -142,7 +145,7 @@ class MultiHead(SequenceMixer):
     Heads may be a device's share: nothing here or in a subclass mixes them.
     """
 
-    def __init__(self, config, project: Project):
+    def __init__(self, config: "ModelConfig", project: Project):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads
         width = config.embed_dim
@@ -178,12 +181,12 @@ class LimitedPositions:
     """A mixer with the option `max_len`: so many positions, 0 being `model.seq_len`."""
 
     @classmethod
-    def max_length(cls, config: Any) -> int:
+    def max_length(cls, config: "ModelConfig") -> int:
         """Return the positions that there are."""
         return config.mixer_options.max_len or config.seq_len
 
     @classmethod
-    def check(cls, config: Any) -> None:
+    def check(cls, config: "ModelConfig") -> None:
         """Refuse rows longer than that."""
         check_length(cls.max_length(config), config.seq_len)
 
@@ -191,7 +194,7 @@ class LimitedPositions:
 class Rotary(nnx.Module):
     """The rotary positions of a config, on queries and keys [B, L, H, E]."""
 
-    def __init__(self, config):
+    def __init__(self, config: "ModelConfig"):
         self.fraction = config.rotary_fraction
         self.base = config.rotary_base
 

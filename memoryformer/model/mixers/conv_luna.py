@@ -1,7 +1,7 @@
 """ConvLuna (after Yorsh et al. 2024, causal): Luna behind a filter over a few tokens."""
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,11 @@ from flax import nnx
 from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.model.mixers import base, luna
+from memoryformer.notation import Array
 from memoryformer.ops import collectives
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class ConvLuna(luna.Luna):
@@ -46,7 +50,7 @@ class ConvLuna(luna.Luna):
     )
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """2 W D per token more than Luna for a convolution, and the tail that it sees."""
         plain, options = super().cost(config, length), config.mixer_options
         taps = options.width if options.filter == "conv" else 0
@@ -74,11 +78,17 @@ class ConvLuna(luna.Luna):
             )
             self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
 
-    def scales(self):
+    def scales(self) -> tuple[Array, Array]:
         """exp(-log tau) of each."""
         return jnp.exp(-self.log_tau[...]), jnp.exp(-self.log_tau_pack[...])
 
-    def filter(self, c, pack, seq, state):
+    def filter(
+        self,
+        c: Array,
+        pack: Array,
+        seq: base.SeqInfo,
+        state: luna.LunaState | None,
+    ) -> tuple[Array, Array, tuple[Array, Array]]:
         """Filter both over the last W tokens of the document."""
         rows = jnp.stack([c, pack], axis=2)  # [B, L, 2, H, E]
         batch_size, length, _, *heads = rows.shape
@@ -95,21 +105,21 @@ class ConvLuna(luna.Luna):
         kept = jnp.sum(real, axis=1, keepdims=True)  # the last W - 1 after these
         kept = kept + jnp.arange(self.tail_length)[None]
         new = base.take_rows(rows, order), base.take_rows(seq.segment_ids, order)
-        tail = tail, tail_segments
+        tails = tail, tail_segments
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            empty = jax.tree.map(jnp.zeros_like, tail)
-            own = (jnp.concatenate(both, 1) for both in zip(empty, new, strict=True))
-            own = tuple(base.take_rows(x, kept) for x in own)
+            empty = jax.tree.map(jnp.zeros_like, tails)
+            here = (jnp.concatenate(both, 1) for both in zip(empty, new, strict=True))
+            last = tuple(base.take_rows(x, kept) for x in here)
             axis = collectives.SEQUENCE_AXIS
-            tail = _later_tail(tail, collectives.scan_before(_later_tail, own, axis))
+            tails = _later_tail(tails, collectives.scan_before(_later_tail, last, axis))
         rows, segments = (
-            jnp.concatenate(both, 1) for both in zip(tail, new, strict=True)
+            jnp.concatenate(both, 1) for both in zip(tails, new, strict=True)
         )
         filtered = base.take_rows(self._over_window(rows, segments, length), place)
         if state is not None:
             flat = rows.reshape(*rows.shape[:2], 2, -1)
-            tail = base.take_rows(flat, kept), base.take_rows(segments, kept)
-        return filtered[:, :, 0], filtered[:, :, 1], tail
+            tails = base.take_rows(flat, kept), base.take_rows(segments, kept)
+        return filtered[:, :, 0], filtered[:, :, 1], tails
 
     def _over_window(self, rows, segments, length):
         width, total = self.filter_width, None
@@ -135,7 +145,7 @@ class ConvLuna(luna.Luna):
         return total
 
     @property
-    def tail_length(self):
+    def tail_length(self) -> int:
         """W - 1."""
         return self.filter_width - 1
 

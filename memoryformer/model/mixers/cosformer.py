@@ -1,7 +1,7 @@
 """cosFormer (Qin et al. 2022): kernel attention whose weights fall with the distance."""
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,11 @@ from flax import nnx
 
 from memoryformer.config import field
 from memoryformer.model.mixers import base, kernel
+from memoryformer.notation import Array
+from memoryformer.ops import prefix
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class CosFormer(base.LimitedPositions, kernel.KernelAttention):
@@ -42,11 +47,13 @@ class CosFormer(base.LimitedPositions, kernel.KernelAttention):
         self.max_len = self.max_length(config)
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 E D per token."""
         return kernel.feature_cost(config, length, 2 * config.head_dim)
 
-    def features(self, q, k, seq, state):
+    def features(
+        self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
+    ) -> tuple[Array, Array, Array | None]:
         """[relu(x) cos i, relu(x) sin i], whose products are cos(i_t - i_s)."""
         angle = seq.positions.astype(q.dtype) * (np.pi / (2 * self.max_len))
         angle = angle[..., None, None]  # [B, L, 1, 1]
@@ -57,16 +64,18 @@ class CosFormer(base.LimitedPositions, kernel.KernelAttention):
         )
         return q, k, None
 
-    def guard(self, z):
+    def guard(self, z: Array) -> Array:
         """max(z, 1e-6): a query of which relu leaves nothing reads 0."""
         return jnp.maximum(z, 1e-6)
 
     @property
-    def width(self):
+    def width(self) -> int:
         """2 E."""
         return 2 * self.head_dim
 
-    def init_state(self, batch_size, max_len, dtype=jnp.float32):
+    def init_state(
+        self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
+    ) -> prefix.PrefixState:
         """As in every kernel mixer, but not for more than M tokens."""
         base.check_length(self.max_len, max_len)
         return super().init_state(batch_size, max_len, dtype)

@@ -11,12 +11,17 @@ softmax would cancel it.
 It needs all logits, so only the plain softmax attention can take it.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.notation import Array, Float, Int
 from memoryformer.ops import collectives
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 WINDOW = 3  # keys
 
@@ -30,7 +35,7 @@ def cost(num_heads: int, hidden: int) -> tuple[int, int]:
 class DapeV2(nnx.Module):
     """S' of a layer; on a `model` axis the heads' logits are gathered."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
         self.num_heads, hidden = config.num_heads, config.mixer_options.dape_width
         fan_in = WINDOW * 2 * self.num_heads
 

@@ -15,7 +15,7 @@ Start at `KernelAttention`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Params
 from memoryformer.ops import document_max, prefix, random_features
 
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
+
 
 class KernelAttention(base.MultiHead):
     """The equation above; a subclass defines `features`, `width` and `guard`."""
@@ -33,7 +36,7 @@ class KernelAttention(base.MultiHead):
     Options = base.PrefixOptions
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """2 R D per token to write and read the sums, beside what the features cost."""
         return feature_cost(config, length, config.head_dim)
 
@@ -78,7 +81,14 @@ class KernelAttention(base.MultiHead):
         )
 
 
-def feature_cost(config, length, num_features, per_token=0, parameters=0, extra=0):
+def feature_cost(
+    config: "ModelConfig",
+    length: int,
+    num_features: int,
+    per_token: int = 0,
+    parameters: int = 0,
+    extra: int = 0,
+) -> base.Cost:
     """Count kernel attention with R features a head, which cost `per_token` and `extra` values of state."""
     per_token += 2 * num_features * config.embed_dim
     return base.Cost(
@@ -106,12 +116,14 @@ class Linear(KernelAttention):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
 
-    def features(self, q, k, seq, state):
+    def features(
+        self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
+    ) -> tuple[Array, Array, Array | None]:
         """Rotate first: phi must stay positive."""
         q, k = self.rotary(q, k, seq)
         return jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, None
 
-    def guard(self, z):
+    def guard(self, z: Array) -> Array:
         """z + 1e-6."""
         return z + 1e-6
 
@@ -149,7 +161,7 @@ class Performer(KernelAttention):
     ABOUT = base.About("M random features (FAVOR+)", "4 M D", "M (E + 1) + 1", "rotary")
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 M D per token: projections of queries and keys, and sums; a running maximum."""
         num_features = config.mixer_options.num_features
         projections = 2 * num_features * config.embed_dim
@@ -166,7 +178,9 @@ class Performer(KernelAttention):
         rows = random_features.draw(key, self.num_features, self.head_dim)
         self.random_rows = nnx.Param(rows, spec="whole", decay=False, trained=False)
 
-    def features(self, q, k, seq, state):
+    def features(
+        self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
+    ) -> tuple[Array, Array, Array | None]:
         """exp(log features - shift)."""
         q, k = self.rotary(q, k, seq)
         rows = self.random_rows[...]  # [M, E], the same for all heads
@@ -180,12 +194,14 @@ class Performer(KernelAttention):
         return jnp.exp(q), jnp.exp(k), shift
 
     @property
-    def width(self):
+    def width(self) -> int:
         """The number of random features."""
         return self.num_features
 
 
-def redraw(config, params: Params, seed: Array | int, step: Array) -> Params:
+def redraw(
+    config: "ModelConfig", params: Params, seed: Array | int, step: Array
+) -> Params:
     """Return the random features that batch `step` of a run with `seed` trains with.
 
     `params` are those in use so far: the tree of all that is not trained.
@@ -199,7 +215,9 @@ def redraw(config, params: Params, seed: Array | int, step: Array) -> Params:
     )
 
 
-def random_rows(config, seed: Array | int, number: Array | int) -> Params:
+def random_rows(
+    config: "ModelConfig", seed: Array | int, number: Array | int
+) -> Params:
     """Draw the rows w of every layer, as a part of the parameters; both may be traced."""
 
     def rows(layer):

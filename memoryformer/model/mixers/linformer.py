@@ -13,7 +13,7 @@ It has its own code for positions and takes no rotary ones. Start at `Linformer`
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations
 from memoryformer.ops import prefix
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class LinformerState(NamedTuple):
@@ -62,7 +65,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
     LOOKS_AHEAD = True
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 m D per token: keys and values, each written and read."""
         num_slots, width = config.mixer_options.num_slots, config.embed_dim
         return base.Cost(
@@ -80,9 +83,13 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         self.causal = config.causal
         shape = (self.max_len, self.num_slots)
         std = sum(shape) ** -0.5  # as a Glorot initialiser with gain 1 / sqrt(2)
-        for name in ("write_keys", "write_values"):
+
+        def table() -> nnx.Param:
             value = std * jax.random.normal(rngs.params(), shape)
-            setattr(self, name, nnx.Param(value, spec="whole", decay=True))
+            return nnx.Param(value, spec="whole", decay=True)
+
+        self.write_keys = table()
+        self.write_values = table()
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: LinformerState | None = None

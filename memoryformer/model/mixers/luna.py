@@ -20,7 +20,7 @@ code for positions, and takes no rotary ones. Start at `Luna`.
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from memoryformer.config import field
 from memoryformer.model.mixers import base
 from memoryformer.notation import Activations, Array, Float, Int
 from memoryformer.ops import document_max, prefix
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class LunaState(NamedTuple):
@@ -68,7 +71,7 @@ class Luna(base.MultiHead):
     LOOKS_AHEAD = True
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """4 m D per token: the slots, written once and read twice, and the logits of packing."""
         num_slots, width = config.mixer_options.num_slots, config.embed_dim
         return base.Cost(

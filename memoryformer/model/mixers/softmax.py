@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base, dape
 from memoryformer.notation import Activations, Array
 from memoryformer.ops import attention, collectives, ring
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class KVCache(NamedTuple):
@@ -66,7 +69,7 @@ class Softmax(base.MultiHead):
     TAKES_ANY_ORDER = True  # ring attention reads positions
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """2 L D per token over the whole square, masked or not; keys and values are kept."""
         options = config.mixer_options
         blocks = length + -length % attention.CACHE_BLOCK  # the cache has whole ones
@@ -89,7 +92,7 @@ class Softmax(base.MultiHead):
         self.transform = dape.DapeV2(config, rngs=rngs) if uses_dape else None
 
     @classmethod
-    def check(cls, config) -> None:
+    def check(cls, config: "ModelConfig") -> None:
         """Refuse what looks at the past alone in a model that looks ahead."""
         if not config.causal and not config.mixer_options.is_plain:
             raise ConfigError(
@@ -98,7 +101,7 @@ class Softmax(base.MultiHead):
             )
 
     @classmethod
-    def check_sequence(cls, config) -> None:
+    def check_sequence(cls, config: "ModelConfig") -> None:
         """Refuse what needs a query's logits side by side, or a kernel of one device."""
         options = config.mixer_options
         if not options.is_plain:
@@ -126,8 +129,9 @@ class Softmax(base.MultiHead):
         if state is not None and self.transform is None:
             y, state = self._continue(q, k, v, seq, state)
             return self.join(y, x.dtype), state
+        start: Array | int = 0
         if state is None:
-            keys, values, key_segments, start = k, v, seq.segment_ids, 0
+            keys, values, key_segments = k, v, seq.segment_ids
         else:
             start = state.length
             state = _append(state, k, v, seq.segment_ids)

@@ -1,7 +1,7 @@
 """Kernel attention with a learned phi (Yorsh and Kovalenko 2022): gated layers of a head's own."""
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,11 @@ from flax import nnx
 
 from memoryformer.config import field
 from memoryformer.model.mixers import base, kernel
-from memoryformer.ops import random_features
+from memoryformer.notation import Array
+from memoryformer.ops import prefix, random_features
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class TrainedKernel(kernel.KernelAttention):
@@ -38,7 +42,7 @@ class TrainedKernel(kernel.KernelAttention):
     )
 
     @classmethod
-    def cost(cls, config, length):
+    def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
         """2 E D per token, and the network of queries and of keys."""
         width = config.head_dim
         network = config.num_heads * config.mixer_options.depth
@@ -67,7 +71,9 @@ class TrainedKernel(kernel.KernelAttention):
             nnx.Param(weights, spec="last_axis", decay=True) for weights in (w, a, b)
         )
 
-    def features(self, q, k, seq, state):
+    def features(
+        self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
+    ) -> tuple[Array, Array, Array | None]:
         """Both through the network, after rotary positions."""
         q, k = self.rotary(q, k, seq)
         return self._network(q), self._network(k), None

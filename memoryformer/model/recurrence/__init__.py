@@ -16,7 +16,7 @@ Results depend on where chunks begin. A document must begin where a chunk does, 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
@@ -33,24 +33,29 @@ from memoryformer.model.recurrence.base import (
 from memoryformer.model.recurrence.memformer import Memformer
 from memoryformer.model.recurrence.rmt import RMT
 
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
+
 KINDS: dict[str, type[Recurrence]] = {"rmt": RMT, "memformer": Memformer}
 
 
-def make(config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
+def make(
+    config: "ModelConfig", project: Callable, norm: Callable, *, rngs: nnx.Rngs
+) -> Recurrence | None:
     """Make the recurrence of a model's config, or None."""
     if config.recurrence == "none":
         return None
     return KINDS[config.recurrence](config, project, norm, rngs=rngs)
 
 
-def capacity(config) -> int:
+def capacity(config: "ModelConfig") -> int:
     """Return the positions that the trunk sees of one chunk."""
     if config.recurrence == "none":
         return chunk_size(config)
     return KINDS[config.recurrence].capacity_of(config)
 
 
-def cost(config, block: int, project: Callable[[int], Any]) -> Cost:
+def cost(config: "ModelConfig", block: int, project: Callable[[int], Any]) -> Cost:
     """Count what the memory of a model's config adds to it; see `Recurrence.cost`."""
     if config.recurrence == "none":
         return Cost()
@@ -66,7 +71,7 @@ def settings() -> dict[str, dict[str, Any]]:
     }
 
 
-def check(config) -> None:
+def check(config: "ModelConfig") -> None:
     """Check what the recurrence of a model's config asks of it; raises `ConfigError`."""
     if config.recurrence == "none":
         return

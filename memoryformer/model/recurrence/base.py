@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.model import codes, mixers
 from memoryformer.notation import Activations, Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 Read = Callable[[int, Activations], Activations]  # (block, x) -> x
 Memory = Float[Array, "B m D"]
@@ -45,7 +48,7 @@ class RecurrentState(NamedTuple):
     chunk: Any  # what else the kind keeps of the open chunk
 
 
-def chunk_size(config) -> int:
+def chunk_size(config: "ModelConfig") -> int:
     """S, the tokens of a chunk; a whole row without a recurrence."""
     if config.recurrence == "none":
         return config.seq_len
@@ -64,15 +67,7 @@ class Cost:
 
 
 class Recurrence(nnx.Module):
-    """The scan over chunks, and decoding; a subclass is a kind of memory.
-
-    A subclass has `initial() -> [m, D]`, `before` (memory tokens in front of a chunk), and
-
-        whole(trunk, memory, x, real) -> y, memory    a whole chunk [B, S, D]
-        open(trunk, state, dtype) -> state            before a chunk's first token
-        extend(trunk, state, x, real) -> y, state     some of its tokens
-        close(trunk, state, dtype) -> memory          after its last
-    """
+    """The scan over chunks, and decoding; a subclass is a kind of memory."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -93,15 +88,17 @@ class Recurrence(nnx.Module):
             config_lib.at_least(self, OPTIONS, 1, "num_slots")
 
     EXAMPLES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    before = 0
+    before = 0  # memory tokens in front of a chunk
 
     @classmethod
-    def capacity_of(cls, config: Any) -> int:
+    def capacity_of(cls, config: "ModelConfig") -> int:
         """Return the positions that the trunk sees of one chunk."""
         return chunk_size(config)
 
     @classmethod
-    def cost(cls, config: Any, block: int, project: Callable[[int], Any]) -> Cost:
+    def cost(
+        cls, config: "ModelConfig", block: int, project: Callable[[int], Any]
+    ) -> Cost:
         """Count what the memory adds.
 
         block: multiply-adds per token of a block's projections. project(F): the cost of a
@@ -150,6 +147,36 @@ class Recurrence(nnx.Module):
     def memory_after(self, trunk: Trunk, x: Activations, seq: mixers.SeqInfo) -> Memory:
         """[B, L, D] -> [B, m, D], what the chunk after whole rows would be handed."""
         return self._scan(trunk, x, seq)[1]
+
+    def initial(self) -> Float[Array, "m D"]:
+        """Return the memory where a document starts."""
+        raise NotImplementedError
+
+    def whole(
+        self, trunk: Trunk, memory: Memory, x: Activations, real: Bool[Array, "B S"]
+    ) -> tuple[Activations, Memory]:
+        """Run a whole chunk [B, S, D]: y and the memory after it."""
+        raise NotImplementedError
+
+    def open(
+        self, trunk: Trunk, state: RecurrentState, dtype: jnp.dtype
+    ) -> RecurrentState:
+        """Prepare for a chunk's first token."""
+        raise NotImplementedError
+
+    def extend(
+        self,
+        trunk: Trunk,
+        state: RecurrentState,
+        x: Activations,
+        real: Bool[Array, "B P"],
+    ) -> tuple[Activations, RecurrentState]:
+        """Run some tokens of a chunk, after those in the state."""
+        raise NotImplementedError
+
+    def close(self, trunk: Trunk, state: RecurrentState, dtype: jnp.dtype) -> Memory:
+        """Return the memory after a chunk's last token."""
+        raise NotImplementedError
 
     def init_chunk(self, state: RecurrentState) -> Any:
         """Return what the kind keeps of an open chunk."""
@@ -239,7 +266,9 @@ class Recurrence(nnx.Module):
         fresh = self._initial(memory.shape[0]).astype(memory.dtype)
         return _where_any(begins, fresh, memory)
 
-    def sequence(self, real: Bool[Array, "B P"], tokens=0) -> mixers.SeqInfo:
+    def sequence(
+        self, real: Bool[Array, "B P"], tokens: Array | int = 0
+    ) -> mixers.SeqInfo:
         """Describe tokens of a chunk after `tokens` real ones: one document, no padding."""
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32) + _column(tokens)
         positions = jnp.maximum(count - 1, 0)

@@ -1,7 +1,8 @@
 """Memformer (Wu et al. 2020): memory as slots that blocks read and one writer updates."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers.base import wide
 from memoryformer.model.recurrence import base
-from memoryformer.notation import Activations, Array, Bool
+from memoryformer.notation import Activations, Array, Bool, Float
 from memoryformer.ops import collectives
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class _OpenChunk(NamedTuple):
@@ -53,7 +57,9 @@ class Memformer(base.Recurrence):
     EXAMPLES: ClassVar = {"memformer": {"num_slots": 64}}
 
     @classmethod
-    def cost(cls, config, block, project):
+    def cost(
+        cls, config: "ModelConfig", block: int, project: Callable[[int], Any]
+    ) -> base.Cost:
         """Of a chunk: each block projects S queries and m keys and values and reads them with
         2 S m D; the writer projects m queries and S + m keys and values, and 2 m (S + 1) D.
         """
@@ -74,7 +80,7 @@ class Memformer(base.Recurrence):
             state_values=(num_slots + 2 * num_slots * num_layers + size) * width,
         )
 
-    def __init__(self, config, project, norm, *, rngs):
+    def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.head_dim, width = config.head_dim, config.embed_dim
         self.width, self.temperature = width, config.recurrence_options.temperature
@@ -89,17 +95,23 @@ class Memformer(base.Recurrence):
         # what is written, says how fast they forget. Zero would leave no start at all.
         self.bias = nnx.Param(bias, spec="last_axis", decay=False)  # [m, D]
 
-    def initial(self):
+    def initial(self) -> Float[Array, "m D"]:
         """b / |b|."""
         return self._normalised(jnp.zeros_like(self.bias[...]))
 
-    def whole(self, trunk, memory, x, real):
+    def whole(
+        self,
+        trunk: base.Trunk,
+        memory: base.Memory,
+        x: Activations,
+        real: Bool[Array, "B S"],
+    ) -> tuple[Activations, base.Memory]:
         """The chunk with its memory read: y [B, S, D] and the new memory."""
         reads = self._reads(memory)
         y, _ = trunk.run_blocks(x, self.sequence(real), None, self._reader(reads))
         return y, self._write(memory, y, real)
 
-    def init_chunk(self, state):
+    def init_chunk(self, state: base.RecurrentState) -> _OpenChunk:
         """Keys and values of the slots, and room for a chunk's outputs."""
         batch_size, _, width = state.memory.shape
         dtype = state.memory.dtype
@@ -107,13 +119,21 @@ class Memformer(base.Recurrence):
         real = jnp.zeros((batch_size, self.chunk_size), bool)
         return _OpenChunk(self._stored_reads(state.memory, dtype), outputs, real)
 
-    def open(self, trunk, state, dtype):
+    def open(
+        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
+    ) -> base.RecurrentState:
         """Project the memory once for all tokens of the chunk."""
         reads = self._stored_reads(state.memory, dtype)
         real = jnp.zeros_like(state.chunk.real)
         return state._replace(chunk=state.chunk._replace(reads=reads, real=real))
 
-    def extend(self, trunk, state, x, real):
+    def extend(
+        self,
+        trunk: base.Trunk,
+        state: base.RecurrentState,
+        x: Activations,
+        real: Bool[Array, "B P"],
+    ) -> tuple[Activations, base.RecurrentState]:
         """Some tokens of a chunk, after those in the state."""
         chunk = state.chunk
         seq, read = (
@@ -130,7 +150,9 @@ class Memformer(base.Recurrence):
         chunk = chunk._replace(outputs=outputs, real=real)
         return y, state._replace(blocks=blocks, chunk=chunk)
 
-    def close(self, trunk, state, dtype):
+    def close(
+        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
+    ) -> base.Memory:
         """Write the chunk's outputs."""
         memory, chunk = state.memory.astype(dtype), state.chunk
         return self._write(memory, chunk.outputs.astype(dtype), chunk.real)
@@ -176,7 +198,7 @@ class _Reader(nnx.Module):
 
     of_memory = ("key_value",)
 
-    def __init__(self, config, project, norm):
+    def __init__(self, config, project: Callable, norm: Callable):
         self.head_dim, width = config.head_dim, config.embed_dim
         self.norm, self.memory_norm = norm(width), norm(width)
         self.query = project(width, width)

@@ -1,6 +1,7 @@
 """The Recurrent Memory Transformer (Bulatov et al. 2022): memory as tokens of the trunk."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,10 @@ from flax import nnx
 
 from memoryformer.model import mixers
 from memoryformer.model.recurrence import base
+from memoryformer.notation import Activations, Array, Bool, Float
+
+if TYPE_CHECKING:
+    from memoryformer.model.config import ModelConfig
 
 
 class RMT(base.Recurrence):
@@ -20,12 +25,14 @@ class RMT(base.Recurrence):
     EXAMPLES: ClassVar = {"rmt": {"num_slots": 16}}
 
     @classmethod
-    def capacity_of(cls, config):
+    def capacity_of(cls, config: "ModelConfig") -> int:
         """S + 2 m: memory tokens stand before and behind a chunk."""
         return base.chunk_size(config) + 2 * config.recurrence_options.num_slots
 
     @classmethod
-    def cost(cls, config, block, project):
+    def cost(
+        cls, config: "ModelConfig", block: int, project: Callable[[int], Any]
+    ) -> base.Cost:
         """2 m tokens more through every block and chunk, and mixing over S + 2 m for S."""
         size, num_slots = base.chunk_size(config), config.recurrence_options.num_slots
         longer = mixers.cost(config, size + 2 * num_slots).multiply_adds
@@ -38,7 +45,7 @@ class RMT(base.Recurrence):
             state_values=memory,
         )
 
-    def __init__(self, config, project, norm, *, rngs):
+    def __init__(self, config, project: Callable, norm: Callable, *, rngs: nnx.Rngs):
         super().__init__(config, project, norm, rngs=rngs)
         self.before = self.num_slots
         shape = (self.num_slots, config.embed_dim)
@@ -46,11 +53,17 @@ class RMT(base.Recurrence):
         # Decayed as the embeddings are, which these tokens stand beside.
         self.memory = nnx.Param(memory, spec="last_axis", decay=True)  # [m, D]
 
-    def initial(self):
+    def initial(self) -> Float[Array, "m D"]:
         """[m, D], trained."""
         return self.memory[...]
 
-    def whole(self, trunk, memory, x, real):
+    def whole(
+        self,
+        trunk: base.Trunk,
+        memory: base.Memory,
+        x: Activations,
+        real: Bool[Array, "B S"],
+    ) -> tuple[Activations, base.Memory]:
         """[M; x; M] through the trunk: y [B, S, D] and the new memory."""
         m, size = self.num_slots, x.shape[1]
         ones = jnp.ones((x.shape[0], m), bool)
@@ -58,20 +71,30 @@ class RMT(base.Recurrence):
         y, _ = trunk.run_blocks(jnp.concatenate([memory, x, memory], axis=1), seq)
         return y[:, m : m + size], y[:, m + size :]
 
-    def open(self, trunk, state, dtype):
+    def open(
+        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
+    ) -> base.RecurrentState:
         """Read the memory."""
         ones = jnp.ones(state.memory.shape[:2], bool)
         seq = self.sequence(ones)
         _, blocks = trunk.run_blocks(state.memory.astype(dtype), seq, state.blocks)
         return state._replace(blocks=blocks)
 
-    def extend(self, trunk, state, x, real):
+    def extend(
+        self,
+        trunk: base.Trunk,
+        state: base.RecurrentState,
+        x: Activations,
+        real: Bool[Array, "B P"],
+    ) -> tuple[Activations, base.RecurrentState]:
         """Some tokens of a chunk, after those in the state."""
         seq = self.sequence(real, self.num_slots + state.tokens)
         y, blocks = trunk.run_blocks(x, seq, state.blocks)
         return y, state._replace(blocks=blocks)
 
-    def close(self, trunk, state, dtype):
+    def close(
+        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
+    ) -> base.Memory:
         """What the memory tokens behind the chunk become."""
         ones = jnp.ones(state.memory.shape[:2], bool)
         seq = self.sequence(ones, self.num_slots + state.tokens)

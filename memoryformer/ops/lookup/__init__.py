@@ -20,6 +20,8 @@ Each takes scores as they are, whatever formula they come from. What is named an
 is refused, never replaced (`why_not`). Start at `memory_layer`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -38,7 +40,7 @@ ONEHOT_MAX_BITS_TPU = 10  # a one-hot product costs 2^tau times a row read
 def memory_layer(
     x: Float[Array, "*B D"],
     tables: Float[AnyArray, "K C F"],
-    bias: Float[Array, "F"] | None = None,
+    bias: Float[Array, " F"] | None = None,
     score: str = "softmax",
     temperature: float = 1.0,
     implementation: str = "auto",
@@ -108,15 +110,16 @@ def lookup(
     leading, num_tables = codes.shape[:-1], codes.shape[-1]
     codes = codes.reshape(-1, num_tables)  # [N, K]
     scores = scores.reshape(-1, num_tables).astype(dtype)
-    function = {
+    functions: dict[str, Callable[[Array, Array, Array], Array]] = {
         "auto": _auto,
         "reference": _reference,
         "xla": lookup_xla.scan_tables,
         "onehot": lookup_xla.onehot_products,
         "native": _native,
         "gpu": _gpu,
-    }[implementation]
-    return function(tables, codes, scores).reshape(*leading, tables.shape[-1])
+    }
+    y = functions[implementation](tables, codes, scores)
+    return y.reshape(*leading, tables.shape[-1])
 
 
 def _auto(tables, codes, scores):

@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Codes, Float, Scores, Tables
+from memoryformer.notation import Array, ArrayOrShape, Codes, Float, Scores, Tables
 from memoryformer.ops.lookup import gpu_kernels, gpu_order
 from memoryformer.ops.lookup.gpu_kernels import THREADS
 from memoryformer.ops.lookup.xla import largest_divisor
@@ -47,7 +47,11 @@ def gpu(
     return forward(tables, codes, scores, interpret=interpret)
 
 
-def why_not(tables: Tables, scores: Scores, capability: float | None = None) -> str:
+def why_not(
+    tables: Float[ArrayOrShape, "K C F"],
+    scores: Float[ArrayOrShape, "*B K"],
+    capability: float | None = None,
+) -> str:
     """Say why `gpu` cannot serve this; '' if it can, on a GPU of capability 9.0.
 
     `capability` is that of the GPU to compile for; None asks the one that is here, if any.
@@ -158,7 +162,8 @@ def _gpu_fwd(tables, codes, scores, interpret):
 
 
 def _gpu_bwd(interpret, residuals, dy):
-    dtables, dscores = backward(*residuals, dy, interpret=interpret)
+    tables, codes, scores = residuals
+    dtables, dscores = backward(tables, codes, scores, dy, interpret=interpret)
     return dtables, None, dscores
 
 

@@ -61,7 +61,7 @@ class Lanes(NamedTuple):
     tile: int
     interpret: bool
 
-    def columns(self) -> pl.Slice:
+    def columns(self) -> slice | pl.Slice:
         """This block's columns."""
         return pl.ds(jax.lax.axis_index("features") * self.tile, self.tile)
 

@@ -103,13 +103,15 @@ def widen_tables(tables: PackedTables) -> Array:
 def widen_matrix(matrix: PackedMatrix) -> Float[Array, "D V"]:
     """Return the float32 matrix."""
     values = jnp.asarray(matrix.values)
+    scales = matrix.scales
+    if scales is None:
+        return values.astype(jnp.float32).T
     if values.dtype != jnp.uint8:
-        wide = values.astype(jnp.float32)
-        return (wide if matrix.scales is None else wide * matrix.scales[:, None]).T
+        return (values.astype(jnp.float32) * scales[:, None]).T
     half = lookup_native.INT4_GROUP // 2
     pairs = values.reshape(values.shape[0], -1, half).astype(jnp.int32)
-    wide = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1) - 8
-    wide = wide.astype(jnp.float32) * matrix.scales[..., None]
+    whole = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1) - 8
+    wide = whole.astype(jnp.float32) * scales[..., None]
     return wide.reshape(values.shape[0], -1)[:, : matrix.width].T
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
+from memoryformer.notation import Array, ArrayOrShape, Codes, Float, Int, Scores, Tables
 
 SOURCES = (
     "lookup_native.cc",
@@ -72,7 +72,7 @@ def memory_layer(
     x: Float[Array, "N D"],
     tables: Tables | Int[Array, "K C F"],
     scales: Float[Array, "K C"] | None,
-    bias: Float[Array, "F"] | None,
+    bias: Float[Array, " F"] | None,
     power: int,
     beta: ArrayLike,
     gamma: ArrayLike,
@@ -114,7 +114,9 @@ def _float32_or_empty(array):
     return jnp.zeros((0,), jnp.float32) if array is None else array.astype(jnp.float32)
 
 
-def supports(tables: Tables, scores: Scores) -> bool:
+def supports(
+    tables: Float[ArrayOrShape, "K C F"], scores: Float[ArrayOrShape, "*B K"]
+) -> bool:
     """Whether `native` takes these types."""
     return scores.dtype == jnp.float32 and tables.dtype in (jnp.float32, jnp.bfloat16)
 
@@ -188,7 +190,7 @@ def _warn_once(reason: str) -> None:
 
 def _library() -> ctypes.CDLL:
     library, error = _load()
-    if error:
+    if library is None:
         raise RuntimeError(error)
     return library
 

@@ -6,6 +6,7 @@ the order of every sum is fixed, so the result is deterministic.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def _onehot_bwd(residuals, dy):
 
 
 # A one-hot product only selects rows: the matrix unit must not round them.
-_EXACT = {"precision": jax.lax.Precision.HIGHEST}
+_EXACT: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
 
 
 def _onehot_groups(tables, codes, scores):
