@@ -17,7 +17,8 @@ import pytest
 
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import preparation, progress
+from memoryformer.data import preparation, progress, token_files
+from memoryformer.files import atomic
 
 # Where a name is given, the process kills itself as it begins that file or directory.
 PREPARE = """
@@ -305,9 +306,9 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
         (
             "manifest.json",
             lambda p: sign(
-                p, splits=dataset.manifest["splits"] | {"test": {"file": 1}}
+                p, splits=dataset.manifest.to_json()["splits"] | {"test": {"file": 1}}
             ),
-            "splits.test is in another file",
+            r"splits is \{.*'test'",
             False,
         ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
@@ -399,27 +400,34 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 def test_a_split_is_in_its_own_file(dataset):
     """Mutation: `and` for `or`, so that only a split of another name is refused."""
-    splits = dataset.manifest["splits"]
+    values = dataset.manifest.to_json()
+    assert manifest_lib.Manifest.from_json(values) == dataset.manifest
+    splits = values["splits"]
     elsewhere = splits | {"train": splits["train"] | {"file": "validation.bin"}}
-    wrong = manifest_lib._wrong_field(dataset.manifest | {"splits": elsewhere})
-    assert wrong == "splits.train is in another file"
-    assert manifest_lib._wrong_field(dataset.manifest) == ""
+    with pytest.raises(ValueError, match=r"^splits\.train\.file is 'validation\.bin'$"):
+        manifest_lib.Manifest.from_json(values | {"splits": elsewhere})
+    with pytest.raises(ValueError, match=r"^splits is \{"):
+        more = splits | {"test": splits["train"]}
+        manifest_lib.Manifest.from_json(values | {"splits": more})
 
 
 def test_ids_of_a_vocabulary():
     """The first that is none is named. Mutations: `<=` for `<`; `>` for `>=`."""
-    manifest_lib.check_ids(np.array([], np.int64), 3, "here")
-    manifest_lib.check_ids(np.array([0, 2]), 3, "here")
+    token_files.check_ids(np.array([], np.int64), 3, "here")
+    token_files.check_ids(np.array([0, 2]), 3, "here")
     for ids, bad in (([1, 3, 4], 3), ([[0, 1], [-1, 9]], -1)):
         message = f"here: token id {bad} is outside the vocabulary of 3"
         with pytest.raises(errors.DataError, match=message):
-            manifest_lib.check_ids(np.array(ids), 3, "here")
+            token_files.check_ids(np.array(ids), 3, "here")
 
 
 def test_a_text_of_no_bytes_changes_none():
-    """Mutation: `not split["token_bytes"]` left out (a division by zero)."""
+    """Mutation: `not split.token_bytes` left out (a division by zero)."""
     pieces = np.array([1, 2])
-    for split in ({"bytes": 3, "token_bytes": 0}, {"bytes": 4, "token_bytes": 4}):
+    for num_bytes, token_bytes in ((3, 0), (4, 4)):
+        split = manifest_lib.SplitFacts(
+            "train.bin", 1, 1, 1, num_bytes, token_bytes, 0, 0, ""
+        )
         assert manifest_lib.text_bytes(split, pieces) is pieces
 
 
@@ -458,7 +466,7 @@ def test_what_was_prepared_is_read_before_it_is_named(tmp_path, monkeypatch):
     with pytest.raises(errors.DataError, match="the manifest says"):
         data.prepare(config)
     shutil.rmtree(directory)
-    monkeypatch.setattr(shards, "_write", lambda *args: None)
+    monkeypatch.setattr(preparation, "_write", lambda *args: None)
     with pytest.raises(errors.DataError, match=r"holds no manifest\.json"):
         data.prepare(config)
 
@@ -466,15 +474,15 @@ def test_what_was_prepared_is_read_before_it_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
 def test_the_type_of_the_ids(tmp_path, size, dtype):
     """As narrow as they allow. Mutations: `<` for `<=`; 15 or 17 for 16."""
-    spec = shards.tokenizer_lib.byte_level().spec
+    spec = preparation.tokenizer_lib.byte_level().spec
     spec["model"]["vocab"]["zz"] = size - 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     config = data_helpers.config(
         tmp_path, data_helpers.texts(12), tokenizer=str(tmp_path / "tokenizer.json")
     )
-    dataset = data.open(config)
-    assert dataset.manifest["tokenizer"]["vocab_size"] == size
-    assert dataset.manifest["dtype"] == dtype == str(dataset.train.tokens.dtype)
+    dataset = data.load(config)
+    assert dataset.manifest.tokenizer.vocab_size == size
+    assert dataset.manifest.dtype == dtype == str(dataset.train.tokens.dtype)
 
 
 class Line:
@@ -508,24 +516,24 @@ def test_documents_are_tokenised_by_the_batch(tmp_path, monkeypatch):
 
     Mutations: `and` for `or`; `>` for `>=`; a line of progress left out.
     """
-    monkeypatch.setattr(shards, "_BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(shards, "_BATCH_CHARS", 100)
+    monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(token_files, "_BATCH_CHARS", 100)
     trimmed, sizes, line = [], [], Line()
-    monkeypatch.setattr(shards, "_give_back_memory", lambda: trimmed.append(len(sizes)))
-    tokenizer = shards.tokenizer_lib.byte_level()
+    monkeypatch.setattr(
+        token_files, "_give_back_memory", lambda: trimmed.append(len(sizes))
+    )
+    tokenizer = preparation.tokenizer_lib.byte_level()
     encode = tokenizer.encode_batch
     monkeypatch.setattr(
         tokenizer, "encode_batch", lambda t: sizes.append(len(t)) or encode(t)
     )
     texts = ["a", "b", "c", "", "d" * 60, "e" * 40, "f", "g"]
-    counts = shards._write_split(
-        tmp_path / "train.bin", texts, tokenizer, set(), "uint16", line
-    )
+    counts = token_files.write(tmp_path / "train.bin", texts, tokenizer, line)
     assert sizes == [3, 2, 2] and trimmed == [2]
     assert line.told == ["", 3, "", 6, ("end", 8)]
-    assert (counts["documents"], counts["empty_dropped"]) == (7, 1)
-    assert counts["bytes"] == counts["token_bytes"] == 105
-    assert counts["tokens"] == 105 + 8
+    assert (counts.documents, counts.empty_dropped) == (7, 1)
+    assert counts.bytes == counts.token_bytes == 105
+    assert counts.tokens == 105 + 8
 
 
 def test_splits_that_cannot_be(tmp_path, monkeypatch):
@@ -533,11 +541,11 @@ def test_splits_that_cannot_be(tmp_path, monkeypatch):
 
     Mutations: either check left out; a sign of the numbers turned round.
     """
-    tokenizer = shards.tokenizer_lib.byte_level()
+    tokenizer = preparation.tokenizer_lib.byte_level()
 
     def write(texts):
         path = tmp_path / "train.bin"
-        return shards._write_split(path, texts, tokenizer, set(), "uint16", Line())
+        return token_files.write(path, texts, tokenizer, Line())
 
     with pytest.raises(errors.DataError, match=r"^train: no document holds any text"):
         write(["", ""])
@@ -559,11 +567,13 @@ def test_a_sample_says_how_far_it_is(tmp_path):
         text_bytes, num_bytes = 70, 99
 
         def sample(self, budget, accept, on_bytes):
-            assert budget == shards.BPE_TRAINING_BYTES == 3_000_000
+            assert budget == preparation.BPE_TRAINING_BYTES == 3_000_000
             on_bytes(7)
             return [text for text in texts if accept(text)]
 
-    made = shards._tokenizer(config, Corpus(), {shards._digest(texts[0])}, line)
+    made = preparation._tokenizer(
+        config, Corpus(), {token_files.digest(texts[0])}, line
+    )
     assert made.vocab_size == 300
     begun = ("sampling for the tokenizer", 70, "B")
     assert line.told == [begun, 7, "training bpe:300"]
@@ -574,15 +584,15 @@ def test_freed_memory_is_given_back(monkeypatch):
     seen = []
     libc = type("C", (), {"malloc_trim": staticmethod(seen.append)})
     for library in (libc, type("Other", (), {})):
-        monkeypatch.setattr(shards.ctypes, "CDLL", lambda name, c=library: c)
-        shards._give_back_memory()
+        monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, c=library: c)
+        token_files._give_back_memory()
     assert seen == [0]
 
 
 def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     """Every file and folder is flushed, then renamed; no file stays open.
 
-    Mutations: `os.fsync` or `os.close` left out; either `_sync` left out.
+    Mutations: `os.fsync` or `os.close` left out; either `atomic.flush` left out.
     """
     config = data_helpers.config(tmp_path, data_helpers.texts(20))
     seen = []
@@ -604,7 +614,7 @@ def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     assert names <= set(before) and "cache" in after
     directory = data.resolve_dir(config)
     opened = len(os.listdir("/proc/self/fd"))
-    shards._sync(directory)
+    atomic.flush(directory)
     assert len(os.listdir("/proc/self/fd")) == opened
 
 
@@ -644,7 +654,7 @@ def test_who_waits_says_so_once(tmp_path, capsys):
     config = data_helpers.config(tmp_path, data_helpers.texts(20))
     (tmp_path / "cache").mkdir()
     questions = iter([False, False, False, True])
-    with shards._lock(data.resolve_dir(config), progress.Progress("")):
+    with preparation._locked(data.resolve_dir(config), progress.Progress("")):
         with pytest.raises(errors.Preempted):
             data.prepare(config, stop=lambda: next(questions))
     assert capsys.readouterr().err.count("waiting for another process") == 1
@@ -658,9 +668,9 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
     config = data_helpers.config(tmp_path, data_helpers.texts(10))
     assert re.fullmatch(r"text-[0-9a-f]{16}", data.resolve_dir(config).name)
     named = data.DataConfig(source="tfds", name="A/b_C:1", tokenizer="bytes")
-    monkeypatch.setattr(shards, "_catalogue_identity", lambda config: "x")
+    monkeypatch.setattr(preparation, "_catalogue_identity", lambda config: "x")
     assert data.resolve_dir(named).name.startswith("a-b-c-1-")
-    request = shards._request(config)
+    request = preparation._request(config)
     assert set(request) == {
         "format",
         "source",
@@ -670,15 +680,15 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
         "files",
         "text_field",
     }
-    assert shards._request(named)["tfds"] == "x"
-    monkeypatch.setattr(shards.listing, "stdlib_files", lambda: [])
-    stdlib = shards._request(data.DataConfig())
+    assert preparation._request(named)["tfds"] == "x"
+    monkeypatch.setattr(preparation.listing, "stdlib_files", lambda: [])
+    stdlib = preparation._request(data.DataConfig())
     assert "text_field" not in stdlib and stdlib["sample"] == 2
     for separator, line_ends in (("@", None), ("\\n", "\\n or \\r\\n")):
-        changed = shards._request(dataclasses.replace(config, separator=separator))
+        changed = preparation._request(dataclasses.replace(config, separator=separator))
         assert changed.get("line_ends") == line_ends
     held_out = dataclasses.replace(config, validation_path=config.path)
-    assert shards._request(held_out)["validation"] == request["files"]
+    assert preparation._request(held_out)["validation"] == request["files"]
 
 
 @pytest.mark.parametrize(
@@ -694,6 +704,6 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
 )
 def test_which_files_may_be_cut(tmp_path, monkeypatch, name, size, cut):
     """Those whose text may be long. Mutations: `>=` for `>`; `and` for `or`."""
-    monkeypatch.setattr(shards.local_files, "MAX_CHARS", 10)
+    monkeypatch.setattr(preparation.local_files, "MAX_CHARS", 10)
     (tmp_path / name).write_bytes(b"x" * size)
-    assert shards._may_be_cut(tmp_path / name) is cut
+    assert preparation._may_be_cut(tmp_path / name) is cut
