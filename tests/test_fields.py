@@ -9,11 +9,11 @@ import pytest
 import toy
 
 from memoryformer import config as config_lib
-from memoryformer import data, model
+from memoryformer import data
 from memoryformer.data import corpora
 from memoryformer.errors import ConfigError
 from memoryformer.generation import sampler
-from memoryformer.model import ModelConfig
+from memoryformer.model import ModelConfig, mixers, recurrence
 from memoryformer.runs.checkpoint import CheckpointConfig
 from memoryformer.training import experiment
 from memoryformer.training.optimizer import OptimizerConfig
@@ -48,27 +48,36 @@ MODEL = {
     "causal": True,
     "dtype": "float32",
 }
-# Options of mixers and recurrences, by their names under --config.model with `_` for dots.
-OPTIONS = {
-    "attention": "xla",
-    "logit_transform": "none",
-    "dape_width": 32,
-    "prefix_chunk": 64,
-    "cosformer_max_len": 0,
-    "trained_kernel_layers": 3,
-    "performer_features": 256,
-    "performer_redraw_every": 0,
-    "performer_seed": 0,
-    "performer_draw": 0,
-    "linformer_slots": 64,
-    "linformer_max_len": 0,
-    "luna_slots": 64,
-    "conv_luna_filter": "conv",
-    "conv_luna_width": 4,
-    "recurrence_chunk": 0,
-    "recurrence_slots": 16,
-    "recurrence_bptt": 0,
-    "memformer_temperature": 0.5,
+OPTIONS = {  # the field that chooses, what it chooses: options
+    ("mixer", "softmax"): {
+        "attention": "xla",
+        "logit_transform": "none",
+        "dape_width": 32,
+    },
+    ("mixer", "linear"): {"prefix_chunk": 64},
+    ("mixer", "trained_kernel"): {"prefix_chunk": 64, "depth": 3},
+    ("mixer", "performer"): {
+        "prefix_chunk": 64,
+        "num_features": 256,
+        "redraw_every": 0,
+    },
+    ("mixer", "cosformer"): {"prefix_chunk": 64, "max_len": 0},
+    ("mixer", "linformer"): {"prefix_chunk": 64, "num_slots": 64, "max_len": 0},
+    ("mixer", "luna"): {"prefix_chunk": 64, "num_slots": 64},
+    ("mixer", "conv_luna"): {
+        "prefix_chunk": 64,
+        "num_slots": 64,
+        "filter": "conv",
+        "width": 4,
+    },
+    ("recurrence", "none"): {},
+    ("recurrence", "rmt"): {"chunk_size": 0, "num_slots": 16, "bptt_chunks": 0},
+    ("recurrence", "memformer"): {
+        "chunk_size": 0,
+        "num_slots": 16,
+        "bptt_chunks": 0,
+        "temperature": 0.5,
+    },
 }
 DEFAULTS = {
     OptimizerConfig: {
@@ -134,11 +143,14 @@ def test_defaults_of_a_model():
     assert (config.vocab_size, config.embed_dim, config.num_layers) == (8, 16, 1)
     assert (config.num_heads, config.seq_len) == (2, 8)
     assert (config.head_dim, config.num_tables) == (8, 2)
-    flat = config_lib.flatten({"model": values})
-    flat = {name.replace(".", "_"): value for name, value in flat.items()}
-    for option, default in OPTIONS.items():
-        same = [v for name, v in flat.items() if name.endswith(f"_{option}")]
-        assert same and set(same) == {default}, option
+    for (chooser, choice), defaults in OPTIONS.items():
+        chosen = ModelConfig(8, 16, 1, 2, 8, **{chooser: choice})
+        options = getattr(chosen, f"{chooser}_options")
+        assert dataclasses.asdict(options) == defaults, choice
+    assert {choice for chooser, choice in OPTIONS if chooser == "mixer"} == set(
+        mixers.MIXERS
+    )
+    assert len(OPTIONS) == len(mixers.MIXERS) + len(recurrence.KINDS) + 1
 
 
 def test_defaults_of_a_corpus():
@@ -152,6 +164,10 @@ def test_defaults_of_a_corpus():
 
 def model_of(**fields):
     return toy.model_config(**fields)
+
+
+def train_of(**fields):
+    return experiment.TrainConfig(num_steps=1, batch_size=1, **fields)
 
 
 def text_of(**fields):
@@ -168,7 +184,6 @@ BOUNDS = [  # what makes the section, name in messages, field, values taken, val
     (model_of, "model", "num_layers", [1], []),
     (model_of, "model", "num_heads", [1, 2, 16], [3, 32]),
     (model_of, "model", "seq_len", [1], []),
-    (model_of, "model", "prefix_chunk", [1], [0]),
     (model_of, "model", "sequence_chunk", [0, 1], [-1]),
     (model_of, "model", "code_bits", [1, 2, 8], [0, 17, 5]),
     (model_of, "model", "extra_bits", [0, 12], [-1, 13]),
@@ -193,6 +208,8 @@ BOUNDS = [  # what makes the section, name in messages, field, values taken, val
     (CheckpointConfig, "checkpoint", "every_minutes", [0.0], [-0.5]),
     (CheckpointConfig, "checkpoint", "keep", [1], [0]),
     (CheckpointConfig, "checkpoint", "keep_every", [0], [-1]),
+    (train_of, "train", "max_skipped", [0, 1], [-1]),
+    (train_of, "train", "timeout_scale", [0.0, 0.1], [-0.1]),
     (experiment.EvalConfig, "eval", "batch_size", [1], [0]),
     (experiment.EvalConfig, "eval", "every_steps", [0], [-1]),
     (experiment.EvalConfig, "eval", "num_batches", [0], [-1]),
@@ -306,24 +323,27 @@ def test_where_data_lies_may_differ():
     assert {n for n in local if n.startswith("data.")} == {"data.path", "data.data_dir"}
 
 
-OPTION_BOUNDS = [  # other fields, option, values taken, values refused
-    ({}, "dape_width", [1], [0]),
-    ({"mixer": "trained_kernel"}, "trained_kernel_layers", [1], [0]),
-    ({"mixer": "performer"}, "performer_features", [1], [0]),
-    ({"mixer": "performer"}, "performer_redraw_every", [0, HUGE - 1], [-1, HUGE]),
-    ({"mixer": "performer"}, "performer_seed", [0, HUGE - 1], [-1, HUGE]),
-    ({"mixer": "performer"}, "performer_draw", [0, HUGE - 1], [-1, HUGE]),
-    ({"mixer": "cosformer"}, "cosformer_max_len", [0, 12, 13], [11]),
-    ({"mixer": "linformer"}, "linformer_slots", [1], [0]),
-    ({"mixer": "linformer"}, "linformer_max_len", [0, 12, 13], [11]),
-    ({"mixer": "luna"}, "luna_slots", [1], [0]),
-    ({"mixer": "conv_luna"}, "luna_slots", [1], [0]),
-    ({"mixer": "conv_luna"}, "conv_luna_width", [1], [0]),
-    ({"mixer": "conv_luna"}, "conv_luna_filter", ["pool"], ["mean"]),
-    ({"recurrence": "rmt"}, "recurrence_chunk", [1, 3, 12], [-1, 5, 13]),
-    ({"recurrence": "rmt"}, "recurrence_slots", [1], [0]),
-    ({"recurrence": "rmt"}, "recurrence_bptt", [0, 1], [-1]),
-    ({"recurrence": "memformer"}, "memformer_temperature", [0.1], [0.0]),
+OPTION_BOUNDS = [  # what is chosen, option, values taken, values refused
+    ({"mixer": "softmax"}, "dape_width", [1], [0]),
+    *(
+        ({"mixer": name}, "prefix_chunk", [1], [0])
+        for name in mixers.MIXERS
+        if name != "softmax"
+    ),
+    ({"mixer": "trained_kernel"}, "depth", [1], [0]),
+    ({"mixer": "performer"}, "num_features", [1], [0]),
+    ({"mixer": "performer"}, "redraw_every", [0, HUGE - 1], [-1, HUGE]),
+    ({"mixer": "cosformer"}, "max_len", [0, 12, 13], [-1, 11]),
+    ({"mixer": "linformer"}, "num_slots", [1], [0]),
+    ({"mixer": "linformer"}, "max_len", [0, 12, 13], [-1, 11]),
+    ({"mixer": "luna"}, "num_slots", [1], [0]),
+    ({"mixer": "conv_luna"}, "num_slots", [1], [0]),
+    ({"mixer": "conv_luna"}, "width", [1], [0]),
+    ({"mixer": "conv_luna"}, "filter", ["pool"], ["mean"]),
+    ({"recurrence": "rmt"}, "chunk_size", [1, 3, 12], [-1, 5, 13]),
+    ({"recurrence": "rmt"}, "num_slots", [1], [0]),
+    ({"recurrence": "rmt"}, "bptt_chunks", [0, 1], [-1]),
+    ({"recurrence": "memformer"}, "temperature", [0.1], [0.0]),
 ]
 
 
@@ -333,11 +353,16 @@ def test_bounds_of_options(fields, option, good, bad):
 
     Mutations: a check of a mixer left out, or its bound moved by one.
     """
+    [chooser] = fields
+    section = f"{chooser}_options"
     for value in good:
-        model_of(**fields, **{option: value})
+        config = model_of(**fields, **{section: {option: value}})
+        assert getattr(getattr(config, section), option) == value
     for value in bad:
-        with pytest.raises(ConfigError, match=str(value)):
-            model_of(**fields, **{option: value})
+        with pytest.raises(ConfigError) as caught:
+            model_of(**fields, **{section: {option: value}})
+        assert f"model.{section}.{option}={value!r}" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_options_of_softmax_alone():
@@ -345,23 +370,25 @@ def test_options_of_softmax_alone():
 
     Mutations: `and` for `or` in its checks; a check left out.
     """
+    both = {"attention": "cudnn", "logit_transform": "dape_v2"}
     with pytest.raises(ConfigError, match=r"cudnn.*never forms the logits"):
-        model_of(attention="cudnn", logit_transform="dape_v2")
-    for fields in ({"attention": "cudnn"}, {"logit_transform": "dape_v2"}):
-        model_of(**fields)
+        model_of(mixer_options=both)
+    for name, value in both.items():
+        options = {name: value}
+        model_of(mixer_options=options)
         with pytest.raises(ConfigError, match=r"model\.causal=False"):
-            model_of(causal=False, **fields)
-        with pytest.raises(ConfigError, match="no use for it"):
-            model_of(mixer="linear", **fields)
+            model_of(causal=False, mixer_options=options)
+        with pytest.raises(ConfigError, match=rf"\.{name}: mixer='linear' has no such"):
+            model_of(mixer="linear", mixer_options=options)
         with pytest.raises(ConfigError, match="cannot run over a 'sequence' axis"):
-            model.mixers.validate_sequence(model_of(**fields), 2)
+            mixers.check_sequence(model_of(mixer_options=options), 2)
     assert not model_of(causal=False).causal
     with pytest.raises(ConfigError, match="has only a causal form"):
         model_of(mixer="linear", causal=False)
 
 
 def test_options_of_a_stack():
-    """A recurrence has its own loop; the performer's features are drawn by layer.
+    """A recurrence has its own loop.
 
     Mutations: `and` for `or`; either check left out.
     """
@@ -369,7 +396,6 @@ def test_options_of_a_stack():
         model_of(**fields)
         with pytest.raises(ConfigError, match="runs blocks in its own loop"):
             model_of(recurrence="rmt", **fields)
-    with pytest.raises(ConfigError, match=r"scan_layers=True: the performer's"):
-        model_of(mixer="performer", scan_layers=True)
+    assert model_of(mixer="performer", scan_layers=True).scan_layers
     with pytest.raises(ConfigError, match=r"model\.remat='al'"):
         model_of(remat="al")

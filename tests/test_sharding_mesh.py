@@ -247,6 +247,6 @@ def test_a_long_reason_is_cut(monkeypatch):
     def refuse(*arguments, **options):
         raise ValueError("y" * 300)
 
-    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    monkeypatch.setattr(mesh_lib.mesh_utils, "create_device_mesh", refuse)
     with pytest.raises(ConfigError, match=r"\(y{200}\): choose other sizes"):
         sharding.make("data")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memoryformer import data, errors
+from memoryformer.data import batches as batches_lib
 
 SEQ_LEN, BATCH = 32, 8
 
@@ -218,7 +219,7 @@ def test_the_smallest_split_of_one_window(dataset):
     for index in (-1, len(evals)):
         with pytest.raises(IndexError, match=f"batch {index} of {len(evals)}"):
             evals.batch(index)
-    windows = data.source.Windows(dataset.train, 8)
-    sha256 = dataset.manifest["splits"]["train"]["sha256"]
+    windows = batches_lib.Windows(dataset.train, 8)
+    sha256 = dataset.manifest.splits["train"].sha256
     assert repr(windows) == f"Windows(train {sha256[:16]}, seq_len=8)"
     assert len(windows) == length // 8 and windows[1].shape == (3, 8)

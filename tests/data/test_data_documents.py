@@ -1,5 +1,6 @@
 """The sample that a tokenizer is trained on, its training, and what is shown meanwhile."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from memoryformer import data, errors
 from memoryformer.data import documents, preparation, progress
 from memoryformer.data import tokenizer as tokenizer_lib
+from memoryformer.runs import console
 
 
 class Source(list):
@@ -318,7 +320,8 @@ def test_quiet_work_beside_this_thread(capsys):
     "seconds, text",
     [
         (0, "0s"),
-        (59.9, "59s"),
+        (59.4, "59s"),
+        (59.9, "1m00s"),
         (60, "1m00s"),
         (3599, "59m59s"),
         (3600, "1h00m"),
@@ -330,7 +333,7 @@ def test_quiet_work_beside_this_thread(capsys):
 )
 def test_durations(seconds, text):
     """Mutations: any bound by one; any divisor."""
-    assert progress.duration(seconds) == text
+    assert console.short_time(seconds) == text
 
 
 def test_what_is_a_fair_sample_of_whole_texts():
@@ -390,14 +393,14 @@ def test_records_that_hold_no_text(value):
 def test_what_the_manifest_says_of_a_corpus():
     """Mutation: one licence for all."""
     said = documents.describe(data.DataConfig())
-    assert said == {
+    assert dataclasses.asdict(said) == {
         "kind": "stdlib",
         "name": "",
         "path": "",
         "licence": "PSF-2.0 (read locally, not shipped)",
     }
     said = documents.describe(data.DataConfig(source="text", path="x"))
-    assert (said["path"], said["licence"]) == ("x", "the corpus's own")
+    assert (said.path, said.licence) == ("x", "the corpus's own")
 
 
 def test_bytes_of_a_split_that_tfds_does_not_know():

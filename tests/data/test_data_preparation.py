@@ -18,7 +18,6 @@ import pytest
 from memoryformer import data, errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import preparation, progress, token_files
-from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.files import atomic
 
 # Where a name is given, the process kills itself as it begins that file or directory.
@@ -309,7 +308,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             lambda p: sign(
                 p, splits=dataset.manifest.to_json()["splits"] | {"test": {"file": 1}}
             ),
-            "splits is {",
+            r"splits is \{.*'test'",
             False,
         ),
         ("manifest.json", lambda p: p.write_text("[" * 99_999), "damaged", False),
@@ -400,12 +399,16 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 
 def test_a_split_is_in_its_own_file(dataset):
-    """Mutation: the file's name not compared."""
+    """Mutation: `and` for `or`, so that only a split of another name is refused."""
     values = dataset.manifest.to_json()
     assert manifest_lib.Manifest.from_json(values) == dataset.manifest
-    values["splits"]["train"]["file"] = "validation.bin"
+    splits = values["splits"]
+    elsewhere = splits | {"train": splits["train"] | {"file": "validation.bin"}}
     with pytest.raises(ValueError, match=r"^splits\.train\.file is 'validation\.bin'$"):
-        manifest_lib.Manifest.from_json(values)
+        manifest_lib.Manifest.from_json(values | {"splits": elsewhere})
+    with pytest.raises(ValueError, match=r"^splits is \{"):
+        more = splits | {"test": splits["train"]}
+        manifest_lib.Manifest.from_json(values | {"splits": more})
 
 
 def test_ids_of_a_vocabulary():
@@ -418,11 +421,13 @@ def test_ids_of_a_vocabulary():
             token_files.check_ids(np.array(ids), 3, "here")
 
 
-def test_a_text_of_no_bytes_changes_none(dataset):
+def test_a_text_of_no_bytes_changes_none():
     """Mutation: `not split.token_bytes` left out (a division by zero)."""
-    pieces, train = np.array([1, 2]), dataset.manifest.splits["train"]
-    for counts in ({"bytes": 3, "token_bytes": 0}, {"bytes": 4, "token_bytes": 4}):
-        split = dataclasses.replace(train, **counts)
+    pieces = np.array([1, 2])
+    for num_bytes, token_bytes in ((3, 0), (4, 4)):
+        split = manifest_lib.SplitFacts(
+            "train.bin", 1, 1, 1, num_bytes, token_bytes, 0, 0, ""
+        )
         assert manifest_lib.text_bytes(split, pieces) is pieces
 
 
@@ -469,7 +474,7 @@ def test_what_was_prepared_is_read_before_it_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
 def test_the_type_of_the_ids(tmp_path, size, dtype):
     """As narrow as they allow. Mutations: `<` for `<=`; 15 or 17 for 16."""
-    spec = tokenizer_lib.byte_level().spec
+    spec = preparation.tokenizer_lib.byte_level().spec
     spec["model"]["vocab"]["zz"] = size - 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     config = data_helpers.config(
@@ -517,18 +522,18 @@ def test_documents_are_tokenised_by_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(
         token_files, "_give_back_memory", lambda: trimmed.append(len(sizes))
     )
-    tokenizer = tokenizer_lib.byte_level()
+    tokenizer = preparation.tokenizer_lib.byte_level()
     encode = tokenizer.encode_batch
     monkeypatch.setattr(
         tokenizer, "encode_batch", lambda t: sizes.append(len(t)) or encode(t)
     )
     texts = ["a", "b", "c", "", "d" * 60, "e" * 40, "f", "g"]
-    facts = token_files.write(tmp_path / "train.bin", texts, tokenizer, line)
+    counts = token_files.write(tmp_path / "train.bin", texts, tokenizer, line)
     assert sizes == [3, 2, 2] and trimmed == [2]
     assert line.told == ["", 3, "", 6, ("end", 8)]
-    assert (facts.documents, facts.empty_dropped) == (7, 1)
-    assert facts.bytes == facts.token_bytes == 105
-    assert facts.tokens == 105 + 8
+    assert (counts.documents, counts.empty_dropped) == (7, 1)
+    assert counts.bytes == counts.token_bytes == 105
+    assert counts.tokens == 105 + 8
 
 
 def test_splits_that_cannot_be(tmp_path, monkeypatch):
@@ -536,10 +541,11 @@ def test_splits_that_cannot_be(tmp_path, monkeypatch):
 
     Mutations: either check left out; a sign of the numbers turned round.
     """
-    tokenizer = tokenizer_lib.byte_level()
+    tokenizer = preparation.tokenizer_lib.byte_level()
 
     def write(texts):
-        return token_files.write(tmp_path / "train.bin", texts, tokenizer, Line())
+        path = tmp_path / "train.bin"
+        return token_files.write(path, texts, tokenizer, Line())
 
     with pytest.raises(errors.DataError, match=r"^train: no document holds any text"):
         write(["", ""])

@@ -283,7 +283,7 @@ def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
     shown, code = run_command(capsys, "inspect", write())
     assert code == 0
     directory = shown.split()[1]
-    dataset = data.open_directory(directory)
+    dataset = data.load_directory(directory)
     assert f"\nfingerprint  {dataset.fingerprint}\n" in shown
     windows = (len(dataset.train.tokens) - 1) // 256
     assert f"first batch: 4 x 256, seed 0, {windows} windows per epoch" in shown
@@ -303,9 +303,9 @@ def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
     ]
     assert f"most frequent {'  '.join(pieces)}\n" in shown
     assert f"never seen   {257 - len(counts)} of 257 tokens in train" in shown
-    split = dataset.manifest["splits"]["train"]
-    ratio = split["bytes"] / split["tokens"]
-    assert f"{split['bytes']:,} bytes ({ratio:.3f} bytes/token); dropped 0" in shown
+    split = dataset.manifest.splits["train"]
+    ratio = split.bytes / split.tokens
+    assert f"{split.bytes:,} bytes ({ratio:.3f} bytes/token); dropped 0" in shown
     head = shown.split("\n")
     assert head[2] == f"source       text {corpus} the corpus's own"
     sha256 = dataset.tokenizer.fingerprint[:16]
@@ -360,7 +360,7 @@ def test_what_is_looked_at(tmp_path, monkeypatch):
 
     Mutations: `>` for `>=`; the limit not cut to; `cache` the other way round.
     """
-    dataset = data.open(data_helpers.config(tmp_path, data_helpers.texts(30)))
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(30)))
     text = yardsticks._split_bytes(dataset.train, dataset.tokenizer, 1 << 20)
     read = []
 

@@ -10,6 +10,7 @@ import toy
 
 from memoryformer import data, evaluation, model, sharding
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.evaluation import base, buckets, slots
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.model import losses
 from memoryformer.model import params as params_lib
@@ -201,13 +202,13 @@ def test_what_memories_are_measured_on(monkeypatch):
     """
     looked_at = []
 
-    def collect(config, params, batches, made, features):
+    def collect(config, params, batches, made):
         looked_at.append(list(batches))
         return {"slots": 2.0}
 
-    monkeypatch.setattr(loss_lib.buckets, "collect", collect)
-    monkeypatch.setattr(loss_lib.slots, "collect", collect)
-    monkeypatch.setattr(loss_lib.buckets, "summary", lambda counts: {"tables": 1.0})
+    monkeypatch.setattr(buckets, "collect", collect)
+    monkeypatch.setattr(slots, "collect", collect)
+    monkeypatch.setattr(buckets, "summary", lambda counts: {"tables": 1.0})
     made = sharding.make("single")
     for fields, wanted in (
         ({"projection": "memory"}, {"tables": 1.0}),
@@ -217,7 +218,12 @@ def test_what_memories_are_measured_on(monkeypatch):
     ):
         config = toy.model_config(**fields)
         for batches in (range(6), range(3)):
-            assert loss_lib.memories(config, {}, batches, made) == wanted
+            subject = base.Subject(config, made, batches, np.ones(1))
+            values = {}
+            for evaluator in (buckets.Buckets, slots.Slots):
+                if evaluator.measures(config):
+                    values |= evaluator(subject)({})
+            assert values == wanted
             assert all(seen == list(range(min(len(batches), 4))) for seen in looked_at)
             assert len(looked_at) == len(wanted)
             looked_at.clear()

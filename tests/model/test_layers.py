@@ -258,13 +258,3 @@ def test_codes_are_sent_in_few_bytes(code_bits, small, monkeypatch):
     got, _ = layer._from_all_devices(codes, jnp.ones((1, 1)))
     assert sent == [(small, "model", -1), ("bfloat16", "model", -1)]
     assert got.dtype == jnp.int32 and (got == codes).all()
-
-
-def test_codes_are_handed_over_only_where_they_are_asked_for():
-    """Mutations: `is` for `is not`; nothing handed over."""
-    assert not layers.recording()
-    layers.record({1: jnp.zeros(1)})
-    with layers.record_codes() as recorded:
-        assert layers.recording()
-        layers.record({1: jnp.ones(1)})
-    assert list(recorded) == [1] and not layers.recording()

@@ -354,23 +354,25 @@ def test_how_large_parameters_begin():
     def largest(parameter):
         return np.abs(np.asarray(parameter[...])).max()
 
-    dape = made("softmax", logit_transform="dape_v2", dape_width=32).transform
+    dape = made(
+        "softmax", mixer_options={"logit_transform": "dape_v2", "dape_width": 32}
+    ).transform
     for parameter, fan_in in (
         (dape.first, 3 * 2 * 4),
         (dape.first_bias, 3 * 2 * 4),
         (dape.second, 3 * 32),
     ):
         assert 0.8 < largest(parameter) * fan_in**0.5 <= 1
-    linformer = made("linformer", linformer_slots=40, linformer_max_len=60)
+    linformer = made("linformer", mixer_options={"num_slots": 40, "max_len": 60})
     for parameter in (linformer.write_keys, linformer.write_values):
         assert parameter[...].shape == (60, 40)
         assert abs(np.std(np.asarray(parameter[...])) * 10 - 1) < 0.1
-    luna = made("luna", luna_slots=40)
+    luna = made("luna", mixer_options={"num_slots": 40})
     assert abs(np.std(np.asarray(luna.memory[...])) - 1) < 0.1
-    conv = made("conv_luna", conv_luna_width=4)
+    conv = made("conv_luna", mixer_options={"width": 4})
     assert conv.kernel[...].shape == (4, 4) and 0.6 < largest(conv.kernel) * 2 <= 1
     assert conv.log_tau[...] == conv.log_tau_pack[...] == 0
-    network = made("trained_kernel", embed_dim=64, trained_kernel_layers=2)
+    network = made("trained_kernel", embed_dim=64, mixer_options={"depth": 2})
     assert network.a[...].shape == (2, 16, 4, 4)  # [depth, E, E / 4, H]
     assert network.b[...].shape == (2, 4, 16, 4)
     assert abs(np.std(np.asarray(network.a[...])) * 16**0.5 - 1) < 0.15
@@ -382,36 +384,38 @@ def test_how_large_states_are():
 
     Mutations: a width more or less; a block of another size.
     """
-    for name, fields, shapes in (
+    for name, options, shapes in (
         ("softmax", {}, [(2, 4, 64, 4), (2, 4, 64, 4), (2, 64), ()]),
         ("linear", {}, [(2, 4, 4, 5), (2,), (2, 4)]),
-        ("cosformer", {"cosformer_max_len": 99}, [(2, 4, 8, 5), (2,), (2, 4)]),
-        ("performer", {"performer_features": 6}, [(2, 4, 6, 5), (2,), (2, 4)]),
+        ("cosformer", {"max_len": 99}, [(2, 4, 8, 5), (2,), (2, 4)]),
+        ("performer", {"num_features": 6}, [(2, 4, 6, 5), (2,), (2, 4)]),
         (
             "linformer",
-            {"linformer_slots": 5, "linformer_max_len": 99},
+            {"num_slots": 5, "max_len": 99},
             [(2, 4, 4, 5), (2,), (2, 4), (2, 4, 5, 4), (2,), (2, 4)],
         ),
         (
             "luna",
-            {"luna_slots": 5},
+            {"num_slots": 5},
             [(2, 4, 4, 5), (2,), (2, 4), (2, 0, 2, 16), (2, 0)],
         ),
         (
             "conv_luna",
-            {"luna_slots": 5, "conv_luna_width": 4},
+            {"num_slots": 5, "width": 4},
             [(2, 4, 4, 5), (2,), (2, 4), (2, 3, 2, 16), (2, 3)],
         ),
     ):
         state = jax.eval_shape(
-            lambda n=name, f=fields: made(n, **f).init_state(2, 33, jnp.bfloat16)
+            lambda n=name, o=options: made(n, mixer_options=o).init_state(
+                2, 33, jnp.bfloat16
+            )
         )
         assert [x.shape for x in jax.tree.leaves(state)] == shapes, name
         floats = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("int32")}
         assert floats == {jnp.dtype("bfloat16" if name == "softmax" else "float32")}
     for name in ("cosformer", "linformer"):  # rows of 12 positions
         jax.eval_shape(lambda n=name: made(n).init_state(1, 12))
-        with pytest.raises(errors.ConfigError, match=f"{name}_max_len=12.* 13 tokens"):
+        with pytest.raises(errors.ConfigError, match=r"\.max_len=12.* 13 tokens"):
             jax.eval_shape(lambda n=name: made(n).init_state(1, 13))
     whole = jax.eval_shape(lambda: made("softmax").init_state(1, 32))
     assert whole.keys.shape[2] == 32 and whole.keys.dtype == jnp.float32
@@ -436,25 +440,33 @@ def test_denominators_that_are_next_to_nothing():
 
 
 def test_which_features_are_in_use():
-    """Those of a config outside a run; each draw for so many steps.
+    """Each draw for so many steps of a run.
 
-    Mutations: any default; a sign of the count; a step too early.
+    Mutations: a sign of the count; a step too early; the draw of another seed.
     """
     config = toy.model_config(
-        mixer="performer",
-        performer_seed=3,
-        performer_draw=4,
-        performer_redraw_every=2,
+        mixer="performer", mixer_options={"num_features": 3, "redraw_every": 2}
     )
-    assert kernel.in_use(config) == (3, 4)
-    assert kernel.in_use(config, 2**31 - 1) == (2, 4)
-    found = [int(kernel.in_use(config, 0, step)[1]) for step in range(7)]
-    assert found == [4, 4, 4, 5, 5, 6, 6]
-    run = mixers.with_draw(config, 10, 5)
-    assert (run.performer_seed, run.performer_draw) == (13, 6)
-    other = toy.model_config()
-    assert mixers.with_draw(other, 10, 5) is other
-    assert mixers.draw(other, 1, 1) is None
+    _, fixed = model.split_trained(config, model.init(config, 5))
+
+    def rows(params):
+        return np.asarray(params["blocks"]["1"]["mixer"]["random_rows"])
+
+    draws = [rows(kernel.random_rows(config, 5, number)) for number in range(4)]
+    np.testing.assert_array_equal(rows(fixed), draws[0])
+    used = []
+    for step in range(7):
+        fixed = mixers.redraw(config, fixed, 5, jnp.int32(step))
+        used += [i for i in range(4) if np.array_equal(rows(fixed), draws[i])]
+    assert used == [0, 0, 1, 1, 2, 2, 3]
+    assert not np.array_equal(rows(kernel.random_rows(config, 6, 0)), draws[0])
+    kept = toy.model_config(mixer="performer", mixer_options={"num_features": 3})
+    assert mixers.redraw(kept, fixed, 5, jnp.int32(4)) is fixed
+    assert mixers.redraw(toy.model_config(), fixed, 5, jnp.int32(4)) is fixed
+
+
+def test_how_many_positions_a_mixer_has():
+    """Mutations: any default; another mixer that takes tokens in any order."""
     lengths = {"cosformer": 12, "linformer": 12, "softmax": 0, "luna": 0, "linear": 0}
     for name, length in lengths.items():
         assert mixers.max_length(toy.model_config(mixer=name)) == length

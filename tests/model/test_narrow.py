@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import errors, model
+from memoryformer import cli, errors, model
 from memoryformer.generation import sampler
 from memoryformer.model import narrow
 from memoryformer.ops.lookup import narrow as narrow_rows
@@ -156,8 +156,8 @@ def test_flags_that_say_nothing_are_none(monkeypatch):
     def flags():
         return {k: types.SimpleNamespace(value=v) for k, v in values.items()}
 
-    monkeypatch.setattr(narrow.flags, "FLAGS", flags())
-    assert narrow.kinds_from_flags() is None
+    monkeypatch.setattr(cli.flags, "FLAGS", flags())
+    assert cli.chosen(narrow.WeightKinds) is None
     values["head"] = "int4"
-    monkeypatch.setattr(narrow.flags, "FLAGS", flags())
-    assert narrow.kinds_from_flags() == narrow.WeightKinds(head="int4")
+    monkeypatch.setattr(cli.flags, "FLAGS", flags())
+    assert cli.chosen(narrow.WeightKinds) == narrow.WeightKinds(head="int4")

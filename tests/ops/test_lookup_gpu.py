@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import memoryformer
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import gpu as lookup_gpu
-from memoryformer.ops.lookup import gpu_order
+from memoryformer.ops.lookup import gpu_kernels, gpu_order, xla
 
 
 def relative(got, expected):
@@ -267,7 +267,7 @@ def test_tiles_of_a_width(width, padded, tile, lanes):
     """
     rows, found = lookup_gpu._tiled(jnp.zeros((1, 1, width)), lookup_gpu.MAX_TILE)
     assert rows.shape == (1, 1, padded)
-    assert (found, lookup_gpu._lanes(found)) == (tile, lanes)
+    assert (found, gpu_kernels.num_lanes(found)) == (tile, lanes)
     assert (lookup_gpu.MAX_TILE, lookup_gpu.THREADS) == (1536, 128)
 
 
@@ -281,7 +281,7 @@ def launches(monkeypatch, N, K, C, F, dtype="bfloat16", direction="forward", **s
         made = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), results)
         return lambda *operands: made
 
-    monkeypatch.setattr(lookup_gpu, "_launch", launch)
+    monkeypatch.setattr(gpu_kernels, "launch", launch)
     tables, codes, scores, dy = shapes(N, K, C, F, dtype)
     operands = [tables, codes, scores] + [dy] * (direction == "backward")
     function = functools.partial(getattr(lookup_gpu, direction), **sizes)
@@ -333,7 +333,7 @@ def test_whole_numbers():
     above = [lookup_gpu._power_of_two_above(n) for n in (0, 1, 2, 8, 9)]
     assert above == [1, 1, 2, 8, 16]
     cases = ((12, 0), (12, 1), (12, 5), (12, 6), (12, 99), (7, 6))
-    assert [lookup_gpu._divisor(*case) for case in cases] == [1, 1, 4, 6, 12, 1]
+    assert [xla.largest_divisor(*case) for case in cases] == [1, 1, 4, 6, 12, 1]
 
 
 def test_keys_fit_a_positive_int32():
@@ -341,7 +341,7 @@ def test_keys_fit_a_positive_int32():
 
     def sort(num_tokens):
         codes = jax.ShapeDtypeStruct((num_tokens, 1), jnp.int32)
-        return jax.eval_shape(lambda c: lookup_gpu.sort_by_code(c, 1 << 20), codes)
+        return jax.eval_shape(lambda c: gpu_order.sort_by_code(c, 1 << 20), codes)
 
     assert sort((1 << 11) - 1).rows.shape == (1, (1 << 20) + 7)
     with pytest.raises(ValueError, match="2048 tokens of 1048576 codes"):

@@ -456,7 +456,7 @@ def test_a_sample_of_every_kind():
     }
     kept = {
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree.leaves_with_path(state_spec.samples(state))
+        for path, leaf in jax.tree.leaves_with_path(orbax_files.samples(state))
         if isinstance(leaf, jax.ShapeDtypeStruct)
     }
     assert kept == {"params/b", "opt/count"}
