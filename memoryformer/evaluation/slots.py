@@ -28,8 +28,6 @@ from memoryformer.model import mixers
 from memoryformer.notation import Activations, Array, Float, Params
 from memoryformer.ops import collectives
 
-MEASURED = ("luna", "conv_luna")
-
 
 class Slots(base.Evaluator):
     """The evaluator of how alike a memory's slots are, over the first batches."""
@@ -41,7 +39,7 @@ class Slots(base.Evaluator):
         """Whether there are memories that `collect` can read."""
         if model_config.recurrence != "none":
             return True
-        return model_config.mixer in MEASURED
+        return mixers.MIXERS[model_config.mixer].HAS_SLOTS
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{'degradation/MEMORY/cosine', ...}, see `collect`."""
@@ -76,9 +74,10 @@ def make_step(
     Raises `ConfigError` for other mixers.
     """
     if not Slots.measures(model_config):
+        able = [name for name, mixer in mixers.MIXERS.items() if mixer.HAS_SLOTS]
         raise errors.ConfigError(
             f"model.mixer={model_config.mixer!r}: has no memory to measure; "
-            f"{' and '.join(MEASURED)} and recurrences have."
+            f"{' and '.join(able)} and recurrences have."
         )
     specs = model_lib.partition_specs(model_config, sharding)
 

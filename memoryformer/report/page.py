@@ -38,14 +38,11 @@ NAMES = {
 def render(studies: Sequence[Study]) -> str:
     """Return the page of these studies."""
     title = " · ".join(study.name for study in studies)
-    number = sum(len(study.runs) for study in studies)
-    contents = ""
-    if len(studies) > 1:
-        links = "".join(
-            f'<li><a href="#s{i}">{_text(study.name)}</a></li>'
-            for i, study in enumerate(studies)
-        )
-        contents = f"<nav><ul>{links}</ul></nav>"
+    links = "".join(
+        f'<li><a href="#s{i}">{_text(study.name)}</a></li>'
+        for i, study in enumerate(studies)
+    )
+    contents = f"<nav><ul>{links}</ul></nav>" if len(studies) > 1 else ""
     body = "".join(_section(i, study) for i, study in enumerate(studies))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -53,7 +50,7 @@ def render(studies: Sequence[Study]) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{_text(title)}</title><style>{STYLE.read_text('utf-8')}</style></head>"
         f"<body><header><h1>{_text(title)}</h1>"
-        f"<p>{number} runs in {len(studies)} "
+        f"<p>{sum(len(study.runs) for study in studies)} runs in {len(studies)} "
         f"{'studies' if len(studies) > 1 else 'study'}. {_how_to_read(studies)}</p>"
         f"{contents}</header><main>{body}</main></body></html>\n"
     )

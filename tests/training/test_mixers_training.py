@@ -88,7 +88,7 @@ def test_a_run_draws_by_its_seed_and_its_schedule():
 
 
 def test_an_import_begins_with_the_features_it_was_trained_with():
-    """Mutation: no `step > 0` in `kernel.redraw`."""
+    """Mutation: no `step > 0` in `Performer.redraw`."""
     config = model.ModelConfig(8, 16, 2, 2, 32, code_bits=4, **PERFORMER_MODEL)
     imported = kernel.random_rows(config, 9, 4)
     kept = mixers.redraw(config, imported, 5, jnp.int32(0))

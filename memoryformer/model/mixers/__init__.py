@@ -4,7 +4,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from memoryformer.errors import ConfigError
-from memoryformer.model.mixers import kernel
 from memoryformer.model.mixers.base import (
     Cost,
     SeqInfo,
@@ -110,9 +109,7 @@ def redraw(
     config: "ModelConfig", fixed: Params, seed: Array | int, step: Array
 ) -> Params:
     """Return the parameters that are not trained, as batch `step` of a run needs them."""
-    if config.mixer != "performer":
-        return fixed
-    return kernel.redraw(config, fixed, seed, step)
+    return MIXERS[config.mixer].redraw(config, fixed, seed, step)
 
 
 __all__ = [

@@ -22,7 +22,7 @@ from flax import nnx
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.notation import Activations, Array, Float, Int
+from memoryformer.notation import Activations, Array, Float, Int, Params
 from memoryformer.ops import collectives, remat, rotary
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class SequenceMixer(nnx.Module):
     LOOKS_AHEAD: whether it has a form with causal=False.
     TAKES_ANY_ORDER: whether tokens of a row may lie in any order over a `sequence` axis; sums
         over the past need consecutive parts.
+    HAS_SLOTS: whether it has a memory that `packed` reads, for `evaluation.slots`.
     """
 
     Options: ClassVar[type] = config_lib.NoOptions
@@ -92,6 +93,7 @@ class SequenceMixer(nnx.Module):
     ABOUT: ClassVar[About]
     LOOKS_AHEAD: ClassVar[bool] = False
     TAKES_ANY_ORDER: ClassVar[bool] = False
+    HAS_SLOTS: ClassVar[bool] = False
 
     def __call__(
         self, x: Activations, seq: SeqInfo, state: State | None = None
@@ -111,6 +113,16 @@ class SequenceMixer(nnx.Module):
     @classmethod
     def check(cls, config: "ModelConfig") -> None:
         """Raise `ConfigError` for a model that the mixer cannot be in."""
+
+    @classmethod
+    def redraw(
+        cls, config: "ModelConfig", fixed: Params, seed: Array | int, step: Array
+    ) -> Params:
+        """Return the parameters that are not trained, as batch `step` of a run needs them.
+
+        fixed: those in use so far, of all layers. seed, step: of the run; may be traced.
+        """
+        return fixed
 
     @classmethod
     def check_sequence(cls, config: "ModelConfig") -> None:

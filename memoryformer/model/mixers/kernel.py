@@ -174,6 +174,19 @@ class Performer(KernelAttention):
             config, length, num_features, per_token=projections, extra=1
         )
 
+    @classmethod
+    def redraw(
+        cls, config: "ModelConfig", fixed: Params, seed: Array | int, step: Array
+    ) -> Params:
+        """Draw other random features every `redraw_every` steps."""
+        every = config.mixer_options.redraw_every
+        if not every:
+            return fixed
+        due = (step % every == 0) & (step > 0)
+        return jax.lax.cond(
+            due, lambda: random_rows(config, seed, step // every), lambda: fixed
+        )
+
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
@@ -202,22 +215,6 @@ class Performer(KernelAttention):
     def width(self) -> int:
         """The number of random features."""
         return self.num_features
-
-
-def redraw(
-    config: "ModelConfig", params: Params, seed: Array | int, step: Array
-) -> Params:
-    """Return the random features that batch `step` of a run with `seed` trains with.
-
-    `params` are those in use so far: the tree of all that is not trained.
-    """
-    every = config.mixer_options.redraw_every
-    if not every:
-        return params
-    due = (step % every == 0) & (step > 0)
-    return jax.lax.cond(
-        due, lambda: random_rows(config, seed, step // every), lambda: params
-    )
 
 
 def random_rows(

@@ -69,6 +69,7 @@ class Luna(base.MultiHead):
         "m slots written by content, tied keys and values", "4 m D", "m E", "none"
     )
     LOOKS_AHEAD = True
+    HAS_SLOTS = True
 
     @classmethod
     def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
