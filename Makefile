@@ -103,4 +103,4 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build docs/_build docs/_generated
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build docs/_build docs/_generated

@@ -318,7 +318,7 @@ def test_formats_without_a_memory_refuse_it():
     with pytest.raises(errors.ConfigError, match=r"recurrence='memformer'"):
         released.their_config(_config("memformer", "memory", **fields))
     with pytest.raises(ValueError, match=r"recurrence='rmt'"):
-        reference_reader.Model(vars(_config("rmt", "memory")), {})
+        reference_reader.Model(dataclasses.asdict(_config("rmt", "memory")), {})
 
 
 @pytest.mark.parametrize("mesh", ["sequence:sequence=2", "tensor:model=2,sequence=2"])
