@@ -165,7 +165,11 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
     keeper = checkpoint.Checkpointer
     noted(keeper, "preflight", lambda self, state: "space")
     noted(keeper, "check", lambda self: "check")
-    noted(keeper, "save", lambda self, step, state, *, wait=False: ("save", step, wait))
+    noted(
+        keeper,
+        "save",
+        lambda self, step, state, *, wait=False, evaluated=True: ("save", step, wait),
+    )
     fields = {
         "train.num_steps": 3,
         "train.log_every": 1,
