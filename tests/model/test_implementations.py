@@ -134,7 +134,7 @@ def test_at_every_door(field, value, tmp_path, toy_run):
     params = model.init(elsewhere)
     here = _with(elsewhere, field, "auto")
     outputs = [
-        sampler.Generator(c, params)._step(
+        sampler.Generator(c, params)._prefill(
             params,
             model.merge(here, params).init_state(1, 8),
             jnp.zeros((1, 4), jnp.int32),
