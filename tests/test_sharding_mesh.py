@@ -171,6 +171,7 @@ def test_what_each_preset_splits(mesh, tables, columns, rows, last_axis, batch):
     assert made.specs == sharding.ShardingSpecs(
         tables=P(*tables),
         columns=P(*columns),
+        vocabulary=P(*columns),
         rows=P(*rows),
         last_axis=P(last_axis),
         whole=P(),
@@ -204,14 +205,22 @@ def test_bytes_of_a_tree():
 
 
 def test_a_spec_may_be_shorter_than_its_array():
-    """Axes that it does not name are not split. Mutation: `strict=True` in `validate`."""
+    """Axes that it does not name are not split. Mutation: the last spec of an array first."""
     made = sharding.make("data", range(4))
     shapes = {"head": jax.ShapeDtypeStruct((3, 5), "float32")}
-    sharding.validate(made, {"head": P()}, shapes, 8, 2)
+    sharding.validate(made, {"head": "whole"}, shapes, 8, 2)
     with pytest.raises(
         ConfigError, match=r"mesh: head \(3, 5\): 3 does not divide over 4"
     ):
-        sharding.validate(made, {"head": P("data")}, shapes, 8, 2)
+        sharding.validate(made, {"head": "batch_bl"}, shapes, 8, 2)
+    made = sharding.make("tensor", range(2))
+    shapes = {"head": jax.ShapeDtypeStruct((3, 4), "float32")}
+    sharding.validate(made, {"head": "last_axis"}, shapes, 8, 2)
+    shapes = {"head": jax.ShapeDtypeStruct((4, 3), "float32")}
+    with pytest.raises(
+        ConfigError, match=r"mesh: head \(4, 3\): 3 does not divide over 2"
+    ):
+        sharding.validate(made, {"head": "last_axis"}, shapes, 8, 2)
 
 
 def test_rows_are_dealt_in_turn():

@@ -319,7 +319,7 @@ def test_inspect_without_a_model(tmp_path, capsys, monkeypatch):
         assert {line.split()[1] for line in lines} == wanted
     assert run_command(capsys, "prepare", write()) == (f"{directory}\n", 0)
     shown, _ = run_command(capsys, "inspect", write(), "--json")
-    assert json.loads(shown) == {"directory": directory, **dataset.manifest}
+    assert json.loads(shown) == {"directory": directory, **dataset.manifest.to_json()}
     shown, _ = run_command(capsys, "yardsticks", write())
     assert shown.strip() == yardsticks.table(yardsticks.measure(dataset))
     for more, message in (

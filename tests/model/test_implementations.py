@@ -134,7 +134,7 @@ def test_at_every_door(field, value, tmp_path, toy_run):
     params = model.init(elsewhere)
     here = _with(elsewhere, field, "auto")
     outputs = [
-        sampler.Generator(c, params)._step(
+        sampler.Generator(c, params)._prefill(
             params,
             model.merge(here, params).init_state(1, 8),
             jnp.zeros((1, 4), jnp.int32),
@@ -191,17 +191,33 @@ def test_what_a_model_is_read_with():
         ({"lookup": "gpu"}, "cpu", "auto", "xla"),
         ({"lookup": "gpu"}, "gpu", "gpu", "xla"),
         ({"lookup": "gpu"}, "abstract", "gpu", "xla"),
-        ({"attention": "splash", "seq_len": 128}, "tpu", "reference", "auto"),
-        ({"attention": "splash", "seq_len": 128}, None, "reference", "auto"),
+        (
+            {"mixer_options": {"attention": "splash"}, "seq_len": 128},
+            "tpu",
+            "reference",
+            "auto",
+        ),
+        (
+            {"mixer_options": {"attention": "splash"}, "seq_len": 128},
+            None,
+            "reference",
+            "auto",
+        ),
     ):
         config = toy.model_config("memory", **fields)
         found = implementations.readable(config, platform)
-        assert (found.lookup, found.attention) == (lookup, attention)
-    chunks = {"recurrence": "rmt", "recurrence_slots": 32, "recurrence_chunk": 64}
+        assert (found.lookup, found.mixer_options.attention) == (lookup, attention)
     config = toy.model_config(
-        "memory", seq_len=256, attention="splash", lookup="xla", **chunks
+        "memory",
+        seq_len=256,
+        mixer_options={"attention": "splash"},
+        lookup="xla",
+        recurrence="rmt",
+        recurrence_options={"num_slots": 32, "chunk_size": 64},
     )
     implementations.check(config, "tpu")  # 64 + 2 * 32 places of the trunk
-    longer = dataclasses.replace(config, recurrence_slots=16)
+    longer = dataclasses.replace(
+        config, recurrence_options={"num_slots": 16, "chunk_size": 64}
+    )
     with pytest.raises(errors.ConfigError, match="the length 96 is not a multiple"):
         implementations.check(longer, "tpu")

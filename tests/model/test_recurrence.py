@@ -375,9 +375,9 @@ def test_a_chunk_is_a_quarter_of_a_row_unless_said():
     for name in recurrence.KINDS:
         config = toy.model_config("dense", recurrence=name, seq_len=32)
         assert recurrence.chunk_size(config) == 8
-        slots = 2 * config.recurrence_slots if name == "rmt" else 0
+        slots = 2 * config.recurrence_options.num_slots if name == "rmt" else 0
         assert recurrence.capacity(config) == 8 + slots
-    with pytest.raises(errors.ConfigError, match="recurrence_chunk=0 does not divide"):
+    with pytest.raises(errors.ConfigError, match=r"\.chunk_size=0 does not divide"):
         toy.model_config("dense", recurrence="rmt", seq_len=3)
     config = toy.model_config("dense", recurrence="none", seq_len=3)
     assert recurrence.make(config, None, None, rngs=None) is None
@@ -385,16 +385,21 @@ def test_a_chunk_is_a_quarter_of_a_row_unless_said():
 
 def test_a_mixer_with_just_enough_positions_is_taken():
     """Mutation: `<=` for `<`."""
-    fields = {"mixer": "linformer", "recurrence": "rmt", "recurrence_slots": 4}
-    fields |= {"seq_len": 16, "recurrence_chunk": 12, "linformer_max_len": 20}
-    fields["recurrence_chunk"] = 8
-    for limit, taken in ((16, True), (20, True)):
-        config = toy.model_config("dense", **fields | {"linformer_max_len": limit})
-        assert (recurrence.capacity(config) == 16) == taken
-    with pytest.raises(errors.ConfigError, match="takes 18 positions; raise it to 18"):
-        toy.model_config(
-            "dense", **fields | {"linformer_max_len": 17, "recurrence_slots": 5}
+
+    def make(max_len, num_slots):
+        return toy.model_config(
+            "dense",
+            mixer="linformer",
+            mixer_options={"max_len": max_len},
+            recurrence="rmt",
+            recurrence_options={"chunk_size": 8, "num_slots": num_slots},
+            seq_len=16,
         )
+
+    for limit in (16, 20):
+        assert recurrence.capacity(make(limit, 4)) == 16
+    with pytest.raises(errors.ConfigError, match="takes 18 positions; raise it to 18"):
+        make(17, 5)
 
 
 def test_how_memories_begin():
@@ -402,7 +407,8 @@ def test_how_memories_begin():
 
     Mutations: another standard deviation; the slots not normalised.
     """
-    fields = {"recurrence_chunk": 4, "recurrence_slots": 60, "embed_std": 0.3}
+    options = {"chunk_size": 4, "num_slots": 60}
+    fields = {"recurrence_options": options, "embed_std": 0.3}
     for name, std in (("rmt", 0.3), ("memformer", 0.25)):
         config = toy.model_config("dense", recurrence=name, num_layers=1, **fields)
         rngs = nnx.Rngs(0)

@@ -130,7 +130,7 @@ def test_where_fused_attention_runs(
     implementation, dtype, length, width, platform, reason
 ):
     """Both sides of each edge. Mutations: `and` for `or`; 9 for 8; `>=` for `>`."""
-    q = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+    q = jnp.zeros((1, length, 2, width), dtype)
     found = attention.why_not(implementation, q, platform)
     assert found.startswith(reason) and bool(found) == bool(reason)
     if platform != "cpu":  # asked of this machine
@@ -149,13 +149,13 @@ def test_what_auto_takes(monkeypatch):
         return jnp.ones_like(q)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", theirs)
-    q, k, v = _qkv()
-    wide = attention.fused(q, k, v, SEGMENTS, "auto")
+    (q, k, v), segments = _qkv(), jnp.asarray(SEGMENTS)
+    wide = attention.fused(q, k, v, segments, "auto")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    np.testing.assert_array_equal(attention.fused(q, k, v, SEGMENTS, "auto"), wide)
+    np.testing.assert_array_equal(attention.fused(q, k, v, segments, "auto"), wide)
     assert not seen
     half = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    y = np.asarray(attention.fused(*half, SEGMENTS, "auto"), np.float32)
+    y = np.asarray(attention.fused(*half, segments, "auto"), np.float32)
     assert seen == [((1, 1, 128, 128), "cudnn")]
     assert (y[SEGMENTS != 0] == 1).all() and (y[SEGMENTS == 0] == 0).all()
 
@@ -166,20 +166,21 @@ def test_without_the_cuda_plugin(monkeypatch):
         attention.only_on, "platform", lambda segments, platform, what: segments
     )
     q, k, v = (x.astype(jnp.bfloat16) for x in _qkv())
+    segments = jnp.asarray(SEGMENTS)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="CUDA plugin, which brings cuDNN, is not inst"
     ):
-        attention.fused(q, k, v, SEGMENTS, "cudnn")
+        attention.fused(q, k, v, segments, "cudnn")
     with pytest.raises(ValueError, match="the length 127 is odd"):
-        attention.fused(*(x[:, 1:] for x in (q, k, v)), SEGMENTS[:, 1:], "cudnn")
+        attention.fused(*(x[:, 1:] for x in (q, k, v)), segments[:, 1:], "cudnn")
     monkeypatch.setattr(
         attention.importlib.util, "find_spec", lambda name: "cuda13" in name or None
     )
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda q, k, v, **options: jnp.ones_like(q)
     )
-    assert attention.fused(q, k, v, SEGMENTS, "cudnn").any()
+    assert attention.fused(q, k, v, segments, "cudnn").any()
 
 
 def test_a_cache_read_all_at_once(monkeypatch):
@@ -191,9 +192,9 @@ def test_a_cache_read_all_at_once(monkeypatch):
     arguments = (
         q[:, 30:40],
         *(jnp.swapaxes(x, 1, 2) for x in (k, v)),
-        np.arange(30, 40, dtype=np.int32)[None],
-        np.ones((1, 10), np.int32),
-        here,
+        jnp.arange(30, 40)[None],
+        jnp.ones((1, 10), jnp.int32),
+        jnp.asarray(here),
         jnp.int32(40),
     )
     wanted = attention.over_cache(*arguments)

@@ -165,7 +165,11 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
     keeper = checkpoint.Checkpointer
     noted(keeper, "preflight", lambda self, state: "space")
     noted(keeper, "check", lambda self: "check")
-    noted(keeper, "save", lambda self, step, state, *, wait=False: ("save", step, wait))
+    noted(
+        keeper,
+        "save",
+        lambda self, step, state, *, wait=False, evaluated=True: ("save", step, wait),
+    )
     fields = {
         "train.num_steps": 3,
         "train.log_every": 1,
@@ -175,7 +179,7 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
         "checkpoint.every_steps": 2,
     }
     toy.trained(folder, "asked", **fields)
-    two_batches = [("evaluation", 2)] * 2
+    two_batches = [("evaluation", 2)] * 3  # as it begins, and before each
     assert seen == [
         ("joined", "single"),
         ("agree", "the config"),
@@ -192,7 +196,7 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
         ("save", 2, False),
         ("step", 3),
         "check",
-        *[("evaluation", 3)] * 2,
+        *[("evaluation", 3)] * 3,
         ("checkpoint", 3),
         ("save", 3, False),
         ("checkpoint", 3),
