@@ -4,9 +4,10 @@
 file. Fields that only moved are in `MOVED`; those that became one another are in `upgraded`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 
 # Old field: (whose options it is one of now, its name there).
@@ -99,6 +100,13 @@ def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:
     if train.pop("nonfinite", "skip") == "halt":
         train["max_skipped"] = 0
     return train
+
+
+def why_unknown(key: str, known: Iterable[str]) -> str:
+    """Say, of a field 'section.key' that no config has, what to set instead."""
+    if new := MOVED.get(key):
+        return f"is no longer a field; set {new}."
+    return f"the config has no such field{config_lib.suggest(key, known)}."
 
 
 def refuse(section: Any, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
-from memoryformer.runs import compatibility
+from memoryformer.runs import compatibility, old_configs
 from memoryformer.training import experiment
 
 PREFIX = "sweep_"
@@ -189,10 +189,9 @@ def _point(config, base, overrides, label, index, directory, where):
         known = config_lib.flatten(loaded)
         for key in base | overrides:
             if key not in known:
-                near = config_lib.suggest(key, known)
-                raise ConfigError(f"{key}: the config has no such field{near}.")
-        config_lib.override(loaded, base)
-        config_lib.override(loaded, overrides)
+                raise ConfigError(f"{key}: {old_configs.why_unknown(key, known)}")
+        # At once: a point that chooses a mixer must keep the options that `base` gives it.
+        config_lib.override(loaded, base | overrides)
         run = experiment.resolve(loaded)
     except (TypeError, ValueError) as error:  # ConfigError is one
         raise ConfigError(f"{where}: {error}") from error

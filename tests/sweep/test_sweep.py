@@ -61,6 +61,13 @@ def sweep_wrong():
 def sweep_misspelt():
     yield {"model.embed_dims": 32}
 
+def sweep_old_field():
+    yield {"model.luna_slots": 3}
+
+def sweep_mixers():
+    for mixer in ("luna", "linformer"):
+        yield {"model.mixer": mixer}
+
 def sweep_explodes():
     yield {"optimizer.learning_rate": 1e-3}
     yield {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
@@ -139,6 +146,7 @@ def test_what_another_sweep_trained_is_not_trained_again(folder, tmp_path):
         (["twins"], "points 0 and 1 are the same run"),
         (["wrong"], "point 0 (embed_dim=18): model.embed_dim=18 is not a multiple"),
         (["misspelt"], "model.embed_dims: the config has no such field; did you mean"),
+        (["old_field"], "model.luna_slots: is no longer a field; set model.mixer_options"),
         (["none"], "--sweep=none: has no points"),
     ],
 )
@@ -199,6 +207,17 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [lines[4]]
     with pytest.raises(ConfigError, match="--index=6: the sweep has 6 points"):
         commands.show_commands(sweep, commands.Options(index=6))
+
+
+def test_options_of_the_command_line_stay_with_a_mixer_of_a_point(folder):
+    """`run` and `print` train the same model. Mutation: base and point overridden in turn."""
+    sweep = expand(folder, "mixers", **{"model.mixer_options.num_slots": 5})
+    assert [p.run.model.mixer_options.num_slots for p in sweep.points] == [5, 5]
+    for point in sweep.points:
+        words = shlex.split(commands.command(sweep, point))
+        overrides = [word for word in words if word.startswith("--config.")]
+        read = as_read(["train", f"--config={sweep.config}", *overrides])
+        assert experiment.resolve(read) == point.run
 
 
 def test_check_builds_every_point(folder, capsys):
