@@ -17,7 +17,7 @@ def random_features(
 ) -> Params:
     """Draw the parameters that a model had in use after `step` steps of a run with `seed`.
 
-    `stored` is its section of the config as it was written. {} for what lacks none.
+    `stored` has the two fields, if it was written with them. {} for what lacks none.
     """
     if model_config.mixer != "performer" or "performer_draw" not in stored:
         return {}

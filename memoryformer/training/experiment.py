@@ -228,7 +228,7 @@ def absent_params(facts: Mapping[str, Any]) -> Params:
     """
     run = resolve(complete(facts["config"]))
     drawn = older.random_features(
-        run.model, facts["config"]["model"], run.train.seed, facts["step"]
+        run.model, facts.get("retired", {}), run.train.seed, facts["step"]
     )
     return jax.tree.map(np.asarray, drawn)
 
