@@ -233,6 +233,13 @@ def absent_params(facts: Mapping[str, Any]) -> Params:
     return jax.tree.map(np.asarray, drawn)
 
 
+def params_to_go_on_with(facts: Mapping[str, Any]) -> Params:
+    """`absent_params` of a step to train on from; raises `ConfigError` for what cannot."""
+    if stored := facts.get("retired"):
+        older.check_redraws(resolve(complete(facts["config"])).model, stored)
+    return absent_params(facts)
+
+
 def as_dict(experiment: Experiment) -> dict[str, Any]:
     """Return the resolved config, every default filled in, as plain values."""
     return dataclasses.asdict(experiment)
