@@ -227,14 +227,8 @@ def _override_error(argv: Sequence[str]) -> errors.MemoryFormerError | None:
     for argument in argv:
         key = argument.removeprefix("--config.").partition("=")[0]
         if argument.startswith("--config.") and key not in known:
-            if new := old_configs.MOVED.get(key):
-                return errors.ConfigError(
-                    f"--config.{key}: is no longer a field; set {new}."
-                )
-            near = config_lib.suggest(key, known)
-            return errors.ConfigError(
-                f"--config.{key}: the config has no such field{near}."
-            )
+            reason = old_configs.why_unknown(key, known)
+            return errors.ConfigError(f"--config.{key}: {reason}")
     return None
 
 

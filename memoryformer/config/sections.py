@@ -28,8 +28,6 @@ def build(cls: type[T], section: Mapping[str, Any], name: str) -> T:
     kinds = typing.get_type_hints(cls)
     values = {}
     for key, value in dict(section).items():
-        if key in getattr(cls, "RETIRED", ()):
-            continue  # of a config that an older version wrote
         if key not in fields:
             raise ConfigError(f"{name}.{key}: unknown field{suggest(key, fields)}.")
         if value is not None:  # a placeholder that was not filled

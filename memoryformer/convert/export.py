@@ -90,8 +90,8 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     """
     directory = pathlib.Path(directory)
     fields = _read_fields(directory)
-    section = old_configs.upgraded_model(fields.section("model").values)
-    config = model.ModelConfig.from_config(section)
+    stored = fields.section("model").values
+    config = model.ModelConfig.from_config(old_configs.upgraded_model(stored))
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)
@@ -104,7 +104,7 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
             f"{len(flat)} parameters."
         )
     params = trees.unflatten(flat)
-    drawn = jax.tree.map(np.asarray, older.random_features(config, section))
+    drawn = jax.tree.map(np.asarray, older.random_features(config, stored))
     params = model.joined(params, drawn)
     trees.check(config, params, directory)
     return config, params

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -35,8 +35,6 @@ class ModelConfig:
     mixer_options and recurrence_options are given as a mapping, `{"num_slots": 5}`, and are the
     frozen dataclass `Options` of what `mixer` and `recurrence` name.
     """
-
-    RETIRED: ClassVar = ("performer_seed", "performer_draw")  # see `model.older`
 
     vocab_size: int = field("numbers", doc="V, tokens.")
     embed_dim: int = field("numbers", doc="D, the width.")

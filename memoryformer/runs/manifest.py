@@ -127,8 +127,11 @@ def _read(directory: pathlib.Path) -> dict[str, Any]:
     if not all(isinstance(parts.get(name), dict) for name in ("facts", "files")):
         raise DamagedError(f"{path}: is no manifest.")
     if isinstance(parts["facts"].get("config"), dict):
-        config = old_configs.upgraded(parts["facts"]["config"])
-        return parts | {"facts": parts["facts"] | {"config": config}}
+        stored = parts["facts"]["config"]
+        facts = parts["facts"] | {"config": old_configs.upgraded(stored)}
+        if retired := old_configs.retired(stored):  # lost from there
+            facts["retired"] = retired
+        return parts | {"facts": facts}
     return manifest
 
 

@@ -4,9 +4,10 @@
 file. Fields that only moved are in `MOVED`; those that became one another are in `upgraded`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 
 # Old field: (whose options it is one of now, its name there).
@@ -34,6 +35,7 @@ RECURRENCE_OPTIONS = {
     "recurrence_bptt": (_MEMORIES, "bptt_chunks"),
     "memformer_temperature": (("memformer",), "temperature"),
 }
+RETIRED = ("performer_seed", "performer_draw")  # see `model.older`
 _TIMEOUTS = {  # seconds at train.timeout_scale=1
     "first_step_timeout": 7200.0,
     "step_timeout": 1800.0,
@@ -52,6 +54,10 @@ MOVED = {
     **{
         f"train.{name}": f"train.timeout_scale, times {seconds:g} seconds"
         for name, seconds in _TIMEOUTS.items()
+    },
+    **{
+        f"model.{name}": "train.seed, of which random features are drawn"
+        for name in RETIRED
     },
     "train.nonfinite": "train.max_skipped, where 0 is to halt at the first",
 }
@@ -72,7 +78,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `model` section of a stored config with the fields of today."""
-    model = dict(model)
+    model = {key: value for key, value in model.items() if key not in RETIRED}
     for chooser, moved, default in (
         ("mixer", MIXER_OPTIONS, "softmax"),
         ("recurrence", RECURRENCE_OPTIONS, "none"),
@@ -90,6 +96,13 @@ def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
+def retired(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `upgraded` drops of a stored config and `model.older` goes by."""
+    model = config.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    return {key: model[key] for key in RETIRED if key in model}
+
+
 def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:
     train = dict(train)
     stale = {name: train.pop(name) for name in _TIMEOUTS if name in train}
@@ -99,6 +112,13 @@ def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:
     if train.pop("nonfinite", "skip") == "halt":
         train["max_skipped"] = 0
     return train
+
+
+def why_unknown(key: str, known: Iterable[str]) -> str:
+    """Say, of a field 'section.key' that no config has, what to set instead."""
+    if new := MOVED.get(key):
+        return f"is no longer a field; set {new}."
+    return f"the config has no such field{config_lib.suggest(key, known)}."
 
 
 def refuse(section: Any, name: str) -> None:

@@ -23,7 +23,8 @@ def load(
     """Load (config, params) of a run: the newest step, or `step`.
 
     params is a nested dict of numpy arrays with string keys; no model, mesh or device is
-    needed. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
+    needed. What older versions did not store, the random features of a performer,
+    `training.experiment.load` adds. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
     """
     target = existing(_folder(workdir), step)
     facts = manifest.verify(target)

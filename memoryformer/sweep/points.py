@@ -15,7 +15,8 @@ from typing import Any
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
-from memoryformer.runs import compatibility
+from memoryformer.runs import compatibility, old_configs
+from memoryformer.sweep import old_names
 from memoryformer.training import experiment
 
 PREFIX = "sweep_"
@@ -189,29 +190,36 @@ def _point(config, base, overrides, label, index, directory, where):
         known = config_lib.flatten(loaded)
         for key in base | overrides:
             if key not in known:
-                near = config_lib.suggest(key, known)
-                raise ConfigError(f"{key}: the config has no such field{near}.")
-        config_lib.override(loaded, base)
-        config_lib.override(loaded, overrides)
+                raise ConfigError(f"{key}: {old_configs.why_unknown(key, known)}")
+        # At once: a point that chooses a mixer must keep the options that `base` gives it.
+        config_lib.override(loaded, base | overrides)
         run = experiment.resolve(loaded)
     except (TypeError, ValueError) as error:  # ConfigError is one
         raise ConfigError(f"{where}: {error}") from error
     seed = f"seed={overrides[SEED]}" if SEED in overrides else ""
     slug = _clean(", ".join(filter(None, (label[:50], seed)))) or "base"
-    workdir = _directory(directory, slug, _hash(run, overrides))
+    workdir = _directory(directory, slug, _digests(run, overrides))
     return Point(index, overrides, label, run, workdir)
 
 
-def _directory(directory: pathlib.Path, slug: str, digest: str) -> pathlib.Path:
+def _directory(
+    directory: pathlib.Path, slug: str, digests: Sequence[str]
+) -> pathlib.Path:
     """The point's own directory, or that of another sweep which has trained the same."""
-    named = directory / f"{slug}-{digest}"
-    twins = sorted(directory.parent.glob(f"*/*-{digest}"))
+    named = directory / f"{slug}-{digests[0]}"
+    twins = [p for d in digests for p in sorted(directory.parent.glob(f"*/*-{d}"))]
     return twins[0] if twins and not named.exists() else named
 
 
-def _hash(run: experiment.Experiment, overrides: Mapping[str, Any]) -> str:
+def _digests(
+    run: experiment.Experiment, overrides: Mapping[str, Any]
+) -> tuple[str, str]:
+    """What names a run's directory, and what named it in older versions."""
     flat = config_lib.flatten(compatibility.plain(experiment.as_dict(run)))
-    return hashlib.sha256(_text(flat, overrides).encode()).hexdigest()[:8]
+    text = _text(flat, overrides)
+    old = json.dumps(old_names.spelling(json.loads(text)), sort_keys=True)
+    first, second = (hashlib.sha256(t.encode()).hexdigest()[:8] for t in (text, old))
+    return first, second
 
 
 def _text(

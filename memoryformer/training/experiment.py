@@ -230,9 +230,16 @@ def absent_params(facts: Mapping[str, Any]) -> Params:
     """
     run = resolve(complete(facts["config"]))
     drawn = older.random_features(
-        run.model, facts["config"]["model"], run.train.seed, facts["step"]
+        run.model, facts.get("retired", {}), run.train.seed, facts["step"]
     )
     return jax.tree.map(np.asarray, drawn)
+
+
+def params_to_go_on_with(facts: Mapping[str, Any]) -> Params:
+    """`absent_params` of a step to train on from; raises `ConfigError` for what cannot."""
+    if stored := facts.get("retired"):
+        older.check_redraws(resolve(complete(facts["config"])).model, stored)
+    return absent_params(facts)
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def train(
                 tokenizer=run_tokenizer.identity(dataset.tokenizer),
                 allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
-                absent_params=experiment.absent_params,
+                absent_params=experiment.params_to_go_on_with,
             ) as checkpointer,
         ):
             loop = _Loop(

@@ -3,15 +3,18 @@
 Its logits and figures are in test_old_runs.py.
 """
 
+import hashlib
 import json
 import pathlib
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 
 from memoryformer.convert import export, safetensors_file, transfer
-from memoryformer.runs import metrics
+from memoryformer.errors import ConfigError
+from memoryformer.runs import manifest, metrics
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop
 
@@ -37,6 +40,27 @@ def _config(old):
     return experiment.complete(run_steps.facts(old / "performer")["config"]) | {
         "mesh": "single"
     }
+
+
+def test_a_run_with_its_own_seed_of_features_is_not_gone_on_with(old, tmp_path):
+    """Its redraws would be others; it is still read, with its own draw.
+
+    Mutations: `check_redraws` not called, or of one field alone; `facts["retired"]` lost
+    when a manifest is amended.
+    """
+    _, plain, facts = experiment.load(old / "performer")
+    rows = plain["blocks"]["0"]["mixer"]["random_rows"]
+    for name in ("performer_seed", "performer_draw"):
+        workdir = tmp_path / name
+        shutil.copytree(old / "performer", workdir)
+        _rewrite(workdir, facts["step"], **{name: 3})
+        step = workdir / run_steps.FOLDER / str(facts["step"])
+        manifest.amend(step, note=1)
+        with pytest.raises(ConfigError, match=f"model.{name}=3: an older") as caught:
+            loop.train(_config(old), workdir)
+        assert "\n" not in str(caught.value)
+        _, params, _ = experiment.load(workdir)
+        assert (params["blocks"]["0"]["mixer"]["random_rows"] != rows).any()
 
 
 def test_training_goes_on_as_if_it_had_been_stored(old):
@@ -91,3 +115,12 @@ def test_an_export_of_old_is_read_with_its_draw(old, tmp_path):
         again["blocks"]["0"]["mixer"]["random_rows"],
         params["blocks"]["0"]["mixer"]["random_rows"],
     )
+
+
+def _rewrite(workdir, step, **changed):
+    """Change fields of the model in the config that a step was written with."""
+    path = workdir / run_steps.FOLDER / str(step) / manifest.MANIFEST
+    content = json.loads(path.read_bytes().partition(b"\n")[2])
+    content["facts"]["config"]["model"] |= changed
+    body = json.dumps(content, sort_keys=True).encode()
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)

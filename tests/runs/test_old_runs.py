@@ -121,6 +121,8 @@ def test_an_export_is_read(old):
         ("model.recurrence_chunk", 3, "model.recurrence_options.chunk_size, of rmt"),
         ("train.step_timeout", 9.0, "train.timeout_scale, times 1800 seconds"),
         ("train.nonfinite", "skip", "train.max_skipped"),
+        ("model.performer_seed", 7, "train.seed, of which random features are drawn"),
+        ("model.performer_draw", 0, "train.seed, of which random features are drawn"),
     ],
 )
 def test_a_config_file_with_an_old_field_is_told_the_new_one(

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,13 @@ def sweep_wrong():
 
 def sweep_misspelt():
     yield {"model.embed_dims": 32}
+
+def sweep_old_field():
+    yield {"model.luna_slots": 3}
+
+def sweep_mixers():
+    for mixer in ("luna", "linformer"):
+        yield {"model.mixer": mixer}
 
 def sweep_explodes():
     yield {"optimizer.learning_rate": 1e-3}
@@ -131,6 +139,66 @@ def test_what_another_sweep_trained_is_not_trained_again(folder, tmp_path):
     assert expand(folder, "same_rates", root=tmp_path).points[0].workdir == done
 
 
+# What moved of a model's fields, as older code resolved and named them.
+OLD_FIELDS = {
+    "model.conv_luna_filter": "conv",
+    "model.conv_luna_width": 4,
+    "model.cosformer_max_len": 0,
+    "model.dape_width": 32,
+    "model.linformer_max_len": 0,
+    "model.linformer_slots": 64,
+    "model.logit_transform": "none",
+    "model.luna_slots": 64,
+    "model.memformer_temperature": 0.5,
+    "model.performer_draw": 0,
+    "model.performer_features": 256,
+    "model.performer_redraw_every": 0,
+    "model.performer_seed": 0,
+    "model.recurrence_bptt": 0,
+    "model.recurrence_chunk": 0,
+    "model.recurrence_slots": 16,
+    "model.trained_kernel_layers": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "base, old",
+    [
+        ({}, {}),
+        ({"model.mixer": "linear"}, {}),
+        (
+            {"model.mixer": "luna", "model.mixer_options.num_slots": 5},
+            {"model.luna_slots": 5},
+        ),
+        (
+            {"model.mixer": "performer", "model.mixer_options.redraw_every": 7},
+            {"model.performer_redraw_every": 7},
+        ),
+        (
+            {"model.recurrence": "memformer", "data.align_documents": 4},
+            {"model.recurrence_slots": 16},
+        ),
+    ],
+)
+def test_points_of_older_sweeps_are_found(folder, tmp_path, base, old):
+    """Under the digest of the flat fields, which options of mixers were then.
+
+    Mutations: the digest of today alone; the two fields of random features left out; the
+    option of another mixer with the value of this one's.
+    """
+    point = expand(folder, "rate", root=tmp_path, **base).points[0]
+    nested = ("model.mixer_options", "model.recurrence_options")
+    fields = json.loads(points.identity(point, without=()))
+    flat = {k: v for k, v in fields.items() if not k.startswith(nested)}
+    text = json.dumps(flat | OLD_FIELDS | old, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    done = point.workdir.with_name(f"{point.workdir.name[:-8]}{digest}")
+    done.mkdir(parents=True)
+    again = expand(folder, "rate", root=tmp_path, **base)
+    assert again.points[0].workdir == done
+    assert again.points[1].workdir.name[-8:] != digest
+
+
 @pytest.mark.parametrize(
     "names, message",
     [
@@ -139,6 +207,10 @@ def test_what_another_sweep_trained_is_not_trained_again(folder, tmp_path):
         (["twins"], "points 0 and 1 are the same run"),
         (["wrong"], "point 0 (embed_dim=18): model.embed_dim=18 is not a multiple"),
         (["misspelt"], "model.embed_dims: the config has no such field; did you mean"),
+        (
+            ["old_field"],
+            "model.luna_slots: is no longer a field; set model.mixer_options",
+        ),
         (["none"], "--sweep=none: has no points"),
     ],
 )
@@ -199,6 +271,17 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [lines[4]]
     with pytest.raises(ConfigError, match="--index=6: the sweep has 6 points"):
         commands.show_commands(sweep, commands.Options(index=6))
+
+
+def test_options_of_the_command_line_stay_with_a_mixer_of_a_point(folder):
+    """`run` and `print` train the same model. Mutation: base and point overridden in turn."""
+    sweep = expand(folder, "mixers", **{"model.mixer_options.num_slots": 5})
+    assert [p.run.model.mixer_options.num_slots for p in sweep.points] == [5, 5]
+    for point in sweep.points:
+        words = shlex.split(commands.command(sweep, point))
+        overrides = [word for word in words if word.startswith("--config.")]
+        read = as_read(["train", f"--config={sweep.config}", *overrides])
+        assert experiment.resolve(read) == point.run
 
 
 def test_check_builds_every_point(folder, capsys):
