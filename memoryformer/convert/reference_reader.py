@@ -14,10 +14,8 @@ D width, H heads, E head width, K tables, tau bits, C = 2^tau rows of a table, V
 
 import json
 import math
-import os
 import pathlib
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,7 +25,7 @@ import numpy as np
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Return {name: array}; bfloat16 becomes float32."""
     data = pathlib.Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -43,7 +41,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load(folder: str | os.PathLike) -> "Model":
+def load(folder: str | pathlib.Path) -> "Model":
     """Read config.json and model.safetensors of `folder`: a `Model`."""
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -82,7 +80,7 @@ class Model:
             )
         self.config, self.params = config, params
 
-    def logits(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    def logits(self, tokens: np.ndarray | list[list[int]]) -> np.ndarray:
         """Int [B, L] -> float32 [B, L, V]."""
         c, p = self.config, self.params
         x = p["embed.embedding"][np.asarray(tokens)]  # [B, L, D]
@@ -102,7 +100,7 @@ class Model:
         tied = c["tie_embeddings"]
         return x @ (p["embed.embedding"].T if tied else p["head.kernel"])
 
-    def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
+    def greedy(self, tokens: list[int], num_tokens: int) -> list[int]:
         """Return `num_tokens` more tokens, each the most likely one."""
         tokens = list(tokens)
         for _ in range(num_tokens):
