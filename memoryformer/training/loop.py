@@ -249,7 +249,7 @@ class _Loop:
         evaluated = True
         if processes.is_chief():
             evaluated = self.checkpointer.facts(step).get("evaluated")
-            if evaluated is None:  # an older version's: its metrics say so
+            if not evaluated:  # an older version's, or killed before `amend`
                 logged = metrics.read(self.workdir)
                 evaluated = any(r["step"] == step and "val/loss" in r for r in logged)
         return processes.from_chief(evaluated)
