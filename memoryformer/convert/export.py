@@ -153,11 +153,6 @@ def own_tokenizer(
     return tokenizer
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read config.json of an export; raises `DataError` if it is none."""
-    return _read_fields(directory).values
-
-
 def _read_fields(directory: str | os.PathLike) -> folders.Fields:
     fields = folders.read_fields(pathlib.Path(directory) / "config.json")
     if fields.values.get("format") != _FORMAT["format"]:
