@@ -90,9 +90,10 @@ def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
             for old, (owners, new) in moved.items()
             if old in stale and choice in owners
         }
-        if stale:
-            name = f"{chooser}_options"
-            model[name] = options | dict(model.get(name) or {})
+        name = f"{chooser}_options"
+        nested = {} if model.get(name) is None else model[name]
+        if stale and isinstance(nested, Mapping):  # anything else is refused as it is
+            model[name] = options | dict(nested)
     return model
 
 
@@ -106,6 +107,10 @@ def retired(config: Mapping[str, Any]) -> dict[str, Any]:
 def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:
     train = dict(train)
     stale = {name: train.pop(name) for name in _TIMEOUTS if name in train}
+    stale = {name: seconds for name, seconds in stale.items() if seconds is not None}
+    for name, seconds in stale.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise ConfigError(f"train.{name}={seconds!r}: expected seconds, a number.")
     if stale:  # the most patient of them, unless one had no limit
         scales = [seconds / _TIMEOUTS[name] for name, seconds in stale.items()]
         train["timeout_scale"] = max(scales) if all(scales) else 0.0
