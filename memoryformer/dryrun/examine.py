@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class Compiled:
     verdict: Verdict
     memory: Memory | None = None  # None where it refused, or was not asked
     collectives: list[hlo_messages.Collective] = dataclasses.field(default_factory=list)
+    unknown: frozenset[str] = frozenset()  # kinds of messages that are not counted
 
     def against(self, capacity: int) -> "Compiled":
         """The same, judged by the bytes of a device's memory; 0: they are not known."""
@@ -101,8 +102,13 @@ def examine(
         device_bytes=capacity,
     )
     warnings = [missing] if missing else []
+    warnings += report.warnings + _not_counted(compiled.unknown)
     warnings += advice.find(report, run, wanted, sharding)
     return dataclasses.replace(report, warnings=warnings)
+
+
+def _not_counted(unknown: Collection[str]) -> list[str]:
+    return [f"an unknown message kind {k!r} is not counted." for k in sorted(unknown)]
 
 
 def _without_device_kernels(run, chosen):
@@ -138,6 +144,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     )  # over microbatches, in float32
     fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
+    unknown: set[str] = set()
+    messages = jaxpr_messages.collectives(step.jaxpr, mesh, unknown)
     return Report(
         config=experiment.as_dict(run),
         target=target.name,
@@ -153,7 +161,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         gathered_bytes=joined if fsdp else 0,
         gradient_bytes=joined if train.num_microbatches == 1 else summed,
         activation_bytes=lowering.activation_bytes(compiled_run, sharding),
-        messages=jaxpr_messages.collectives(step.jaxpr, mesh),
+        messages=messages,
+        warnings=_not_counted(unknown),
     )
 
 
@@ -173,8 +182,10 @@ def _compile(lowered: jax.stages.Lowered, sharding: sharding_lib.Sharding) -> Co
         detail = used[0] if used else message[:200]
         return Compiled(Verdict(Fit.DOES_NOT_FIT, detail))
     mesh = lowering.mesh_shape(sharding)
-    messages = hlo_messages.collectives(compiled.as_text(), mesh)
-    return Compiled(Verdict(Fit.COMPILES), Memory.of(compiled), messages)
+    unknown: set[str] = set()
+    messages = hlo_messages.collectives(compiled.as_text(), mesh, unknown)
+    memory = Memory.of(compiled)
+    return Compiled(Verdict(Fit.COMPILES), memory, messages, frozenset(unknown))
 
 
 def _compile_blocks(
@@ -197,6 +208,7 @@ def _compile_blocks(
         Verdict(Fit.COMPILES),
         two.memory.plus(one.memory, layers - 2),
         hlo_messages.extrapolated(one.collectives, two.collectives, layers),
+        one.unknown | two.unknown,
     )
 
 
