@@ -92,6 +92,7 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     fields = _read_fields(directory)
     stored = fields.section("model").values
     config = model.ModelConfig.from_config(old_configs.upgraded_model(stored))
+    retired = old_configs.retired({"model": stored})
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)
@@ -104,7 +105,7 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
             f"{len(flat)} parameters."
         )
     params = trees.unflatten(flat)
-    drawn = jax.tree.map(np.asarray, older.random_features(config, stored))
+    drawn = jax.tree.map(np.asarray, older.random_features(config, retired))
     params = model.joined(params, drawn)
     trees.check(config, params, directory)
     return config, params

@@ -100,8 +100,13 @@ def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
 def retired(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `upgraded` drops of a stored config and `model.older` goes by."""
     model = config.get("model")
-    model = model if isinstance(model, Mapping) else {}
-    return {key: model[key] for key in RETIRED if key in model}
+    if not isinstance(model, Mapping) or not any(key in model for key in RETIRED):
+        return {}
+    fields = {key: model.get(key, 0) for key in RETIRED}
+    for key, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"model.{key}={value!r}: expected an integer.")
+    return fields
 
 
 def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:

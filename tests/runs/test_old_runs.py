@@ -129,6 +129,17 @@ def test_an_export_with_options_of_no_kind_is_refused(value, stale, old):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["x", None, 1.5, True])
+def test_a_stored_draw_that_is_no_number_is_refused(value):
+    """In one line; one of the two alone is enough. Mutation: the values as they are."""
+    stored = {"model": {"performer_seed": value}}
+    with pytest.raises(ConfigError, match=r"model\.performer_seed=.*: expected an int"):
+        old_configs.retired(stored)
+    want = {"performer_seed": 0, "performer_draw": 2}
+    assert old_configs.retired({"model": {"performer_draw": 2}}) == want
+    assert old_configs.retired({"model": {}}) == {}
+
+
 def test_old_timeouts_that_are_no_numbers():
     """None was not set; a text is refused. Mutation: whatever it is, divided."""
     train = {"step_timeout": None, "first_step_timeout": 3600.0}
