@@ -30,7 +30,7 @@ submit() { # NAME COMMAND
 }
 
 if [ -z "${SWEEP:-}" ]; then
-  submit "$name" "python train.py$(printf ' %q' "$@")"
+  submit "$name" "python -m memoryformer.training$(printf ' %q' "$@")"
   exit
 fi
 # shellcheck disable=SC2086 # SWEEP is several words

@@ -18,7 +18,7 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${SCRATCH:-$HOME}/jax_cache}
 
 # No "B:" in --signal and no trap here: the signal goes to the processes that srun started.
-srun --kill-on-bad-exit=1 python train.py "$@"
+srun --kill-on-bad-exit=1 python -m memoryformer.training "$@"
 code=$?
 
 case $code in

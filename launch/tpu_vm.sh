@@ -37,7 +37,7 @@ for ((try = 0; try <= MAX_RETRIES; try++)); do
     continue
   fi
   # gcloud does not pass exit codes of several workers on: each prints its own.
-  output=$(on_all "cd code && .venv/bin/python train.py --coordinator=auto$arguments
+  output=$(on_all "cd code && .venv/bin/python -m memoryformer.training --coordinator=auto$arguments
     echo worker exit code \$?" 2>&1 | tee /dev/stderr)
   codes=$(grep -o 'worker exit code [0-9]*' <<<"$output" | grep -o '[0-9]*$' | sort -un)
   if [ "$codes" = 0 ]; then

@@ -98,7 +98,10 @@ def options(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> An
         raise ConfigError(
             f"{name}={values!r}: not the options of {chooser}={choice!r}; give a mapping."
         )
-    section = {k: v for k, v in dict(values or {}).items() if v is not None}
+    values = {} if values is None else values
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{name}={values!r}: expected a section with fields.")
+    section = {k: v for k, v in dict(values).items() if v is not None}
     known = [item.name for item in dataclasses.fields(cls)]
     for key in section:
         if key not in known:

@@ -92,6 +92,7 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
     fields = _read_fields(directory)
     stored = fields.section("model").values
     config = model.ModelConfig.from_config(old_configs.upgraded_model(stored))
+    retired = old_configs.retired({"model": stored})
     arrays, _ = safetensors_file.read(directory / "model.safetensors")
     flat = {
         path: _widen(path, arrays)
@@ -104,7 +105,7 @@ def load_export(directory: str | os.PathLike) -> tuple[model.ModelConfig, Params
             f"{len(flat)} parameters."
         )
     params = trees.unflatten(flat)
-    drawn = jax.tree.map(np.asarray, older.random_features(config, stored))
+    drawn = jax.tree.map(np.asarray, older.random_features(config, retired))
     params = model.joined(params, drawn)
     trees.check(config, params, directory)
     return config, params
@@ -151,11 +152,6 @@ def own_tokenizer(
         raise ConfigError(f"--export={directory}: holds no tokenizer.json; add one.")
     data.check_vocab_size(tokenizer.vocab_size, vocab_size, tokenizer.name)
     return tokenizer
-
-
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read config.json of an export; raises `DataError` if it is none."""
-    return _read_fields(directory).values
 
 
 def _read_fields(directory: str | os.PathLike) -> folders.Fields:

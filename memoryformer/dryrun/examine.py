@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Compiled:
     verdict: Verdict
     memory: Memory | None = None  # None where it refused, or was not asked
     collectives: list[hlo_messages.Collective] = dataclasses.field(default_factory=list)
+    unknown: frozenset[str] = frozenset()  # kinds of messages that are not counted
 
     def against(self, capacity: int) -> "Compiled":
         """The same, judged by the bytes of a device's memory; 0: they are not known."""
@@ -102,8 +103,13 @@ def examine(
         device_bytes=capacity,
     )
     warnings = [missing] if missing else []
+    warnings += report.warnings + _not_counted(compiled.unknown)
     warnings += advice.find(report, run, wanted, sharding)
     return dataclasses.replace(report, warnings=warnings)
+
+
+def _not_counted(unknown: Collection[str]) -> list[str]:
+    return [f"an unknown message kind {k!r} is not counted." for k in sorted(unknown)]
 
 
 def _without_device_kernels(run, chosen):
@@ -139,6 +145,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     )  # over microbatches, in float32
     fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
+    unknown: set[str] = set()
+    messages = jaxpr_messages.collectives(step.jaxpr, mesh, unknown)
     return Report(
         config=experiment.as_dict(run),
         target=target.name,
@@ -154,7 +162,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         gathered_bytes=joined if fsdp else 0,
         gradient_bytes=joined if train.num_microbatches == 1 else summed,
         activation_bytes=lowering.activation_bytes(compiled_run, sharding),
-        messages=jaxpr_messages.collectives(step.jaxpr, mesh),
+        messages=messages,
+        warnings=_not_counted(unknown),
     )
 
 
@@ -178,15 +187,17 @@ def _compile(lowered: jax.stages.Lowered, sharding: sharding_lib.Sharding) -> Co
     mesh = lowering.mesh_shape(sharding)
     text = compiled.as_text()
     assert text is not None  # XLA's own backends have one
-    messages = hlo_messages.collectives(text, mesh)
-    return Compiled(Verdict(Fit.COMPILES), Memory.of(compiled), messages)
+    unknown: set[str] = set()
+    messages = hlo_messages.collectives(text, mesh, unknown)
+    memory = Memory.of(compiled)
+    return Compiled(Verdict(Fit.COMPILES), memory, messages, frozenset(unknown))
 
 
 def _compile_blocks(
     run: experiment.Experiment, sharding: sharding_lib.Sharding
 ) -> Compiled:
     """Compile the step with one block and with two; extrapolate to all of them."""
-    parts = []
+    parts, unknown = [], set[str]()
     for layers in (1, 2):
         model = dataclasses.replace(run.model, num_layers=layers)
         small = dataclasses.replace(run, model=model)
@@ -196,12 +207,14 @@ def _compile_blocks(
             detail = f"{part.verdict.detail}, with {layers} block(s) alone"
             return Compiled(Verdict(part.verdict.fit, detail))
         parts.append((part.memory, part.collectives))
+        unknown |= part.unknown
     (one, one_messages), (two, two_messages) = parts
     layers = run.model.num_layers
     return Compiled(
         Verdict(Fit.COMPILES),
         two.plus(one, layers - 2),
         hlo_messages.extrapolated(one_messages, two_messages, layers),
+        frozenset(unknown),
     )
 
 

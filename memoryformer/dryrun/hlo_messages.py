@@ -9,7 +9,7 @@
 
 A collective in a loop's body counts as often as the loop runs; groups of one device send
 nothing and are left out. The text is no stable format: tests/dryrun/hlo_samples holds what each
-version of jax writes, and a message that is not in the table is an error. Start at `collectives`.
+version of jax writes. Start at `collectives`.
 """
 
 import dataclasses
@@ -68,20 +68,25 @@ class Collective:
         return self.count * self.payload_bytes * WIRE[self.kind](self.group_size)
 
 
-def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(
+    text: str, mesh_shape: Mapping[str, int], unknown: set[str] | None = None
+) -> list[Collective]:
     """Read the collectives of an optimised HLO module, equal ones counted together.
 
     Args:
       text: `compiled.as_text()`.
       mesh_shape: the mesh that it was compiled for, axis -> size, in the mesh's order.
+      unknown: gets the names of instructions that send messages and are not in the table,
+        which are not counted; without it they are an error.
 
-    Raises `ValueError` for what is no such module and for a collective of an unknown kind.
+    Raises `ValueError` for what is no such module, or sends a message of an unknown kind.
     """
     counts: Counter[Collective] = Counter()
     for line, times in _lines_with_counts(text):
         match = _OP.match(line)
         if match is None:
-            _refuse_unknown(line)
+            if other := _UNKNOWN.match(line):
+                note_unknown(other[1], unknown, "hlo_messages.WIRE")
             continue
         result, kind, start, operands = match.groups()
         axes, size = _group(kind, operands, mesh_shape)
@@ -92,13 +97,13 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return sorted_by_bytes(counts)
 
 
-def _refuse_unknown(line: str) -> None:
-    match = _UNKNOWN.match(line)
-    if match:
+def note_unknown(name: str, unknown: set[str] | None, table: str) -> None:
+    """Put what sends messages and is not in `table` into `unknown`; None: `ValueError`."""
+    if unknown is None:
         raise ValueError(
-            f"HLO instruction {match[1]!r} sends messages of an unknown kind; add it to "
-            f"hlo_messages.WIRE: {line[:120]}"
+            f"{name!r} sends messages of an unknown kind; add it to {table}."
         )
+    unknown.add(name)
 
 
 def sorted_by_bytes(counts: Mapping[Collective, int]) -> list[Collective]:

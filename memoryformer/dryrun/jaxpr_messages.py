@@ -33,14 +33,17 @@ SILENT |= {"reduced_vary_cast", "vary_unreduced_cast_p"}
 _LETTERS = {"float": "f", "bfloat": "bf", "int": "s", "uint": "u", "bool": "pred"}
 
 
-def collectives(jaxpr: Any, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(
+    jaxpr: Any, mesh_shape: Mapping[str, int], unknown: set[str] | None = None
+) -> list[Collective]:
     """List the collectives of a jaxpr, equal ones counted together, largest first.
 
     Args:
       jaxpr: such as `jax.jit(f).trace(...).jaxpr`.
       mesh_shape: axis -> size of the mesh that it was traced for.
+      unknown: as of `hlo_messages.collectives`.
 
-    Raises `ValueError` for a collective of an unknown kind.
+    Raises `ValueError` for a collective of an unknown kind, without `unknown`.
     """
     counts: Counter[Collective] = Counter()
     for eqn, times in _equations(jaxpr, 1):
@@ -50,10 +53,9 @@ def collectives(jaxpr: Any, mesh_shape: Mapping[str, int]) -> list[Collective]:
             continue
         kind = KINDS.get(eqn.primitive.name)
         if kind is None:
-            raise ValueError(
-                f"primitive {eqn.primitive.name!r} sends messages of an unknown kind; add "
-                "it to jaxpr_messages.KINDS, or to SILENT."
-            )
+            name, tables = eqn.primitive.name, "jaxpr_messages.KINDS, or to SILENT"
+            hlo_messages.note_unknown(name, unknown, tables)
+            continue
         arrays = eqn.outvars if kind == "all-gather" else eqn.invars
         for array in arrays:
             aval = array.aval

@@ -18,9 +18,10 @@ def random_features(
 ) -> Params:
     """Draw the parameters that a model had in use after `step` steps of a run with `seed`.
 
-    `stored` has the two fields, if it was written with them. {} for what lacks none.
+    `stored` has the two fields, if it was written with them (`old_configs.retired`). {} for
+    what lacks none.
     """
-    if model_config.mixer != "performer" or "performer_draw" not in stored:
+    if model_config.mixer != "performer" or not stored:
         return {}
     number, every = stored["performer_draw"], model_config.mixer_options.redraw_every
     if every:

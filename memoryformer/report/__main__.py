@@ -47,6 +47,12 @@ def _run(argv):
     if words[0] != "utilisation":
         cli.refuse_flags(["max_tokens"], "is of report utilisation")
     if words[0] == "quickstart":
+        cli.refuse_flags(["output"], "report quickstart prints, and writes no file")
+        if len(words) > 1:
+            raise errors.ConfigError(
+                f"report quickstart {words[1]!r}: takes no further word; name the run as "
+                "--workdir."
+            )
         from memoryformer.report import quickstart
 
         print(quickstart.summary(paths.local(flags.FLAGS.workdir or "", "--workdir")))

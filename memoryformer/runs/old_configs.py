@@ -90,22 +90,32 @@ def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
             for old, (owners, new) in moved.items()
             if old in stale and choice in owners
         }
-        if stale:
-            name = f"{chooser}_options"
-            model[name] = options | dict(model.get(name) or {})
+        name = f"{chooser}_options"
+        nested = {} if model.get(name) is None else model[name]
+        if stale and isinstance(nested, Mapping):  # anything else is refused as it is
+            model[name] = options | dict(nested)
     return model
 
 
 def retired(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `upgraded` drops of a stored config and `model.older` goes by."""
     model = config.get("model")
-    model = model if isinstance(model, Mapping) else {}
-    return {key: model[key] for key in RETIRED if key in model}
+    if not isinstance(model, Mapping) or not any(key in model for key in RETIRED):
+        return {}
+    fields = {key: model.get(key, 0) for key in RETIRED}
+    for key, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"model.{key}={value!r}: expected an integer.")
+    return fields
 
 
 def _upgraded_train(train: Mapping[str, Any]) -> dict[str, Any]:
     train = dict(train)
     stale = {name: train.pop(name) for name in _TIMEOUTS if name in train}
+    stale = {name: seconds for name, seconds in stale.items() if seconds is not None}
+    for name, seconds in stale.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise ConfigError(f"train.{name}={seconds!r}: expected seconds, a number.")
     if stale:  # the most patient of them, unless one had no limit
         scales = [seconds / _TIMEOUTS[name] for name, seconds in stale.items()]
         train["timeout_scale"] = max(scales) if all(scales) else 0.0

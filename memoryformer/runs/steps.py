@@ -24,7 +24,8 @@ def load(
 
     params is a nested dict of numpy arrays with string keys; no model, mesh or device is
     needed. What older versions did not store, the random features of a performer,
-    `training.experiment.load` adds. Raises `StorageError`: no directory, no checkpoint, no such step, damaged.
+    `training.experiment.load` adds. Raises `StorageError`: no directory, no checkpoint,
+    no such step, damaged.
     """
     target = existing(_folder(workdir), step)
     facts = manifest.verify(target)

@@ -99,9 +99,9 @@ def show_commands(sweep: Sweep, options: Options) -> int:
 
 
 def command(sweep: Sweep, point: Point) -> str:
-    """The line of train.py that trains a point."""
+    """The line of a shell that trains a point."""
     overrides = dict(sweep.base) | dict(point.overrides)
-    words = ["python", "train.py", f"--config={sweep.config}"]
+    words = ["python", "-m", "memoryformer.training", f"--config={sweep.config}"]
     words += [f"--workdir={point.workdir}"]
     words += [f"--config.{key}={value}" for key, value in overrides.items()]
     return shlex.join(words)

@@ -249,7 +249,7 @@ class _Loop:
         evaluated = True
         if processes.is_chief():
             stored = self.checkpointer.facts(step).get("evaluated")
-            if stored is None:  # an older version's: its metrics say so
+            if not stored:  # an older version's, or killed before `amend`
                 logged = metrics.read(self.workdir)
                 stored = any(r["step"] == step and "val/loss" in r for r in logged)
             evaluated = stored

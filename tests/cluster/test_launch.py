@@ -96,7 +96,7 @@ def test_slurm_requeues_by_exit_code(machine, code):
         "slurm.sh", "--config=a b.py", "--workdir=w", SLURM_JOB_ID="17"
     )
     assert ended == code
-    train = ["python", "train.py", "--config=a b.py", "--workdir=w"]
+    train = ["python", "-m", "memoryformer.training", "--config=a b.py", "--workdir=w"]
     assert calls[0] == ["srun", "--kill-on-bad-exit=1", *train]
     assert calls[1:] == ([["scontrol", "requeue", "17"]] if code in AGAIN else [])
 
@@ -201,7 +201,7 @@ TPU = {"NAME": "mf", "ZONE": "z", "TYPE": "v6e-16", "BACKOFF_SECONDS": "0"}
 GCLOUD = r"""
 case "$4" in
   describe) head -n 1 {states}; sed -i 1d {states} ;;
-  ssh) [[ "$*" == *train.py* ]] && {{ cat {answers} | head -n 1; sed -i 1d {answers}; }} ;;
+  ssh) [[ "$*" == *memoryformer.training* ]] && {{ cat {answers} | head -n 1; sed -i 1d {answers}; }} ;;
 esac
 """
 
@@ -235,9 +235,11 @@ def test_tpu_vm_goes_on_after_preemption(machine):
     ended, calls, output = machine.run("tpu_vm.sh", "--config=a b.py", **TPU)
     assert ended == 0, output
     assert len(words(calls, "create")) == 2
-    trained = [c for c in words(calls, "ssh") if "train.py" in c[-2]]
+    trained = [c for c in words(calls, "ssh") if "memoryformer.training" in c[-2]]
     assert len(trained) == 4 and len({tuple(c) for c in trained}) == 1
-    assert "train.py --coordinator=auto --config=a\\ b.py" in trained[0][-2]
+    assert (
+        "memoryformer.training --coordinator=auto --config=a\\ b.py" in trained[0][-2]
+    )
     assert "--worker=all" in trained[0] and "--zone=z" in trained[0]
 
 
@@ -247,7 +249,9 @@ def test_tpu_vm_stops_at_what_would_come_again(machine, code):
     gcloud(machine, ["READY"], [exit_codes(code, 42)])
     ended, calls, _ = machine.run("tpu_vm.sh", **TPU)
     assert ended == code
-    assert len([c for c in words(calls, "ssh") if "train.py" in c[-2]]) == 1
+    assert (
+        len([c for c in words(calls, "ssh") if "memoryformer.training" in c[-2]]) == 1
+    )
 
 
 GKE = {"CLUSTER": "c", "TYPE": "v6e-16", "IMAGE": "i"}
@@ -305,7 +309,7 @@ def test_gke_run(machine, code, passed_on):
     machine.fake("python", [code])
     assert in_pod(machine, command).wait(timeout=60) == passed_on
     called = machine.log.read_text().split("\1")[-2].split("\0")[:-1]
-    assert called == ["python", "train.py", "--config=a b.py"]
+    assert called == ["python", "-m", "memoryformer.training", "--config=a b.py"]
 
 
 @pytest.mark.parametrize("code, passed_on", ((42, 42), (43, 42), (0, 0)))

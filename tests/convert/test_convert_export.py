@@ -269,7 +269,7 @@ def test_run_to_export_and_back_through_the_command_line(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, imported, params)
     tokenizer = export.load_tokenizer(out)
     assert tokenizer.fingerprint == tokenizer_lib.byte_level().fingerprint
-    assert export.read_config(out)["source"]["step"] == 2
+    assert export.source(out).values["step"] == 2
 
     loop.train(config, back)
     _, trained = run_steps.load(back)

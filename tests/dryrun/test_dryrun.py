@@ -18,7 +18,7 @@ from memoryformer.accounting.targets import GIB
 from memoryformer.dryrun import __main__ as command
 from memoryformer.dryrun import advice as advice_lib
 from memoryformer.dryrun import examine as dryrun
-from memoryformer.dryrun import lowering
+from memoryformer.dryrun import jaxpr_messages, lowering
 from memoryformer.dryrun import report as report_lib
 from memoryformer.errors import ConfigError
 from memoryformer.training import experiment
@@ -57,6 +57,7 @@ def test_memory_of_a_step_is_bounded(mesh):
     over `model` too; gradients of all microbatches kept apart.
     """
     report, model = report_of(mesh), run_of(mesh).model
+    assert not any("unknown message" in warning for warning in report.warnings)
     memory = report.memory
     rows = 4 * B * L * model.num_tables * 3 * model.embed_dim // report.num_devices
     assert 0 < memory.temporary <= rows / 2 + 3.5 * report.gathered_bytes
@@ -102,6 +103,21 @@ def test_the_trainers_own_step_is_lowered(mesh):
     counted = report.params_bytes + report.optimizer_bytes + 4  # the step's number
     assert set(held.values()) == {counted}
     assert report.checkpoint_bytes == sharding_lib.num_bytes(state)
+
+
+@pytest.mark.parametrize("how, name", [("none", "psum"), ("full", "all-mix")])
+def test_an_unknown_message_is_a_warning(how, name, monkeypatch):
+    """... of the report, not the end of a user's dry run. Mutation: `unknown` not handed on."""
+    if how == "none":
+        for psum in ("psum", "psum_invariant"):
+            monkeypatch.delitem(jaxpr_messages.KINDS, psum, raising=False)
+    else:
+        line = f"%a = f32[16]{{0}} {name}(%p), replica_groups=[2,4]<=[8]"
+        text = f"HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
+        monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: text)
+    report = dryrun.examine(run_of("data"), "cpu:8", how)
+    unknown = [w for w in report.warnings if "unknown message" in w]
+    assert unknown and all(name in w and "\n" not in w for w in unknown)
 
 
 def test_without_the_targets_compiler(monkeypatch):

@@ -193,10 +193,16 @@ def test_a_real_program():
     ],
 )
 def test_an_unknown_message_is_an_error(line):
-    """... not a report that counts too little. Mutation: `_refuse_unknown` left out."""
+    """... not a count that is too low, unless its name is asked for.
+
+    Mutations: `_UNKNOWN` not looked for; `unknown` not filled.
+    """
     name = line.split("(%p)")[0].split()[-1]
     with pytest.raises(ValueError, match=f"'{name}' sends messages of an unknown kind"):
         hlo_messages.collectives(module(line), MESH)
+    unknown = set()
+    assert hlo_messages.collectives(module(line), MESH, unknown) == []
+    assert unknown == {name}
 
 
 def test_an_unknown_message_of_a_trace_is_an_error(monkeypatch):

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 
 from memoryformer import data, errors, model
 from memoryformer.evaluation import buckets
+from memoryformer.report import __main__ as command
 from memoryformer.report import pictures as report
 from memoryformer.runs import checkpoint
 
@@ -30,6 +31,18 @@ def write_metrics(workdir, rows, ending="\n"):
 
 def lines(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {line.get_label(): line.get_data() for line in axes.get_lines()}
+
+
+def test_quickstart_refuses_what_it_does_not_look_at(capsys):
+    """In one line. Mutation: further words, or --output, read by nobody."""
+    for word, said in (
+        ("runs/mine", "report quickstart 'runs/mine': takes no further word"),
+        ("--output=x", "--output: report quickstart prints"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["report", "quickstart", "--workdir=none", word])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and said in printed and printed.count("\n") == 1
 
 
 def test_flops_figure_holds_figure_1():

@@ -114,6 +114,42 @@ def test_an_export_is_read(old):
     close_to_old(model.forward(config, params, tokens), "export", old)
 
 
+@pytest.mark.parametrize("value", [3, 0, [1, 2], [], "ab", True])
+@pytest.mark.parametrize("stale", [{}, {"performer_features": 8}])
+def test_an_export_with_options_of_no_kind_is_refused(value, stale, old):
+    """In one line. Mutations: `dict(values)` of whatever there is, here or in `upgraded_model`."""
+    path = old / "export" / "config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    fields["model"] |= stale | {"mixer_options": value}
+    path.write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(
+        ConfigError, match=r"model\.mixer_options=.*: expected"
+    ) as caught:
+        export.load_export(old / "export")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", None, 1.5, True])
+def test_a_stored_draw_that_is_no_number_is_refused(value):
+    """In one line; one of the two alone is enough. Mutation: the values as they are."""
+    stored = {"model": {"performer_seed": value}}
+    with pytest.raises(ConfigError, match=r"model\.performer_seed=.*: expected an int"):
+        old_configs.retired(stored)
+    want = {"performer_seed": 0, "performer_draw": 2}
+    assert old_configs.retired({"model": {"performer_draw": 2}}) == want
+    assert old_configs.retired({"model": {}}) == {}
+
+
+def test_old_timeouts_that_are_no_numbers():
+    """None was not set; a text is refused. Mutation: whatever it is, divided."""
+    train = {"step_timeout": None, "first_step_timeout": 3600.0}
+    assert old_configs.upgraded({"train": train})["train"] == {"timeout_scale": 0.5}
+    assert old_configs.upgraded({"train": {"step_timeout": None}})["train"] == {}
+    for value in ("1h", True, [3]):
+        with pytest.raises(ConfigError, match=r"train\.step_timeout=.*: expected sec"):
+            old_configs.upgraded({"train": {"step_timeout": value}})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "new"),
     [

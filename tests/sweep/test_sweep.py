@@ -250,7 +250,7 @@ def as_read(argv):
 
 
 def test_print_gives_commands_that_make_the_points(folder, capsys):
-    """Each line, read as a shell and train.py do, resolves to its point; `index` picks one.
+    """Each line, read as a shell and the command do, resolves to its point; `index` picks one.
 
     Mutation: overrides of the command line left out of the lines.
     """
@@ -261,10 +261,10 @@ def test_print_gives_commands_that_make_the_points(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     for line, point in zip(lines, sweep.points, strict=True):
-        python, script, config, workdir, *overrides = shlex.split(line)
-        assert [python, script] == ["python", "train.py"]
+        python, flag, module, config, workdir, *overrides = shlex.split(line)
+        assert [python, flag, module] == ["python", "-m", "memoryformer.training"]
         assert workdir == f"--workdir={point.workdir}"
-        read = as_read([script, config, *overrides])
+        read = as_read([module, config, *overrides])
         assert read.train.batch_size == 16
         assert experiment.resolve(read) == point.run
     commands.show_commands(sweep, commands.Options(index=4))

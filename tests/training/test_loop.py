@@ -429,9 +429,10 @@ def test_a_transfer_that_nobody_asked_for_is_refused(folder, monkeypatch):
 
 def test_an_evaluation_stopped_in_is_made_up_for_once(folder, monkeypatch):
     """A stop in the last evaluation: the step is saved as one that was not evaluated; the next
-    start evaluates, and the one after it has nothing to do.
+    start evaluates, and the one after it has nothing to do, even if this one was killed
+    between the row and the checkpoint's note of it.
 
-    Mutations: `evaluated` always true; no `amend`.
+    Mutations: `evaluated` always true; no `amend`; rows asked only where there is no note.
     """
     fields = {"train.num_steps": 2, "eval.every_steps": 0}
     calls = []
@@ -454,6 +455,9 @@ def test_an_evaluation_stopped_in_is_made_up_for_once(folder, monkeypatch):
     assert loop.train(config, folder / "missed")["val/loss"] > 0
     assert run_steps.facts(folder / "missed")["evaluated"] is True
     assert loop.train(config, folder / "missed") == {} and len(calls) == 2
+    manifest.amend(folder / "missed" / run_steps.FOLDER / "2", evaluated=False)
+    assert loop.train(config, folder / "missed") == {} and len(calls) == 2
+    assert sum("val/loss" in row for row in metrics.read(folder / "missed")) == 1
 
 
 def test_a_new_figure_is_one_class_and_one_line(folder, monkeypatch):
