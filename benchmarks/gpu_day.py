@@ -140,9 +140,8 @@ def time_step(preset: str, fields: Row, toy: bool, steps: int = 20) -> Row:
     chosen.mesh = "single"
     chosen.train.batch_size = chosen.eval.batch_size = 8
     for field, value in fields.items():
-        section, name = field.split(".")
-        if jax.default_backend() == "gpu" or section == "optimizer":
-            chosen[section][name] = value
+        if jax.default_backend() == "gpu" or field.startswith("optimizer."):
+            config.override(chosen, {field: value})
     if toy:
         chosen.model.update(TOY)
         chosen.train.batch_size, steps = 2, 2

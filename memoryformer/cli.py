@@ -126,7 +126,7 @@ def run_main(
 
 
 def script() -> None:
-    """Run `memoryformer COMMAND ..`, which is `python -m memoryformer.MODULE ..`."""
+    """Run `memoryformer COMMAND ..`: the module of that command, started as by `python -m`."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command == "--version":
         print(f"memoryformer {memoryformer.__version__}")

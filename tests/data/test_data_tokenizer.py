@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from memoryformer import errors
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.data import vocabulary
+from memoryformer.files import atomic
 
 TRICKY = [
     "",
@@ -493,10 +494,10 @@ def test_a_file_is_written_whole_or_not_at_all(three, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_text("before")
 
-    def refuse(self, target):
+    def refuse(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "replace", refuse)
+    monkeypatch.setattr(atomic.os, "replace", refuse)
     with pytest.raises(OSError, match="No space"):
         three["bytes"].save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]

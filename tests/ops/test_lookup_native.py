@@ -1,6 +1,7 @@
 """The native lookup equals its definition, whatever the shape, path or thread count."""
 
 import concurrent.futures
+import ctypes
 import os
 import pathlib
 import re
@@ -527,8 +528,9 @@ def test_why_there_is_none_is_said_once(monkeypatch, caplog):
     ):
         with pytest.raises(RuntimeError, match="a reason of this test"):
             call()
-    monkeypatch.setattr(lookup_native, "_load", lambda: ("library", ""))
-    assert lookup_native.available() and lookup_native._library() == "library"
+    library = ctypes.CDLL(None)
+    monkeypatch.setattr(lookup_native, "_load", lambda: (library, ""))
+    assert lookup_native.available() and lookup_native._library() is library
 
 
 def test_types_that_it_does_not_take():

@@ -189,7 +189,10 @@ def test_two_passes_are_kept_apart(monkeypatch):
         return layer
 
     monkeypatch.setattr(remat_lib.jax, "checkpoint", checkpoint)
-    layers, params = [lambda own, x: own * x] * 2, [jnp.float32(2), jnp.float32(3)]
+    layers, params = (
+        [lambda own, x: (own * x, None)] * 2,
+        [jnp.float32(2), jnp.float32(3)],
+    )
     x = jnp.ones(3)
     for how, kept in (
         ({}, []),
@@ -198,7 +201,7 @@ def test_two_passes_are_kept_apart(monkeypatch):
         ({"remat": "full", "scan": True}, [False]),
     ):
         np.testing.assert_array_equal(
-            remat_lib.apply(layers, params, x, **how), np.full(3, 6.0)
+            remat_lib.apply(layers, params, x, **how)[0], np.full(3, 6.0)
         )
         assert seen == kept
         seen.clear()
