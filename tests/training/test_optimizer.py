@@ -133,13 +133,14 @@ def test_groups_are_as_documented():
     for path, group in declared.items():
         name = path.split(".")[-1]
         matrix = len(shapes[path].shape) >= 2 and name not in ("bias", "scale")
-        decayed = "decayed" if matrix else "undecayed"
-        assert group == ("tables" if name == "tables" else decayed), path
+        expected = "decayed" if matrix else "undecayed"
+        expected = {"tables": "tables", "random_rows": "fixed"}.get(name, expected)
+        assert group == expected, path
     assert declared["recurrence.bias"] == "undecayed"  # where Memformer's slots start
     assert declared["recurrence.memory"] == "decayed"  # RMT's
     assert declared["blocks.0.mixer.memory"] == "decayed"  # Luna's
     assert declared["blocks.0.mixer.qkv.bias"] == "undecayed"
-    assert set(declared.values()) == set(optimizer.GROUPS)
+    assert set(declared.values()) == {*optimizer.GROUPS, "fixed"}
 
 
 def test_schedules_at_their_corners():
