@@ -118,8 +118,9 @@ class Texts:
 
     def _text(self, value: bytes | str, index: int) -> str:
         try:
-            return value if isinstance(value, str) else bytes(value).decode("utf-8")
-        except (UnicodeDecodeError, TypeError, ValueError) as error:
+            # Not `bytes(value)`, for which a number is so many zeros.
+            return value if isinstance(value, str) else value.decode("utf-8")
+        except (UnicodeDecodeError, AttributeError) as error:
             raise errors.DataError(
                 f"data.text_field={self.field!r}: record {index} is not UTF-8 text."
             ) from error

@@ -381,9 +381,9 @@ def test_records_are_read_together_or_alone():
     assert list(documents.Texts(Source([]), "text", 0)) == []
 
 
-@pytest.mark.parametrize("value", [b"\xff", None])
+@pytest.mark.parametrize("value", [b"\xff", None, 3, [104, 105]])
 def test_records_that_hold_no_text(value):
-    """Mutation: another error let through."""
+    """Mutations: another error let through; `bytes(value)`, three zeros for a 3."""
     made = documents.Texts(Source(["a", value]), "text", 0)
     with pytest.raises(errors.DataError, match=r"'text': record 1 is not UTF-8 text"):
         list(made)
