@@ -7,6 +7,7 @@ environment is left alone: `make test-optimised` sets an empty one and compiles 
 
 import os
 import pathlib
+import signal
 
 from runner import XLA_FLAGS
 
@@ -30,6 +31,8 @@ jaxtyping.install_import_hook("memoryformer.ops", "beartype.beartype")
 jaxtyping.config.update("jaxtyping_disable", True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# `make test &` starts with Ctrl-C ignored, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
