@@ -79,3 +79,19 @@ def test_nothing_global_is_changed():
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["modules"] > 90
     assert found["changed"] == {}
+
+
+def test_a_command_line_is_read_before_jax_is():
+    """What is wrong with it, and --help, are told at once.
+
+    Mutations tried: `import jax` in runs/console.py; `load` imported at the top of runs.
+    """
+    code = (
+        "import sys\n"
+        "import memoryformer.training.__main__, memoryformer.harness.__main__\n"
+        "print({'jax', 'flax', 'orbax'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (0, "set()\n"), run.stderr[-2000:]

@@ -52,13 +52,16 @@ def _run(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     cli.check_arguments(argv, config=values.config, required=False)
     _refuse_unused_flags()
-    from memoryformer import harness
+    from memoryformer.harness import evaluate_tasks, summary, task_files
+    from memoryformer.harness import output as output_lib
     from memoryformer.model import narrow
     from memoryformer.training import evaluate_run
 
     tasks_path = values.tasks_path or ""
-    files = harness.files_read(values.tasks, tasks_path)
-    out = harness.Output(values.output or "", files, [values.workdir or values.export])
+    files = task_files.files_read(values.tasks, tasks_path)
+    out = output_lib.Output(
+        values.output or "", files, [values.workdir or values.export]
+    )
     kinds = cli.chosen(narrow.WeightKinds)
     step = None if values.step < 0 else values.step
     if not values["tasks"].present:
@@ -80,11 +83,11 @@ def _run(argv: Sequence[str]) -> None:
     }
     with out.unfinished():
         if values.export:
-            result = harness.evaluate_export(values.export, **options)
+            result = evaluate_tasks.evaluate_export(values.export, **options)
         else:
-            result = harness.evaluate_checkpoint(values.workdir, step, **options)
+            result = evaluate_tasks.evaluate_checkpoint(values.workdir, step, **options)
     out.give(result)
-    print(harness.table(result), file=sys.stderr)
+    print(summary.table(result), file=sys.stderr)
 
 
 def _refuse_unused_flags() -> None:

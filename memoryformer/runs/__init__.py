@@ -1,5 +1,21 @@
-"""What lies in a run's folder."""
+"""What lies in a run's folder.
 
-from memoryformer.runs.steps import load
+Commands name it before they know that they need jax, so nothing is imported here.
+"""
 
-__all__ = ["load"]
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ml_collections
+
+    from memoryformer.notation import Params
+
+
+def load(
+    workdir: str | os.PathLike, step: int | None = None
+) -> "tuple[ml_collections.ConfigDict, Params]":
+    """Load (config, params) of a run; see `steps.load`."""
+    from memoryformer.runs import steps
+
+    return steps.load(workdir, step)

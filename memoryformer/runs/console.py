@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-import jax
-
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
@@ -100,14 +98,14 @@ def short_time(seconds: float) -> str:
 class ProgressPrinter:
     """Print progress lines: one that overwrites itself on a terminal, else one per call.
 
-    Process 0 alone prints. `note` prints a line that stays.
+    `note` prints a line that stays. silent: of several processes all but one.
     """
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False):
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._open = False  # a line without its end is on the terminal
-        self._silent = jax.process_index() != 0
+        self._silent = silent
 
     def update(self, line: str) -> None:
         """Show `line` in the place of the one before."""

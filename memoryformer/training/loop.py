@@ -121,7 +121,7 @@ class _Loop:
 
     def __post_init__(self):
         self.stop = processes.SharedFlag(self.signal)
-        self.progress = console.ProgressPrinter()
+        self.progress = console.ProgressPrinter(silent=not processes.is_chief())
         self.evaluators = self._evaluators()
 
     def run(self) -> dict[str, float]:

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 from known_model import SPACE, E, Z, known_model
 
-from memoryformer import convert, errors, harness, model, sharding
+from memoryformer import convert, errors, model, sharding
 from memoryformer import data as data_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.evaluation import loss as loss_lib
-from memoryformer.harness import scoring, task_files, task_loading
+from memoryformer.harness import (
+    evaluate_tasks,
+    scoring,
+    summary,
+    task_files,
+    task_loading,
+)
 from memoryformer.model import params as params_lib
 from memoryformer.training import experiment
 
@@ -119,7 +125,7 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     continuations are cut at another place, or when a choice is read from another column.
     """
     config, params, tokenizer = known_model()
-    result = harness.evaluate(
+    result = evaluate_tasks.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=64
     )
     for name, (acc, acc_norm) in EXPECTED.items():
@@ -139,9 +145,9 @@ def test_hand_computed_accuracies_in_the_six_formats(rows_path):
     assert settings["compilations"] <= 6 and settings["harness"] == "0.4.13"
     json.dumps(result)
 
-    text = harness.table(result)
+    text = summary.table(result)
     assert "piqa" in text and "0.750+-0.250" in text and "MF-tiny" in text
-    again = harness.evaluate(
+    again = evaluate_tasks.evaluate(
         config, params, tokenizer, tasks_path=rows_path, batch_size=1
     )
     assert again["tasks"] == result["tasks"]
@@ -159,7 +165,7 @@ def test_few_shot_limit_and_bos(rows_path):
             return super().encode(text)
 
     spy = Spy(json.dumps(tokenizer.spec), "bytes")
-    result = harness.evaluate(
+    result = evaluate_tasks.evaluate(
         config,
         params,
         spy,
@@ -362,7 +368,7 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
         'doc_to_target: "{{page}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n"
     )
-    result = harness.evaluate(
+    result = evaluate_tasks.evaluate(
         run.model, params, dataset.tokenizer, "mine", tasks_path=str(folder)
     )
     bits = -sum(plain) / math.log(2) / (47 * len(documents))
@@ -411,11 +417,13 @@ def test_mistakes_are_refused_in_one_line(tmp_path):
         (dict(tasks="piqa", tasks_path=str(tmp_path / "no")), "no such folder"),
     ):
         with pytest.raises(errors.ConfigError, match=message) as caught:
-            harness.evaluate(config, params, tokenizer, **arguments)
+            evaluate_tasks.evaluate(config, params, tokenizer, **arguments)
         assert "\n" not in str(caught.value)
     (tmp_path / "piqa.jsonl").write_text("{")
     with pytest.raises(errors.DataError, match=r"piqa\.jsonl"):
-        harness.evaluate(config, params, tokenizer, "piqa", tasks_path=str(tmp_path))
+        evaluate_tasks.evaluate(
+            config, params, tokenizer, "piqa", tasks_path=str(tmp_path)
+        )
 
 
 @needs_harness

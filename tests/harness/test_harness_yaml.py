@@ -5,8 +5,8 @@ import json
 import pytest
 from known_model import known_model
 
-from memoryformer import errors, harness
-from memoryformer.harness import summary
+from memoryformer import errors
+from memoryformer.harness import evaluate_tasks, summary
 from memoryformer.model import narrow
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
@@ -48,7 +48,9 @@ def define(folder, name, text, rows="rows.jsonl", **fields):
 
 
 def evaluate(folder, names, **options):
-    return harness.evaluate(*known_model(), names, tasks_path=str(folder), **options)
+    return evaluate_tasks.evaluate(
+        *known_model(), names, tasks_path=str(folder), **options
+    )
 
 
 def test_groups_tags_filters_and_texts(folder):
@@ -84,7 +86,7 @@ def test_groups_tags_filters_and_texts(folder):
     assert found["text"]["exact_match,whole"] == pytest.approx(2 / 3)
     assert found["text"]["exact_match,pair"] == pytest.approx(1 / 3)
     assert result["average"] is None and result["notes"] == {}
-    shown = harness.table(result).splitlines()
+    shown = summary.table(result).splitlines()
     for name, metric, value in (
         ("both", "acc", "0.600"),
         ("text", "exact_match,whole", "0.667"),
@@ -105,7 +107,7 @@ def test_a_task_that_does_not_say_how_much_to_generate(folder):
     define(folder, "long", TEXT, generation_kwargs={"until": ["."]})
     result = evaluate(folder, "long")
     assert result["notes"] == {"long": {"replies shortened": 2, "prompts cut": 1}}
-    assert "note: long: 2 replies shortened, 1 prompts cut" in harness.table(result)
+    assert "note: long: 2 replies shortened, 1 prompts cut" in summary.table(result)
 
 
 def test_what_was_scored_is_kept_before_anything_is_made_of_it(folder, monkeypatch):
@@ -220,7 +222,7 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
     path = str(folder)
 
     def bits(params, **options):
-        result = harness.evaluate(
+        result = evaluate_tasks.evaluate(
             config, params, tokenizer, "page", tasks_path=path, **options
         )
         return result["tasks"]["page"]["bits_per_byte"], result
@@ -250,4 +252,4 @@ def test_rounded_and_pruned_weights_are_what_is_scored(folder):
 def test_options_out_of_range(options, message):
     """Red when one reaches the harness."""
     with pytest.raises(errors.ConfigError, match=message):
-        harness.evaluate(*known_model(), **({"tasks": "piqa"} | options))
+        evaluate_tasks.evaluate(*known_model(), **({"tasks": "piqa"} | options))
