@@ -4,10 +4,10 @@ import os
 
 from world import digest, expect, rows, steps
 
+from memoryformer.cluster import watchdog
 from memoryformer.runs import directory
 from memoryformer.runs import manifest as manifest_lib
 from memoryformer.runs import steps as run_steps
-from memoryformer.training import experiment
 
 
 def exact_resume(world):
@@ -152,7 +152,7 @@ def hang(world):
         ("hang_in_checkpoint", "checkpoint"),
     ):
         workdir = world.workdir()
-        limit = {"train.timeout_scale": 99 / experiment.TIMEOUTS[phase]}
+        limit = {"train.timeout_scale": 99 / watchdog.TIMEOUTS[phase]}
         started = world.start(workdir, fault=fault, **limit)
         # Under the mutation nobody would end it.
         patience = 60 if world.mutation else 600

@@ -19,6 +19,13 @@ from typing import Any
 
 from memoryformer.errors import HangError
 
+TIMEOUTS = {  # seconds at train.timeout_scale=1
+    "first_step": 7200.0,  # with its compilation
+    "step": 1800.0,
+    "evaluation": 3600.0,  # of a batch; the first compiles
+    "checkpoint": 7200.0,
+}
+
 
 class Watchdog:
     """A context manager: `enter(phase)` starts that phase's clock.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from memoryformer import config as config_lib
+from memoryformer.cluster import watchdog
 from memoryformer.errors import ConfigError
 
 # Old field: (whose options it is one of now, its name there).
@@ -36,12 +37,7 @@ RECURRENCE_OPTIONS = {
     "memformer_temperature": (("memformer",), "temperature"),
 }
 RETIRED = ("performer_seed", "performer_draw")  # see `model.older`
-_TIMEOUTS = {  # seconds at train.timeout_scale=1
-    "first_step_timeout": 7200.0,
-    "step_timeout": 1800.0,
-    "evaluation_timeout": 3600.0,
-    "checkpoint_timeout": 7200.0,
-}
+_TIMEOUTS = {f"{phase}_timeout": size for phase, size in watchdog.TIMEOUTS.items()}
 MOVED = {
     **{
         f"model.{old}": f"model.{chooser}_options.{new}, of {', '.join(owners)}"
@@ -133,8 +129,7 @@ def why_unknown(key: str, known: Iterable[str]) -> str:
 
 def refuse(section: Any, name: str) -> None:
     """Raise `ConfigError` for an old field of the section called `name`, saying the new one."""
-    for key in (
-        section if isinstance(section, Mapping) or hasattr(section, "keys") else ()
-    ):
-        if new := MOVED.get(f"{name}.{key}"):
-            raise ConfigError(f"{name}.{key}: is no longer a field; set {new}.")
+    keys = section if isinstance(section, Mapping) or hasattr(section, "keys") else ()
+    for key in (f"{name}.{key}" for key in keys):
+        if key in MOVED:
+            raise ConfigError(f"{key}: {why_unknown(key, ())}")

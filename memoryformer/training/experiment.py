@@ -14,6 +14,7 @@ import numpy as np
 
 from memoryformer import config as config_lib
 from memoryformer import data
+from memoryformer.cluster import watchdog
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
@@ -25,14 +26,6 @@ from memoryformer.runs.checkpoint import CheckpointConfig
 from memoryformer.runs.metrics import MetricsConfig
 from memoryformer.training import compilation_cache as compilation_cache_lib
 from memoryformer.training import optimizer as optimizer_lib
-
-# Seconds before a phase of the loop counts as hanging, at train.timeout_scale=1 (`watchdog`).
-TIMEOUTS = {
-    "first_step": 7200.0,  # with its compilation
-    "step": 1800.0,
-    "evaluation": 3600.0,  # of a batch; the first compiles
-    "checkpoint": 7200.0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +67,7 @@ class TrainConfig:
     timeout_scale: float = field(
         "nothing",
         1.0,
-        doc="Times TIMEOUTS, seconds before a phase counts as hanging; 0: never.",
+        doc="Times `watchdog.TIMEOUTS`, seconds before a phase counts as hanging; 0: never.",
     )
 
     def __post_init__(self):
@@ -98,7 +91,9 @@ class TrainConfig:
     @property
     def timeouts(self) -> dict[str, float]:
         """Seconds that each phase of the loop may take; 0: no limit."""
-        return {name: self.timeout_scale * size for name, size in TIMEOUTS.items()}
+        return {
+            name: self.timeout_scale * size for name, size in watchdog.TIMEOUTS.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
