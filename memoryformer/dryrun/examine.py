@@ -138,11 +138,10 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     read = jax.eval_shape(
         lambda p: model_lib.with_tables_as_read(model, p), state.params
     )
-    joined = sharding_lib.num_bytes(read) // sharding.axis_size(collectives.MODEL_AXIS)
+    parts = sharding.axis_size(collectives.MODEL_AXIS)
+    joined = sharding_lib.num_bytes(read) // parts
     values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    summed = (
-        4 * values // sharding.axis_size(collectives.MODEL_AXIS)
-    )  # over microbatches, in float32
+    summed = 4 * values // parts  # over microbatches, in float32
     fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
     unknown: set[str] = set()

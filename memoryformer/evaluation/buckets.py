@@ -183,10 +183,8 @@ def make_count_step(
         counts = {}
         for name, read in codes(model_config, params, batch).items():
             ours = bucket_counts(read, _num_buckets(params, name), keep)
-            ours = collectives.psum(ours, collectives.TOKEN_AXES)
-            counts[name] = collectives.all_gather(
-                ours, collectives.MODEL_AXIS, 0
-            )  # [K, C]
+            ours = collectives.psum(ours, collectives.TOKEN_AXES)  # [K / n, C]
+            counts[name] = collectives.all_gather(ours, collectives.MODEL_AXIS, 0)
         return counts
 
     in_specs = (specs, sharding.specs.batch_bl)

@@ -66,9 +66,8 @@ def make_eval_step(
 
         rows = _by_groups(row_nats, batch)
         rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
-        return collectives.all_gather(
-            rows, collectives.DATA_AXIS, 0
-        )  # every process reads them all
+        # Every process reads them all.
+        return collectives.all_gather(rows, collectives.DATA_AXIS, 0)
 
     in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))

@@ -108,9 +108,7 @@ def no_dumps() -> Iterator[None]:
     """Keep pages of Orbax's traceback, for errors that we report in a line, off the log."""
     logger = logging.getLogger("absl")
 
-    def is_no_dump(
-        record: logging.LogRecord,
-    ) -> bool:  # one for each block: they overlap
+    def is_no_dump(record: logging.LogRecord) -> bool:  # one a block: they overlap
         return not (record.exc_info and "orbax" in record.pathname)
 
     logger.addFilter(is_no_dump)
