@@ -14,6 +14,14 @@ from memoryformer.training import experiment, loop
 VOCAB = 264  # bytes and the end of text, padded to divide over 8 devices
 WORDS = "def return table hash code row score layer in for if else (x): self +=".split()
 
+PYTHIA_BLOCK = {
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "residual": "parallel",
+    "ffn_activation": "gelu",
+    "output_projection": True,
+}
+
 # Compiling is what takes the time of small tests; also where all else is optimised.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -24,13 +32,6 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 def model_config(projection="memory", **fields):
     """A two-layer model of width 16; the dense one is Pythia's block."""
-    dense = {
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "residual": "parallel",
-        "ffn_activation": "gelu",
-        "output_projection": True,
-    }
     sizes = {
         "vocab_size": 13,
         "embed_dim": 16,
@@ -47,7 +48,11 @@ def model_config(projection="memory", **fields):
         "embed_std": 1.0,
         "head_std": 0.5,
     }
-    sizes |= dense if projection == "dense" else {"memory_bias": True, "bias_std": 0.3}
+    sizes |= (
+        PYTHIA_BLOCK
+        if projection == "dense"
+        else {"memory_bias": True, "bias_std": 0.3}
+    )
     return ModelConfig(projection=projection, **(sizes | fields))
 
 

@@ -8,6 +8,7 @@ import operator
 
 import numpy as np
 import pytest
+import toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,10 +59,7 @@ def neox(tmp_path_factory):
         num_heads=2,
         seq_len=16,
         projection="dense",
-        norm="layernorm",
-        residual="parallel",
-        ffn_activation="gelu",
-        output_projection=True,
+        **toy.PYTHIA_BLOCK,
         rotary_fraction=0.5,
     )
     directory = tmp_path_factory.mktemp("neox") / "model"

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import toy
 
 from memoryformer import convert, errors, model
 from memoryformer.convert import gpt_neox_tensors, torch_file, trees
@@ -218,11 +219,7 @@ def ours():
         num_heads=3,
         seq_len=16,
         projection="dense",
-        norm="layernorm",
-        norm_eps=1e-5,
-        residual="parallel",
-        ffn_activation="gelu",
-        output_projection=True,
+        **toy.PYTHIA_BLOCK,
     )
     params = model.init(config)
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+import toy
 
 from memoryformer import convert, errors, model
 from memoryformer.data import tokenizer as tokenizer_lib
@@ -48,11 +49,7 @@ def adapters(tmp_path_factory):
         num_heads=2,
         seq_len=SEQ_LEN,
         projection="dense",
-        norm="layernorm",
-        norm_eps=1e-5,
-        residual="parallel",
-        ffn_activation="gelu",
-        output_projection=True,
+        **toy.PYTHIA_BLOCK,
         rotary_fraction=0.5,
         embed_std=1.0,
         mixer_std=0.4,
