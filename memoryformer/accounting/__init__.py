@@ -246,6 +246,7 @@ def table(accounting: Accounting) -> str:
         rows.append((f"one block: {name.replace('_', ' ')}", value, unit))
     units = {
         "head_multiply_adds": "multiply-adds per sequence",
+        "recurrence_multiply_adds": "multiply-adds per sequence",
         "multiply_adds_per_token": "multiply-adds",
         "flops_per_token": "FLOPs, 2 per multiply-add",
         "training_flops_per_token": "FLOPs, 2 per multiply-add",

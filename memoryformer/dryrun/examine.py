@@ -133,6 +133,8 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     model, train = run.model, run.train
     counted = accounting.count(model)
     tokens = train.batch_size * model.seq_len
+    flops = counted.training_flops_per_token * tokens * train.num_steps
+    peak = target.chip.matrix_flops
     params = lowering.device_bytes(state.params)
     # Tables are joined, and their gradients kept, in the type that layers read.
     read = jax.eval_shape(
@@ -155,6 +157,7 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         training_flops_per_token=counted.training_flops_per_token,
         tokens_per_step=tokens,
         total_tokens=tokens * train.num_steps,
+        device_hours_at_peak=flops / peak / 3600 if peak else 0.0,
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
         optimizer_bytes=lowering.device_bytes((state.opt_state, state.spikes)),

@@ -69,6 +69,7 @@ class Report:
     training_flops_per_token: int
     tokens_per_step: int
     total_tokens: int
+    device_hours_at_peak: float  # if products alone took time, at the chip's bf16 peak
     checkpoint_bytes: int  # the whole state
     params_bytes: int
     optimizer_bytes: int
@@ -101,6 +102,11 @@ def describe(report: Report) -> str:
         rows.append((f"parameters: {name.replace('_', ' ')}", f"{value:,}"))
     for name in ("training_flops_per_token", "tokens_per_step", "total_tokens"):
         rows.append((name.replace("_", " "), f"{getattr(report, name):,}"))
+    if report.device_hours_at_peak:
+        hours = (
+            f"{report.device_hours_at_peak:,.3g}; a real run takes several times that"
+        )
+        rows.append(("device hours at peak", hours))
     rows.append(("checkpoint", _bytes(report.checkpoint_bytes)))
     for name in ("params", "optimizer", "gathered", "gradient", "activation"):
         size = getattr(report, f"{name}_bytes")

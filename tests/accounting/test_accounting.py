@@ -241,6 +241,16 @@ def test_table_shows_every_total():
     text = accounting.table(cost)
     for value in (cost.parameters.total, cost.block.total_paper, cost.table_bytes):
         assert f"{value:,}" in text
+    units = {line[:36].strip(): line[58:].strip() for line in text.splitlines()}
+    for name, unit in units.items():
+        if name.startswith("one block"):
+            assert unit == "multiply-adds per sequence"
+        elif "multiply adds" in name:
+            assert unit.startswith("multiply-adds")
+        elif "flops" in name:
+            assert unit == "FLOPs, 2 per multiply-add"
+        else:
+            assert ("bytes" in name) == (unit == "bytes, 2 per value"), name
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,22 @@ def test_tables_are_joined_in_the_type_they_are_read_in():
     assert [r.gradient_bytes for r in reports] == [narrow, whole, whole]
 
 
+def test_hours_at_the_chips_peak():
+    """Products of the whole run over bf16 FLOPs; a CPU's peak is not known.
+
+    Mutation: seconds, or the hours of one step.
+    """
+    fields = {"train.num_steps": 10**6}
+    report = dryrun.examine(run_of(**fields), "h100", "none")
+    tokens = 10**6 * B * L
+    expected = tokens * report.training_flops_per_token / 989e12 / 3600
+    assert report.device_hours_at_peak == pytest.approx(expected, rel=1e-12)
+    assert "device hours at peak" in report_lib.describe(report)
+    on_cpu = dryrun.examine(run_of(**fields), "cpu", "none")
+    assert on_cpu.device_hours_at_peak == 0
+    assert "device hours" not in report_lib.describe(on_cpu)
+
+
 def test_the_command_prints_json(tmp_path, capsys):
     """`--json` alone on standard output; `--output` holds the same.
 
