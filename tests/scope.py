@@ -189,6 +189,7 @@ _TESTS = {
     ),
     "model/mixers/conv_luna": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",
         "test_fields.py",
@@ -196,6 +197,7 @@ _TESTS = {
     ),
     "model/mixers/cosformer": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
         "ops/test_attention.py",
         "model/test_mixers_performer.py",
@@ -205,12 +207,14 @@ _TESTS = {
     ),
     "model/mixers/dape": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
         "test_fields.py",
         "training/test_optimizer.py",
     ),
     "model/mixers/kernel": (
         "model/test_mixers_performer.py",
+        "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
         "training/test_mixers_training.py",
         "ops/test_ring.py",
@@ -219,6 +223,7 @@ _TESTS = {
     ),
     "model/mixers/linformer": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",
         "test_fields.py",
@@ -226,6 +231,7 @@ _TESTS = {
     ),
     "model/mixers/luna": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
         "ops/test_ring.py",
         "test_fields.py",
@@ -233,6 +239,7 @@ _TESTS = {
     ),
     "model/mixers/softmax": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
         "ops/test_attention.py",
         "ops/test_ring.py",
@@ -241,6 +248,7 @@ _TESTS = {
     ),
     "model/mixers/trained_kernel": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
         "ops/test_random_features.py",
         "model/test_mixers_performer.py",

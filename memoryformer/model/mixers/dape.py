@@ -75,8 +75,8 @@ class DapeV2(nnx.Module):
 
 def _over_keys(x, kernel):
     """[B, C, L, M] -> [B, F, L, M] with kernel [3, C, F]: 'same' along M."""
-    keys = x.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * 3 + [(WINDOW // 2, WINDOW // 2)])
+    keys, side = x.shape[-1], WINDOW // 2
+    x = jnp.pad(x, [(0, 0)] * 3 + [(side, side)])
     taps = [
         jnp.einsum("bclm,cf->bflm", x[..., i : i + keys], kernel[i].astype(x.dtype))
         for i in range(WINDOW)
