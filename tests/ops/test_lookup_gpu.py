@@ -124,6 +124,7 @@ def check_order(codes, num_buckets, run, order):
     num_tokens, num_tables = codes.shape
     tokens, rows, starts, ends, first_runs = map(np.asarray, order)
     assert rows.shape[1] == num_buckets + num_tokens // run
+    assert first_runs.shape == (num_tables, num_buckets + 1)
     for k in range(num_tables):
         assert (tokens[k] == np.argsort(codes[:, k], kind="stable")).all()
         position = 0
