@@ -151,9 +151,10 @@ class DataConfig:
                 "set --config.data.path=FILE_OR_FOLDER."
             )
         if self.source == "stdlib" and self.path:
+            others = ", ".join(name for name in SOURCES if name != "stdlib")
             raise errors.ConfigError(
                 f"data.path={self.path!r}: data.source='stdlib' does not use it; set "
-                "data.source to another, such as text."
+                f"data.source to one of {others}."
             )
         for key in ("path", "data_dir"):
             if value := getattr(self, key):

@@ -36,7 +36,7 @@ print(data.prepare(data.DataConfig(**json.loads(sys.argv[1]))))
 
 
 def start(config, killed_at=""):
-    fields = json.dumps({k: getattr(config, k) for k in config.__dataclass_fields__})
+    fields = json.dumps(dataclasses.asdict(config))
     return subprocess.Popen(
         [sys.executable, "-c", PREPARE, fields, *filter(None, [killed_at])],
         stdout=subprocess.PIPE,
