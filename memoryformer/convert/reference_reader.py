@@ -68,6 +68,7 @@ class Model:
     def __init__(self, config, params):
         plain = {"mixer": "softmax", "causal": True, "logit_transform": "none"}
         plain |= {"recurrence": "none"}
+        config = config | config.get("projection_options", {})  # older exports: flat
         fields = config | config.get("mixer_options", {})
         for name, value in plain.items():
             if fields.get(name, value) != value:
@@ -177,10 +178,12 @@ class Model:
         hidden = _ACTIVATIONS[c["ffn_activation"]](
             self._project(name + ".up", x, c["code_bits"])
         )
+        bits = c["code_bits"]
         if c["projection"] == "memory":
+            bits += c["extra_bits"]
             scale, bias = (self.params[f"{name}.norm.{s}"] for s in ("scale", "bias"))
             hidden = layer_norm(hidden, scale, bias, 1e-5)
-        return self._project(name + ".down", hidden, c["code_bits"] + c["extra_bits"])
+        return self._project(name + ".down", hidden, bits)
 
 
 def layer_norm(

@@ -33,7 +33,7 @@ _MARKER = "<|endoftext|>"  # between the stories of many published text files
 
 @dataclasses.dataclass
 class TextConfig(tfds.core.BuilderConfig):
-    """Which documents a builder reads; the fields of `options.DataConfig`."""
+    """Which documents a builder reads; `options.DataConfig` and its options of a source."""
 
     path: str = ""
     json_only: bool = False
@@ -71,7 +71,7 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
             return ""
         return (
             f"documents with {_MARKER} as plain text: {self._marked}; where it ends "
-            f"documents, set data.separator='{_MARKER}'"
+            f"documents, set data.source_options.separator='{_MARKER}'"
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
@@ -137,11 +137,11 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
             count = sum(seen.values())
             number = "1 document" if count == 1 else f"{count} documents"
             separator = self.builder_config.separator
-            hint = f" (split at data.separator={separator!r})" if separator else ""
+            hint = f" (split at separator={separator!r})" if separator else ""
             raise errors.DataError(
                 f"{names.shown(self.builder_config.path) or self.name}: {number}{hint} "
                 "cannot be split into train and validation; give more documents or set "
-                "data.validation_path."
+                "data.source_options.validation_path."
             )
         return fallback
 
@@ -198,7 +198,7 @@ class TextFiles(_LocalDocuments):
             if len(skipped) == len(files):
                 raise errors.DataError(
                     f"{path}: holds no text: {self.notes[-1]}; give other files or set "
-                    "data.text_field."
+                    "data.source_options.text_field."
                 )
             files = [(key, file) for key, file in files if key not in skipped]
         return files
@@ -209,8 +209,9 @@ class TextFiles(_LocalDocuments):
         files = [file for path in paths for _, file in self._list(path)]
         if config.separator and all(map(blocks.is_json_lines, files)):
             raise errors.ConfigError(
-                f"data.separator={config.separator!r}: {names.shown(config.path)} holds "
-                "JSON lines only, which have no separator; leave it out."
+                f"data.source_options.separator={config.separator!r}: "
+                f"{names.shown(config.path)} holds JSON lines only, which have no "
+                "separator; leave it out."
             )
         return super()._split_generators(dl_manager)
 
@@ -234,9 +235,11 @@ def _skipped_line(skipped: dict[str, str]) -> str:
 
 def local_builder(data_config: options.DataConfig, data_dir: str) -> _LocalDocuments:
     """The builder of a `stdlib`, `text` or `c4` source."""
-    known = {field.name for field in dataclasses.fields(TextConfig)} - {"name"}
-    values = {k: v for k, v in vars(data_config).items() if k in known}
-    json_only = data_config.source == "c4"
-    config = TextConfig(name="configured", json_only=json_only, **values)
+    config = TextConfig(
+        name="configured",
+        path=data_config.path,
+        json_only=data_config.source == "c4",
+        **vars(data_config.source_options),
+    )
     builder = Stdlib if data_config.source == "stdlib" else TextFiles
     return builder(config=config, data_dir=data_dir)

@@ -215,6 +215,9 @@ def _json_texts(path: pathlib.Path, field: str) -> Iterator[tuple[int, str]]:
     number = 0
     for number, value in jsonlines.values(path):
         where = f"{shown(path)}:{number}"
-        yield number, jsonlines.text(value, field, where, "set data.text_field")
+        yield (
+            number,
+            jsonlines.text(value, field, where, "set data.source_options.text_field"),
+        )
     if not number:
         raise errors.DataError(f"{shown(path)}: holds no JSON lines.")

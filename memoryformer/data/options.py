@@ -3,13 +3,97 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.config import field
 from memoryformer.files import paths
 
-SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
+_NAME = "data.source_options"
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentOptions:
+    """Of every source that is read document by document."""
+
+    validation_every: int = field(
+        "numbers", 20, doc="One document in about so many is held out."
+    )
+    max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
+
+    def __post_init__(self):
+        config_lib.at_least(
+            self, _NAME, 2, "validation_every"
+        )  # some are left to train on
+        config_lib.at_least(self, _NAME, 0, "max_documents")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordOptions(DocumentOptions):
+    """Of documents that are records with fields."""
+
+    text_field: str = field(
+        "numbers",
+        "text",
+        doc="Key of the text in JSON lines and TFDS; meta.text: inside of meta.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.text_field:
+            raise errors.ConfigError(
+                f"{_NAME}.text_field='': name the field with the text."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardOptions(RecordOptions):
+    """Of JSON-lines shards."""
+
+    validation_path: str = field(
+        "numbers", "", doc="Held-out files; '': documents are held out."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_path:
+            paths.local(self.validation_path, f"{_NAME}.validation_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(ShardOptions):
+    """Of text and JSON-lines files."""
+
+    separator: str = field(
+        "numbers",
+        "",
+        doc="Ends a document inside of a text file, as <|endoftext|>; '': files are whole.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CatalogueOptions(RecordOptions):
+    """Of TFDS."""
+
+    name: str = field("numbers", "", doc="Name of a TFDS data set.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.name:
+            raise errors.ConfigError(
+                f"{_NAME}.name='': data.source='tfds' needs a TFDS name, e.g. "
+                f"--config.{_NAME}.name=lm1b."
+            )
+
+
+SOURCES: dict[str, Any] = {
+    "stdlib": DocumentOptions,
+    "text": TextOptions,
+    "c4": ShardOptions,
+    "tfds": CatalogueOptions,
+    "prepared": config_lib.NoOptions,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,34 +107,19 @@ class DataConfig:
         tfds      the TFDS data set `name`; `path` is TFDS's data_dir ('': TFDS's default)
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
 
-    Raises `ConfigError` for a field that its source cannot use.
+    Raises `ConfigError` for an option that its source cannot use: it would be ignored.
     """
 
     source: str = field(
         "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared."
     )
+    source_options: Any = field(
+        "numbers", None, doc="Options of the source.", options=SOURCES
+    )
     # The fingerprint says whether it is the same text, wherever it lies.
     path: str = field(
         "nothing", "", local=True, doc="File, folder or glob of the source."
     )
-    name: str = field("numbers", "", doc="Name of a TFDS data set.")
-    text_field: str = field(
-        "numbers",
-        "text",
-        doc="Key of the text in JSON lines and TFDS; meta.text: inside of meta.",
-    )
-    separator: str = field(
-        "numbers",
-        "",
-        doc="Ends a document inside of a text file, as <|endoftext|>; '': files are whole.",
-    )
-    validation_path: str = field(
-        "numbers", "", doc="Held-out files of text or c4; '': documents are held out."
-    )
-    validation_every: int = field(
-        "numbers", 20, doc="One document in about so many is held out."
-    )
-    max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
     # By which name it was asked for: its hash says whether it is the same.
     tokenizer: str = field(
         "nothing",
@@ -75,51 +144,22 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        config_lib.choose(self.source, SOURCES, "data.source")
+        config_lib.freeze(self, "data")
         if self.source in ("text", "c4", "prepared") and not self.path:
             raise errors.ConfigError(
                 f"data.path='': data.source={self.source!r} needs one; "
                 "set --config.data.path=FILE_OR_FOLDER."
             )
-        # A field that would be ignored is a mistake: training on the wrong corpus.
-        users = {
-            "path": ("text", "c4", "tfds", "prepared"),
-            "validation_path": ("text", "c4"),
-            "separator": ("text",),
-            "name": ("tfds",),
-            "text_field": ("text", "c4", "tfds"),
-            "max_documents": ("stdlib", "text", "c4", "tfds"),
-            "validation_every": ("stdlib", "text", "c4", "tfds"),
-        }
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for key, sources in users.items():
-            value = getattr(self, key)
-            if value != defaults[key] and self.source not in sources:
-                raise errors.ConfigError(
-                    f"data.{key}={value!r}: data.source={self.source!r} does not use "
-                    f"it; set data.source to one of {', '.join(sources)}."
-                )
-        for key in ("path", "validation_path", "data_dir"):
+        if self.source == "stdlib" and self.path:
+            others = ", ".join(name for name in SOURCES if name != "stdlib")
+            raise errors.ConfigError(
+                f"data.path={self.path!r}: data.source='stdlib' does not use it; set "
+                f"data.source to one of {others}."
+            )
+        for key in ("path", "data_dir"):
             if value := getattr(self, key):
                 paths.local(value, f"data.{key}")
-        if self.source == "tfds" and not self.name:
-            raise errors.ConfigError(
-                "data.name='': data.source='tfds' needs a TFDS name, e.g. "
-                "--config.data.name=lm1b."
-            )
-        if self.validation_every < 2:
-            raise errors.ConfigError(
-                f"data.validation_every={self.validation_every}: must be at least 2, "
-                "or nothing is left to train on."
-            )
-        if self.max_documents < 0:
-            raise errors.ConfigError(
-                f"data.max_documents={self.max_documents}: must be 0 (all) or more."
-            )
-        if self.align_documents < 0:
-            raise errors.ConfigError(
-                f"data.align_documents={self.align_documents}: must be 0 (off) or more."
-            )
+        config_lib.at_least(self, "data", 0, "align_documents")
         own_end = self.tokenizer == "bytes" or self.tokenizer.startswith("bpe:")
         if self.end_token and (own_end or self.source == "prepared"):
             raise errors.ConfigError(
@@ -127,10 +167,11 @@ class DataConfig:
                 f"data.source={self.source!r} with data.tokenizer={self.tokenizer!r} has "
                 "its own; leave it ''."
             )
-        if not self.text_field:
-            raise errors.ConfigError(
-                "data.text_field='': name the field with the text."
-            )
+
+    @property
+    def name(self) -> str:
+        """The data set's in the catalogue of its source; '' where that has none."""
+        return getattr(self.source_options, "name", "")
 
 
 def cache_root(data_config: DataConfig) -> pathlib.Path:

@@ -93,11 +93,12 @@ def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
 
 def _request(data_config: options.DataConfig) -> dict:
     """Everything that determines the bytes of the token files, cheap enough to ask often."""
+    settings = data_config.source_options
     request = {
         "format": manifest_lib.FORMAT,
         "source": data_config.source,
-        "max_documents": data_config.max_documents,
-        "validation_every": data_config.validation_every,
+        "max_documents": settings.max_documents,
+        "validation_every": settings.validation_every,
         "tokenizer": data_config.tokenizer,
     }
     if data_config.source == "stdlib":
@@ -107,7 +108,7 @@ def _request(data_config: options.DataConfig) -> dict:
     else:
         request |= _local_identity(data_config)
     if data_config.source != "stdlib":
-        request["text_field"] = data_config.text_field
+        request["text_field"] = settings.text_field
     if tokenizer_lib.bpe_size(data_config.tokenizer):
         request["sample"] = _SAMPLE
     elif data_config.tokenizer != "bytes":
@@ -117,17 +118,19 @@ def _request(data_config: options.DataConfig) -> dict:
 
 
 def _local_identity(data_config: options.DataConfig) -> dict:
-    only = data_config.source == "c4"
+    only, settings = data_config.source == "c4", data_config.source_options
     files = listing.list_files(data_config.path, json_only=only)
     identity: dict[str, Any] = {"files": local_files.fingerprint(files)}
-    if data_config.validation_path:
+    if settings.validation_path:
         held_out = listing.list_files(
-            data_config.validation_path, json_only=only, field="data.validation_path"
+            settings.validation_path,
+            json_only=only,
+            field="data.source_options.validation_path",
         )
         identity["validation"] = local_files.fingerprint(held_out)
         files = files + held_out
-    if data_config.separator:
-        identity["separator"] = names.unescaped(data_config.separator)
+    if data_config.source == "text" and settings.separator:
+        identity["separator"] = names.unescaped(settings.separator)
         if "\n" in identity["separator"]:
             identity["line_ends"] = "\\n or \\r\\n"
     if any(_may_be_cut(path) for _, path in files):
