@@ -21,6 +21,7 @@ from memoryformer.training.optimizer import OptimizerConfig
 MODEL = {
     "mixer": "softmax",
     "projection": "memory",
+    "parts": "",
     "code_bits": 8,
     "extra_bits": 2,
     "score": "softmax",

@@ -147,6 +147,7 @@ def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any
     wanted = {
         "mixer": "softmax",
         "projection": "dense",
+        "parts": "",
         "causal": True,
         "mixer_options.logit_transform": "none",
         "recurrence": "none",

@@ -155,6 +155,7 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
     wanted = {
         "mixer": "softmax",
         "projection": "memory",
+        "parts": "",
         "causal": True,
         "mixer_options.logit_transform": "none",
         "recurrence": "none",

@@ -10,7 +10,7 @@ import jax
 from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
-from memoryformer.model import layers, mixers, stack
+from memoryformer.model import layers, mixers, parts, stack
 from memoryformer.model import recurrence as recurrence_lib
 from memoryformer.notation import Array
 from memoryformer.ops import hashing, lookup
@@ -49,6 +49,11 @@ class ModelConfig:
     )
     projection: str = field(
         "numbers", "memory", doc="memory | dense: what projects inside of a block."
+    )
+    parts: str = field(
+        "numbers",
+        "",
+        doc="What differs from projection, by part and layer: 'qkv@0,2-4=memory,bits=4; ..'.",
     )
     # Memory layers.
     code_bits: int = field("numbers", 8, doc="tau, bits of a code; must divide D.")
@@ -163,6 +168,7 @@ class ModelConfig:
             )
         if self.projection == "memory":
             self._check_memory()
+        parts.check(self)
         mixers.check(self)
         stack.validate_stack(self)
         recurrence_lib.check(self)
