@@ -172,9 +172,11 @@ def mixer(config, params, x, positions, segments):
 
 
 def feed_forward(config, params, x):
+    if "up" not in params:  # one layer
+        return projection(config, params, x)
     hidden = projection(config, params["up"], x)
     hidden = gelu(hidden) if config.ffn_activation == "gelu" else hidden
-    if config.projection == "memory":
+    if "norm" in params:
         hidden = layer_norm(
             hidden, params["norm"]["scale"], params["norm"]["bias"], 1e-5
         )
@@ -186,6 +188,7 @@ def projection(config, params, x):
     if "tables" not in params:
         return np.tensordot(x, params["kernel"], axes=1) + params["bias"]
     learned = {k: float(params[k]) for k in ("beta", "gamma") if k in params}
+    x = front(params.get("front", {}), x)
     y = memory_layer(
         x.reshape(-1, x.shape[-1]),
         params["tables"],
@@ -195,6 +198,20 @@ def projection(config, params, x):
         **learned,
     )
     return y.reshape(*x.shape[:-1], *y.shape[1:])
+
+
+def front(params, x):
+    """mix(x) - t, the mix as a matrix."""
+    width = x.shape[-1]
+    matrix = params.get("rotation", np.eye(width))
+    if "order" in params:
+        matrix = np.eye(width)[:, params["order"].astype(int)]
+    if "signs" in params:
+        size = max(2**i for i in range(20) if width % 2**i == 0)
+        parity = [[bin(i & j).count("1") for j in range(size)] for i in range(size)]
+        block = (-1.0) ** np.array(parity) / np.sqrt(size)
+        matrix = params["signs"][:, None] * np.kron(np.eye(width // size), block)
+    return x @ matrix - params.get("thresholds", 0)
 
 
 def _float64(tree):

@@ -157,6 +157,10 @@ _TESTS = {
         "test_fields.py",
     ),
     "model/implementations": ("model/test_implementations.py",),
+    "model/front": (
+        "model/test_parts.py",
+        "convert/test_memorise_conversion.py",
+    ),
     "model/layers": (
         "model/test_layers.py",
         "model/test_model.py",
@@ -276,6 +280,10 @@ _TESTS = {
         "evaluation/test_evaluation.py",
         "test_sharding.py",
     ),
+    "model/parts": (
+        "model/test_parts.py",
+        "convert/test_memorise_conversion.py",
+    ),
     "model/recurrence/__init__": (
         "model/test_recurrence.py",
         "training/test_recurrence_runs.py",
@@ -330,6 +338,7 @@ _TESTS = {
         "model/test_mixers.py",
         "ops/test_ring.py",
     ),
+    "ops/hadamard": ("model/test_parts.py",),
     "ops/hashing": (
         "ops/test_hashing.py",
         "ops/test_lookup.py",

@@ -28,6 +28,14 @@ MODELS = {
     },
     "tied": {"tie_embeddings": True, "norm": "layernorm"},
     "dense": {"projection": "dense"},
+    "parts": {
+        "projection": "mixed",
+        "projection_options": {
+            "memory_bias": True,
+            "parts": "ffn=memory_block,mix=hadamard,thresholds; "
+            "qkv=memory,mix=orthogonal; output=memory,mix=grouped",
+        },
+    },
 }
 PREFIX_MIXERS = (
     "linear",
@@ -53,6 +61,7 @@ CASES = [
     ("memory", "sequence", 1),
     ("dense", "fsdp:sequence=4", 2),
     pytest.param("dense", "tensor:model=4", 1, marks=slow),
+    pytest.param("parts", "fsdp_tensor:model=2", 1, marks=slow),
     pytest.param("memory", "fsdp_tensor:model=2,sequence=2", 2, marks=slow),
     pytest.param("memory", "sequence:sequence=4", 1, marks=slow),
     pytest.param("dense", "sequence", 1, marks=slow),
@@ -93,6 +102,8 @@ def initial_params(name):
     shapes = jax.eval_shape(lambda: model.init(run_of(name).model))
 
     def draw(path, x):
+        if path[-1].key == "order":
+            return rng.permutation(x.size).astype(np.float32)
         start = {"scale": 1, "beta": 2, "gamma": 1}.get(path[-1].key, 0)
         return (start + 0.3 * rng.normal(size=x.shape)).astype(np.float32)
 

@@ -48,8 +48,9 @@ def model_config(projection="memory", **fields):
         "head_std": 0.5,
     }
     options = {"extra_bits": 1, "memory_bias": True, "bias_std": 0.3}
-    if projection == "dense":
+    if projection != "memory":
         sizes |= PYTHIA_BLOCK
+    if projection == "dense":
         options = {}
     options |= fields.pop("projection_options", {})
     sizes |= {"projection": projection, "projection_options": options}

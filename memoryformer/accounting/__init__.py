@@ -1,6 +1,7 @@
 """What a model costs, counted from its config: operations, parameters, bytes.
 
     memory layer    K tables of 2^tau rows, F wide:   K (tau + F) multiply-adds per token   (below Eq. 11)
+    mix before it   D x D, or D log2 n additions:     D^2 or D log2 n multiply-adds         (`model.front`)
     dense layer     D x F:                            D F multiply-adds per token           (Eq. 1)
     softmax mixer   scores and weighted values:       2 L^2 D multiply-adds per sequence    (section 2.4)
     other mixers    `cost` of each in model/mixers:      linear in L
@@ -21,10 +22,11 @@ Start at `count`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
-from memoryformer.model import ModelConfig, mixers, recurrence
-from memoryformer.ops import hashing
+from memoryformer.model import ModelConfig, mixers, parts, recurrence
+from memoryformer.ops import hadamard, hashing
 
 PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
 
@@ -61,7 +63,7 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Multiply-adds of one block over one sequence of L tokens."""
+    """Multiply-adds of one block, the first, over one sequence of L tokens."""
 
     projections_exact: int
     projections_paper: int
@@ -94,15 +96,28 @@ class Accounting:
 
 
 def memory_layer(
-    num_tables: int, code_bits: int, features: int, *, bias: bool = False
+    num_tables: int,
+    code_bits: int,
+    features: int,
+    *,
+    bias: bool = False,
+    mix: str = "none",
+    thresholds: bool = False,
 ) -> Layer:
-    """Cost of `y = sum_k s(z_k) T_k[h(z_k)]` with tables [K, 2^tau, F] (Eqs. 7 and 11)."""
+    """Cost of `y = sum_k s(z_k) T_k[h(z_k)]` with tables [K, 2^tau, F] (Eqs. 7 and 11).
+
+    A rotation before the hash counts as dense, what else stands there with the biases.
+    """
+    width = num_tables * code_bits
+    rotation = width**2 if mix == "orthogonal" else 0
+    additions = width * (hadamard.block_size(width).bit_length() - 1)
+    vectors = thresholds + (mix in ("hadamard", "grouped"))
     return Layer(
-        hashing=num_tables * code_bits,
+        hashing=width + rotation + (additions if mix == "hadamard" else 0),
         products=num_tables * features,
         tables=num_tables * 2**code_bits * features,
-        dense=0,
-        biases=features if bias else 0,
+        dense=rotation,
+        biases=(features if bias else 0) + vectors * width,
         values_read=num_tables * features,
     )
 
@@ -119,38 +134,56 @@ def dense_layer(in_features: int, features: int) -> Layer:
     )
 
 
-def projections(model: ModelConfig) -> dict[str, Layer]:
-    """The layers of one block by name, Q, K and V as one.
+def projections(model: ModelConfig, layer: int = 0) -> dict[str, Layer]:
+    """The layers of block `layer` by name, Q, K and V as one.
 
     A dense block has a layer each for Q, K and V; a memory block hashes once
     for Q, K and V, which read rows of width 3 D.
     """
     width, options = model.embed_dim, model.projection_options
-    if model.projection == "dense":
+    chosen = parts.of_layer(model, layer)
+    ffn = chosen.ffn
+    if ffn.kind == "dense":
         hidden = options.ffn_multiple * width
         feed_forward = {
             "ffn.up": dense_layer(width, hidden),
             "ffn.down": dense_layer(hidden, width),
         }
+    elif ffn.kind == "memory_block":
+        feed_forward = {"ffn": _project(model, width, ffn)}
     else:
-        tables, bits, bias = model.num_tables, model.code_bits, options.memory_bias
-        wide = bits + options.extra_bits
+        wide = ffn.code_bits + options.extra_bits
+        hidden = width // ffn.code_bits * wide
+        down = dataclasses.replace(ffn, code_bits=wide)
         feed_forward = {
-            "ffn.up": memory_layer(tables, bits, tables * wide, bias=bias),
-            "ffn.down": memory_layer(tables, wide, width, bias=bias),
+            "ffn.up": _project(model, hidden, ffn),
+            "ffn.down": _project(model, width, down, in_features=hidden),
         }
-    layers = {"mixer.qkv": _project(model, 3 * width)} | feed_forward
+    layers = {"mixer.qkv": _project(model, 3 * width, chosen.qkv)} | feed_forward
     if model.output_projection:
-        layers["mixer.out"] = _project(model, width)
+        layers["mixer.out"] = _project(model, width, chosen.output)
     return layers
 
 
-def _project(model: ModelConfig, features: int) -> Layer:
-    """A projection from D, of the block's kind."""
-    if model.projection == "dense":
-        return dense_layer(model.embed_dim, features)
-    sizes = (model.num_tables, model.code_bits, features)
-    return memory_layer(*sizes, bias=model.projection_options.memory_bias)
+def _project(
+    model: ModelConfig,
+    features: int,
+    part: parts.Part | None = None,
+    in_features: int = 0,
+) -> Layer:
+    """A projection, from D unless said; without a part of the model's kind."""
+    part = part or parts.usual(model)
+    width = in_features or model.embed_dim
+    if part.kind == "dense":
+        return dense_layer(width, features)
+    return memory_layer(
+        width // part.code_bits,
+        part.code_bits,
+        features,
+        bias=model.projection_options.memory_bias,
+        mix=part.mix,
+        thresholds=part.thresholds,
+    )
 
 
 def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
@@ -159,22 +192,24 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     `value_bytes` is the width of a stored value: 2 for fp16 and bf16 (as the paper
     counts), 4 for float32.
     """
-    layers = tuple(projections(model).values())
-    per_token = sum(layer.multiply_adds for layer in layers)
+    layers = range(model.num_layers)
+    blocks = [tuple(projections(model, i).values()) for i in layers]
+    per_token = sum(layer.multiply_adds for layer in blocks[0])
     memory = recurrence.cost(model, per_token, lambda f: _project(model, f))
     # The mixer with the longest state that it has to keep.
     state = mixers.cost(model, recurrence.capacity(model))
-    block = _block(model, layers)
-    parameters = _parameters(model, layers, memory)
+    counted = {layers: _block(model, layers) for layers in set(blocks)}
+    parameters = _parameters(model, blocks, memory)
     head = model.embed_dim * model.vocab_size
-    sequence = model.num_layers * block.total_exact + memory.multiply_adds
+    sequence = sum(counted[layers].total_exact for layers in blocks)
+    sequence += memory.multiply_adds
     sequence += model.seq_len * head
     per_token = sequence // model.seq_len
-    rows = model.num_layers * sum(layer.values_read for layer in layers)
+    rows = sum(layer.values_read for layers in blocks for layer in layers)
     state_bytes = (state.state_value_bytes or value_bytes) * state.state_values
     return Accounting(
         parameters=parameters,
-        block=block,
+        block=counted[blocks[0]],
         head_multiply_adds=model.seq_len * head,
         recurrence_multiply_adds=memory.multiply_adds,
         multiply_adds_per_token=per_token,
@@ -195,7 +230,7 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
     exact = length * sum(layer.products for layer in layers)
     hashed = length * sum(layer.hashing for layer in layers)
     paper = exact
-    if model.projection == "memory":
+    if all(layer.tables for layer in layers):
         # The paper has no output projection; one more of them is one more K L D.
         units = PAPER_PROJECTIONS + model.output_projection
         paper = units * model.num_tables * length * model.embed_dim
@@ -210,17 +245,19 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
 
 
 def _parameters(
-    model: ModelConfig, layers: tuple[Layer, ...], memory: recurrence.Cost
+    model: ModelConfig, blocks: Sequence[Sequence[Layer]], memory: recurrence.Cost
 ) -> Parameters:
     width = model.embed_dim
     norm = width * (2 if model.norm == "layernorm" else 1)
     inner = 0
-    if model.projection == "memory":
-        # Between the FFN's two memory layers: always a LayerNorm, scale and bias.
-        bits = model.code_bits + model.projection_options.extra_bits
-        inner = 2 * model.num_tables * bits
+    for i in range(model.num_layers):
+        if (ffn := parts.of_layer(model, i).ffn).kind == "memory":
+            # Between the FFN's two memory layers: always a LayerNorm, scale and bias.
+            wide = ffn.code_bits + model.projection_options.extra_bits
+            inner += 2 * width // ffn.code_bits * wide
     norms = 1 if model.residual == "eq13" else 2  # Eq. 13 norms once for both halves
-    every, scalars = (*layers * model.num_layers, *memory.projections), 0
+    every = (*itertools.chain(*blocks), *memory.projections)
+    scalars = 0
     if hashing.is_learned(model.score):
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
@@ -230,7 +267,7 @@ def _parameters(
         "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
-        "norms_and_biases": all_norms + inner * model.num_layers + biases + scalars,
+        "norms_and_biases": all_norms + inner + biases + scalars,
         "mixers": model.num_layers * mixing + memory.parameters,
         "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }

@@ -4,12 +4,18 @@ python -m memoryformer.convert gpt_neox SOURCE DIR [--tables=T]    Pythia -> exp
 python -m memoryformer.convert released SOURCE DIR [--tables=T]    released code -> export
 python -m memoryformer.convert export WORKDIR DIR [--to=FORMAT]    run -> export or FORMAT
 python -m memoryformer.convert import DIR WORKDIR [--config=FILE]  export -> run
+python -m memoryformer.convert memorise SOURCE WORKDIR [--parts=P] dense -> memory layers
+
+memorise takes a run, an export or a GPT-NeoX directory, and makes a run: --parts of qkv, output,
+ffn; --layers=0,2-4; --bits=8 or qkv=4,ffn=8; --tokens to fit to. A conversion that was stopped
+goes on.
 
 SOURCE is a directory or hub:owner/name; T is float32, bfloat16 or int8; FORMAT is
 safetensors (an export), gpt_neox or released. What ends a document is read from the files
 of a gpt_neox SOURCE; --end_token=TOKEN says it where they do not.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from absl import flags
@@ -24,8 +30,12 @@ _COMMANDS = {
     "released": ("tables", "revision", "end_token", "released_config"),
     "export": ("step", "to", "tables"),
     "import": ("config",),
+    "memorise": (
+        *("config", "parts", "layers", "bits", "tokens", "mix", "thresholds", "score"),
+        *("target", "solver", "eval_batches", "revision"),
+    ),
 }
-_FLAGS = ("config", "tables", "step", "to", "revision", "end_token", "released_config")
+_FLAGS = tuple(dict.fromkeys(flag for used in _COMMANDS.values() for flag in used))
 
 
 def define_flags() -> None:
@@ -41,6 +51,26 @@ def define_flags() -> None:
     cli.define_path_flag(
         "released_config", "The yml of a released checkpoint that carries none."
     )
+    _define_memorise_flags()
+
+
+def _define_memorise_flags():
+    flags.DEFINE_string("parts", "qkv,ffn", "memorise: of qkv, output and ffn.")
+    flags.DEFINE_string("layers", "", "memorise: such as 0,2-4; '': all.")
+    flags.DEFINE_string("bits", "8", "memorise: tau, or by part: qkv=4,ffn=8.")
+    flags.DEFINE_integer("tokens", 98_304, "memorise: how many to fit to.", 1)
+    flags.DEFINE_string(
+        "mix", "none", "memorise: none, hadamard, orthogonal, grouped or auto."
+    )
+    flags.DEFINE_bool("thresholds", True, "memorise: centre what is hashed.")
+    flags.DEFINE_string("score", "l1", "memorise: model.score of the new layers.")
+    flags.DEFINE_string(
+        "target", "layer", "memorise: layer, or stream: make up for errors before."
+    )
+    flags.DEFINE_string("solver", "auto", "memorise: auto, exact or gradients.")
+    flags.DEFINE_integer(
+        "eval_batches", 8, "memorise: how many the loss is told on; 0: all.", 0
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +84,7 @@ def _run(argv):
 
     if len(argv) != 4:
         raise errors.ConfigError(
-            "usage: python -m memoryformer.convert gpt_neox|released|export|import "
+            "usage: python -m memoryformer.convert gpt_neox|released|export|import|memorise "
             "FROM TO; --help says more."
         )
     command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
@@ -64,7 +94,9 @@ def _run(argv):
     _refuse_unused_flags(command, origin)
     config_lib.choose(flags.FLAGS.tables, export.TABLE_TYPES, "--tables")
     config_lib.choose(flags.FLAGS.to, transfer.FORMATS, "--to")
-    if command == "export":
+    if command == "memorise":
+        _memorise(origin, target)
+    elif command == "export":
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
         tables, form = flags.FLAGS.tables, flags.FLAGS.to
         transfer.export_run(origin, target, step=step, form=form, tables=tables)
@@ -91,6 +123,18 @@ def _run(argv):
             },
         )
     print(f"{origin} -> {target}")
+
+
+def _memorise(origin, target):
+    from memoryformer.convert import transfer
+    from memoryformer.convert.memorise import conversion, options, report
+
+    fields = dataclasses.fields(options.Options)
+    values = {f.name: flags.FLAGS[f.name].value for f in fields if f.name != "ridges"}
+    chosen = options.Options(**values)
+    directory = transfer.fetch(origin, flags.FLAGS.revision)
+    told = conversion.memorise(directory, target, chosen, flags.FLAGS.config)
+    print(report.table(told))
 
 
 def _refuse_unused_flags(command, origin):

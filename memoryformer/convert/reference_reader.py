@@ -75,7 +75,8 @@ class Model:
                 raise ValueError(
                     f"{name}={fields[name]!r}: this reader has only {value!r}."
                 )
-        if config.get("projection") == "memory" and config["score"] not in _SCORES:
+        has_tables = any(name.endswith(".tables") for name in params)
+        if has_tables and config["score"] not in _SCORES:
             raise ValueError(
                 f"score={config['score']!r}: this reader has only {', '.join(_SCORES)}."
             )
@@ -115,12 +116,14 @@ class Model:
             return x / (rms + np.float32(eps)) * scale
         return layer_norm(x, scale, self.params[name + ".bias"], eps)
 
-    def _project(self, name, x, code_bits):
+    def _project(self, name, x):
         """Dense: x W + b. Memory layer: sum_k s(z_k) T_k[h(z_k)] + b."""
         p = self.params
         if name + ".kernel" in p:
             y: np.ndarray | float = np.tensordot(x, p[name + ".kernel"], 1)
         else:
+            code_bits = p[name + ".tables"].shape[1].bit_length() - 1  # C = 2^tau
+            x = self._front(name + ".front", x)
             chunks = x.reshape(*x.shape[:-1], -1, code_bits)  # z: [B, L, K, tau]
             bit_weights = 1 << np.arange(code_bits)[::-1]  # first value: high bit
             codes = ((chunks >= 0) * bit_weights).sum(-1)  # h(z): [B, L, K]
@@ -133,6 +136,17 @@ class Model:
                 )
                 y = y + weight * rows
         return y + p[name + ".bias"] if name + ".bias" in p else y
+
+    def _front(self, name, x):
+        """mix(x) - t; the mix is whichever there is: signs and Hadamard, rotation, order."""
+        p = self.params
+        if name + ".signs" in p:
+            x = hadamard(x * p[name + ".signs"])
+        elif name + ".rotation" in p:
+            x = x @ p[name + ".rotation"]
+        elif name + ".order" in p:
+            x = x[..., p[name + ".order"].astype(int)]
+        return x - p[name + ".thresholds"] if name + ".thresholds" in p else x
 
     def _scores(self, name, chunks):
         """||z||^a exp(gamma sum_i log sigmoid(beta |z_i|))."""
@@ -147,7 +161,7 @@ class Model:
     def _attention(self, name, x):
         c = self.config
         heads, length = c["num_heads"], x.shape[1]
-        qkv = self._project(name + ".qkv", x, c["code_bits"])  # [B, L, 3, D]
+        qkv = self._project(name + ".qkv", x)  # [B, L, 3, D]
         qkv = qkv.reshape(*qkv.shape[:3], heads, -1)  # [B, L, 3, H, E]
         q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # [B, H, L, E]
         q, k = self._rotate(q), self._rotate(k)
@@ -157,7 +171,7 @@ class Model:
         weights /= weights.sum(-1, keepdims=True)
         y = (weights @ v).swapaxes(1, 2).reshape(x.shape)
         if c["output_projection"]:
-            y = self._project(name + ".out", y, c["code_bits"])
+            y = self._project(name + ".out", y)
         return y
 
     def _rotate(self, x):
@@ -174,16 +188,15 @@ class Model:
         return np.concatenate(turned, -1)
 
     def _feed_forward(self, block, x):
-        c, name = self.config, block + "ffn"
-        hidden = _ACTIVATIONS[c["ffn_activation"]](
-            self._project(name + ".up", x, c["code_bits"])
-        )
-        bits = c["code_bits"]
-        if c["projection"] == "memory":
-            bits += c["extra_bits"]
-            scale, bias = (self.params[f"{name}.norm.{s}"] for s in ("scale", "bias"))
+        p, name = self.params, block + "ffn"
+        if name + ".tables" in p:  # one memory layer
+            return self._project(name, x)
+        activation = _ACTIVATIONS[self.config["ffn_activation"]]
+        hidden = activation(self._project(name + ".up", x))
+        if name + ".norm.scale" in p:  # between two of them
+            scale, bias = (p[f"{name}.norm.{s}"] for s in ("scale", "bias"))
             hidden = layer_norm(hidden, scale, bias, 1e-5)
-        return self._project(name + ".down", hidden, bits)
+        return self._project(name + ".down", hidden)
 
 
 def layer_norm(
@@ -193,6 +206,16 @@ def layer_norm(
     x = x - x.mean(-1, keepdims=True)
     variance = np.mean(x * x, -1, keepdims=True)
     return x / np.sqrt(variance + np.float32(eps)) * scale + bias
+
+
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """Multiply blocks of n values by H_n / sqrt(n); n: the largest power of 2 in the width."""
+    size = x.shape[-1] & -x.shape[-1]
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = x.reshape(*x.shape[:-1], -1, size) @ (matrix / np.float32(size**0.5))
+    return blocks.reshape(x.shape)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from memoryformer.convert import export, folders, gpt_neox, released
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.files import hub
+from memoryformer.notation import Params
 from memoryformer.runs import checkpoint, compatibility, old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
@@ -96,7 +97,18 @@ def import_run(
     else:
         dataset = data.load(run.data, expected_vocab_size=run.model.vocab_size)
         data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
-        _check_same_tokens(directory, tokenizer)
+        check_same_tokens(export.tokenizer_of(directory), tokenizer, directory)
+    begin_run(workdir, run, params, data_fingerprint, tokenizer)
+
+
+def begin_run(
+    workdir: str | os.PathLike,
+    run: experiment.Experiment,
+    params: Params,
+    data_fingerprint: str,
+    tokenizer: data.Tokenizer,
+) -> None:
+    """Write `params` as step 0 of a run, with a fresh optimizer."""
     state = step_lib.new_state(run, jax.tree.map(jnp.asarray, params))
     with checkpoint.Checkpointer(
         workdir,
@@ -109,13 +121,14 @@ def import_run(
         checkpointer.save(0, state, wait=True)
 
 
-def _check_same_tokens(directory: str | os.PathLike, ours: data.Tokenizer) -> None:
-    """Raise `ConfigError` if the export's tokens are not those of the data.
+def check_same_tokens(
+    theirs: data.Tokenizer | None, ours: data.Tokenizer, directory: str | os.PathLike
+) -> None:
+    """Raise `ConfigError` if the tokens of a model are not those of the data.
 
     Published files of one tokenizer differ in what makes no difference here, so bytes and
     the end of a document are compared, not fingerprints.
     """
-    theirs = export.tokenizer_of(directory)
     if theirs is None:
         return
     pairs = enumerate(itertools.zip_longest(theirs.pieces, ours.pieces, fillvalue=b""))

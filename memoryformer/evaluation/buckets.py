@@ -24,7 +24,7 @@ from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.evaluation import base
 from memoryformer.model import codes as codes_lib
-from memoryformer.model import mixers
+from memoryformer.model import mixers, parts
 from memoryformer.notation import Array, Codes, Float, Int, Params
 from memoryformer.ops import collectives
 
@@ -37,7 +37,7 @@ class Buckets(base.Evaluator):
     @staticmethod
     def measures(model_config: model_lib.ModelConfig) -> bool:
         """Whether there are tables."""
-        return model_config.projection == "memory"
+        return parts.has_tables(model_config)
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{'utilisation/LAYER/used_fraction', ...}, see `summary`."""
@@ -170,7 +170,7 @@ def make_count_step(
     model_config: model_lib.ModelConfig, sharding: sharding_lib.Sharding
 ) -> Callable[..., dict[str, Int[Array, "K C"]]]:
     """Compile `(params, batch) -> counts of each layer`, the same on every device."""
-    if model_config.projection != "memory":
+    if not parts.has_tables(model_config):
         raise errors.ConfigError(
             f"model.projection={model_config.projection!r}: has no tables to look at; "
             "only 'memory' has."

@@ -10,7 +10,7 @@ import jax
 from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
-from memoryformer.model import layers, mixers, stack
+from memoryformer.model import layers, mixers, parts, stack
 from memoryformer.model import recurrence as recurrence_lib
 from memoryformer.notation import Array
 from memoryformer.ops import hashing, lookup
@@ -56,7 +56,18 @@ class DenseOptions:
     )
 
 
-PROJECTIONS = {"memory": MemoryOptions, "dense": DenseOptions}
+@dataclasses.dataclass(frozen=True)
+class MixedOptions(MemoryOptions, DenseOptions):
+    """Dense blocks, parts of which are memory layers: see `model.parts`."""
+
+    parts: str = field(
+        "numbers",
+        "",
+        doc="The memory layers, by part and layer: 'qkv@0,2-4=memory,bits=4; ..'.",
+    )
+
+
+PROJECTIONS = {"memory": MemoryOptions, "dense": DenseOptions, "mixed": MixedOptions}
 
 # What the repository of the released code turns off or on beside the paper is a field here;
 # docs/paper_differences.md has the whole list.
@@ -82,7 +93,9 @@ class ModelConfig:
         "numbers", "softmax", doc="The sequence mixer: a name of model.mixers.MIXERS."
     )
     projection: str = field(
-        "numbers", "memory", doc="memory | dense: what projects inside of a block."
+        "numbers",
+        "memory",
+        doc="memory | dense | mixed: what projects inside of a block.",
     )
     # Memory layers.
     code_bits: int = field("numbers", 8, doc="tau, bits of a code; must divide D.")
@@ -183,6 +196,7 @@ class ModelConfig:
             )
         if self.projection == "memory":
             self._check_memory()
+        parts.check(self)
         mixers.check(self)
         stack.validate_stack(self)
         recurrence_lib.check(self)

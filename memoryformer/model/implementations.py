@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryformer.errors import ConfigError
-from memoryformer.model import recurrence
+from memoryformer.model import parts, recurrence
 from memoryformer.model.transformer import ModelConfig
 from memoryformer.ops import attention, lookup
 
@@ -68,7 +68,7 @@ def _refusals(config, platform, capability) -> dict[str, tuple[str, str]]:
     dtype = jnp.dtype(config.dtype)
     reasons = {}
     platform = GPUS.get(platform, platform)
-    if config.projection == "memory":
+    if parts.has_tables(config):
         reason = lookup.why_not(config.lookup, dtype, platform, capability)
         reasons["lookup"] = config.lookup, reason
     if hasattr(config.mixer_options, "attention"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memoryformer.model import front as front_lib
 from memoryformer.notation import Activations, Array, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
@@ -21,7 +22,7 @@ from memoryformer.ops import remat as remat_lib
 class MemoryLayer(nnx.Module):
     """y = sum_k s(z_k) * T_k[h(z_k)] + b  (Eq. 11): [.., D] -> [.., *features].
 
-    1. Split x into K = D / tau chunks z_k.
+    1. Split x into K = D / tau chunks z_k; `model.front` may mix it first.
     2. The signs of a chunk are its code h(z_k); its score s(z_k) is `hashing.scores`.
     3. Sum the K rows that the codes select, weighted by their scores.
 
@@ -41,6 +42,8 @@ class MemoryLayer(nnx.Module):
         use_bias: bool = False,
         table_std: float = 0.02,
         bias_std: float = 0.0,
+        mix: str = "none",
+        thresholds: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -56,6 +59,7 @@ class MemoryLayer(nnx.Module):
             _normal(rngs, shape, table_std), spec="tables", decay=True
         )
         self.bias = _bias(rngs, features, use_bias, bias_std)
+        self.front = front_lib.make(in_features, mix, thresholds, rngs=rngs)
         if hashing.is_learned(score):  # starts where beta is 2 / t and gamma 1
             beta, gamma = jnp.full((), 2.0 / temperature), jnp.ones(())
             self.beta = nnx.Param(beta, spec="whole", decay=False)
@@ -63,7 +67,8 @@ class MemoryLayer(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        chunks = hashing.split_chunks(x, self.code_bits)  # [.., K / n, tau]
+        z = self.hashed(x)
+        chunks = hashing.split_chunks(z, self.code_bits)  # [.., K / n, tau]
         codes = hashing.hash_codes(chunks)
         if self.keeps_codes:
             self.codes = nnx.Intermediate(codes)  # [.., K / n]
@@ -82,6 +87,10 @@ class MemoryLayer(nnx.Module):
         if self.bias is not None:
             y = y + align(self.bias[...], y.ndim)
         return remat_lib.name(y.astype(self.dtype), "projected")
+
+    def hashed(self, x: Activations) -> Activations:
+        """z, what is hashed: x itself, or what the layer's front makes of it."""
+        return x if self.front is None else self.front(x)
 
     def learned(self) -> tuple[Array, Array] | None:
         """(beta, gamma) of a score that has them."""

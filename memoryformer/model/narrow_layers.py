@@ -21,7 +21,12 @@ class NarrowMemoryLayer(layers.MemoryLayer):
         tables: Any = self.tables.get_value()  # `PackedTables`, see `swap_in`
         bias = None if self.bias is None else self.bias[...]
         y = narrow_rows.memory_layer(
-            x, tables, bias, self.score, self.temperature, self.learned()
+            self.hashed(x),
+            tables,
+            bias,
+            self.score,
+            self.temperature,
+            self.learned(),
         )
         return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
 

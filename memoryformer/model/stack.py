@@ -1,5 +1,6 @@
 """Blocks one after another: looped over or scanned, kept or computed again."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,19 @@ def validate_stack(config: Any) -> None:
 def run_blocks(
     blocks: Sequence[nnx.Module], x: Activations, seq: Any, remat: str, scan: bool
 ) -> Activations:
-    """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.remat` says."""
+    """Send whole rows [B, L, D] through blocks, kept and looped over as `ops.remat` says.
+
+    A scan is over blocks of the same parts: of a model whose layers differ (projection='mixed'),
+    over each run of neighbours that are alike.
+    """
+    if not scan:
+        return _run_alike(blocks, x, seq, remat, scan)
+    for _, alike in itertools.groupby(blocks, lambda block: block.parts):
+        x = _run_alike(list(alike), x, seq, remat, scan)
+    return x
+
+
+def _run_alike(blocks, x, seq, remat, scan):
     pure = [codes.pure(block, lambda block, x: block(x, seq)[0]) for block in blocks]
     functions, params = zip(*pure, strict=True)
     x, read = remat_lib.apply(functions, params, x, remat=remat, scan=scan)

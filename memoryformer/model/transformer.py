@@ -4,17 +4,20 @@
 
 A memory block's projections are `layers.MemoryLayer`s: Q, K and V share one hash, there is no
 output projection and no activation, and FFN = MemoryLayer(D -> K (tau+2)), LayerNorm,
-MemoryLayer(K chunks of tau+2 bits -> D). Its dense twin is Pythia's block.
+MemoryLayer(K chunks of tau+2 bits -> D). Its dense twin is Pythia's block. Which parts of a block
+are which, projection='mixed' says for each layer (`parts`).
 
 Start at `Transformer`; from outside, at `init` and `forward`.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import codes, layers, mixers, recurrence, stack
+from memoryformer.model import codes, layers, mixers, parts, recurrence, stack
 from memoryformer.model.config import ACTIVATIONS, NORMS, ModelConfig
 from memoryformer.notation import Activations, Array, Float, Tokens
 
@@ -31,7 +34,7 @@ def make_projection(
     *,
     output: bool = False,
     std: float = 0.0,
-    code_bits: int = 0,
+    part: parts.Part | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Make a projection as a memory layer or a dense one: the block's one factory.
@@ -42,11 +45,12 @@ def make_projection(
       features: F, or several axes such as (3, D), which share one hash.
       output: the projection writes to the residual stream.
       std: of the weights; 0 takes `mixer_std` (`output_std` if `output` and dense).
-      code_bits: tau of a memory layer; 0 takes the config's.
+      part: dense or memory, and how; None is as `projection` says.
       rngs: where the weights come from.
     """
     dtype = jnp.dtype(config.dtype)
-    if config.projection == "dense":
+    part = part or parts.usual(config)
+    if part.kind == "dense":
         default = config.output_std if output else config.mixer_std
         return layers.Dense(
             in_features,
@@ -60,13 +64,15 @@ def make_projection(
     return layers.MemoryLayer(
         in_features,
         features,
-        code_bits=code_bits or config.code_bits,
+        code_bits=part.code_bits,
         score=config.score,
         temperature=options.temperature,
         implementation=config.lookup,
         use_bias=options.memory_bias,
         table_std=std or config.mixer_std,
         bias_std=options.bias_std,
+        mix=part.mix,
+        thresholds=part.thresholds,
         dtype=dtype,
         rngs=rngs,
     )
@@ -75,14 +81,15 @@ def make_projection(
 class MemoryFeedForward(nnx.Module):
     """y = ML_2(LayerNorm(act(ML_1(x)))), ML_1 widening every chunk by `extra_bits`."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        bits = config.code_bits + config.projection_options.extra_bits
-        hidden = config.num_tables * bits
+    def __init__(self, config: ModelConfig, part: parts.Part, *, rngs: nnx.Rngs):
+        bits = part.code_bits + config.projection_options.extra_bits
+        hidden = config.embed_dim // part.code_bits * bits
         make = functools.partial(make_projection, config, std=config.ffn_std, rngs=rngs)
-        self.up = make(config.embed_dim, hidden)
+        self.up = make(config.embed_dim, hidden, part=part)
         self.activation = config.ffn_activation
         self.norm = layers.LayerNorm(hidden)
-        self.down = make(hidden, config.embed_dim, code_bits=bits)
+        wider = dataclasses.replace(part, code_bits=bits)
+        self.down = make(hidden, config.embed_dim, part=wider)
 
     def __call__(self, x: Activations) -> Activations:
         """[B, L, D] -> [B, L, D]."""
@@ -92,9 +99,9 @@ class MemoryFeedForward(nnx.Module):
 class DenseFeedForward(nnx.Module):
     """y = W_2 act(W_1 x + b_1) + b_2."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, part: parts.Part, *, rngs: nnx.Rngs):
         hidden = config.projection_options.ffn_multiple * config.embed_dim
-        make = functools.partial(make_projection, config, rngs=rngs)
+        make = functools.partial(make_projection, config, part=part, rngs=rngs)
         self.up = make(config.embed_dim, hidden, std=config.ffn_std)
         self.activation = config.ffn_activation
         self.down = make(hidden, config.embed_dim, output=True)
@@ -104,12 +111,34 @@ class DenseFeedForward(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
+def memory_block(
+    config: ModelConfig, part: parts.Part, *, rngs: nnx.Rngs
+) -> nnx.Module:
+    """Make a feed-forward layer of one memory layer, D -> D."""
+    width = config.embed_dim
+    return make_projection(
+        config, width, width, std=config.ffn_std, part=part, rngs=rngs
+    )
+
+
+FEED_FORWARD: dict[str, Callable[..., nnx.Module]] = {
+    "memory": MemoryFeedForward,
+    "dense": DenseFeedForward,
+    "memory_block": memory_block,
+}
+
+
 class Block(nnx.Module):
     """One layer: a sequence mixer and a feed-forward layer, each behind a norm."""
 
     def __init__(self, config: ModelConfig, *, layer: int = 0, rngs: nnx.Rngs):
-        project = functools.partial(make_projection, config, rngs=rngs)
-        feed_forward = {"memory": MemoryFeedForward, "dense": DenseFeedForward}
+        self.parts = parts.of_layer(config, layer)
+
+        def project(*sizes, output=False, **options):
+            part = self.parts.output if output else self.parts.qkv
+            options |= {"output": output, "part": part, "rngs": rngs}
+            return make_projection(config, *sizes, **options)
+
         self.residual = config.residual
         self.sequence_chunk = config.sequence_chunk
         self.norm1 = make_norm(config, config.embed_dim)
@@ -118,7 +147,8 @@ class Block(nnx.Module):
         )
         eq13 = config.residual == "eq13"  # one norm for both
         self.norm2 = None if eq13 else make_norm(config, config.embed_dim)
-        self.ffn = feed_forward[config.projection](config, rngs=rngs)
+        ffn = self.parts.ffn
+        self.ffn = FEED_FORWARD[ffn.kind](config, ffn, rngs=rngs)
 
     def __call__(
         self, x: Activations, seq: mixers.SeqInfo, state: mixers.State | None = None

@@ -183,9 +183,15 @@ class Performer(KernelAttention):
         if not every:
             return fixed
         due = (step % every == 0) & (step > 0)
-        return jax.lax.cond(
-            due, lambda: random_rows(config, seed, step // every), lambda: fixed
-        )
+
+        def draw():  # and keep what else is fixed: the mixes of memory layers
+            rows, blocks = random_rows(config, seed, step // every), fixed["blocks"]
+            for i, block in rows["blocks"].items():
+                block["mixer"] = blocks[i]["mixer"] | block["mixer"]
+                rows["blocks"][i] = blocks[i] | block
+            return fixed | rows
+
+        return jax.lax.cond(due, draw, lambda: fixed)
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)

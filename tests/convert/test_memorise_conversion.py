@@ -1,0 +1,226 @@
+"""A whole dense model as memory layers: a run that goes on, stopped and gone on with, refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from memoryformer import cli, data, errors, model
+from memoryformer.convert import __main__ as command
+from memoryformer.convert import export, gpt_neox, memorise, transfer
+from memoryformer.convert.memorise import activations, conversion
+from memoryformer.convert.memorise.options import Options
+from memoryformer.model import parts
+from memoryformer.training import evaluate_run, experiment, loop
+
+DENSE = {
+    "model.projection": "dense",
+    "model.num_layers": 2,
+    "model.output_projection": True,
+    "model.ffn_activation": "gelu",
+    "model.residual": "parallel",
+    **{
+        f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "output", "head")
+    },
+}
+ALL = Options(parts="qkv,output,ffn", bits="4", tokens=2048, eval_batches=0)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense run of two layers, at step 0: training it would compile."""
+    folder = tmp_path_factory.mktemp("dense")
+    toy.corpus(folder / "corpus")
+    run = experiment.resolve(toy.run_config(folder, **DENSE))
+    dataset = data.load(run.data)
+    params = model.init(run.model)
+    about = (dataset.fingerprint, dataset.tokenizer)
+    transfer.begin_run(folder / "run", run, params, *about)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    """All of it as memory layers: (workdir, what is told)."""
+    workdir = tmp_path_factory.mktemp("memorised") / "run"
+    return workdir, conversion.memorise(dense, workdir, ALL)
+
+
+def test_the_result_is_a_run(dense, converted):
+    """It evaluates to the loss that was told, trains on and exports.
+
+    Mutations: a part put into another layer; the bias left out; `memory_bias` not set.
+    """
+    workdir, told = converted
+    run, params, facts = experiment.load(workdir)
+    assert facts["step"] == 0 and not (workdir / conversion.FOLDER).exists()
+    assert run.model.projection_options.parts == told["model_parts"]
+    for layer in range(2):
+        kinds = [part.kind for part in parts.of_layer(run.model, layer)]
+        assert kinds == ["memory", "memory", "memory_block"]
+    loss = evaluate_run.evaluate_checkpoint(workdir)["val/loss"]
+    assert loss == pytest.approx(told["loss_after"], rel=1e-5)
+    before = evaluate_run.evaluate_checkpoint(dense)["val/loss"]
+    assert before == pytest.approx(told["loss_before"], rel=1e-5)
+    assert json.loads((workdir / "memorise.json").read_text()) == told
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert told["after"]["parameters"] == total
+    assert told["after"]["bytes_a_token"] < told["before"]["bytes_a_token"]
+
+
+def test_tables_are_the_best_for_the_model_converted_so_far(dense, converted):
+    """What is told of the last part, from the definition: the part before it is converted.
+
+    Mutations: activations of the dense model; the threshold left out; the bits of another part.
+    """
+    workdir, told = converted
+    run, params, _ = experiment.load(workdir)
+    original, theirs, _ = experiment.load(dense)
+    wide = {**params["blocks"]["1"], "ffn": theirs["blocks"]["1"]["ffn"]}
+    blocks = {**params["blocks"], "1": wide}
+    half = activations.Subject(
+        parts.mixed(run.model, {
+            0: parts.of_layer(run.model, 0),
+            1: parts.of_layer(run.model, 1)._replace(ffn=parts.Part("dense", 4)),
+        }),
+        {**params, "blocks": blocks},
+    )  # fmt: skip
+    source = conversion.source_lib.load(dense, None)
+    batches = conversion._Batches(source, ALL)
+    pairs = [activations.observe(half, 1, "ffn", batch) for batch in batches.others()]
+    inputs, outputs = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    layer = params["blocks"]["1"]["ffn"]
+    z = (inputs - layer["front"]["thresholds"]).reshape(len(inputs), 4, 4)
+    codes = ((z >= 0) * [8, 4, 2, 1]).sum(-1)
+    fitted = layer["bias"] + sum(
+        np.abs(z[:, k]).sum(-1, keepdims=True) * layer["tables"][k, codes[:, k]]
+        for k in range(4)
+    )
+    left = np.square(outputs - fitted).sum()
+    left /= np.square(outputs - outputs.mean(0)).sum()
+    assert left == pytest.approx(told["parts"][-1]["unexplained"], rel=1e-3)
+    assert left < 0.5
+    assert original.model.projection == "dense"
+
+
+def test_a_stopped_conversion_goes_on(dense, converted, tmp_path, monkeypatch):
+    """At the part where it was, to the same parameters; another conversion is refused.
+
+    Mutations: parts that are kept fitted again; the settings not compared.
+    """
+    real, fitted = conversion._fitted, []
+
+    def stop_at_the_third(*args):
+        if len(fitted) == 3:
+            raise KeyboardInterrupt
+        fitted.append(args[2:4])
+        return real(*args)
+
+    monkeypatch.setattr(conversion, "_fitted", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        conversion.memorise(dense, tmp_path / "run", ALL)
+    monkeypatch.setattr(conversion, "_fitted", real)
+    with pytest.raises(errors.ConfigError, match="holds another conversion"):
+        conversion.memorise(dense, tmp_path / "run", Options(bits="4", tokens=2000))
+    calls = []
+    monkeypatch.setattr(
+        conversion, "_fitted", lambda *args: calls.append(args[2:4]) or real(*args)
+    )
+    told = conversion.memorise(dense, tmp_path / "run", ALL)
+    assert calls == [(1, "qkv"), (1, "output"), (1, "ffn")]
+    again, whole = (experiment.load(w)[1] for w in (tmp_path / "run", converted[0]))
+    assert model.fingerprint(again) == model.fingerprint(whole)
+    assert told["loss_after"] == converted[1]["loss_after"]
+    with pytest.raises(errors.ConfigError, match="holds checkpoints"):
+        conversion.memorise(dense, tmp_path / "run", ALL)
+
+
+def test_from_gpt_neox_to_ten_more_steps(dense, tmp_path):
+    """A folder as transformers writes it, half converted, trained on, exported.
+
+    Mutations: the model of --config taken; the tokens of --config not compared.
+    """
+    run, _, _ = experiment.load(dense)
+    origin = tmp_path / "neox"
+    layernorm = {"norm": "layernorm", "norm_eps": 1e-5}
+    theirs = model.ModelConfig(**{
+        **{f: getattr(run.model, f) for f in run.model.__dataclass_fields__},
+        **layernorm,
+    })  # fmt: skip
+    fresh = jax.tree.map(np.asarray, model.init(theirs))
+    gpt_neox.save_gpt_neox(origin, theirs, fresh)
+    config = toy.run_config(dense.parent, **{"train.num_steps": 10})
+    chosen = Options(parts="ffn", layers="1", bits="4", tokens=2048, mix="auto")
+    with pytest.raises(errors.ConfigError, match="give --config=FILE"):
+        conversion.memorise(origin, tmp_path / "run", chosen)
+    conversion.memorise(origin, tmp_path / "run", chosen, config)
+    made, before, _ = experiment.load(tmp_path / "run")
+    assert (
+        made.model.norm == "layernorm"
+        and made.model.projection_options.parts.startswith("ffn@1=")
+    )
+    loop.train(experiment.as_dict(made), tmp_path / "run")
+    _, after, facts = experiment.load(tmp_path / "run")
+    assert facts["step"] == 10
+    moved = (
+        before["blocks"]["1"]["ffn"]["tables"] != after["blocks"]["1"]["ffn"]["tables"]
+    )
+    assert moved.any()
+    transfer.export_run(tmp_path / "run", tmp_path / "export", tables="int8")
+    config, _ = export.load_export(tmp_path / "export")
+    assert config == made.model
+
+
+def test_the_stream_can_be_what_is_fitted_to(dense):
+    """Wanted is then what brings the residual stream to the dense model's.
+
+    Mutation: the reference's own outputs alone.
+    """
+    source = conversion.source_lib.load(dense, None)
+    config, params = source.subject
+    other = jax.tree.map(lambda a: 1.1 * a, params)
+    batch = next(conversion._Batches(source, ALL).fitted())
+    teacher, student = source.subject, activations.Subject(config, other)
+    _, wanted = activations.observe(student, 1, "ffn", batch, teacher)
+    x, seq = activations._stream(student, 1, batch)
+    block = model.merge(config, other).blocks[1]
+    beside = x + block.mixer(block.norm1(x), seq)[0]
+    theirs, _ = activations._stream(teacher, 2, batch)
+    target = np.asarray(theirs - beside).reshape(wanted.shape)
+    np.testing.assert_allclose(wanted, target, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"parts": "head"}, "--parts='head': unknown choice"),
+        ({"bits": "5"}, "--bits=5: 5 bits of qkv do not divide the width 16"),
+        ({"bits": "ffn=x"}, "--bits=ffn=x: must be from 1 to 16"),
+        ({"layers": "1-4"}, "--layers=1-4: the model has 2"),
+        ({"layers": "x"}, "--layers=x: must be like 0,2-4"),
+        ({"tokens": 50}, "--tokens=50: fewer than the 64 rows"),
+        ({"tokens": 90_000}, "--tokens=90000: with what is held out .* the text has"),
+        ({"mix": "stirred"}, "--mix='stirred': unknown choice"),
+    ],
+)
+def test_mistakes_are_one_line(dense, tmp_path, fields, message):
+    """And nothing is written. Mutations: any of these checks left out."""
+    with pytest.raises(errors.ConfigError, match=message) as caught:
+        conversion.memorise(
+            dense, tmp_path / "run", Options(**{"bits": "4", "tokens": 2048} | fields)
+        )
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_command(dense, tmp_path, capsys):
+    """A table at the end. Mutation: `report.table` not printed."""
+    words = ["convert", "memorise", str(dense), str(tmp_path / "run"), "--bits=4"]
+    words += ["--tokens=1024", "--parts=qkv", "--layers=0"]
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(command._run, command.define_flags, words)
+    assert ended.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "unexplained" in text and "bytes of float32 weights read for a token" in text
+    assert memorise.fit_tables  # the name that others use
