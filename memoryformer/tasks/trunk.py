@@ -127,10 +127,14 @@ class Classifier(TrunkTask):
 class Tagger(TrunkTask):
     """A target for each position: batches have inputs, segment_ids, targets, weights [B, L]."""
 
+    def logits(self, params: Params, batch: base.Batch) -> Float[Array, "B L V"]:
+        """Logits of each position's target."""
+        model, x, seq = self.embedded(params, batch)
+        return model.logits(_mixed(model, x, seq))
+
     def sums(self, params: Params, batch: base.Batch) -> base.Sums:
         """Nats and right answers, by their weights, and rows that are right throughout."""
-        model, x, seq = self.embedded(params, batch)
-        logits = model.logits(_mixed(model, x, seq))
+        logits = self.logits(params, batch)
         weights, targets = jnp.asarray(batch["weights"]), batch["targets"]
         nats = losses.token_nats(logits, targets)
         correct = jnp.argmax(logits, axis=-1) == targets
