@@ -41,6 +41,7 @@ COMMANDS = {
     "generation": ("generation", "continue text"),
     "sweep": ("sweep", "many runs from one config"),
     "report": ("report", "a page and pictures of runs"),
+    "cim": ("cim", "compute-in-memory: energy, and a run under noise"),
     "tasks": ("tasks", "train a classifier on a generated task"),
 }
 
