@@ -71,7 +71,7 @@ def _run(argv: Sequence[str]) -> None:
     every = set().union(*LOOKED_AT.values())
     what = f"{way} does not look at it" if way else "is of cim energy"
     cli.refuse_flags(sorted(every - set(LOOKED_AT[way])), what)
-    cli.check_arguments(argv[:1] + argv[2:], config=None, required=False)
+    cli.check_arguments([*argv[:1], *argv[2:]], config=None, required=False)
     {"energy": _energy, "constants": _constants, "": _noise}[way]()
 
 

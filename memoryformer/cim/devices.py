@@ -63,7 +63,7 @@ class Pcm(InPairs):
         pairs = [self._programmed(r, rng) for r in shares(weights, largest)]
 
         def difference(seconds):
-            plus, minus = (self._read(*cell, seconds, rng) for cell in pairs)
+            plus, minus = (self._read(g, nu, seconds, rng) for g, nu in pairs)
             return plus - minus
 
         later, factor = difference(seconds), 1.0

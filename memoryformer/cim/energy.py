@@ -12,8 +12,8 @@ of digital hardware have 8 bits. Start at `per_token`.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -116,55 +116,38 @@ def _layers(model_config: model_lib.ModelConfig) -> Iterator[_Layer]:
         )
         if isinstance(module, layers.MemoryLayer):
             num_tables, num_buckets, *features = module.tables.get_value().shape
-            yield _Layer(name, "memory", (num_tables, num_buckets, _product(features)))
+            yield _Layer(name, "memory", (num_tables, num_buckets, math.prod(features)))
         elif isinstance(module, layers.Dense | layers.Head):
             width, *features = module.kernel.get_value().shape
-            yield _Layer(name, "dense", (width, _product(features)))
+            yield _Layer(name, "dense", (width, math.prod(features)))
         elif isinstance(module, layers.RMSNorm | layers.LayerNorm):
             yield _Layer(name, "norm", module.scale.get_value().shape)
     if model_config.tie_embeddings:
         yield _Layer("head", "dense", (model_config.embed_dim, model_config.vocab_size))
 
 
-def _layer_row(layer, count, technology, batch, tables):
+def _layer_row(layer, count, technology, batch, tables) -> Row:
     machine = TECHNOLOGIES[technology]
     bits = machine.weight_bits
     if layer.kind == "dense":
-        stored = "read" if isinstance(machine, technologies.Memory) else "crossbar"
-        work = machine.product(*layer.shape, batch)
-        return _row(
-            layer.name,
-            "dense layer",
-            stored,
-            count,
-            work,
-            technology,
-            batch,
-            layer.shape,
-            bits,
-        )
-    num_buckets = layer.shape[1]
-    if tables == "crossbar":
-        work = machine.tables(*layer.shape)
-        hashed = technologies.rows(
-            machine.memory, *layer.shape, _bits(num_buckets), batch
-        )
-        work = dataclasses.replace(work, hashing=hashed.hashing)
+        width, features = layer.shape
+        analog = not isinstance(machine, technologies.Memory)
+        kind, mapping = "dense layer", "crossbar" if analog else "read"
+        work = machine.product(width, features, batch)
     else:
-        bits = VALUE_BITS
-        work = technologies.rows(
-            machine.memory, *layer.shape, _bits(num_buckets), batch
-        )
+        kind, mapping = "memory layer", tables
+        code_bits = layer.shape[1].bit_length() - 1
+        sizes = (*layer.shape, code_bits)
+        work = technologies.rows(machine.memory, sizes, batch)
+        if isinstance(machine, technologies.Memory) or tables == "rows":
+            bits = VALUE_BITS
+        else:
+            inside = machine.tables(*layer.shape)
+            work = dataclasses.replace(inside, hashing=work.hashing)
     return _row(
-        layer.name,
-        "memory layer",
-        tables,
-        count,
-        work,
-        technology,
-        batch,
-        layer.shape,
-        bits,
+        *(layer.name, kind, mapping, count, work, technology, batch),
+        shape=layer.shape,
+        bits=bits,
     )
 
 
@@ -174,19 +157,15 @@ def _digital_rows(model_config, technology, batch, norms) -> Iterator[Row]:
     costs = accounting.count(model_config, value_bytes=VALUE_BITS // 8)
     length, depth = model_config.seq_len, model_config.num_layers
 
-    def row(name, work, stored=(), count=1):
-        return _row(
-            name, "digital", "-", count, work, technology, batch, stored, VALUE_BITS
-        )
+    def row(name, work, stored=()):
+        head = (name, "digital", "-", 1)
+        return _row(*head, work, technology, batch, shape=stored, bits=VALUE_BITS)
 
     state = costs.decode_state_bytes * 8 // VALUE_BITS
     mixing = memory.reading(state)
     products = technologies.multiply_adds(depth * costs.block.mixing / length)
-    yield row(
-        "mixing and its state",
-        dataclasses.replace(mixing, arithmetic=products),
-        (state,),
-    )
+    mixing = dataclasses.replace(mixing, arithmetic=products)
+    yield row("mixing and its state", mixing, (state,))
     if costs.recurrence_multiply_adds:
         work = technologies.multiply_adds(costs.recurrence_multiply_adds / length)
         yield row("recurrence", Work(arithmetic=work))
@@ -197,11 +176,8 @@ def _digital_rows(model_config, technology, batch, norms) -> Iterator[Row]:
     operations = values * technologies.pj("vector_operations")
     yield row("norms and softmax", Work(arithmetic=operations * fp16))
     size = (model_config.vocab_size, model_config.embed_dim)
-    yield row(
-        "embedding",
-        memory.reading(size[1]),
-        () if model_config.tie_embeddings else size,
-    )
+    stored = () if model_config.tie_embeddings else size
+    yield row("embedding", memory.reading(model_config.embed_dim), stored)
 
 
 def _row(name, kind, mapping, count, work, technology, batch, shape, bits) -> Row:
@@ -220,18 +196,7 @@ def _row(name, kind, mapping, count, work, technology, batch, shape, bits) -> Ro
         conversion_pj=count * work.conversion,
         total_pj=count * sum(parts),
         ns=None if work.ns is None else count * work.ns,
-        stored_bits=count * bits * _product(shape) if shape else 0,
-        nodes=", ".join(dict.fromkeys(c.node for c in used if c.node[0].isdigit())),
+        stored_bits=count * bits * math.prod(shape) if shape else 0,
+        nodes=", ".join(dict.fromkeys(c.node for c in used if c.node != "-")),
         sources=tuple(dict.fromkeys(constant.source for constant in used)),
     )
-
-
-def _product(sizes: Sequence[Any]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-def _bits(num_buckets: int) -> int:
-    return num_buckets.bit_length() - 1

@@ -16,7 +16,7 @@ For evaluation only: nothing here has a gradient that is meant. Start at `attach
 
 import dataclasses
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +80,8 @@ class _Noise(nnx.Variable):
 class _Converted(nnx.Module):
     """Before and after the equation of the layer that this is mixed into."""
 
-    if TYPE_CHECKING:
-        bias: Any
-        periphery: Periphery
-        noise: Any
+    periphery: Periphery
+    noise: Any
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
@@ -91,7 +89,7 @@ class _Converted(nnx.Module):
         if converters.input_bits:
             bound = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
             x = quantise(x, converters.input_bits, bound, converters.levels)
-        whole = super().__call__(x)  # type: ignore[misc]
+        whole = super().__call__(x)
         bias = getattr(self, "bias", None)
         offset = 0 if bias is None else layers.align(bias[...], whole.ndim)
         y = (whole - offset).astype(jnp.float32)
@@ -163,10 +161,11 @@ def attach(model: Transformer, periphery: Periphery, seed: int | Array = 0) -> N
             continue
         # The same fields behind another `__call__`; flax's own setattr is for fields.
         object.__setattr__(module, "__class__", converted)
-        module.periphery = periphery
+        layer: Any = module
+        layer.periphery = periphery
         name = ".".join(map(str, path)).encode()
         number = int.from_bytes(hashlib.sha256(name).digest()[:4], "little")
-        module.noise = _Noise(jax.random.fold_in(jax.random.key(seed), number))
+        layer.noise = _Noise(jax.random.fold_in(jax.random.key(seed), number))
 
 
 def _needs_unit(periphery: Periphery) -> bool:

@@ -13,6 +13,10 @@ from memoryformer.model import ModelConfig
 from memoryformer.report import drawing
 
 COLUMNS = 3
+PANEL = {
+    "pcm_uncompensated": "pcm",
+    "io_mid_rise": "io",
+}  # dashed, in the panel of another
 SHOWN = ("edram", "lpddr4", "isaac", "neurram_8_6", "hermes_4phase")
 
 
@@ -24,9 +28,7 @@ def figure(
 ) -> plt.Figure:
     """Draw a panel for each kind of noise that has a level, then flips and energy."""
     kinds = [k for k in dict.fromkeys(s.kind for s in settings) if AXES[k] != "-"]
-    drawn = ["pcm" if k == "pcm_uncompensated" else k for k in kinds]
-    drawn = ["io" if k == "io_mid_rise" else k for k in drawn]
-    panels = list(dict.fromkeys(drawn))
+    panels = list(dict.fromkeys(PANEL.get(kind, kind) for kind in kinds))
     names = {name: _label(config) for name, config in models.items()}
     with_flips = any(config.projection == "memory" for config in models.values())
     count = len(panels) + with_flips + 1
@@ -36,13 +38,12 @@ def figure(
     free = iter(all_axes.flat)
     for kind in panels:
         axes = next(free)
-        for line, one in enumerate(
-            k for k in kinds if k.split("_")[0] == kind.split("_")[0]
-        ):
-            levels = [s for s in settings if s.kind == one]
-            _losses(axes, rows, levels, settings[0], names, dashed=line > 0)
+        for one in kinds:
+            if PANEL.get(one, one) == kind:
+                levels = [s for s in settings if s.kind == one]
+                _losses(axes, rows, levels, settings[0], names, dashed=one in PANEL)
         axes.set(title=kind, xlabel=AXES[kind], ylabel="bits per byte")
-        if kind != "io":
+        if kind != "io" and all(s.level for s in settings if s.kind == kind):
             axes.set_xscale("log")
         axes.legend(fontsize="small")
     if with_flips:
@@ -54,11 +55,8 @@ def figure(
 
 
 def _label(config: ModelConfig) -> str:
-    return (
-        f"{config.projection}, {config.score}"
-        if config.projection == "memory"
-        else "dense"
-    )
+    score = f", {config.score}" if config.projection == "memory" else ""
+    return config.projection + score
 
 
 def _losses(axes, rows, levels, ideal, names, *, dashed):

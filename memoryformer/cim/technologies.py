@@ -147,20 +147,14 @@ class Chip:
         return self.product(num_tables * num_buckets, features, 1)
 
 
-def rows(
-    memory: Memory,
-    num_tables: int,
-    num_buckets: int,
-    features: int,
-    code_bits: int,
-    batch: int,
-) -> Work:
-    """Read K rows of F values for a token, and add them up by their scores.
+def rows(memory: Memory, sizes: tuple[int, int, int, int], batch: int) -> Work:
+    """Read K rows of F values for a token, and add them up by their scores; sizes K, C, F, tau.
 
     A comparison (an int8 addition) for each of K tau bits, and a fp16 multiply-add for its
     part of the score. Tokens share no rows, but from a batch of C on, reading every table
     whole costs less: so many rows at most are read.
     """
+    num_tables, num_buckets, features, code_bits = sizes
     share = min(1.0, num_buckets / batch)
     reading = memory.reading(share * num_tables * features)
     bits = num_tables * code_bits

@@ -51,7 +51,7 @@ def test_a_digital_layer_is_the_hand_sum():
     sizes = (TABLES, BUCKETS, WIDTH, BITS)
     for name, row_nj, dense_nj in (("edram", 83.9, 671.1), ("lpddr4", 8389, 67109)):
         memory = technologies.TECHNOLOGIES[name]
-        rows = technologies.rows(memory, *sizes, batch=1)
+        rows = technologies.rows(memory, sizes, 1)
         assert nano(rows.read) == pytest.approx(row_nj, rel=1e-3)
         assert nano(rows.arithmetic) == pytest.approx(39.3, rel=1e-3)
         assert nano(rows.hashing) == pytest.approx(TABLES * BITS * 1.53 / 1e3)
@@ -59,10 +59,10 @@ def test_a_digital_layer_is_the_hand_sum():
         assert nano(dense.read) == pytest.approx(dense_nj, rel=1e-4)
         assert nano(dense.arithmetic) == pytest.approx(314.6, rel=1e-3)
         # At batch 8 = tau both read as much: the advantage is gone.
-        eight = technologies.rows(memory, *sizes, batch=8)
+        eight = technologies.rows(memory, sizes, 8)
         assert eight.read == rows.read == memory.product(WIDTH, WIDTH, 8).read
         # From C on a batch reads every table whole.
-        many = technologies.rows(memory, *sizes, batch=4 * BUCKETS)
+        many = technologies.rows(memory, sizes, 4 * BUCKETS)
         assert many.read == rows.read / 4 and many.arithmetic == rows.arithmetic
 
 

@@ -51,7 +51,7 @@ def test_no_noise_is_the_model_itself(projection, device):
 
 def test_only_weights_change_and_draws_hang_on_nothing_else():
     """Norms, biases and the embedding stay; the noise of one layer is that of the seed and its
-    name. Mutations: one generator for all leaves; `roles` not looked at."""
+    name. Mutations: the role in the place of the path; `roles` not looked at."""
     config = toy.model_config("memory")
     params = params_of(config)
     roles = model.param_roles(config)
@@ -72,6 +72,14 @@ def test_only_weights_change_and_draws_hang_on_nothing_else():
     for name in names:
         first, second = first[name], second[name]
     np.testing.assert_array_equal(first, second)
+    # Layers of one shape draw apart.
+    difference = [
+        noisy["blocks"][i]["ffn"]["up"]["tables"]
+        - params["blocks"][i]["ffn"]["up"]["tables"]
+        for i in "01"
+    ]
+    correlation = np.corrcoef(difference[0].ravel(), difference[1].ravel())[0, 1]
+    assert abs(correlation) < 0.2
     again = cim.perturb(config, params, gaussian, 0.0, 1)
     other = cim.perturb(config, params, gaussian, 0.0, 2)
     assert jax.tree.all(jax.tree.map(np.array_equal, noisy, again))
