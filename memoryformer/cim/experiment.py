@@ -121,8 +121,8 @@ def flip_rates(
     """P(bit of a code differs), by layer, over real tokens: {} for a model without tables.
 
     clean: of each batch, codes [B, L, K]. noisy: the same, and segment_ids [B, L], 0 where
-    there is padding. code_bits: tau of each layer. A bit is sign(z + n) beside sign(z). Of codes that took several calls for
-    a row, all count.
+    there is padding. code_bits: tau of each layer. Of codes of another shape, as those of a
+    recurrence's chunks are, all count.
     """
     totals: dict[str, list[int]] = {}
     for before, (after, segment_ids) in zip(clean, noisy, strict=True):
@@ -157,7 +157,7 @@ def report(
         flips = tables.flips(rows, settings, name)
         text += f"\n{name}:\n\n{flips}" if flips else ""
     print(text)
-    path = drawing.folder(folder)
+    path = pathlib.Path(folder)
     atomic.write_text(path / "table.md", text)
     with plt.rc_context(drawing.STYLE):
         drawing.save(plots.figure(rows, settings, models, batch), path / "noise.png")
@@ -184,7 +184,7 @@ def run(
                 f"--beside={beside}: was trained on other data than --workdir={workdir}, "
                 "and bits per byte of different text say nothing; name a twin on the same."
             )
-    path = pathlib.Path(folder) / RESULTS
+    path = drawing.folder(folder) / RESULTS  # refused before anything is measured
     known = _read(path)
     todo = [
         (name, setting, seed)
