@@ -37,6 +37,11 @@ BASES = {
         ("--export={folder}/corpus", "--tasks=x"),
     ],
     "memoryformer.accounting": [(CONFIG,)],
+    "memoryformer.cim": [
+        ("energy", CONFIG, "--technology=isaac"),
+        ("constants",),
+        ("--workdir={folder}/none", "--technology=gaussian"),
+    ],
     "memoryformer.convert": [
         ("export", "{folder}/run", "{folder}/out"),
         ("import", "{folder}/run", "{folder}/out"),

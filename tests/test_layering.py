@@ -34,6 +34,7 @@ convert presets
 dryrun generation
 harness sweep tasks
 report
+cim
 """
 FLOOR = {
     name: number

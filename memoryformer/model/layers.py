@@ -5,8 +5,8 @@ its last axis is a device's part: activations [.., D / n], tables [K, C, F / n].
 layer then sends only codes (1 or 2 bytes) and scores; a dense layer sends activations.
 
 Every parameter says which field of `sharding.ShardingSpecs` splits it (`spec=`), and whether
-weight decay shrinks it (`decay=`): weights do, scales, biases and scalars do not.
-Start at `MemoryLayer`.
+weight decay shrinks it (`decay=`): weights do, scales, biases and scalars do not. Tables and
+kernels also say what they are (`role=`, see `params.param_roles`). Start at `MemoryLayer`.
 """
 
 import jax
@@ -56,7 +56,7 @@ class MemoryLayer(nnx.Module):
         self.dtype = dtype
         self.keeps_codes = False  # see `model.codes`
         self.tables = nnx.Param(
-            _normal(rngs, shape, table_std), spec="tables", decay=True
+            _normal(rngs, shape, table_std), spec="tables", decay=True, role="tables"
         )
         self.bias = _bias(rngs, features, use_bias, bias_std)
         self.front = front_lib.make(in_features, mix, thresholds, rngs=rngs)
@@ -137,6 +137,7 @@ class Dense(nnx.Module):
             _normal(rngs, (in_features, *features), kernel_std),
             spec="rows" if split_inputs else "columns",
             decay=True,
+            role="dense",
         )
         self.bias = _bias(rngs, features, use_bias, 0.0)
 
@@ -208,7 +209,10 @@ class Head(nnx.Module):
     ):
         self.dtype = dtype
         self.kernel = nnx.Param(
-            _normal(rngs, (embed_dim, vocab_size), std), spec="columns", decay=True
+            _normal(rngs, (embed_dim, vocab_size), std),
+            spec="columns",
+            decay=True,
+            role="head",
         )
 
     def __call__(self, x: Activations) -> Array:

@@ -44,7 +44,11 @@ def batch_nats(
     batch: Batch,
 ) -> Array:
     """Return the weighted nats of every target: [B, L] float32."""
-    model = model_lib.merge(model_config, params)
+    return model_nats(model_lib.merge(model_config, params), batch)
+
+
+def model_nats(model: model_lib.Transformer, batch: Batch) -> Array:
+    """The same, of a merged model."""
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     logits, _ = model(batch["inputs"], seq)
     nats = losses.token_nats(logits, batch["targets"])

@@ -50,10 +50,10 @@ def prepare(
     """
     _check_head(model_config, kinds)
 
-    def store(role, leaf):
+    def store(role, path, leaf):
         return jax.tree.map(narrow_rows.in_huge_pages, _pack(role, leaf, kinds))
 
-    return _map_weights(model_config, params, store)
+    return map_weights(model_config, params, store)
 
 
 def round_weights(
@@ -62,13 +62,13 @@ def round_weights(
     """Return float32 parameters with the values that `prepare` would store."""
     _check_head(model_config, kinds)
 
-    def rounded(role, leaf):
+    def rounded(role, path, leaf):
         weights = _pack(role, leaf, kinds)
         if role == "tables":
             return narrow_rows.widen_tables(weights)
         return narrow_rows.widen_matrix(weights).reshape(leaf.shape)
 
-    return _map_weights(model_config, params, rounded)
+    return map_weights(model_config, params, rounded)
 
 
 def prune(
@@ -84,7 +84,7 @@ def prune(
         raise ConfigError(f"--density={density}: must be in (0, 1].")
     counts: dict[str, float] = {"multiply_adds": 0, "effective_multiply_adds": 0}
 
-    def sparse(role, leaf):
+    def sparse(role, path, leaf):
         if role != "dense":
             return leaf
         weights = np.array(leaf)
@@ -96,7 +96,7 @@ def prune(
         counts["effective_multiply_adds"] += kept
         return weights
 
-    return _map_weights(model_config, params, sparse), counts
+    return map_weights(model_config, params, sparse), counts
 
 
 def altered(
@@ -115,6 +115,27 @@ def altered(
     return params, changed
 
 
+def map_weights(
+    model_config: model.ModelConfig,
+    params: Params,
+    function: Callable[[str, str, Array], Any],
+) -> Params:
+    """Replace every leaf that has a role (`params.param_roles`) by function(role, path, leaf).
+
+    The one door for whatever changes the weights of a trained model. path: such as
+    'blocks.0.mixer.qkv.tables'. What `prepare` has packed stays as it is.
+    """
+
+    def walk(node, role, path):
+        if isinstance(node, narrow_rows.PackedTables | narrow_rows.PackedMatrix):
+            return node
+        if isinstance(node, dict):
+            return {key: walk(node[key], role[key], (*path, key)) for key in node}
+        return function(role, ".".join(path), node) if role else node
+
+    return walk(params, params_lib.param_roles(model_config), ())
+
+
 def _check_head(model_config, kinds):
     if model_config.tie_embeddings and kinds.head != "float32":
         raise ConfigError(
@@ -130,24 +151,3 @@ def _pack(role, leaf, kinds):
     return narrow_rows.pack_matrix(
         leaf.reshape(leaf.shape[0], -1), getattr(kinds, role)
     )
-
-
-def _map_weights(
-    model_config: model.ModelConfig,
-    params: Params,
-    function: Callable[[str, Array], Any],
-) -> Params:
-    """Replace every tables and kernel leaf by function(role, leaf), role of `WeightKinds`."""
-
-    def walk(node, specs, path):
-        if isinstance(node, narrow_rows.PackedTables | narrow_rows.PackedMatrix):
-            return node
-        if isinstance(node, dict):
-            return {key: walk(node[key], specs[key], (*path, key)) for key in node}
-        if specs == "tables":
-            return function("tables", node)
-        if path[-1] == "kernel" and specs in ("columns", "rows"):
-            return function("head" if path[0] == "head" else "dense", node)
-        return node
-
-    return walk(params, params_lib.param_specs(model_config), ())

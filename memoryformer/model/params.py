@@ -104,6 +104,11 @@ def param_groups(model_config: ModelConfig) -> dict[str, Any]:
     return _abstract(model_config)[2]
 
 
+def param_roles(model_config: ModelConfig) -> dict[str, Any]:
+    """Name the role of each parameter: 'tables', 'dense', 'head' (untied), or '' for the rest."""
+    return _abstract(model_config)[3]
+
+
 def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
     """Return the PartitionSpec of every parameter under `sharding.Sharding`.
 
@@ -117,8 +122,8 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 @functools.lru_cache(maxsize=32)
 def _abstract(
     model_config: ModelConfig,
-) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """The model without its numbers, and of each parameter the spec and the group."""
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The model without its numbers, and of each parameter the spec, the group and the role."""
     model = nnx.eval_shape(
         lambda: transformer.Transformer(model_config, rngs=nnx.Rngs(0)),
         graph=False,
@@ -134,7 +139,12 @@ def _abstract(
         )
         return _rekey(nnx.to_pure_dict(described), str)
 
-    return graphdef, of_each(lambda spec, **_: spec), of_each(_group)
+    return (
+        graphdef,
+        of_each(lambda spec, **_: spec),
+        of_each(_group),
+        of_each(lambda role="", **_: role),
+    )
 
 
 def _group(spec, decay, trained=True, **unused_metadata):
