@@ -23,9 +23,8 @@ class DocumentOptions:
     max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
 
     def __post_init__(self):
-        config_lib.at_least(
-            self, _NAME, 2, "validation_every"
-        )  # some are left to train on
+        # With 1 nothing is left to train on.
+        config_lib.at_least(self, _NAME, 2, "validation_every")
         config_lib.at_least(self, _NAME, 0, "max_documents")
 
 
