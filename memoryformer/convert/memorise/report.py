@@ -29,6 +29,10 @@ def summary(
         "before": _costs(before),
         "after": _costs(after),
         "model_parts": after.parts,
+        "go_on_with": (
+            f"--config.model.memory_bias={after.memory_bias} "
+            f"--config.model.score={after.score} --config.model.parts='{after.parts}'"
+        ),
         "parts": [dict(row) for row in rows],
     }
 
@@ -63,4 +67,4 @@ def table(told: Mapping[str, Any]) -> str:
     ):
         first, last = told["before"][name], told["after"][name]
         lines.append(f"{text}: {first:,} before, {last:,} after")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"train on with {told['go_on_with']}"])
