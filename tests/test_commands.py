@@ -47,6 +47,7 @@ BASES = {
         ("import", "{folder}/run", "{folder}/out"),
         ("gpt_neox", "{folder}/corpus", "{folder}/out"),
         ("released", "{folder}/run", "{folder}/out"),
+        ("memorise", "{folder}/run", "{folder}/out"),
     ],
     "memoryformer.data": [("inspect", CONFIG), ("yardsticks", CONFIG), ("x", CONFIG)],
     "memoryformer.dryrun": [(CONFIG, "--compile=none")],

@@ -17,6 +17,7 @@ of a gpt_neox SOURCE; --end_token=TOKEN says it where they do not.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -129,8 +130,10 @@ def _memorise(origin, target):
     from memoryformer.convert import transfer
     from memoryformer.convert.memorise import conversion, options, report
 
-    fields = dataclasses.fields(options.Options)
-    values = {f.name: flags.FLAGS[f.name].value for f in fields if f.name != "ridges"}
+    names = {field.name for field in dataclasses.fields(options.Options)}
+    values: dict[str, Any] = {
+        name: flags.FLAGS[name].value for name in names - {"ridges"}
+    }
     chosen = options.Options(**values)
     directory = transfer.fetch(origin, flags.FLAGS.revision)
     told = conversion.memorise(directory, target, chosen, flags.FLAGS.config)

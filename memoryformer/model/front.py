@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.notation import Activations, Array
+from memoryformer.notation import Activations, AnyArray
 from memoryformer.ops import collectives, hadamard
 
 MIXES = ("none", "hadamard", "orthogonal", "grouped")
@@ -52,7 +52,7 @@ class Front(nnx.Module):
         return transform(x, self.mix, arrays)
 
 
-def transform(x: Activations, mix: str, arrays: Mapping[str, Array]) -> Activations:
+def transform(x: Activations, mix: str, arrays: Mapping[str, AnyArray]) -> Activations:
     """mix(x) - t in float32, of a front's parameters by name: [.., D] -> [.., D]."""
     z = _mixed(x.astype(jnp.promote_types(x.dtype, jnp.float32)), mix, arrays)
     if "thresholds" not in arrays:

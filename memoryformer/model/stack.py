@@ -33,7 +33,7 @@ def run_blocks(
     """
     if not scan:
         return _run_alike(blocks, x, seq, remat, scan)
-    for _, alike in itertools.groupby(blocks, lambda block: block.parts):
+    for _, alike in itertools.groupby(blocks, lambda block: vars(block)["parts"]):
         x = _run_alike(list(alike), x, seq, remat, scan)
     return x
 

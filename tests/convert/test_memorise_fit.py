@@ -17,12 +17,12 @@ def observations(num_tokens, seed=0, unread=()):
     rng = np.random.default_rng(seed)
     codes = rng.choice([c for c in range(C) if c not in unread], (num_tokens, K))
     scores = rng.uniform(0.5, 2, (num_tokens, K))
-    return fit.Observations(codes, scores, 3 + rng.normal(size=(num_tokens, F)))
+    return memorise.Observations(codes, scores, 3 + rng.normal(size=(num_tokens, F)))
 
 
 def parts(whole, count=3):
     for arrays in zip(*(np.array_split(a, count) for a in whole), strict=True):
-        yield fit.Observations(*arrays)
+        yield memorise.Observations(*arrays)
 
 
 def dense_solution(seen, ridge):
@@ -126,7 +126,7 @@ def test_white_inputs_and_a_linear_map(score, expected):
     scores = np.abs(z).sum(-1) if score == "l1" else np.ones(codes.shape)
     first, held_out = np.split(np.arange(len(x)), [100_000])
     seen, others = (
-        fit.Observations(codes[i], scores[i], y[i]) for i in (first, held_out)
+        memorise.Observations(codes[i], scores[i], y[i]) for i in (first, held_out)
     )
     result = memorise.fit_tables([seen], others, 256)
     assert result.unexplained == pytest.approx(expected, abs=6e-3)

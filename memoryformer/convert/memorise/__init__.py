@@ -6,6 +6,7 @@ outputs of a trained layer are a least-squares problem:
     min over T, b   sum_n |y_n - b - sum_k s[n, k] T_k[h[n, k]]|^2 + ridge |T|^2
 
     fit            the best tables for codes, scores and outputs: start there
+    observations   what it is told of each token
     normal         its exact solution, from K C x K C sums
     gradients      its solution by conjugate gradients, which never form them
     fronts         thresholds, and the mix before the hash
@@ -14,6 +15,7 @@ outputs of a trained layer are a least-squares problem:
     source         what is converted, and the run that comes out
 """
 
-from memoryformer.convert.memorise.fit import Fit, Observations, fit_tables
+from memoryformer.convert.memorise.fit import Fit, fit_tables
+from memoryformer.convert.memorise.observations import Observations
 
 __all__ = ["Fit", "Observations", "fit_tables"]

@@ -7,7 +7,7 @@ layer. Nothing is kept between batches, so memory does not grow with tokens. Sta
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +76,9 @@ def _one(subject: Subject, layer: int) -> tuple[model_lib.ModelConfig, Params]:
     """Block `layer` as a model of one."""
     config, params = subject
     first = parts.mixed(config, {0: parts.of_layer(config, layer)})
-    alone = {"num_layers": 1, "scan_layers": False, "remat": "none"}
-    blocks = {"blocks": {"0": params["blocks"][str(layer)]}}
-    return dataclasses.replace(first, **alone), {**params, **blocks}
+    alone = dataclasses.replace(first, num_layers=1, scan_layers=False, remat="none")
+    blocks: Any = params["blocks"]
+    return alone, {**params, "blocks": {"0": blocks[str(layer)]}}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -101,7 +101,7 @@ def _nats(config, params, x, targets, weights):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _observe(config, part, params, x, seq) -> tuple[Array, Array, Array]:
     """(inputs, outputs, what the stream holds beside these outputs)."""
-    block = model_lib.merge(config, params).blocks[0]
+    block: Any = model_lib.merge(config, params).blocks[0]
     normed = block.norm1(x)
     if part == "qkv":
         outputs = block.mixer.qkv(normed)

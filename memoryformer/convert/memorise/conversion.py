@@ -27,6 +27,7 @@ from memoryformer.convert import folders, transfer, trees
 from memoryformer.convert.memorise import activations, fit, fronts, report
 from memoryformer.convert.memorise import source as source_lib
 from memoryformer.convert.memorise.activations import Subject
+from memoryformer.convert.memorise.observations import Observations
 from memoryformer.convert.memorise.options import Options
 from memoryformer.data.progress import Progress
 from memoryformer.errors import ConfigError
@@ -150,7 +151,7 @@ def _fitted(
     progress.start("reading", batches.count * batches.rows, "rows")
     result = fit.fit_tables(
         (one(*observe(batch)) for batch in batches.fitted(progress)),
-        fit.Observations(*map(np.concatenate, zip(*held_out, strict=True))),
+        Observations(*map(np.concatenate, zip(*held_out, strict=True))),
         1 << bits,
         ridges=options.ridges,
         solver=options.solver,
@@ -213,7 +214,7 @@ def _installed(
     arrays: Mapping[str, np.ndarray],
 ) -> Subject:
     """The model with a part of a layer replaced."""
-    config, params = subject
+    config, params = subject.config, dict[str, Any](subject.params)
     blocks = {i: parts.of_layer(config, i) for i in range(config.num_layers)}
     blocks[layer] = blocks[layer]._replace(**{name: part})
     config = parts.mixed(config, blocks)
@@ -276,7 +277,7 @@ def _keep(path: pathlib.Path, arrays: dict[str, np.ndarray], told: dict) -> None
     """Write a part; the .json comes last and says that it is whole."""
     with atomic.replacing(_file(path, "npz")) as temporary:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
     atomic.write_json(_file(path, "json"), told, indent=2)
 
 

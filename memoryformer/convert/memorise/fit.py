@@ -16,26 +16,17 @@ Start at `fit_tables`.
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
 
 from memoryformer.convert.memorise import gradients, normal
+from memoryformer.convert.memorise.observations import Observations, design
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Float, Int
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)  # times the mean diagonal, from the largest
 MOST_EXACT_ROWS = 16_384  # K C, up to which the equations are solved as they stand
 SOLVERS = ("auto", "exact", "gradients")
-
-
-class Observations(NamedTuple):
-    """Some tokens: codes [N, K], scores [N, K], the layer's outputs [N, F]."""
-
-    codes: Int[np.ndarray, "N K"]
-    scores: Float[np.ndarray, "N K"]
-    outputs: Float[np.ndarray, "N F"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,32 +83,19 @@ def fit_tables(
     with tempfile.TemporaryDirectory(dir=folder) as spool:
         system: normal.NormalEquations | gradients.LargeSystem
         if solver == "exact":
-            system = normal.NormalEquations(rows)
+            system = normal.NormalEquations(num_tables, num_buckets)
         else:
-            limits = {"tolerance": tolerance, "max_iterations": max_iterations}
-            system = gradients.LargeSystem(num_tables, num_buckets, spool, **limits)
+            sizes = (num_tables, num_buckets, spool)
+            system = gradients.LargeSystem(*sizes, tolerance, max_iterations)
         for observations in batches:
             seen.add(observations.codes)
-            if solver == "exact":
-                system.add(design(observations, num_buckets), observations.outputs)
-            else:
-                system.add(*observations)
+            system.add(observations)
         if not seen.num_tokens:
             raise ConfigError("no token to fit tables to: give more text or tokens.")
         fits = _solutions(system, held_out, seen, ridges)
         best = min(fits, key=lambda fit: fit.unexplained)
         tried = {fit.ridge: fit.unexplained for fit in fits}
     return dataclasses.replace(best, unexplained_by_ridge=tried, solver=solver)
-
-
-def design(observations: Observations, num_buckets: int) -> scipy.sparse.csr_matrix:
-    """Return A [N, K C] in float64: row n holds score s[n, k] at k C + h[n, k]."""
-    codes, scores, _ = observations
-    num_tokens, num_tables = codes.shape
-    columns = codes.astype(np.int64) + num_buckets * np.arange(num_tables)
-    starts = np.arange(0, num_tokens * num_tables + 1, num_tables)
-    parts = (scores.astype(np.float64).ravel(), columns.ravel(), starts)
-    return scipy.sparse.csr_matrix(parts, shape=(num_tokens, num_tables * num_buckets))
 
 
 def fill_unread(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryformer.convert.memorise import fit
+from memoryformer.convert.memorise.observations import Observations
 from memoryformer.model import front as front_lib
 from memoryformer.notation import Float
 from memoryformer.ops import hashing
@@ -38,11 +39,11 @@ class Hash:
 
     def __call__(
         self, inputs: Float[np.ndarray, "N D"], outputs: Float[np.ndarray, "N F"]
-    ) -> fit.Observations:
+    ) -> Observations:
         """Hash and score inputs, for `fit.fit_tables`."""
         kind = (self.mix, self.code_bits, self.score, self.temperature)
         codes, scores = _codes_and_scores(*kind, self.arrays, jnp.asarray(inputs))
-        return fit.Observations(np.asarray(codes), np.asarray(scores), outputs)
+        return Observations(np.asarray(codes), np.asarray(scores), outputs)
 
 
 def choose(
@@ -100,7 +101,8 @@ def _arrays(mix, inputs, code_bits, seed) -> Iterator[dict[str, np.ndarray]]:
 def together(inputs: Float[np.ndarray, "N D"], code_bits: int) -> np.ndarray:
     """Order the columns so that those of a chunk correlate: one by one, the closest yet free."""
     correlation = np.abs(np.nan_to_num(np.corrcoef(inputs.T.astype(np.float64))))
-    free, order = np.ones(len(correlation), bool), []
+    free = np.ones(len(correlation), bool)
+    order: list[int] = []
     for place in range(len(correlation)):
         if place % code_bits == 0:
             closeness = correlation[:, free].sum(1)  # begin with the most connected

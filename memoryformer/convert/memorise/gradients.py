@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryformer.convert.memorise.normal import Solution
-from memoryformer.notation import Array, Codes, Float, Int, Scores, Tables
+from memoryformer.convert.memorise.observations import Observations
+from memoryformer.notation import Array, Codes, Float, Scores, Tables
 from memoryformer.ops import lookup
 
 CHUNK = 8192  # tokens of one lookup
@@ -32,7 +33,6 @@ class LargeSystem:
         num_tables: int,
         num_buckets: int,
         folder: str,
-        *,
         tolerance: float,
         max_iterations: int,
     ):
@@ -47,13 +47,9 @@ class LargeSystem:
         self._num_tokens = 0
         self._last: np.ndarray | None = None  # where the next ridge starts
 
-    def add(
-        self,
-        codes: Int[np.ndarray, "N K"],
-        scores: Float[np.ndarray, "N K"],
-        outputs: Float[np.ndarray, "N F"],
-    ) -> None:
+    def add(self, observations: Observations) -> None:
         """Add a batch."""
+        codes, scores, outputs = observations
         zeros = jnp.zeros((*self._shape, outputs.shape[1]), jnp.float32)
         operands = (codes.astype(np.int32), scores.astype(np.float32), outputs)
         self._cross += np.asarray(_transposed(zeros, *operands), np.float64)
@@ -108,10 +104,9 @@ class LargeSystem:
         for first in range(0, len(codes), CHUNK):
             chunk = slice(first, first + CHUNK)
             missing = CHUNK - len(codes[chunk])
-            yield tuple(
-                np.pad(part, ((0, missing), (0, 0)))
-                for part in (codes[chunk].astype(np.int32), scores[chunk])
-            )
+            padding = ((0, missing), (0, 0))
+            part = codes[chunk].astype(np.int32)
+            yield np.pad(part, padding), np.pad(scores[chunk], padding)
 
 
 def conjugate_gradients(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 
+from memoryformer.convert.memorise.observations import Observations, design
 from memoryformer.notation import Float
 
 
@@ -28,23 +28,24 @@ class Solution(NamedTuple):
 class NormalEquations:
     """The sums over batches, in float64."""
 
-    def __init__(self, num_rows: int):
+    def __init__(self, num_tables: int, num_buckets: int):
+        num_rows = num_tables * num_buckets
+        self._num_buckets = num_buckets
         self._gram = np.zeros((num_rows, num_rows))  # A'A
         self._cross: np.ndarray | float = 0.0  # A'Y
         self._design_sum = np.zeros(num_rows)
         self._output_sum: np.ndarray | float = 0.0
         self._num_tokens = 0
 
-    def add(
-        self, design: scipy.sparse.csr_matrix, outputs: Float[np.ndarray, "N F"]
-    ) -> None:
-        """Add a batch: A [N, R] and Y [N, F]."""
-        outputs = outputs.astype(np.float64)
-        transposed = design.T.tocsr()
-        products = (transposed @ design).tocoo()  # no place twice
+    def add(self, observations: Observations) -> None:
+        """Add a batch."""
+        outputs = observations.outputs.astype(np.float64)
+        matrix = design(observations, self._num_buckets)
+        transposed = matrix.T.tocsr()
+        products = (transposed @ matrix).tocoo()  # no place twice
         self._gram[products.row, products.col] += products.data
         self._cross += transposed @ outputs
-        self._design_sum += np.asarray(design.sum(0)).ravel()
+        self._design_sum += np.asarray(matrix.sum(0)).ravel()
         self._output_sum += outputs.sum(0)
         self._num_tokens += len(outputs)
 

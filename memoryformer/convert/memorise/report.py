@@ -1,5 +1,7 @@
 """What is told of a conversion: a line for each part, a table at the end. Start at `summary`."""
 
+import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +31,20 @@ def summary(
         "before": _costs(before),
         "after": _costs(after),
         "model_parts": after.projection_options.parts,
+        "go_on_with": _flags(after),
         "parts": [dict(row) for row in rows],
     }
+
+
+def _flags(config):
+    """What makes the config of the dense model that of the new one."""
+    flags = ["--config.model.projection=mixed", f"--config.model.score={config.score}"]
+    for item in dataclasses.fields(config.projection_options):
+        value = getattr(config.projection_options, item.name)
+        if value != item.default:
+            name = f"--config.model.projection_options.{item.name}"
+            flags.append(f"{name}={shlex.quote(str(value))}")
+    return " ".join(flags)
 
 
 def _costs(config):
@@ -63,4 +77,4 @@ def table(told: Mapping[str, Any]) -> str:
     ):
         first, last = told["before"][name], told["after"][name]
         lines.append(f"{text}: {first:,} before, {last:,} after")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"train on with {told['go_on_with']}"])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
@@ -185,11 +185,9 @@ class Performer(KernelAttention):
         due = (step % every == 0) & (step > 0)
 
         def draw():  # and keep what else is fixed: the mixes of memory layers
-            rows, blocks = random_rows(config, seed, step // every), fixed["blocks"]
-            for i, block in rows["blocks"].items():
-                block["mixer"] = blocks[i]["mixer"] | block["mixer"]
-                rows["blocks"][i] = blocks[i] | block
-            return fixed | rows
+            rows = traverse_util.flatten_dict(random_rows(config, seed, step // every))
+            flat = traverse_util.flatten_dict(fixed) | rows
+            return traverse_util.unflatten_dict(flat)
 
         return jax.lax.cond(due, draw, lambda: fixed)
 
