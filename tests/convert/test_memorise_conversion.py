@@ -1,6 +1,7 @@
 """A whole dense model as memory layers: a run that goes on, stopped and gone on with, refused."""
 
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import toy
 
 from memoryformer import cli, data, errors, model
+from memoryformer import config as config_lib
 from memoryformer.convert import __main__ as command
 from memoryformer.convert import export, gpt_neox, memorise, transfer
 from memoryformer.convert.memorise import activations, conversion
@@ -68,6 +70,20 @@ def test_the_result_is_a_run(dense, converted):
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert told["after"]["parameters"] == total
     assert told["after"]["bytes_a_token"] < told["before"]["bytes_a_token"]
+
+
+def test_the_flags_that_train_on(dense, converted):
+    """They make the dense model's config that of the run. Mutation: any of them left out."""
+    workdir, told = converted
+    words = [w.removeprefix("--config.") for w in shlex.split(told["go_on_with"])]
+    fields = dict(word.split("=", 1) for word in words)
+    fields["model.projection_options.memory_bias"] = (
+        fields["model.projection_options.memory_bias"] == "True"
+    )
+    config = toy.run_config(dense.parent, **DENSE)
+    config_lib.override(config, fields)
+    run, _, _ = experiment.load(workdir)
+    assert experiment.resolve(config).model == run.model
 
 
 def test_tables_are_the_best_for_the_model_converted_so_far(dense, converted):
