@@ -123,7 +123,7 @@ def projections(model: ModelConfig) -> dict[str, Layer]:
     """The layers of one block by name, Q, K and V as one.
 
     A dense block has a layer each for Q, K and V; a memory block hashes once
-    for Q, K and V, which read rows of width 3 D.
+    for Q, K and V, which read rows of width 3 D (`num_projections` where there are others).
     """
     width = model.embed_dim
     if model.projection == "dense":
@@ -139,7 +139,8 @@ def projections(model: ModelConfig) -> dict[str, Layer]:
             "ffn.up": memory_layer(tables, bits, tables * wide, bias=bias),
             "ffn.down": memory_layer(tables, wide, width, bias=bias),
         }
-    layers = {"mixer.qkv": _project(model, 3 * width)} | feed_forward
+    parts = mixers.MIXERS[model.mixer].num_projections(model)
+    layers = {"mixer.qkv": _project(model, parts * width)} | feed_forward
     if model.output_projection:
         layers["mixer.out"] = _project(model, width)
     return layers
@@ -224,13 +225,15 @@ def _parameters(
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
     biases = sum(layer.biases for layer in every)
-    mixing = mixers.cost(model, model.seq_len).parameters
+    mixing = mixers.cost(model, model.seq_len)
     groups = {
         "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
         "norms_and_biases": all_norms + inner * model.num_layers + biases + scalars,
-        "mixers": model.num_layers * mixing + memory.parameters,
+        "mixers": model.num_layers * mixing.parameters
+        + mixing.shared_parameters
+        + memory.parameters,
         "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }
     return Parameters(**groups, total=sum(groups.values()))
