@@ -76,7 +76,7 @@ def train(
             workdir,
             run.checkpoint,
             run_config=experiment.as_dict(run),
-            data_fingerprint=f"task {run.name}",
+            data_fingerprint=f"task {run.name} {run.task.fingerprint}".strip(),
             allow={*allow, *experiment.may_change(run)},
         ) as checkpointer,
     ):
