@@ -22,6 +22,7 @@ ARGUMENTS = {  # every argument that a shipped config takes
     "quickstart": ("", "dense"),
     "studies": ("", "mini"),
     "listops": ("", "softmax", "linformer", "conv_luna"),
+    "shared_memory": ("texts", "pathfinder", "listops"),
     "memoryformer_tiny": ("", "released"),
     "memoryformer_small": ("", "released"),
 }
@@ -69,7 +70,7 @@ def test_every_field_can_be_overridden(path):
         if value is None and "_options." in name:
             section, _, option = name.rpartition(".")
             options = operator.attrgetter(section)(first)
-            assert options.get_type(option) in (int, float, str), name
+            assert options.get_type(option) in (int, float, str, bool), name
         else:
             assert isinstance(value, bool | int | float | str | tuple), (name, value)
 
