@@ -168,6 +168,49 @@ def linformer(config, params, x, positions, segment_ids):
     return join(config, params, np.einsum("bthm,bthme->bthe", weights, values))
 
 
+def luna_inputs(config, params, x):
+    """q, c and pack: c is x itself without values."""
+    if config.mixer_options.values:
+        return split(config, params, x)
+    parts = project(config, params["qkv"], x)
+    parts = parts.reshape(*x.shape[:2], 2, config.num_heads, -1)
+    return parts[:, :, 0], x.reshape(parts[:, :, 0].shape), parts[:, :, 1]
+
+
+def luna_taus(config, params, width):
+    """tau of reading and of writing."""
+    if config.mixer_options.temperature == "learn":
+        return np.exp(params["log_tau"]), np.exp(params["log_tau_pack"])
+    tau = {"sqrt": np.sqrt(width), "unit": 1.0}[config.mixer_options.temperature]
+    return tau, tau
+
+
+def luna_stream(config, layers, inputs, segment_ids):
+    """Luna layers with one memory through depth: (y of each, P after each).
+
+    layers, inputs: parameters and normed x of each. Rows hold one document, whose tokens have
+    an id that is not 0.
+    """
+    heads = (config.num_heads, config.embed_dim // config.num_heads)
+    memory = layers[0]["memory"].reshape(-1, *heads)
+    memory, ys, after = np.broadcast_to(memory, (len(inputs[0]), *memory.shape)), [], []
+    for params, x in zip(layers, inputs, strict=True):
+        q, c, pack = luna_inputs(config, params, x)
+        tau, tau_pack = luna_taus(config, params, heads[1])
+        y, packed = np.zeros(q.shape), np.zeros(memory.shape)
+        for b, h in np.ndindex(len(x), heads[0]):
+            real = segment_ids[b] != 0
+            logits = memory[b, :, h] @ pack[b, real, h].T / tau_pack
+            packed[b, :, h] = softmax(logits) @ c[b, real, h]
+            reading = softmax(q[b, :, h] @ packed[b, :, h].T / tau)
+            y[b, :, h] = reading @ packed[b, :, h]
+        total = memory + packed
+        memory = total / np.sqrt((total**2).mean(axis=-1, keepdims=True) + 1e-8)
+        ys.append(join(config, params, y))
+        after.append(memory)
+    return ys, after
+
+
 def _luna(config, params, q, c, pack, taus, positions, segment_ids):
     heads = (-1, config.num_heads, q.shape[-1])
     omega = np.einsum("bshe,mhe->bshm", pack, params["memory"].reshape(heads))
@@ -186,13 +229,13 @@ def _luna(config, params, q, c, pack, taus, positions, segment_ids):
 
 
 def luna(config, params, x, positions, segment_ids):
-    q, c, pack = split(config, params, x)
-    tau = np.sqrt(q.shape[-1])
-    return _luna(config, params, q, c, pack, (tau, tau), positions, segment_ids)
+    q, c, pack = luna_inputs(config, params, x)
+    taus = luna_taus(config, params, q.shape[-1])
+    return _luna(config, params, q, c, pack, taus, positions, segment_ids)
 
 
 def conv_luna(config, params, x, positions, segment_ids):
-    q, c, pack = split(config, params, x)
+    q, c, pack = luna_inputs(config, params, x)
     width = config.mixer_options.width
     ahead = 0 if config.causal else width // 2
 
@@ -214,7 +257,7 @@ def conv_luna(config, params, x, positions, segment_ids):
                         y[row, t] += weight[:, None] * x[row, i]
         return y
 
-    taus = np.exp(params["log_tau"]), np.exp(params["log_tau_pack"])
+    taus = luna_taus(config, params, q.shape[-1])
     rest = (positions, segment_ids)
     return _luna(config, params, q, filtered(c), filtered(pack), taus, *rest)
 

@@ -23,6 +23,7 @@ ARGUMENTS = {  # every argument that a shipped config takes
     "quickstart": ("", "dense"),
     "studies": ("", "mini"),
     "listops": ("", "softmax", "linformer", "conv_luna"),
+    "shared_memory": ("texts", "pathfinder", "listops"),
     "memoryformer_tiny": ("", "released"),
     "memoryformer_small": ("", "released"),
 }

@@ -31,8 +31,8 @@ model
 accounting evaluation
 training
 convert presets
-dryrun generation
-harness sweep tasks
+dryrun generation tasks
+harness sweep
 report
 cim
 """

@@ -138,7 +138,7 @@ def projections(model: ModelConfig, layer: int = 0) -> dict[str, Layer]:
     """The layers of block `layer` by name, Q, K and V as one.
 
     A dense block has a layer each for Q, K and V; a memory block hashes once
-    for Q, K and V, which read rows of width 3 D.
+    for Q, K and V, which read rows of width 3 D (`num_projections` where there are others).
     """
     width, options = model.embed_dim, model.projection_options
     chosen = parts.of_layer(model, layer)
@@ -159,7 +159,9 @@ def projections(model: ModelConfig, layer: int = 0) -> dict[str, Layer]:
             "ffn.up": _project(model, hidden, ffn),
             "ffn.down": _project(model, width, down, in_features=hidden),
         }
-    layers = {"mixer.qkv": _project(model, 3 * width, chosen.qkv)} | feed_forward
+    count = mixers.MIXERS[model.mixer].num_projections(model)
+    qkv = _project(model, count * width, chosen.qkv)
+    layers = {"mixer.qkv": qkv} | feed_forward
     if model.output_projection:
         layers["mixer.out"] = _project(model, width, chosen.output)
     return layers
@@ -262,13 +264,15 @@ def _parameters(
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
     biases = sum(layer.biases for layer in every)
-    mixing = mixers.cost(model, model.seq_len).parameters
+    mixing = mixers.cost(model, model.seq_len)
     groups = {
         "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
         "norms_and_biases": all_norms + inner + biases + scalars,
-        "mixers": model.num_layers * mixing + memory.parameters,
+        "mixers": model.num_layers * mixing.parameters
+        + mixing.shared_parameters
+        + memory.parameters,
         "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }
     return Parameters(**groups, total=sum(groups.values()))

@@ -121,10 +121,10 @@ def _memories(model, x, seq):
         slots = [jnp.moveaxis(block.memory.sums.mT, 1, 2) for block in state]
         real = state[0].memory.segment_ids != 0
     else:
-        slots, real = [], jnp.any(seq.segment_ids != 0, axis=1)
+        slots, real, memory = [], jnp.any(seq.segment_ids != 0, axis=1), None
         for block in model.blocks:
-            slots.append(block.mixer.packed(block.norm1(x), seq))
-            x, _ = block(x, seq)
+            slots.append(block.mixer.packed(block.norm1(x), seq, memory))
+            x, memory = block(x, seq, memory)
     memories = {
         f"blocks.{i}.mixer": rows.reshape(*rows.shape[:2], -1)  # of [B, m, H, E]
         for i, rows in enumerate(slots)

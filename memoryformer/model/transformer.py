@@ -188,6 +188,7 @@ class Transformer(nnx.Module):
             [Block(config, layer=i, rngs=rngs) for i in range(config.num_layers)]
         )
         self.remat, self.scan_layers = config.remat, config.scan_layers
+        self.streams = mixers.MIXERS[config.mixer].streams(config)
         self.final_norm = make_norm(config, config.embed_dim)
         head = functools.partial(layers.Head, std=config.head_std, dtype=dtype)
         self.head = None if config.tie_embeddings else head(*size[::-1], rngs=rngs)
@@ -219,6 +220,11 @@ class Transformer(nnx.Module):
         read: recurrence.Read | None = None,
     ) -> tuple[Activations, mixers.State | None]:
         """[B, L, D] through all blocks and the final norm, `read` before each block."""
+        if self.streams:  # a memory goes through depth in the place of a state
+            memory = None
+            for block in self.blocks:
+                x, memory = block(x, seq, memory)
+            return self.final_norm(x), None
         if state is None and (self.scan_layers or self.remat != "none"):
             x = stack.run_blocks(self.blocks, x, seq, self.remat, self.scan_layers)
             return self.final_norm(x), None

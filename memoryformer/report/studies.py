@@ -86,7 +86,7 @@ class Study:
     @functools.cached_property
     def varying(self) -> list[str]:
         """The fields in which runs differ, but for seeds and bookkeeping."""
-        same = {points.SEED, *points.bookkeeping()}
+        same = {*points.SEEDS, *points.bookkeeping()}
         return [field for field in differing(self.runs) if field not in same]
 
     @functools.cached_property

@@ -11,12 +11,10 @@ from collections.abc import Hashable, Sequence
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.sweep import files, points
+from memoryformer.sweep import files, kinds, points
 from memoryformer.sweep import statistics as statistics_lib
-from memoryformer.sweep.points import SEED, Point, Sweep
-from memoryformer.training import experiment
-
-LEARNING_RATE = "optimizer.learning_rate"
+from memoryformer.sweep.kinds import SEEDS
+from memoryformer.sweep.points import Point, Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +101,23 @@ def table(sweep: Sweep, field: str = "", baseline: str = "") -> list[str]:
     `field` is '' for the learning rate, and no lines if no side has several. The metric is
     the sweep's first one. Raises `ConfigError` for a field that does not vary.
     """
-    trials = [_trial(p, field or LEARNING_RATE, sweep.metrics[0]) for p in sweep.points]
+    rate = kinds.learning_rate(sweep.points[0].run)
+    trials = [_trial(p, field or rate, sweep.metrics[0]) for p in sweep.points]
     numbers = all(isinstance(t.value, (int, float)) for t in trials)
     several = len({(t.side, t.value) for t in trials}) > len({t.side for t in trials})
     if field and not (several and numbers):
-        known = sorted({key for p in sweep.points for key in p.overrides} - {SEED})
+        known = sorted({key for p in sweep.points for key in p.overrides} - {*SEEDS})
         reason = "no side has several of it" if numbers else "its values are no numbers"
         listed = ", ".join(known) or "nothing"
         raise ConfigError(f"--best_over={field!r}: {reason}; the sweep sets {listed}.")
-    name = (field or LEARNING_RATE).split(".")[-1]
+    name = (field or rate).split(".")[-1]
     return _lines(sides(trials), sweep.metrics[0], name, baseline) if several else []
 
 
 def _trial(point: Point, field: str, metric: str) -> Trial:
-    flat = config_lib.flatten(experiment.as_dict(point.run))
+    flat = config_lib.flatten(kinds.as_dict(point.run))
     value = files.values(point.workdir, [metric]).get(metric, math.nan)
-    side = points.identity(point, without=(field, SEED))
+    side = points.identity(point, without=(field, *SEEDS))
     state = files.state(point).name
     return Trial(side, point.variant, flat.get(field, math.nan), state, value)
 

@@ -13,7 +13,7 @@ from memoryformer.dryrun import lowering
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
 from memoryformer.runs import console
-from memoryformer.sweep import best, files, points, runner, statistics
+from memoryformer.sweep import best, files, kinds, points, runner, statistics
 from memoryformer.sweep.points import Point, Sweep
 from memoryformer.training import programs
 
@@ -47,6 +47,11 @@ def check(sweep: Sweep, unused_options: Options) -> int:
     lines = []
     for point in sweep.points:
         run = point.run
+        if kinds.is_task(run):
+            raise ConfigError(
+                "sweep check: estimates the memory of language models; `list` resolves the "
+                "points of a generated task."
+            )
         key = programs.program(run)
         if key not in sizes:
             sizes[key] = _sizes(point)
@@ -101,7 +106,7 @@ def show_commands(sweep: Sweep, options: Options) -> int:
 def command(sweep: Sweep, point: Point) -> str:
     """The line of a shell that trains a point."""
     overrides = dict(sweep.base) | dict(point.overrides)
-    words = ["python", "-m", "memoryformer.training", f"--config={sweep.config}"]
+    words = ["python", "-m", kinds.command(point.run), f"--config={sweep.config}"]
     words += [f"--workdir={point.workdir}"]
     words += [f"--config.{key}={value}" for key, value in overrides.items()]
     return shlex.join(words)

@@ -16,12 +16,12 @@ from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.files import paths
 from memoryformer.runs import compatibility, old_configs
-from memoryformer.sweep import old_names
+from memoryformer.sweep import kinds, old_names
+from memoryformer.sweep.kinds import SEEDS
 from memoryformer.training import experiment
 
 PREFIX = "sweep_"
 LABEL = "label"
-SEED = "train.seed"
 DEFAULT_METRICS = ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
 # Fields that change no number and yet name another experiment: what is measured, where the
 # text lies and what reads it, the only names that they have here.
@@ -36,7 +36,7 @@ class Point:
     overrides: Mapping[str, Any]  # of the config file's, without the label
     # Shared by points of one config but for the seed; '' if only that differs.
     label: str
-    run: experiment.Experiment
+    run: kinds.Run
     workdir: pathlib.Path
 
     @property
@@ -107,13 +107,13 @@ def bookkeeping() -> set[str]:
     }
 
 
-def identity(point: Point, without: Collection[str] = (SEED,)) -> str:
+def identity(point: Point, without: Collection[str] = SEEDS) -> str:
     """Return, as text, the resolved config of a point but for some fields.
 
     Bookkeeping counts only where the sweep itself is over it. Equal texts are what a
     table calls seeds of one variant, whatever their labels say.
     """
-    flat = config_lib.flatten(compatibility.plain(experiment.as_dict(point.run)))
+    flat = config_lib.flatten(compatibility.plain(kinds.as_dict(point.run)))
     return _text(flat, point.overrides, without)
 
 
@@ -128,7 +128,7 @@ def _named_apart(points: Sequence[Point]) -> list[Point]:
         first = group[0]
         label = first.label
         if variants.count(variant) > 1:
-            fields = {k: v for k, v in first.overrides.items() if k != SEED}
+            fields = {k: v for k, v in first.overrides.items() if k not in SEEDS}
             full = [f"{key}={value!r}" for key, value in fields.items()]
             label = ", ".join(filter(None, (label, *full)))
         apart |= {p.index: dataclasses.replace(p, label=label) for p in group}
@@ -178,7 +178,7 @@ def _merged(
                 f"--sweep={','.join(names)}: {name!r} sets {min(both)}, and so does "
                 "another one of them; a product needs sweeps over different fields."
             )
-        without_seed = {k: v for k, v in part.items() if k != SEED}
+        without_seed = {k: v for k, v in part.items() if k not in SEEDS}
         labels.append(label or describe(without_seed))
         overrides |= part
     return overrides, ", ".join(filter(None, labels))
@@ -193,10 +193,10 @@ def _point(config, base, overrides, label, index, directory, where):
                 raise ConfigError(f"{key}: {old_configs.why_unknown(key, known)}")
         # At once: a point that chooses a mixer must keep the options that `base` gives it.
         config_lib.override(loaded, base | overrides)
-        run = experiment.resolve(loaded)
+        run = kinds.resolve(loaded)
     except (TypeError, ValueError) as error:  # ConfigError is one
         raise ConfigError(f"{where}: {error}") from error
-    seed = f"seed={overrides[SEED]}" if SEED in overrides else ""
+    seed = "".join(f"seed={overrides[key]}" for key in SEEDS if key in overrides)
     slug = _clean(", ".join(filter(None, (label[:50], seed)))) or "base"
     workdir = _directory(directory, slug, _digests(run, overrides))
     return Point(index, overrides, label, run, workdir)
@@ -211,12 +211,13 @@ def _directory(
     return twins[0] if twins and not named.exists() else named
 
 
-def _digests(run: experiment.Experiment, overrides: Mapping[str, Any]) -> list[str]:
+def _digests(run: kinds.Run, overrides: Mapping[str, Any]) -> list[str]:
     """What names a run's directory, and what named it in older versions."""
-    flat = config_lib.flatten(compatibility.plain(experiment.as_dict(run)))
+    flat = config_lib.flatten(compatibility.plain(kinds.as_dict(run)))
     text = _text(flat, overrides)
-    older = old_names.spellings(json.loads(text))
-    texts = [text, *(json.dumps(fields, sort_keys=True) for fields in older)]
+    fields = json.loads(text)
+    older = [] if kinds.is_task(run) else old_names.spellings(fields)
+    texts = [text, *(json.dumps(each, sort_keys=True) for each in older)]
     return [hashlib.sha256(t.encode()).hexdigest()[:8] for t in texts]
 
 

@@ -14,11 +14,9 @@ from typing import Any, TextIO
 
 from memoryformer.errors import ConfigError, Preempted
 from memoryformer.runs import compatibility, console
-from memoryformer.sweep import files
+from memoryformer.sweep import files, kinds
 from memoryformer.sweep.points import Point, Sweep
 from memoryformer.sweep.worker import LOCKED
-from memoryformer.training import experiment
-from memoryformer.training import programs as programs_lib
 
 WORKER = (sys.executable, "-m", "memoryformer.sweep.worker")
 RESTARTED = (43,)  # exit codes after which a point is started again, once
@@ -78,10 +76,10 @@ class _Worker:
     def give(self, point: Point) -> None:
         request = {
             "index": point.index,
-            "config": compatibility.plain(experiment.as_dict(point.run)),
+            "config": compatibility.plain(kinds.as_dict(point.run)),
             "workdir": str(point.workdir),
         }
-        self.point, self.program = point, programs_lib.program(point.run)
+        self.point, self.program = point, kinds.program(point.run)
         print(json.dumps(request), file=self.requests, flush=True)
 
 
@@ -160,7 +158,7 @@ class _Runner:
         """A point of the program that the worker has compiled, else of no one else's."""
         pending = [p for p in self.pending if p.index not in self.locked]
         pending = pending or self.pending
-        programs = [programs_lib.program(point.run) for point in pending]
+        programs = [kinds.program(point.run) for point in pending]
         others = [w.program for w in self.workers.values() if w.point]
         for wanted in (
             lambda p: p == worker.program,

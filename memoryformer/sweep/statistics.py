@@ -8,12 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.sweep import files
+from memoryformer.sweep import files, kinds
 from memoryformer.sweep.points import Sweep
-from memoryformer.training import experiment
 
 CSV_FILE = "points.csv"
 NOISE = 2.0  # standard errors below which a difference is called noise
@@ -73,19 +71,15 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
     table = []
     for point in sweep.points:
         state = files.state(point)
-        cost = accounting.count(point.run.model)
-        tokens = state.step * point.run.train.batch_size * point.run.model.seq_len
         row = {
             "index": point.index,
             "variant": point.variant,
             "seed": point.run.train.seed,
             "state": state.name,
             "step": state.step,
-            "tokens": tokens,
-            "parameters": cost.parameters.total,
-            "training_flops": cost.training_flops_per_token * tokens,
+            **kinds.cost(point.run, state.step),
         }
-        flat = config_lib.flatten(experiment.as_dict(point.run))
+        flat = config_lib.flatten(kinds.as_dict(point.run))
         row |= {field: flat[field] for field in fields}
         row |= files.values(point.workdir, sweep.metrics)
         table.append(row | {"workdir": str(point.workdir)})

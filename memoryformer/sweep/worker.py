@@ -65,14 +65,14 @@ def train(
     """Train one point; return its exit code, or `LOCKED`, and what went wrong, if not 0."""
     from memoryformer import cli, errors
     from memoryformer.runs import directory
-    from memoryformer.training import loop
+    from memoryformer.sweep import kinds
 
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _log(folder / "log.txt"):
             try:
-                loop.train(config, folder, programs=programs, patience=LOCK_SECONDS)
+                kinds.train(config, folder, programs, LOCK_SECONDS)
             except directory.OccupiedError:
                 return LOCKED, "another process trains it"
             except Exception as error:

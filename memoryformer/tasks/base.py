@@ -79,6 +79,11 @@ class Task:
         """Return {name: (sum, count)} over a batch; sum / count of 'loss' is minimised."""
         raise NotImplementedError
 
+    @property
+    def fingerprint(self) -> str:
+        """What identifies data that is not generated from the options alone; '' for none."""
+        return ""
+
     def groups(self, params: Params) -> Any:
         """Name each parameter's group: one of `optimizer.GROUPS`, or 'fixed' (not trained)."""
         return jax.tree.map(lambda _: "decayed", params)

@@ -32,6 +32,16 @@ class Run:
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
 
+    @property
+    def model(self) -> Any:
+        """The task's model."""
+        return self.task.model
+
+    @property
+    def train(self) -> base.TrainerConfig:
+        """Steps, batch size and seed, by the names that other runs have."""
+        return self.task.options
+
 
 def default_config(name: str) -> ml_collections.ConfigDict:
     """Return a config with every field of a task: what config files start from."""

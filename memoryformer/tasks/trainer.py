@@ -76,7 +76,7 @@ def train(
             workdir,
             run.checkpoint,
             run_config=experiment.as_dict(run),
-            data_fingerprint=f"task {run.name}",
+            data_fingerprint=f"task {run.name} {run.task.fingerprint}".strip(),
             allow={*allow, *experiment.may_change(run)},
         ) as checkpointer,
     ):
@@ -227,7 +227,8 @@ def make_programs(task: base.Task) -> Programs:
 def _split(groups, tree):
     """Part a tree like the parameters into what is trained and what is not."""
     flat = traverse_util.flatten_dict(groups)
-    trained, fixed = {}, {}
+    trained: dict[Any, Any] = {}
+    fixed: dict[Any, Any] = {}
     for path, leaf in traverse_util.flatten_dict(tree).items():
         (fixed if flat[path] == "fixed" else trained)[path] = leaf
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(fixed)

@@ -9,10 +9,12 @@ A task of either kind brings its options and its batches.
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
@@ -66,16 +68,23 @@ class TrunkTask(base.Task):
         return model, model.embed(batch["inputs"]), seq
 
     def figures(self, params: Params) -> dict[str, float]:
-        """How alike the slots of each layer's memory are; nothing without such memories."""
+        """Learned temperatures, and how alike the slots of each layer's memory are."""
+        taus = {
+            f"temperature/{'.'.join(path)}/{name.removeprefix('log_')}": math.exp(value)
+            for (*path, name), value in traverse_util.flatten_dict(params).items()
+            if name.startswith("log_tau")
+        }
         if not slots.Slots.measures(self.model):
-            return {}
+            return taus
         batch = self.batch(0, "validation")
         options = dataclasses.replace(
             self.options, seed=0
         )  # seeds share what is compiled
         sums = _slot_sums(dataclasses.replace(self, options=options), params, batch)
         rows = float(sums.pop("rows"))
-        return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
+        return taus | {
+            f"degradation/{name}": float(x) / rows for name, x in sums.items()
+        }
 
 
 class Classifier(TrunkTask):

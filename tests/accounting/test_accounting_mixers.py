@@ -20,7 +20,10 @@ SMALL = {
     "seq_len": 24,
     "code_bits": 4,
 }
-EXTRA = {"conv_luna_pool": {"mixer": "conv_luna", "mixer_options": {"filter": "pool"}}}
+EXTRA = {
+    "conv_luna_pool": {"mixer": "conv_luna", "mixer_options": {"filter": "pool"}},
+    "luna_learn": {"mixer": "luna", "mixer_options": {"temperature": "learn"}},
+}
 SETTINGS = presets.mixer_settings() | EXTRA
 
 

@@ -34,15 +34,20 @@ CASES = {  # name: (mixer, its options, other fields of the config)
     "luna": ("luna", {"num_slots": 5}, {}),
     "conv_luna": ("conv_luna", {"num_slots": 5, "width": 3}, {}),
     "conv_luna_pool": ("conv_luna", {"num_slots": 5, "filter": "pool"}, {}),
+    "luna_raw": ("luna", {"num_slots": 5, "temperature": "learn", "values": False}, {}),
 }
 BOTH_WAYS = {  # look ahead, have no state
     "softmax_both": ("softmax", {}, {"causal": False}),
     "linformer_both": ("linformer", {"num_slots": 5}, {"causal": False}),
     "luna_both": ("luna", {"num_slots": 5}, {"causal": False}),
-    "conv_luna_both": ("conv_luna", {"num_slots": 5}, {"causal": False}),
+    "conv_luna_both": (
+        "conv_luna",
+        {"num_slots": 5, "values": False, "temperature": "unit"},
+        {"causal": False},
+    ),
 }
 CAUSAL, CASES = CASES, CASES | BOTH_WAYS
-VARIANTS = ("softmax_chunked", "conv_luna_pool", *BOTH_WAYS)
+VARIANTS = ("softmax_chunked", "conv_luna_pool", "luna_raw", *BOTH_WAYS)
 
 
 def _pairs(names, quick):

@@ -149,7 +149,7 @@ def test_band_is_of_the_steps_that_all_seeds_have(sweep):
 def test_runs_without_a_sweep_are_grouped_by_config(tmp_path):
     """Seeds together, variants named by what differs; a folder without runs is an error.
 
-    Mutation: `points.SEED` not left out of `Study.varying`.
+    Mutation: `points.SEEDS` not left out of `Study.varying`.
     """
     for seed in (0, 1):
         for width in (16, 32):

@@ -708,5 +708,7 @@ def sweep_default():
 """
     config.write_text(config.read_text() + text)
     found = points.expand(str(config), ["default"], tmp_path / "sweeps")
-    trials = [best._trial(p, best.LEARNING_RATE, "val/loss") for p in found.points]
+    trials = [
+        best._trial(p, "optimizer.learning_rate", "val/loss") for p in found.points
+    ]
     assert trials[0].side == trials[1].side

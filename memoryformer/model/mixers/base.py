@@ -63,6 +63,7 @@ class Cost:
     multiply_adds: int  # over one sequence
     state_values: int  # kept to decode at that length
     parameters: int = 0
+    shared_parameters: int = 0  # of all layers together
     state_value_bytes: int = 0  # 4 for sums, kept in float32; 0: as values are stored
 
 
@@ -94,6 +95,16 @@ class SequenceMixer(nnx.Module):
     LOOKS_AHEAD: ClassVar[bool] = False
     TAKES_ANY_ORDER: ClassVar[bool] = False
     HAS_SLOTS: ClassVar[bool] = False
+
+    @classmethod
+    def streams(cls, config: "ModelConfig") -> bool:
+        """Whether a memory goes through depth: a layer's state is what the one before returns."""
+        return False
+
+    @classmethod
+    def num_projections(cls, config: "ModelConfig") -> int:
+        """Return how many projections of D to D are made of x by one hash."""
+        return 3
 
     def __call__(
         self, x: Activations, seq: SeqInfo, state: State | None = None
@@ -161,7 +172,8 @@ class MultiHead(SequenceMixer):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads
         width = config.embed_dim
-        self.qkv = project(width, (3, width))
+        self.parts = self.num_projections(config)
+        self.qkv = project(width, (self.parts, width))
         needs_out = config.output_projection
         self.out = project(width, width, output=True) if needs_out else None
 
@@ -170,11 +182,11 @@ class MultiHead(SequenceMixer):
         """This device's share of the heads."""
         return self.num_heads // collectives.axis_size(collectives.MODEL_AXIS)
 
-    def split(self, x: Activations) -> tuple[Array, Array, Array]:
-        """[B, L, D] -> three of [B, L, H, E]."""
+    def split(self, x: Activations) -> tuple[Array, ...]:
+        """[B, L, D] -> three of [B, L, H, E], or as many as `num_projections`."""
         qkv = self.qkv(x)  # [B, L, 3, D]
-        qkv = qkv.reshape(*x.shape[:2], 3, -1, self.head_dim)
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = qkv.reshape(*x.shape[:2], self.parts, -1, self.head_dim)
+        return tuple(qkv[:, :, i] for i in range(self.parts))
 
     def join(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
         """[B, L, H, E], what the heads read, -> [B, L, D]."""

@@ -24,7 +24,7 @@ class ConvLuna(luna.Luna):
 
     on c and pack, one kernel of W weights a head, inside a document and never ahead of t
     (the published 'same' padding looks ahead; with causal=False this one is centred).
-    tau = exp(log tau) for reading and for writing, both 1 at first, as in the published code,
+    Both temperatures are learned unless `temperature` says otherwise, as in the published code,
     where the one for reading is never learned, by mistake.
     """
 
@@ -32,6 +32,11 @@ class ConvLuna(luna.Luna):
     class Options(luna.Luna.Options):
         """And the filter."""
 
+        temperature: str = field(
+            "numbers",
+            "learn",
+            doc="sqrt | unit | learn: tau and tau_pack are sqrt(E), 1, or learned from 1 on.",
+        )
         filter: str = field("numbers", "conv", doc="conv | pool: f_t as above.")
         width: int = field("numbers", 4, doc="W, tokens of the filter.")
 
@@ -60,27 +65,19 @@ class ConvLuna(luna.Luna):
             plain,
             multiply_adds=plain.multiply_adds + filters,
             state_values=plain.state_values + tail,
-            parameters=plain.parameters
-            + taps * config.num_heads
-            + 2,  # two temperatures
+            parameters=plain.parameters + taps * config.num_heads,
         )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.filter_width = config.mixer_options.width
         self.kind = config.mixer_options.filter
-        self.log_tau = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
-        self.log_tau_pack = nnx.Param(jnp.zeros(()), spec="whole", decay=False)
         if self.kind == "conv":
             shape, bound = (self.filter_width, self.num_heads), self.filter_width**-0.5
             kernel = jax.random.uniform(
                 rngs.params(), shape, minval=-bound, maxval=bound
             )
             self.kernel = nnx.Param(kernel, spec="last_axis", decay=True)  # [W, H]
-
-    def scales(self) -> tuple[Array, Array]:
-        """exp(-log tau) of each."""
-        return jnp.exp(-self.log_tau[...]), jnp.exp(-self.log_tau_pack[...])
 
     def filter(
         self,
