@@ -22,6 +22,7 @@ ARGUMENTS = {  # every argument that a shipped config takes
     "quickstart": ("", "dense"),
     "studies": ("", "mini"),
     "listops": ("", "softmax", "linformer", "conv_luna"),
+    "pmi": ("relations", "relations-none", "stories", "triangles-no-sharing"),
     "memoryformer_tiny": ("", "released"),
     "memoryformer_small": ("", "released"),
 }
