@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from memoryformer.model import layers, losses
@@ -123,15 +122,3 @@ class BagOfWords(nnx.Module):
         """[B, T, W] -> [B, T, D]."""
         rows = jnp.where((words != 0)[..., None], self.embed(words), 0)
         return jnp.einsum("w,btwd->btd", self.place[...].astype(rows.dtype), rows)
-
-
-def most_frequent(batches: list[dict[str, np.ndarray]], num_kinds: int) -> list[float]:
-    """Accuracy by kind of always giving the most frequent answer of that kind."""
-    kinds = np.concatenate([batch["kinds"] for batch in batches])
-    labels = np.concatenate([batch["labels"] for batch in batches])
-    return [
-        float(
-            np.bincount(labels[kinds == i], minlength=1).max() / max(sum(kinds == i), 1)
-        )
-        for i in range(num_kinds)
-    ]

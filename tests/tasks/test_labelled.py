@@ -11,7 +11,7 @@ from memoryformer import config as config_lib
 from memoryformer import runs
 from memoryformer.errors import ConfigError
 from memoryformer.runs import metrics
-from memoryformer.tasks import experiment, labelled, trainer
+from memoryformer.tasks import experiment, trainer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SMALL = {
@@ -91,15 +91,6 @@ def test_groups():
     assert mixer["norm3"] == {"scale": "undecayed", "bias": "undecayed"}
     assert mixer["forget_bias"] == mixer["gate_scale"] == "undecayed"
     assert mixer["gate_slots"] == groups["cls"] == "decayed"
-
-
-def test_most_frequent_answers():
-    """Mutation: the share among all rows."""
-    batches = [
-        {"kinds": np.array([0, 0, 1]), "labels": np.array([3, 3, 1])},
-        {"kinds": np.array([0, 1, 0]), "labels": np.array([2, 0, 3])},
-    ]
-    assert labelled.most_frequent(batches, 3) == [0.75, 0.5, 0.0]
 
 
 def test_other_names_are_refused():
