@@ -41,8 +41,8 @@ class Labelled(base.Task):
 
     def logits(self, params: Params, batch: base.Batch) -> Float[Array, "B classes"]:
         """Class logits of each row."""
-        model = nnx.merge(nnx.graphdef(self._abstract()), params)
-        return model(batch["inputs"], batch["real"])
+        graph, _ = nnx.split(self._abstract(), graph=False)
+        return nnx.merge(graph, params)(batch["inputs"], batch["real"])
 
     def sums(self, params: Params, batch: base.Batch) -> base.Sums:
         """Nats and right answers over the rows, and right answers of each kind."""
