@@ -36,6 +36,12 @@ VARIANTS = {
     "working memory only": {"memory": "working"},
     "universal transformer": {"memory": "none"},
 }
+SLOW = (
+    "soft",
+    "without working memory",
+    "blocks of their own",
+    "memories of their own",
+)
 
 
 class Case:
@@ -81,7 +87,13 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in VARIANTS
+    ],
+)
 def test_equals_the_equations(name):
     """Red if kept weights are renormalised, a gate sees the new M_w, U_wl swaps its sides, f is
     applied once, or padding is written.
@@ -133,12 +145,16 @@ def test_enough_places_for_the_largest_weights_keep_all():
 
 
 def test_only_the_largest_weights_are_kept():
-    """Mutations: the smallest kept; k + 1 kept; what is kept made to add up to 1."""
+    """And have a gradient. Mutations: the smallest kept; k + 1 kept; what is kept made to add
+    up to 1; its gradient stopped.
+    """
     weights = jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.0, 0.1, 0.2]])
     kept = memories.keep_largest(weights, 2)
     want = np.array([[0, 0.4, 0, 0.3], [0.7, 0, 0, 0.2]], np.float32)
     np.testing.assert_array_equal(kept, want)
     np.testing.assert_array_equal(memories.keep_largest(weights, 4), weights)
+    grads = jax.grad(lambda w: jnp.sum(w * memories.keep_largest(w, 2)))(weights)
+    np.testing.assert_array_equal(grads, 2 * want)
 
 
 def test_a_share_of_one_leaves_long_term_memory_dead():
