@@ -5,8 +5,8 @@
 
 `:linformer`, `:cosformer` and `:performer` are the paper's efficient baselines (Table 2) with
 settings of our own, for the paper names none; `:linformer_matched` and `:performer_matched` meet
-its FLOPs. `:rmt` and `:memformer` carry a memory over chunks, each recomputed for its gradient: the
-target's `remat` below is for the others. docs/mixers.md compares them.
+its FLOPs. `:rmt`, `:memformer` and `:pmi` carry a memory over chunks, each recomputed for its gradient:
+the target's `remat` below is for the others. docs/mixers.md compares them.
 
 Published weights load through `memoryformer.convert.load_gpt_neox`.
 Cost: 143,000 steps of 2.1M tokens; not run here. Expected: the paper's quoted zero-shot average

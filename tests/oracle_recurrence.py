@@ -1,4 +1,4 @@
-"""RMT and Memformer around a whole trunk in float64, numpy only, nothing of ours.
+"""RMT, Memformer and PMI around a whole trunk in float64, numpy only, nothing of ours.
 
     y, memories = features(config, params, tokens, positions, segment_ids, held)
 
@@ -105,12 +105,94 @@ def _normalised(slots):
     return slots / np.linalg.norm(slots, axis=-1, keepdims=True)
 
 
+def _attend(q, k, v, seen, top_k=0):
+    """Of one row and head: the k largest weights of each query, as they are."""
+    out = np.zeros((len(q), v.shape[1]))
+    for i, query in enumerate(q):
+        weights = softmax(k @ query / np.sqrt(len(query)), seen)
+        if 0 < top_k < len(weights):
+            weights[np.argsort(weights)[:-top_k]] = 0
+        out[i] = weights @ v
+    return out
+
+
+def _by_head(config, q, kv, seen, top_k=0):
+    parts = [_heads(config, a) for a in (q, kv[:, :, 0], kv[:, :, 1])]
+    return np.stack(
+        [
+            np.concatenate(
+                [
+                    _attend(*(part[b, :, h] for part in parts), seen[b], top_k)
+                    for h in range(config.num_heads)
+                ],
+                axis=-1,
+            )
+            for b in range(len(q))
+        ]
+    )
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def pmi(config, params, memory, x, real):
+    own, options = params["recurrence"], config.recurrence_options
+    n, top_k, share = options.num_slots, options.top_k, options.working_share
+    working, long_term = memory[:, :n], memory[:, n:]
+    long_term = long_term.reshape(len(x), options.num_fragments, n, -1)
+    every_slot = np.ones((len(x), n), bool)
+
+    def slots_read(slots):
+        normed = norm(config, own["slot_norm"], slots)
+        return project(config, own["key_value"], normed)
+
+    def read(i, x):
+        q = project(config, own["query"], norm(config, own["token_norm"], x))
+        u_w = _by_head(config, q, slots_read(working), every_slot)
+        recalled = slots_read(long_term.mean(axis=1))
+        u_l = _by_head(config, q, recalled, every_slot, top_k)
+        return x + share * u_w + (1 - share) * u_l
+
+    y = trunk(config, params, x, real, read)
+    normed = norm(config, own["slot_norm"], working)
+    q, kv = project(config, own["query"], normed), project(config, own["key_value"], y)
+    update = working + _by_head(config, q, kv, real, top_k)
+    update = norm(config, own["written_norm"], update)
+    hidden = np.maximum(project(config, own["hidden"], update), 0)
+    update = norm(config, own["hidden_norm"], update + hidden)
+    learned = np.zeros_like(long_term)
+    for b, c, i in np.ndindex(long_term.shape[:3]):
+        agreement = long_term[b, c, i] @ update[b, i] / x.shape[-1]
+        learned[b, c, i] = long_term[b, c, i] + agreement * update[b, i]
+    learned = norm(config, own["long_term_norm"], learned)
+    count = np.maximum(real.sum(axis=1), 1)[:, None, None]
+    mean = (y * real[..., None]).sum(axis=1, keepdims=True) / count
+    gates = project(config, own["gate_slots"], normed)
+    mean = norm(config, own["chunk_norm"], mean)
+    gates = gates + project(config, own["gate_chunk"], mean)
+    kept = _sigmoid(gates[:, :, 1] + own["forget_bias"]) * working
+    new = _sigmoid(gates[:, :, 0] + own["input_bias"]) * np.tanh(update) + kept
+    return y, np.concatenate([new, learned.reshape(len(x), -1, x.shape[-1])], axis=1)
+
+
+def _first(config, own):
+    if config.recurrence == "rmt":
+        return own["memory"]
+    if config.recurrence == "memformer":
+        return _normalised(own["bias"])
+    flat = own["long_term"].reshape(-1, config.embed_dim)
+    return np.concatenate([own["working"], flat])
+
+
+STEPS = {"rmt": rmt, "memformer": memformer, "pmi": pmi}
+
+
 def features(config, params, tokens, positions, segment_ids, held=None):
     """[B, L] -> normed [B, L, D] and the memory that each chunk was handed."""
     x = params["embed"]["embedding"][tokens]
     own, size = params["recurrence"], config.recurrence_options.chunk_size
-    is_rmt = config.recurrence == "rmt"
-    first = own["memory"] if is_rmt else _normalised(own["bias"])
+    first = _first(config, own)
     first = np.broadcast_to(first, (len(tokens), *first.shape))
     memory, memories, outputs = first, [], []
     for c, start in enumerate(range(0, tokens.shape[1], size)):
@@ -121,8 +203,7 @@ def features(config, params, tokens, positions, segment_ids, held=None):
         memories.append(memory)
         begins = (positions[:, start] == 0) & real[:, 0]
         memory = np.where(begins[:, None, None], first, memory)
-        step = rmt if is_rmt else memformer
-        y, written = step(config, params, memory, x[part], real)
+        y, written = STEPS[config.recurrence](config, params, memory, x[part], real)
         memory = np.where(real.any(axis=1)[:, None, None], written, memory)
         outputs.append(y)
     return np.concatenate(outputs, axis=1), memories

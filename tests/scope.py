@@ -302,11 +302,21 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/recurrence/pmi": (
+        "model/test_recurrence.py",
+        "training/test_recurrence_runs.py",
+        "test_fields.py",
+        "training/test_optimizer.py",
+    ),
     "model/recurrence/rmt": (
         "model/test_recurrence.py",
         "training/test_recurrence_runs.py",
         "test_fields.py",
         "training/test_optimizer.py",
+    ),
+    "model/recurrence/slots": (
+        "model/test_recurrence.py",
+        "training/test_recurrence_runs.py",
     ),
     "model/stack": (
         "ops/test_remat.py",

@@ -24,6 +24,7 @@ ARGUMENTS = {  # every argument that a shipped config takes
     "studies": ("", "mini"),
     "listops": ("", "softmax", "linformer", "conv_luna"),
     "shared_memory": ("texts", "pathfinder", "listops"),
+    "pmi": ("relations", "relations-none", "stories", "triangles-no-sharing"),
     "memoryformer_tiny": ("", "released"),
     "memoryformer_small": ("", "released"),
 }

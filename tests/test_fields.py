@@ -80,6 +80,14 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "bptt_chunks": 0,
         "temperature": 0.5,
     },
+    ("recurrence", "pmi"): {
+        "chunk_size": 0,
+        "num_slots": 16,
+        "bptt_chunks": 0,
+        "num_fragments": 5,
+        "top_k": 5,
+        "working_share": 0.7,
+    },
 }
 DEFAULTS = {
     OptimizerConfig: {
@@ -363,6 +371,9 @@ OPTION_BOUNDS = [  # what is chosen, option, values taken, values refused
     ({"table_state": "lean"}, "rounding", [], ["up", "stochastic"]),
     ({"spikes": "skip"}, "sigmas", [0.0, 0.1], [-0.1]),
     ({"spikes": "skip"}, "window", [2], [1]),
+    ({"recurrence": "pmi"}, "num_fragments", [1], [0]),
+    ({"recurrence": "pmi"}, "top_k", [0], [-1]),
+    ({"recurrence": "pmi"}, "working_share", [0.0, 1.0], [-0.1, 1.1]),
 ]
 
 

@@ -1,6 +1,16 @@
 """The tasks by name: a new one is a file here and a line in `TASKS`."""
 
-from memoryformer.tasks import base, hashhop, listops, mqar, pathfinder, texts
+from memoryformer.tasks import (
+    base,
+    hashhop,
+    listops,
+    mqar,
+    pathfinder,
+    relations,
+    stories,
+    texts,
+    triangles,
+)
 
 TASKS: dict[str, type[base.Task]] = {
     "listops": listops.ListOps,
@@ -8,4 +18,7 @@ TASKS: dict[str, type[base.Task]] = {
     "hashhop": hashhop.HashHop,
     "texts": texts.Texts,
     "pathfinder": pathfinder.Pathfinder,
+    "relations": relations.Relations,
+    "stories": stories.Stories,
+    "triangles": triangles.Triangles,
 }

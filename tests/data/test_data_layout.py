@@ -70,7 +70,7 @@ def test_a_chunk_with_two_documents_is_refused(tmp_path):
         experiment.resolve(config)
 
 
-@pytest.mark.parametrize("name", ["rmt", "memformer"])
+@pytest.mark.parametrize("name", ["rmt", "memformer", "pmi"])
 def test_presets_align(name):
     """Red if a named experiment with a memory packs documents."""
     run = experiment.resolve(presets.with_mixer(presets.pythia("410m"), name))

@@ -30,10 +30,18 @@ SEGMENTS = np.array(
 )
 POSITIONS = toy.positions(SEGMENTS)
 TOKENS = np.random.default_rng(0).integers(0, 13, (B, L), np.int32)
-PAIRS = [(k, p) for k in ("rmt", "memformer") for p in ("memory", "dense")]
+PAIRS = [(k, p) for k in recurrence.KINDS for p in ("memory", "dense")]
 # Another mixer inside than softmax.
-INSIDE = [("rmt of luna", "memory"), ("memformer of linear", "dense")]
-QUICK = [("rmt", "dense"), ("memformer", "memory")]  # compiling takes the time here
+INSIDE = [
+    ("rmt of luna", "memory"),
+    ("memformer of linear", "dense"),
+    ("pmi of cosformer", "dense"),
+]
+QUICK = [
+    ("rmt", "dense"),
+    ("memformer", "memory"),
+    ("pmi", "memory"),
+]  # compiling takes the time here
 
 
 def _marked(cases, quick):
@@ -42,6 +50,7 @@ def _marked(cases, quick):
     return [pytest.param(*case, marks=() if case in quick else slow) for case in cases]
 
 
+SMALL = {"pmi": {"num_fragments": 2, "top_k": 2}}
 every_kind = pytest.mark.parametrize(("kind", "projection"), _marked(PAIRS, QUICK))
 every_mix = pytest.mark.parametrize(
     ("kind", "projection"), _marked(PAIRS + INSIDE, QUICK)
@@ -53,9 +62,11 @@ def _config(kind, projection, options=None, **fields):
     sizes = {
         "mixer": mixer or "softmax",
         "vocab_size": 14,  # divides over two devices
-        "num_layers": 1 if kind == "rmt" else 2,
+        "num_layers": 2 if kind == "memformer" else 1,
         "seq_len": L,
-        "recurrence_options": {"chunk_size": S, "num_slots": 3} | (options or {}),
+        "recurrence_options": {"chunk_size": S, "num_slots": 3}
+        | SMALL.get(kind, {})
+        | (options or {}),
     }
     if projection == "memory":
         sizes["projection_options"] = {"memory_bias": False}
@@ -133,7 +144,7 @@ def test_no_future(kind, projection):
 
 
 SIZES = {"tokens": (1,) * L, "chunks": (4, 8, 4), "any": (6, 6, 4)}
-QUICK_SIZES = [(*QUICK[0], "tokens"), (*QUICK[1], "any")]
+QUICK_SIZES = [(*QUICK[0], "tokens"), (*QUICK[1], "any"), (*QUICK[2], "tokens")]
 SPLITS = _marked(
     [(*pair, sizes) for pair in PAIRS + INSIDE for sizes in SIZES], QUICK_SIZES
 )
@@ -210,7 +221,7 @@ def test_gradient(kind, projection, bptt):
         assert abs(np.sum(used[path] * direction) - want) / scale < 2e-3, path
 
 
-@pytest.mark.parametrize(("kind", "projection"), _marked(PAIRS, QUICK[1:]))
+@pytest.mark.parametrize(("kind", "projection"), _marked(PAIRS, QUICK[1:2]))
 def test_eight_devices(kind, projection):
     """Outputs and gradients on a 4 x 2 mesh are those of one device.
 
@@ -287,6 +298,14 @@ REFUSED = {
         "recurrence_options.temperature=0.0",
     ),
     "another's": ({"options": {"temperature": 1.0}}, "an option of memformer"),
+    "no fragments": (
+        {"kind": "pmi", "options": {"num_fragments": 0}},
+        "recurrence_options.num_fragments=0",
+    ),
+    "share": (
+        {"kind": "pmi", "options": {"working_share": 1.1}},
+        r"recurrence_options.working_share=1.1: must be between 0 and 1",
+    ),
     "positions": (
         {
             "mixer": "linformer",
@@ -339,11 +358,11 @@ def test_only_a_memory_goes_from_past_to_future():
 
 
 def test_only_rmt_takes_places_of_the_trunk():
-    """Its slots stand before and behind a chunk, memformer's beside the trunk.
+    """Its slots stand before and behind a chunk, those of the others beside the trunk.
 
     Mutation: a place more, or fewer, for either.
     """
-    for name, more in (("rmt", 6), ("memformer", 0)):
+    for name, more in (("rmt", 6), ("memformer", 0), ("pmi", 0)):
         options = {"chunk_size": 4, "num_slots": 3}
         config = toy.model_config("dense", recurrence=name, recurrence_options=options)
         assert recurrence.capacity(config) == 4 + more
@@ -405,21 +424,26 @@ def test_a_mixer_with_just_enough_positions_is_taken():
 
 
 def test_how_memories_begin():
-    """RMT's as embeddings, Memformer's slots of length 1.
+    """RMT's as embeddings, Memformer's slots of length 1, PMI's of 1 and, long-term, sqrt(D).
 
     Mutations: another standard deviation; the slots not normalised.
     """
     options = {"chunk_size": 4, "num_slots": 60}
     fields = {"recurrence_options": options, "embed_std": 0.3}
-    for name, std in (("rmt", 0.3), ("memformer", 0.25)):
+    for name, std in (("rmt", 0.3), ("memformer", 0.25), ("pmi", 0.25)):
         config = toy.model_config("dense", recurrence=name, num_layers=1, **fields)
         rngs = nnx.Rngs(0)
         project = functools.partial(transformer.make_projection, config, rngs=rngs)
         norm = functools.partial(transformer.make_norm, config)
         made = recurrence.make(config, project, norm, rngs=rngs)
-        own = np.asarray((made.memory if name == "rmt" else made.bias)[...])
+        first = {"rmt": "memory", "memformer": "bias", "pmi": "working"}
+        own = np.asarray(getattr(made, first[name])[...])
         assert own.shape == (60, 16)
         assert abs(np.std(own) / std - 1) < 0.1
         if name == "memformer":
             lengths = np.linalg.norm(made.initial(), axis=-1)
             np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+        if name == "pmi":
+            assert abs(np.std(made.long_term[...]) - 1) < 0.1
+            np.testing.assert_array_equal(made.initial()[:60], own)
+            np.testing.assert_array_equal(made.initial()[-60:], made.long_term[4])

@@ -32,6 +32,7 @@ GROUPS = {
 PARAMETERS = [  # configs that have every parameter there is
     {"projection": "memory", "score": "learned", "norm": "layernorm"},
     {"projection": "dense", "recurrence": "memformer"},
+    {"projection": "dense", "recurrence": "pmi"},
     {"projection": "dense", "recurrence": "rmt"}
     | {"mixer_options": {"logit_transform": "dape_v2"}},
     *({"projection": "dense", "mixer": mixer} for mixer in mixers.MIXERS),

@@ -8,12 +8,17 @@ import pytest
 import toy
 
 from memoryformer import accounting, model
+from memoryformer.model import recurrence
 from memoryformer.runs import metrics
 
 
 @pytest.mark.parametrize(
     ("kind", "projection"),
-    [("rmt", "dense"), pytest.param("memformer", "memory", marks=pytest.mark.slow)],
+    [
+        ("rmt", "dense"),
+        pytest.param("memformer", "memory", marks=pytest.mark.slow),
+        pytest.param("pmi", "memory", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_logs_its_memory(tmp_path, kind, projection):
     """Red if the trainer packs documents, or the meter does not know the state."""
@@ -34,13 +39,14 @@ def test_a_run_logs_its_memory(tmp_path, kind, projection):
     ranks = [
         r["degradation/recurrence/effective_rank"] for r in rows if "val/loss" in r
     ]
-    assert all(1 <= rank <= 3 + 1e-4 for rank in ranks)
+    most = 16 if kind == "pmi" else 3  # 3 slots and 15 of long-term memory, 16 wide
+    assert all(1 <= rank <= most + 1e-4 for rank in ranks)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("projection", ["memory", "dense"])
-@pytest.mark.parametrize("kind", ["rmt", "memformer"])
+@pytest.mark.parametrize("kind", recurrence.KINDS)
 def test_costs_are_those_of_the_model(kind, projection):
     """Red if a memory gains an array that its formula does not know."""
     sizes = {"seq_len": 24, "recurrence_options": {"chunk_size": 6, "num_slots": 3}}
@@ -80,4 +86,12 @@ def test_operations():
     read = 6 * 2 * square + 3 * 2 * square + 2 * 6 * 3 * 16
     write = 3 * square + (6 + 3) * 2 * square + 2 * 3 * 7 * 16
     assert memformer.recurrence_multiply_adds == 4 * (2 * read + write)
+    sizes["recurrence_options"] |= {"num_fragments": 5}
+    pmi = accounting.count(
+        toy.model_config("dense", recurrence="pmi", **dense, **sizes)
+    )
+    read = 6 * square + 2 * 2 * 6 * 3 * 16
+    write = 3 * square + (6 + 6) * 2 * square + 2 * 3 * 6 * 16  # attention
+    write += 3 * square + 2 * 5 * 3 * 16 + (3 + 1) * 2 * square  # f, M_l, gates
+    assert pmi.recurrence_multiply_adds == 4 * (2 * read + write)
     assert plain.recurrence_multiply_adds == 0

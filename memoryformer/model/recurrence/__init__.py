@@ -4,6 +4,7 @@
 
     rmt         [_; y; M'] = trunk([M; x; M])                          Bulatov et al. 2022
     memformer   y = trunk(x), every block reading M; M' = write(M, y)  Wu et al. 2020
+    pmi         the same, M a working memory and a long-term one        ours
 
 Any causal mixer may be inside. Attention ends at its chunk, so the cost is linear in the length
 and decoding keeps one chunk. Training scans over checkpointed chunks: only memories and outputs
@@ -31,12 +32,13 @@ from memoryformer.model.recurrence.base import (
     chunk_size,
 )
 from memoryformer.model.recurrence.memformer import Memformer
+from memoryformer.model.recurrence.pmi import PMI
 from memoryformer.model.recurrence.rmt import RMT
 
 if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
 
-KINDS: dict[str, type[Recurrence]] = {"rmt": RMT, "memformer": Memformer}
+KINDS: dict[str, type[Recurrence]] = {"rmt": RMT, "memformer": Memformer, "pmi": PMI}
 
 
 def make(

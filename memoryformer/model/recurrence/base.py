@@ -1,4 +1,4 @@
-"""What both recurrences share: the scan over chunks, and decoding. Start at `Recurrence`."""
+"""What all recurrences share: the scan over chunks, and decoding. Start at `Recurrence`."""
 
 import dataclasses
 import functools

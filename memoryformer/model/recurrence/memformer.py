@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers.base import wide
 from memoryformer.model.recurrence import base
+from memoryformer.model.recurrence.slots import Slots
 from memoryformer.notation import Activations, Array, Bool, Float
 from memoryformer.ops import collectives
 
@@ -19,15 +20,7 @@ if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
 
 
-class _OpenChunk(NamedTuple):
-    """Memformer: the memory as every block reads it, and the outputs to be written."""
-
-    reads: tuple[Array, ...]  # of each block, keys and values [B, m, 2, H, E]
-    outputs: Activations  # [B, S, D]
-    real: Bool[Array, "B S"]
-
-
-class Memformer(base.Recurrence):
+class Memformer(Slots):
     """Memory as slots: every block reads them, one writer updates them after the last.
 
         x <- x + Attn(q = norm(x), kv = norm(M))                       before each block
@@ -99,89 +92,35 @@ class Memformer(base.Recurrence):
         """b / |b|."""
         return self._normalised(jnp.zeros_like(self.bias[...]))
 
-    def whole(
-        self,
-        trunk: base.Trunk,
-        memory: base.Memory,
-        x: Activations,
-        real: Bool[Array, "B S"],
-    ) -> tuple[Activations, base.Memory]:
-        """The chunk with its memory read: y [B, S, D] and the new memory."""
-        reads = self._reads(memory)
-        y, _ = trunk.run_blocks(x, self.sequence(real), None, self._reader(reads))
-        return y, self._write(memory, y, real)
-
-    def init_chunk(self, state: base.RecurrentState) -> _OpenChunk:
-        """Keys and values of the slots, and room for a chunk's outputs."""
-        batch_size, _, width = state.memory.shape
-        dtype = state.memory.dtype
-        outputs = jnp.zeros((batch_size, self.chunk_size, width), dtype)
-        real = jnp.zeros((batch_size, self.chunk_size), bool)
-        return _OpenChunk(self._stored_reads(state.memory, dtype), outputs, real)
-
-    def open(
-        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
-    ) -> base.RecurrentState:
-        """Project the memory once for all tokens of the chunk."""
-        reads = self._stored_reads(state.memory, dtype)
-        real = jnp.zeros_like(state.chunk.real)
-        return state._replace(chunk=state.chunk._replace(reads=reads, real=real))
-
-    def extend(
-        self,
-        trunk: base.Trunk,
-        state: base.RecurrentState,
-        x: Activations,
-        real: Bool[Array, "B P"],
-    ) -> tuple[Activations, base.RecurrentState]:
-        """Some tokens of a chunk, after those in the state."""
-        chunk = state.chunk
-        seq, read = (
-            self.sequence(real, state.tokens),
-            self._reader(chunk.reads),
-        )
-        y, blocks = trunk.run_blocks(x, seq, state.blocks, read)
-        outputs = jax.lax.dynamic_update_slice_in_dim(
-            chunk.outputs, y.astype(chunk.outputs.dtype), state.slots, axis=1
-        )
-        real = jax.lax.dynamic_update_slice_in_dim(
-            chunk.real, real, state.slots, axis=1
-        )
-        chunk = chunk._replace(outputs=outputs, real=real)
-        return y, state._replace(blocks=blocks, chunk=chunk)
-
-    def close(
-        self, trunk: base.Trunk, state: base.RecurrentState, dtype: jnp.dtype
-    ) -> base.Memory:
-        """Write the chunk's outputs."""
-        memory, chunk = state.memory.astype(dtype), state.chunk
-        return self._write(memory, chunk.outputs.astype(dtype), chunk.real)
-
-    def _reads(self, memory):
+    def reads(self, memory: base.Memory) -> tuple[Array, ...]:
+        """Keys and values [B, m, 2, H, E] of each block."""
         return tuple(reader.keys_values(memory) for reader in self.readers)
 
-    def _stored_reads(self, memory, dtype):
-        reads = self._reads(memory.astype(dtype))
-        return tuple(kv.astype(memory.dtype) for kv in reads)
-
-    def _reader(self, reads):
+    def reader(self, reads: tuple[Array, ...]) -> base.Read:
+        """Let every block read with its own projections."""
         return lambda i, x: self.readers[i](x, reads[i])
 
-    def _write(self, memory, y, real):
+    def write(
+        self,
+        memory: base.Memory,
+        reads: tuple[Array, ...],
+        y: Activations,
+        real: Bool[Array, "B S"],
+    ) -> base.Memory:
         """[B, m, D], [B, S, D] -> [B, m, D]."""
         heads = (-1, self.head_dim)
         normed = self.norm(memory)
         q = wide(self.query(normed)).reshape(*memory.shape[:2], *heads)
         own = wide(self.key_value(normed))[:, :, 0].reshape(q.shape)
         kv = wide(self.key_value(y)).reshape(*y.shape[:2], 2, *heads)
-        slots = wide(memory).reshape(q.shape)
+        before = wide(memory).reshape(q.shape)
         scale = self.temperature * self.head_dim**0.5
         itself = jnp.sum(q * own, axis=-1) / scale  # [B, m, H]
         tokens = jnp.einsum("bmhe,bshe->bmhs", q, kv[:, :, 0]) / scale
         tokens = jnp.where(real[:, None, None], tokens, -jnp.inf)
         weights = jnp.concatenate([itself[..., None], tokens], axis=-1)
         weights = jax.nn.softmax(weights, axis=-1)
-        written = weights[..., :1] * slots
+        written = weights[..., :1] * before
         written += jnp.einsum("bmhs,bshe->bmhe", weights[..., 1:], kv[:, :, 1])
         return self._normalised(written.reshape(memory.shape)).astype(memory.dtype)
 
