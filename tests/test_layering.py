@@ -33,7 +33,7 @@ training
 convert presets
 dryrun generation
 harness sweep tasks
-report
+identifiability report
 """
 FLOOR = {
     name: number

@@ -27,6 +27,7 @@ CASES = {  # name: (mixer, its options, other fields of the config)
     "softmax_chunked": ("softmax", {}, {"sequence_chunk": 5}),
     "dape_v2": ("softmax", {"logit_transform": "dape_v2", "dape_width": 6}, {}),
     "linear": ("linear", {}, {}),
+    "linear_identity": ("linear", {"feature_map": "identity"}, {}),
     "cosformer": ("cosformer", {"max_len": 32}, {}),
     "trained_kernel": ("trained_kernel", {}, {}),
     "performer": ("performer", {"num_features": 10}, {}),
@@ -42,7 +43,7 @@ BOTH_WAYS = {  # look ahead, have no state
     "conv_luna_both": ("conv_luna", {"num_slots": 5}, {"causal": False}),
 }
 CAUSAL, CASES = CASES, CASES | BOTH_WAYS
-VARIANTS = ("softmax_chunked", "conv_luna_pool", *BOTH_WAYS)
+VARIANTS = ("softmax_chunked", "linear_identity", "conv_luna_pool", *BOTH_WAYS)
 
 
 def _pairs(names, quick):
