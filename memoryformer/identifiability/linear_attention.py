@@ -154,7 +154,7 @@ def triangle(blocks: Iterable[Float[np.ndarray, "n M"]]) -> Float[np.ndarray, "m
     R: np.ndarray | None = None
     for block in blocks:
         stacked = block if R is None else np.concatenate([R, block])
-        R = np.linalg.qr(stacked, mode="r")
+        R = np.asarray(np.linalg.qr(stacked, mode="r"))
     if R is None:
         raise ValueError("no examples.")
     return R

@@ -22,12 +22,15 @@ NumPy in float64. Start at `certificate`.
 import numpy as np
 
 from memoryformer.identifiability import moments
-from memoryformer.notation import Codes, Float, Int, Scores
+from memoryformer.notation import Float, Int
+
+Codes = Int[np.ndarray, "N K"]
+Scores = Float[np.ndarray, "N K"]
 
 
 def features(
     codes: Codes, scores: Scores, num_buckets: int
-) -> tuple[Int[np.ndarray, "N K"], Float[np.ndarray, "N K"], Int[np.ndarray, " M"]]:
+) -> tuple[Codes, Scores, Int[np.ndarray, " M"]]:
     """Return A as (column, value) of its K entries a row, and the buckets its columns stand for.
 
     codes, scores: [N, K]. Columns are numbered over visited buckets k * num_buckets + code.
@@ -38,7 +41,7 @@ def features(
 
 
 def second_moment(
-    columns: Int[np.ndarray, "N K"], values: Float[np.ndarray, "N K"], unknowns: int
+    columns: Codes, values: Scores, unknowns: int
 ) -> Float[np.ndarray, "M M"]:
     """Return A^T A / N of the entries that `features` returns."""
     moment = np.zeros((unknowns, unknowns))

@@ -13,7 +13,7 @@ nothing is said of later layers, nor of whether training has found good weights.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,11 +27,12 @@ from memoryformer.errors import ConfigError, DataError
 from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
 from memoryformer.model import implementations, layers, mixers
-from memoryformer.notation import Array, Codes, Float, Params, Scores
+from memoryformer.notation import Array, Float, Params
 from memoryformer.ops import hashing
 from memoryformer.training import experiment
 
 Batches = Iterable[Mapping[str, Any]]
+Reads = tuple[tables.Codes, tables.Scores, int]  # codes, scores, C
 
 
 def of_run(
@@ -67,8 +68,10 @@ def of_model(
 
 def eager(config: model_lib.ModelConfig) -> model_lib.ModelConfig:
     """Return the config to look at one layer after the other with."""
-    plain = {"remat": "none", "scan_layers": False, "sequence_chunk": 0}
-    return dataclasses.replace(implementations.readable(config), **plain)
+    config = implementations.readable(config)
+    return dataclasses.replace(
+        config, remat="none", scan_layers=False, sequence_chunk=0
+    )
 
 
 def check(config: model_lib.ModelConfig) -> str:
@@ -180,7 +183,7 @@ def of_tables(
 
 def reads(
     config: model_lib.ModelConfig, params: Params, batches: Batches
-) -> dict[str, tuple[Codes, Scores, int]]:
+) -> dict[str, Reads]:
     """Return (codes [N, K], scores [N, K], C) of every memory layer, of all tokens."""
     kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for batch in batches:
@@ -206,7 +209,8 @@ def _reader(config):
         kept: dict[str, list[tuple[Array, Array]]] = {}
         for path, layer in nnx.iter_modules(model, graph=False):
             if isinstance(layer, layers.MemoryLayer) and layer.keeps_codes:
-                kept[".".join(map(str, path))] = told = []
+                told: list[tuple[Array, Array]] = []
+                kept[".".join(map(str, path))] = told
                 # The same fields behind another `__call__`; flax's own setattr is for fields.
                 object.__setattr__(layer, "__class__", _Watched)
                 object.__setattr__(layer, "watch", told.append)
@@ -219,6 +223,8 @@ def _reader(config):
 
 class _Watched(layers.MemoryLayer):
     """A `MemoryLayer` that tells what it reads."""
+
+    watch: Callable[[tuple[Array, Array]], None]
 
     def __call__(self, x):
         chunks = hashing.split_chunks(x, self.code_bits)
