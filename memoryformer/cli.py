@@ -42,6 +42,7 @@ COMMANDS = {
     "sweep": ("sweep", "many runs from one config"),
     "report": ("report", "a page and pictures of runs"),
     "tasks": ("tasks", "train a model on a generated task"),
+    "memorised": ("tasks.memorised", "a trained network replaced by a table"),
     "identifiability": ("identifiability", "whether data determine a layer"),
 }
 

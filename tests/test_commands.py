@@ -61,6 +61,7 @@ BASES = {
         ("--workdir={folder}/run", "--max_tokens=200"),
         ("--study=teachers",),
     ],
+    "memoryformer.tasks.memorised": [("--workdir={folder}/run",)],
     "memoryformer.tasks": [
         ("--config=configs/listops.py:nope", "--workdir={folder}/listops")
     ],
