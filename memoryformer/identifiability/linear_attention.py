@@ -56,23 +56,29 @@ def certificate(Z: Examples) -> float:
     sqrt(e / certificate) |Z|^3. At 0 (exactly 0 with fewer examples than features), other
     functions fit as well. It speaks of layers that can reach the least error, of d^2 heads.
     """
-    Z = _examples(Z)
-    return smallest_eigenvalue(_blocks(Z), len(Z))
+    return float(eigenvalues(_blocks(_examples(Z)))[0][0])
 
 
-def smallest_eigenvalue(
-    blocks: Iterable[Float[np.ndarray, "n psi"]], num_examples: int
-) -> float:
-    """Return the smallest eigenvalue of the second moment of features that come in blocks.
+def eigenvalues(
+    blocks: Iterable[Float[np.ndarray, "n M"]],
+) -> tuple[Float[np.ndarray, " M"], int]:
+    """Return the ascending eigenvalues of the second moment of features, and N.
 
-    The square of a singular value: what is 0 comes out below 1e-25 of the largest, where an
-    eigenvalue of the moment itself would be lost in 1e-16 of it.
+    Squares of singular values: what is 0 comes out below 1e-25 of the largest, where an
+    eigenvalue of the moment itself would be lost in 1e-16 of it. blocks: rows, some at a time.
     """
-    R = triangle(blocks)
-    if len(R) < R.shape[1]:
-        return 0.0
-    values = np.linalg.svd(R, compute_uv=False)
-    return float(values[-1] ** 2 / num_examples)
+    counted = 0
+
+    def counting():
+        nonlocal counted
+        for block in blocks:
+            counted += len(block)
+            yield block
+
+    R = triangle(counting())
+    values = np.zeros(R.shape[1])  # those stay 0 for which there are too few examples
+    values[-len(R) :] = np.linalg.svd(R, compute_uv=False)[::-1]
+    return values**2 / counted, counted
 
 
 def fit_heads(Z: Examples, Y: Vectors) -> tuple[Heads, Heads]:
@@ -151,10 +157,16 @@ def _blocks(Z: Examples) -> Iterator[Float[np.ndarray, "n psi"]]:
 
 def triangle(blocks: Iterable[Float[np.ndarray, "n M"]]) -> Float[np.ndarray, "m M"]:
     """Return the R of the QR decomposition of blocks of rows: R^T R = sum x x^T, m <= M."""
-    R: np.ndarray | None = None
+    waiting: list[np.ndarray] = []
     for block in blocks:
-        stacked = block if R is None else np.concatenate([R, block])
-        R = np.asarray(np.linalg.qr(stacked, mode="r"))
-    if R is None:
+        waiting.append(block)
+        # A decomposition costs the same for one new row and for M of them.
+        if sum(map(len, waiting)) >= 2 * block.shape[1]:
+            waiting = [_reduced(waiting)]
+    if not waiting:
         raise ValueError("no examples.")
-    return R
+    return _reduced(waiting)
+
+
+def _reduced(blocks):
+    return np.asarray(np.linalg.qr(np.concatenate(blocks), mode="r"))

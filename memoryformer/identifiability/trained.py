@@ -111,18 +111,8 @@ def of_first_mixer(
     then float64, in whatever type the run trains.
     """
     config = dataclasses.replace(config, dtype="float32")
-    counted = 0
-
-    def blocks():
-        nonlocal counted
-        for rows in first_features(config, params, batches):
-            counted += len(rows)
-            yield rows
-
-    triangle = linear_attention.triangle(blocks())
-    values = np.linalg.svd(triangle, compute_uv=False)[::-1]
-    missing = np.zeros(triangle.shape[1] - len(values))  # fewer tokens than features
-    eigenvalues = np.concatenate([missing, values**2 / counted])
+    features = first_features(config, params, batches)
+    eigenvalues, counted = linear_attention.eigenvalues(features)
     return moments.certificate(eigenvalues, counted, _freedom(config), np.float32)
 
 
