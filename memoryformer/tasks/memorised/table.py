@@ -131,14 +131,20 @@ class Nearest:
     weights: Weights = EQUAL
     images: Int[np.ndarray, " B"] | None = None
 
+    @functools.cached_property
+    def _own_rows(self):
+        """(key, row) of every row of the image that the key is of."""
+        return np.nonzero(self.images[:, None] == self.table.images)
+
     def __call__(self, keys: Float[np.ndarray, "B W"]) -> tuple[Values, float]:
         """Return the values of the nearest rows."""
         # |x - y| = x + y - 2 x y for bits: the part that differs between rows.
         weights = np.repeat(self.weights, widths(self.table.config)).astype(np.float32)
         rows = self.table.keys
-        distance = rows @ weights - 2 * (keys * weights) @ rows.T
+        distance = (-2 * keys * weights) @ rows.T
+        distance += rows @ weights
         if self.images is not None:
-            distance[self.images[:, None] == self.table.images] = np.inf
+            distance[self._own_rows] = np.inf
         nearest = np.argmin(distance, axis=1)
         values = Values(*(array[nearest] for array in self.table.values))
         return values, float(np.mean(np.all(rows[nearest] == keys, axis=1)))
