@@ -43,6 +43,8 @@ COMMANDS = {
     "report": ("report", "a page and pictures of runs"),
     "tasks": ("tasks", "train a model on a generated task"),
     "cim": ("cim", "compute-in-memory: energy, and a run under noise"),
+    "memorised": ("tasks.memorised", "a trained network replaced by a table"),
+    "identifiability": ("identifiability", "whether data determine a layer"),
 }
 
 

@@ -115,6 +115,13 @@ def linear(config, params, x, positions, segment_ids):
     return _kernel(config, params, scores, v, segment_ids, lambda z: z + 1e-6)
 
 
+def linear_identity(config, params, x, positions, segment_ids):
+    q, k, v = split(config, params, x)
+    q, k = rotate(config, q, positions), rotate(config, k, positions)
+    scores = np.einsum("bthe,bshe->bhts", q, k)
+    return _kernel(config, params, scores, v, segment_ids, np.ones_like)
+
+
 def cosformer(config, params, x, positions, segment_ids):
     q, k, v = split(config, params, x)
     max_len = config.mixer_options.max_len or config.seq_len
@@ -266,6 +273,7 @@ ORACLES = {
     "softmax": normal_attention,
     "dape_v2": dape_v2,
     "linear": linear,
+    "linear_identity": linear_identity,
     "cosformer": cosformer,
     "trained_kernel": trained_kernel,
     "performer": performer,

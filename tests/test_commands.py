@@ -63,6 +63,11 @@ BASES = {
         ("quickstart", "--workdir={folder}/run"),
     ],
     "memoryformer.sweep": [(word, *SWEEP) for word in ("list", "print", "collect")],
+    "memoryformer.identifiability": [
+        ("--workdir={folder}/run", "--max_tokens=200"),
+        ("--study=teachers",),
+    ],
+    "memoryformer.tasks.memorised": [("--workdir={folder}/run",)],
     "memoryformer.tasks": [
         ("--config=configs/listops.py:nope", "--workdir={folder}/listops")
     ],

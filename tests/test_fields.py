@@ -56,7 +56,7 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "logit_transform": "none",
         "dape_width": 32,
     },
-    ("mixer", "linear"): {"prefix_chunk": 64},
+    ("mixer", "linear"): {"prefix_chunk": 64, "feature_map": "elu"},
     ("mixer", "trained_kernel"): {"prefix_chunk": 64, "depth": 3},
     ("mixer", "performer"): {
         "prefix_chunk": 64,

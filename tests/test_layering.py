@@ -33,7 +33,7 @@ training
 convert presets
 dryrun generation tasks
 harness sweep
-report
+identifiability report
 cim
 """
 FLOOR = {

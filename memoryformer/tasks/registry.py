@@ -3,6 +3,7 @@
 from memoryformer.tasks import (
     base,
     hashhop,
+    linear_maps,
     listops,
     mqar,
     pathfinder,
@@ -11,6 +12,7 @@ from memoryformer.tasks import (
     texts,
     triangles,
 )
+from memoryformer.tasks.memorised import network
 
 TASKS: dict[str, type[base.Task]] = {
     "listops": listops.ListOps,
@@ -21,4 +23,6 @@ TASKS: dict[str, type[base.Task]] = {
     "relations": relations.Relations,
     "stories": stories.Stories,
     "triangles": triangles.Triangles,
+    "linear_maps": linear_maps.LinearMaps,
+    "memorised": network.Memorised,
 }

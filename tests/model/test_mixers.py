@@ -27,6 +27,7 @@ CASES = {  # name: (mixer, its options, other fields of the config)
     "softmax_chunked": ("softmax", {}, {"sequence_chunk": 5}),
     "dape_v2": ("softmax", {"logit_transform": "dape_v2", "dape_width": 6}, {}),
     "linear": ("linear", {}, {}),
+    "linear_identity": ("linear", {"feature_map": "identity"}, {}),
     "cosformer": ("cosformer", {"max_len": 32}, {}),
     "trained_kernel": ("trained_kernel", {}, {}),
     "performer": ("performer", {"num_features": 10}, {}),
@@ -47,7 +48,13 @@ BOTH_WAYS = {  # look ahead, have no state
     ),
 }
 CAUSAL, CASES = CASES, CASES | BOTH_WAYS
-VARIANTS = ("softmax_chunked", "conv_luna_pool", "luna_raw", *BOTH_WAYS)
+VARIANTS = (
+    "softmax_chunked",
+    "linear_identity",
+    "conv_luna_pool",
+    "luna_raw",
+    *BOTH_WAYS,
+)
 
 
 def _pairs(names, quick):

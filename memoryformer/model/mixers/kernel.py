@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base
@@ -108,7 +109,25 @@ def _ratio(numerator: Array, z: Array) -> Array:
 
 
 class Linear(KernelAttention):
-    """phi(x) = elu(x) + 1 after rotary positions; 1e-6 is added to the denominator."""
+    """phi(x) = elu(x) + 1 after rotary positions; 1e-6 is added to the denominator.
+
+    With `feature_map='identity'`, o_t = sum_s (q_t . k_s) v_s: phi is the identity and there is
+    no denominator, as in theory (`memoryformer.identifiability`).
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(base.PrefixOptions):
+        """And what phi is."""
+
+        feature_map: str = field(
+            "numbers", "elu", doc="elu | identity: phi; identity has no denominator."
+        )
+
+        def __post_init__(self):
+            super().__post_init__()
+            config_lib.choose(
+                self.feature_map, ("elu", "identity"), f"{base.OPTIONS}.feature_map"
+            )
 
     EXAMPLES: ClassVar = {"linear": {}}
     ABOUT = base.About("elu(x) + 1 features", "2 E D", "E (E + 1)", "rotary")
@@ -116,17 +135,20 @@ class Linear(KernelAttention):
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
         super().__init__(config, project, rngs=rngs, layer=layer)
         self.rotary = base.Rotary(config)
+        self.is_identity = config.mixer_options.feature_map == "identity"
 
     def features(
         self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
     ) -> tuple[Array, Array, Array | None]:
         """Rotate first: phi must stay positive."""
         q, k = self.rotary(q, k, seq)
+        if self.is_identity:
+            return q, k, None
         return jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, None
 
     def guard(self, z: Array) -> Array:
-        """z + 1e-6."""
-        return z + 1e-6
+        """z + 1e-6; 1 where there is no denominator."""
+        return jnp.ones_like(z) if self.is_identity else z + 1e-6
 
 
 class Performer(KernelAttention):
