@@ -63,6 +63,10 @@ _TESTS = {
         "data/test_data_bytes.py",
         "data/test_data_fuzz.py",
     ),
+    "data/export": ("data/test_data_megatron.py",),
+    "data/megatron": ("data/test_data_megatron.py",),
+    "data/megatron_index": ("data/test_data_megatron.py",),
+    "data/streams": ("data/test_data_megatron.py",),
     "data/names": (
         "data/test_local_files.py",
         "data/test_data_corpora.py",

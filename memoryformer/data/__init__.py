@@ -20,6 +20,7 @@ import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import megatron
 from memoryformer.data.batches import Batch, Batches, EvalBatches, Split
 from memoryformer.data.options import DataConfig, cache_root
 from memoryformer.data.preparation import prepare, resolve_dir
@@ -71,6 +72,7 @@ def load(
     data_config: DataConfig,
     expected_vocab_size: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    verify: bool = False,
 ) -> Dataset:
     """Load what `prepare` made, preparing it first if need be.
 
@@ -78,9 +80,14 @@ def load(
     tokens (0: not checked). Raises `DataError` for a damaged directory, and `Preempted`
     when `stop` says so during a preparation.
     """
+    if data_config.source == "megatron":
+        manifest, tokenizer, splits = megatron.load(data_config)
+        check_vocab_size(tokenizer.vocab_size, expected_vocab_size, tokenizer.name)
+        folder = splits["train"].path.parent
+        return Dataset(folder, manifest, tokenizer, **splits)
     directory = prepare(data_config, stop=stop)
     return load_directory(
-        directory, expected_vocab_size, align=data_config.align_documents
+        directory, expected_vocab_size, verify, data_config.align_documents
     )
 
 
@@ -94,7 +101,7 @@ def find(
     """
     root = cache_root(data_config)
     directory = manifest_lib.directory_of(root, fingerprint)
-    if directory is not None and data_config.source != "prepared":
+    if directory is not None and data_config.source not in ("prepared", "megatron"):
         return load_directory(
             directory, expected_vocab_size, align=data_config.align_documents
         )

@@ -3,6 +3,8 @@
     python -m memoryformer.data prepare    --config=configs/quickstart.py
     python -m memoryformer.data inspect    --config=configs/quickstart.py [--verify] [--json]
     python -m memoryformer.data yardsticks --config=configs/quickstart.py [--json]
+    python -m memoryformer.data export     --config=configs/quickstart.py --format=megatron \
+        --output=FOLDER
 
 `inspect` prints the manifest, counts, the most frequent tokens and the first training
 batch decoded segment by segment: what the model will really see. Without --config the
@@ -15,9 +17,14 @@ default corpus is meant. Where documents come from is --config.data.source:
     c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
     tfds      a TFDS data set: --config.data.name=NAME
     prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
+    megatron  tokens of Megatron-LM or GPT-NeoX as they are: --config.data.path=PREFIX, or
+              0.7:PREFIX1,0.3:PREFIX2; data.tokenizer is the tokenizer.json that made them
+
+`export` writes the tokens as such pairs of files, train.bin and train.idx and so on.
 """
 
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import ml_collections
@@ -26,14 +33,15 @@ from absl import flags
 
 from memoryformer import cli, data, errors
 from memoryformer import config as config_lib
+from memoryformer.data import export, megatron, token_files, yardsticks
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import yardsticks
 
 # Which flags each command looks at.
 _COMMANDS = {
     "prepare": (),
     "inspect": ("verify", "json", "rows"),
     "yardsticks": ("verify", "json"),
+    "export": ("verify", "format", "output"),
 }
 _COUNTED = 50_000_000  # tokens behind the frequency list
 
@@ -44,6 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
     flags.DEFINE_bool("json", False, "Print one JSON object instead.")
     flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
+    flags.DEFINE_enum("format", "megatron", ["megatron"], "What `export` writes.")
+    cli.define_path_flag("output", "Folder that `export` writes to.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,24 +68,26 @@ def _run(argv: Sequence[str]) -> None:
             f"python -m memoryformer.data: give one command of {', '.join(_COMMANDS)}."
         )
     command = config_lib.choose(argv[1], _COMMANDS, "command")
-    for flag in ("verify", "json", "rows"):
+    for flag in sorted({flag for known in _COMMANDS.values() for flag in known}):
         if flags.FLAGS[flag].present and flag not in _COMMANDS[command]:
             raise errors.ConfigError(f"--{flag}: {command} does not look at it.")
     if flags.FLAGS.json:
         cli.refuse_flags(["rows"], "--json prints no rows; leave one of them out")
     config = flags.FLAGS.config or ml_collections.ConfigDict()
     data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
-    directory = data.prepare(data_config)
+    if command == "export" and not flags.FLAGS.output:
+        raise errors.ConfigError("--output: name the folder to write to.")
+    dataset = data.load(data_config, verify=flags.FLAGS.verify)
     if command == "prepare":
-        print(directory)
-        return
-    dataset = data.load_directory(
-        directory, verify=flags.FLAGS.verify, align=data_config.align_documents
-    )
-    if command == "inspect":
+        print(dataset.directory)
+    elif command == "inspect":
         inspect(dataset, config)
+    elif command == "export":
+        for prefix in export.to_megatron(dataset, pathlib.Path(flags.FLAGS.output)):
+            print(prefix)
     else:
-        result = yardsticks.measure(dataset)
+        is_ours = data_config.source != "megatron"  # else nothing is kept beside it
+        result = yardsticks.measure(dataset, cache=is_ours)
         print(json.dumps(result) if flags.FLAGS.json else yardsticks.table(result))
 
 
@@ -98,12 +110,9 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
         f"{used.eot_id}, sha256 {used.sha256[:16]}"
     )
     for name, split in manifest.splits.items():
-        ratio = split.bytes / split.tokens
         print(
             f"{name:12s} {split.documents:,} documents, {split.tokens:,} tokens, "
-            f"{split.ends_of_document:,} ends of document, {split.bytes:,} bytes "
-            f"({ratio:.3f} bytes/token); dropped {split.empty_dropped} empty, "
-            f"{split.duplicates_of_validation_dropped} also in validation"
+            f"{split.ends_of_document:,} ends of document{_more(split)}"
         )
     if note := manifest_lib.byte_note(manifest):
         print(f"note         {note}")
@@ -121,6 +130,17 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     batch = batches.batch(0)
     for row in range(min(flags.FLAGS.rows, batch_size)):
         _print_row(batch, row, tokenizer)
+
+
+def _more(split: manifest_lib.SplitFacts) -> str:
+    if isinstance(split, megatron.MegatronFacts):
+        drawn = f"; weights {split.weights}" if split.weights else ""
+        return f" (of {split.sampled_tokens:,} tokens looked at){drawn}"
+    return (
+        f", {split.bytes:,} bytes ({split.bytes / split.tokens:.3f} bytes/token); "
+        f"dropped {split.empty_dropped} empty, "
+        f"{split.duplicates_of_validation_dropped} also in validation"
+    )
 
 
 def _section(config: ml_collections.ConfigDict, name: str) -> Mapping:
@@ -143,6 +163,7 @@ def _number(
 
 def _print_frequencies(dataset: data.Dataset) -> None:
     tokens = dataset.train.tokens[:_COUNTED]
+    token_files.check_ids(tokens, dataset.train.vocab_size, str(dataset.train.path))
     counts = np.bincount(tokens, minlength=dataset.tokenizer.vocab_size)
     top = np.argsort(-counts, kind="stable")[:12]
     pieces = (

@@ -158,6 +158,17 @@ def read(directory: pathlib.Path, verify: bool = False) -> Manifest:
     return manifest
 
 
+def facts_of(tokenizer: tokenizer_lib.Tokenizer) -> TokenizerFacts:
+    """What a manifest says of a tokenizer."""
+    return TokenizerFacts(
+        name=tokenizer.name,
+        sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        end_token=tokenizer.end_token,
+    )
+
+
 def load_tokenizer(
     directory: pathlib.Path, manifest: Manifest
 ) -> tokenizer_lib.Tokenizer:

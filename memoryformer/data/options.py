@@ -9,7 +9,7 @@ from memoryformer import errors
 from memoryformer.config import field
 from memoryformer.files import paths
 
-SOURCES = ("stdlib", "text", "c4", "tfds", "prepared")
+SOURCES = ("stdlib", "text", "c4", "tfds", "prepared", "megatron")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,13 @@ class DataConfig:
         c4        downloaded C4/Pile-style JSON-lines shards: a folder or a glob in `path`
         tfds      the TFDS data set `name`; `path` is TFDS's data_dir ('': TFDS's default)
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
+        megatron  tokens of Megatron-LM or GPT-NeoX, PREFIX.bin and PREFIX.idx, in `path`
 
     Raises `ConfigError` for a field that its source cannot use.
     """
 
     source: str = field(
-        "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared."
+        "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared | megatron."
     )
     # The fingerprint says whether it is the same text, wherever it lies.
     path: str = field(
@@ -76,20 +77,20 @@ class DataConfig:
 
     def __post_init__(self):
         config_lib.choose(self.source, SOURCES, "data.source")
-        if self.source in ("text", "c4", "prepared") and not self.path:
+        if self.source in ("text", "c4", "prepared", "megatron") and not self.path:
             raise errors.ConfigError(
                 f"data.path='': data.source={self.source!r} needs one; "
                 "set --config.data.path=FILE_OR_FOLDER."
             )
         # A field that would be ignored is a mistake: training on the wrong corpus.
         users = {
-            "path": ("text", "c4", "tfds", "prepared"),
-            "validation_path": ("text", "c4"),
+            "path": ("text", "c4", "tfds", "prepared", "megatron"),
+            "validation_path": ("text", "c4", "megatron"),
             "separator": ("text",),
             "name": ("tfds",),
             "text_field": ("text", "c4", "tfds"),
             "max_documents": ("stdlib", "text", "c4", "tfds"),
-            "validation_every": ("stdlib", "text", "c4", "tfds"),
+            "validation_every": ("stdlib", "text", "c4", "tfds", "megatron"),
         }
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         for key, sources in users.items():
