@@ -20,7 +20,7 @@ import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import megatron
+from memoryformer.data import megatron, streams
 from memoryformer.data.batches import Batch, Batches, EvalBatches, Split
 from memoryformer.data.options import DataConfig, cache_root
 from memoryformer.data.preparation import prepare, resolve_dir
@@ -134,17 +134,33 @@ def load_directory(
     splits = {
         name: Split(
             name=name,
-            path=directory / facts.file,
+            path=directory / (facts.file or name),
             facts=facts,
             dtype=manifest.dtype,
             vocab_size=used.vocab_size,
             eot_id=used.eot_id,
             align=align,
+            pieces=_pieces(directory, manifest, facts),
         )
         for name, facts in manifest.splits.items()
     }
     tokenizer = manifest_lib.load_tokenizer(directory, manifest)
     return Dataset(directory, manifest, tokenizer, **splits)
+
+
+def _pieces(
+    directory: pathlib.Path,
+    manifest: manifest_lib.Manifest,
+    facts: manifest_lib.SplitFacts,
+) -> tuple[streams.Piece, ...]:
+    """The files of a split in several, and the end behind the last."""
+    if not isinstance(facts, manifest_lib.PartedFacts):
+        return ()
+    files = [
+        streams.Piece(directory / part.file, manifest.dtype, part.tokens)
+        for part in facts.parts
+    ]
+    return (*files, streams.end(manifest.tokenizer.eot_id))
 
 
 def check_vocab_size(vocab_size: int, expected: int, name: str) -> None:

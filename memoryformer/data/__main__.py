@@ -1,6 +1,7 @@
 """Look at data from a shell.
 
-    python -m memoryformer.data prepare    --config=configs/quickstart.py
+    python -m memoryformer.data prepare    --config=configs/quickstart.py [--parallel=N]
+        [--part=i/n]
     python -m memoryformer.data inspect    --config=configs/quickstart.py [--verify] [--json]
     python -m memoryformer.data yardsticks --config=configs/quickstart.py [--json]
     python -m memoryformer.data export     --config=configs/quickstart.py --format=megatron \
@@ -20,6 +21,11 @@ default corpus is meant. Where documents come from is --config.data.source:
     megatron  tokens of Megatron-LM or GPT-NeoX as they are: --config.data.path=PREFIX, or
               0.7:PREFIX1,0.3:PREFIX2; data.tokenizer is the tokenizer.json that made them
 
+`prepare` deals a large corpus to parts, the same however many processes work on them; killed,
+it goes on with the parts that are missing. --parallel=N works on them in N processes, and
+--part=i/n, i from 0, does every n-th part alone, as a task of a scheduler's array: the last
+to end completes the data.
+
 `export` writes the tokens as such pairs of files, train.bin and train.idx and so on.
 """
 
@@ -38,7 +44,7 @@ from memoryformer.data import manifest as manifest_lib
 
 # Which flags each command looks at.
 _COMMANDS = {
-    "prepare": (),
+    "prepare": ("parallel", "part"),
     "inspect": ("verify", "json", "rows"),
     "yardsticks": ("verify", "json"),
     "export": ("verify", "format", "output"),
@@ -52,6 +58,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
     flags.DEFINE_bool("json", False, "Print one JSON object instead.")
     flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
+    flags.DEFINE_integer("parallel", 1, "Processes that prepare parts.", 1, 4096)
+    flags.DEFINE_string("part", None, "i/n: only every n-th part, from i on; i < n.")
     flags.DEFINE_enum("format", "megatron", ["megatron"], "What `export` writes.")
     cli.define_path_flag("output", "Folder that `export` writes to.")
 
@@ -77,6 +85,13 @@ def _run(argv: Sequence[str]) -> None:
     data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
     if command == "export" and not flags.FLAGS.output:
         raise errors.ConfigError("--output: name the folder to write to.")
+    if command == "prepare" and data_config.source != "megatron":
+        share = _share(flags.FLAGS.part)
+        parallel = flags.FLAGS.parallel
+        directory = data.prepare(data_config, parallel=parallel, share=share)
+        if share == (0, 1) or directory.exists():
+            print(directory)
+        return
     dataset = data.load(data_config, verify=flags.FLAGS.verify)
     if command == "prepare":
         print(dataset.directory)
@@ -136,11 +151,27 @@ def _more(split: manifest_lib.SplitFacts) -> str:
     if isinstance(split, megatron.MegatronFacts):
         drawn = f"; weights {split.weights}" if split.weights else ""
         return f" (of {split.sampled_tokens:,} tokens looked at){drawn}"
-    return (
+    text = (
         f", {split.bytes:,} bytes ({split.bytes / split.tokens:.3f} bytes/token); "
         f"dropped {split.empty_dropped} empty, "
         f"{split.duplicates_of_validation_dropped} also in validation"
     )
+    if isinstance(split, manifest_lib.PartedFacts):
+        text += f", {split.duplicates_dropped} equal texts" * split.deduplicated
+        text += f"; in {len(split.parts)} files"
+    return text
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    """(i, n) of 'i/n'."""
+    if text is None:
+        return 0, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise errors.ConfigError(
+            f"--part={text!r}: write i/n with 0 <= i < n, as in --part=0/64."
+        )
+    return int(number), int(count)
 
 
 def _section(config: ml_collections.ConfigDict, name: str) -> Mapping:

@@ -20,7 +20,6 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from memoryformer import errors
@@ -101,6 +100,8 @@ class Batches:
     """`batch(step)` of a training split. Make it with `Split.batches`."""
 
     def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int):
+        import grain  # with jax: what only prepares data does without
+
         self.batch_size = _positive(batch_size, "batch_size")
         self.windows_per_epoch = 0
         self._split = split

@@ -113,7 +113,7 @@ def load(
             flush=True,
         )
     manifest = manifest_lib.Manifest(
-        manifest_lib.SourceFacts("megatron", "", data_config.path, "the corpus's own"),
+        manifest_lib.describe(data_config),
         manifest_lib.facts_of(tokenizer),
         token_files.dtype_for(tokenizer.vocab_size),
         {name: split.facts for name, split in splits.items()},

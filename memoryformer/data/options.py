@@ -52,6 +52,14 @@ class DataConfig:
         "numbers", 20, doc="One document in about so many is held out."
     )
     max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
+    part_bytes: int = field(
+        "numbers",
+        32 << 20,
+        doc="Bytes of a part of text or c4; a smaller corpus is whole; 0: so is any.",
+    )
+    deduplicate: bool = field(
+        "numbers", False, doc="Keep equal texts of text or c4 once."
+    )
     # By which name it was asked for: its hash says whether it is the same.
     tokenizer: str = field(
         "nothing",
@@ -89,6 +97,8 @@ class DataConfig:
             "separator": ("text",),
             "name": ("tfds",),
             "text_field": ("text", "c4", "tfds"),
+            "part_bytes": ("text", "c4"),
+            "deduplicate": ("text", "c4"),
             "max_documents": ("stdlib", "text", "c4", "tfds"),
             "validation_every": ("stdlib", "text", "c4", "tfds", "megatron"),
         }
@@ -117,6 +127,15 @@ class DataConfig:
             raise errors.ConfigError(
                 f"data.max_documents={self.max_documents}: must be 0 (all) or more."
             )
+        if self.part_bytes < 0:
+            raise errors.ConfigError(
+                f"data.part_bytes={self.part_bytes}: must be 0 (one part) or more."
+            )
+        if self.deduplicate and self.max_documents:
+            raise errors.ConfigError(
+                f"data.deduplicate=True: needs all documents; leave out "
+                f"data.max_documents={self.max_documents}."
+            )
         if self.align_documents < 0:
             raise errors.ConfigError(
                 f"data.align_documents={self.align_documents}: must be 0 (off) or more."
@@ -132,6 +151,16 @@ class DataConfig:
             raise errors.ConfigError(
                 "data.text_field='': name the field with the text."
             )
+
+
+def part_bytes(data_config: DataConfig) -> int:
+    """Bytes of input that make a part; more than any corpus has, for one part."""
+    return data_config.part_bytes or 1 << 62
+
+
+def deduplicates(data_config: DataConfig) -> bool:
+    """Whether equal texts are kept once."""
+    return data_config.deduplicate
 
 
 def cache_root(data_config: DataConfig) -> pathlib.Path:

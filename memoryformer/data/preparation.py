@@ -11,6 +11,7 @@ determines its bytes, so `prepare` is idempotent. Start at `prepare`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,7 +23,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memoryformer import errors
-from memoryformer.data import blocks, listing, local_files, names, options, token_files
+from memoryformer.data import (
+    blocks,
+    listing,
+    local_files,
+    names,
+    options,
+    part_processes,
+    part_runner,
+    token_files,
+)
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
@@ -33,21 +43,27 @@ if TYPE_CHECKING:  # importing it imports TFDS
 
 BPE_TRAINING_BYTES = 3_000_000
 _SAMPLE = 2  # of the rule by which these are drawn
+_PARTS = 1  # of the rules by which a corpus is dealt to parts
 
 
 def prepare(
     data_config: options.DataConfig,
     show_progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    parallel: int = 1,
+    share: part_processes.Share = (0, 1),
 ) -> pathlib.Path:
     """Tokenise the corpus unless that is done, and return its directory.
+
+    A large one in parts, by `parallel` processes; where `share` is not (0, 1), only its parts,
+    and the directory is there when those of the other shares are done too.
 
     Safe to call from many processes at once: one works, the others wait for it or find
     its result. Raises `DataError` or `ConfigError` and leaves nothing behind if the
     corpus cannot be read, `StorageError` if the cache cannot be written, `Preempted` when
     `stop`, asked every few documents and while waiting, says so.
     """
-    directory = resolve_dir(data_config)
+    directory, in_parts = _located(data_config)
     if (directory / manifest_lib.FILE).is_file() or data_config.source == "prepared":
         manifest_lib.read(directory)
         return directory
@@ -60,11 +76,16 @@ def prepare(
         progress = progress_lib.Progress(
             f"preparing {data_config.source}", enabled=show_progress, stop=stop
         )
-        with _locked(directory, progress) as locked:
-            if not directory.exists():
-                if locked:
-                    _remove_stale(directory)
-                _prepare_into(directory, data_config, progress)
+        if in_parts:
+            progress.again = part_runner.AGAIN
+            job = part_runner.Job(directory, data_config, progress)
+            if not _prepare_parts(job, parallel, share):
+                return directory
+        elif share[0]:
+            progress.note("the corpus is one part, and that is of share 0")
+            return directory
+        else:
+            _prepare_whole(directory, data_config, progress)
     except errors.MemoryFormerError:
         raise
     except OSError as error:
@@ -76,15 +97,62 @@ def prepare(
     return directory
 
 
+def _prepare_whole(
+    directory: pathlib.Path,
+    data_config: options.DataConfig,
+    progress: progress_lib.Progress,
+) -> None:
+    with _locked(directory, progress) as locked:
+        if not directory.exists():
+            if locked:
+                _remove_stale(directory)
+            _prepare_into(directory, data_config, progress)
+
+
+def _prepare_parts(
+    job: part_runner.Job, parallel: int, share: part_processes.Share
+) -> bool:
+    """Do the parts of a share; return whether the directory is there."""
+    if parallel > 1 and job.missing():
+        part_processes.run(job, share, parallel)
+    is_whole = share == (0, 1)
+    job.run(part_processes.mine(share), wait=is_whole)
+    if missing := job.missing():
+        done = len(job.parts) - len(missing)
+        job.progress.note(f"{done} of {len(job.parts)} parts are done")
+        return False
+    job.finish()
+    return True
+
+
 def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
     """Where this data set is or would be prepared: cache / slug-hash.
 
     The hash covers the corpus, the split and the tokenizer. Raises `DataError` if the
     corpus is not there.
     """
+    return _located(data_config)[0]
+
+
+def _located(data_config: options.DataConfig) -> tuple[pathlib.Path, bool]:
+    """The directory, and whether it is prepared in parts.
+
+    A large corpus that an older version has prepared whole stays as it is.
+    """
     if data_config.source == "prepared":
-        return paths.local(data_config.path, "data.path")
-    text = json.dumps(_request(data_config), sort_keys=True)
+        return paths.local(data_config.path, "data.path"), False
+    request = _request(data_config)
+    parts = request.pop("parts", None)
+    whole = _named(data_config, request)
+    if parts is None or (
+        not options.deduplicates(data_config) and (whole / manifest_lib.FILE).is_file()
+    ):
+        return whole, False
+    return _named(data_config, request | {"parts": parts}), True
+
+
+def _named(data_config: options.DataConfig, request: dict) -> pathlib.Path:
+    text = json.dumps(request, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     label = data_config.name or data_config.source
     label = "".join(c if c.isalnum() else "-" for c in label).strip("-").lower()
@@ -120,6 +188,8 @@ def _local_identity(data_config: options.DataConfig) -> dict:
     only = data_config.source == "c4"
     files = listing.list_files(data_config.path, json_only=only)
     identity: dict[str, Any] = {"files": local_files.fingerprint(files)}
+    if part_bytes := _part_bytes(data_config, files):
+        identity["parts"] = [_PARTS, part_bytes, options.deduplicates(data_config)]
     if data_config.validation_path:
         held_out = listing.list_files(
             data_config.validation_path, json_only=only, field="data.validation_path"
@@ -135,11 +205,20 @@ def _local_identity(data_config: options.DataConfig) -> dict:
     return identity
 
 
+def _part_bytes(data_config: options.DataConfig, files: listing.Files) -> int:
+    """About the size of the parts of a corpus; 0 for one that is prepared whole."""
+    part_bytes = options.part_bytes(data_config)
+    if options.deduplicates(data_config):  # which only parts do
+        return part_bytes
+    is_large = sum(path.stat().st_size for _, path in files) > part_bytes
+    return part_bytes if is_large and not data_config.max_documents else 0
+
+
 def _may_be_cut(path: pathlib.Path) -> bool:
     """Whether a file's text may be longer than a document can be."""
     is_compressed = path.suffix.lower() in blocks.COMPRESSED
     large = is_compressed or path.stat().st_size > local_files.MAX_CHARS
-    return large and not blocks.is_json_lines(path)
+    return large and not blocks.has_fields(path)
 
 
 def _catalogue_identity(data_config: options.DataConfig) -> str:
@@ -191,13 +270,9 @@ def _write(
         )
     shutil.rmtree(directory / "records", ignore_errors=True)
     manifest = manifest_lib.Manifest(
-        documents_lib.describe(data_config),
-        manifest_lib.TokenizerFacts(
-            name=data_config.tokenizer,
-            sha256=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eot_id=tokenizer.eot_id,
-            end_token=tokenizer.end_token,
+        manifest_lib.describe(data_config),
+        dataclasses.replace(
+            manifest_lib.facts_of(tokenizer), name=data_config.tokenizer
         ),
         token_files.dtype_for(tokenizer.vocab_size),
         splits,

@@ -520,7 +520,7 @@ def test_documents_are_tokenised_by_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "_BATCH_CHARS", 100)
     trimmed, sizes, line = [], [], Line()
     monkeypatch.setattr(
-        token_files, "_give_back_memory", lambda: trimmed.append(len(sizes))
+        token_files, "give_back_memory", lambda: trimmed.append(len(sizes))
     )
     tokenizer = preparation.tokenizer_lib.byte_level()
     encode = tokenizer.encode_batch
@@ -585,7 +585,7 @@ def test_freed_memory_is_given_back(monkeypatch):
     libc = type("C", (), {"malloc_trim": staticmethod(seen.append)})
     for library in (libc, type("Other", (), {})):
         monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, c=library: c)
-        token_files._give_back_memory()
+        token_files.give_back_memory()
     assert seen == [0]
 
 
