@@ -102,12 +102,13 @@ def step(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
 
 CUDNN = {"model.mixer_options.attention": "cudnn"}
 LEAN = {
-    "optimizer.table_second_moment": "row",
-    "optimizer.table_moment_dtype": "bfloat16",
+    "optimizer.table_state": "lean",
+    "optimizer.table_state_options.second_moment": "row",
+    "optimizer.table_state_options.moment_dtype": "bfloat16",
 }
 LEANEST = LEAN | {
-    "optimizer.table_dtype": "bfloat16",
-    "optimizer.table_rounding": "stochastic",
+    "optimizer.table_state_options.dtype": "bfloat16",
+    "optimizer.table_state_options.rounding": "stochastic",
 }
 STEPS = {  # (preset, name) -> fields, in the order of worth
     ("memoryformer_tiny", "gpu"): CUDNN,

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.py")
     options = parser.parse_args()
     Bench.clock = time.perf_counter if options.clock == "wall" else time.process_time
-    overrides = {"mesh": "single", "metrics.tensorboard": False}
+    overrides = {"mesh": "single", "metrics.trackers": ""}
     run = experiment.resolve(config_lib.load(options.config, **overrides))
     place = sharding.make("single")
     specs = programs.check_fit(run, place)

@@ -24,8 +24,9 @@ def get_config(projection: str = "memory") -> ml_collections.ConfigDict:
     model.num_heads = 2
     model.seq_len = 256
     model.projection = projection
-    model.memory_bias = True
     model.rotary_fraction = 1.0
+    if projection == "memory":
+        model.projection_options.memory_bias = True
     if projection == "dense":
         model.output_projection = True
         model.ffn_activation = "gelu"
@@ -40,7 +41,7 @@ def get_config(projection: str = "memory") -> ml_collections.ConfigDict:
 
     optimizer = config.optimizer
     optimizer.learning_rate = 4e-3
-    optimizer.end_fraction = 0.05
+    optimizer.schedule_options.end_fraction = 0.05
     optimizer.warmup_steps = 100
 
     config.eval.every_steps = 750

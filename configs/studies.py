@@ -83,7 +83,7 @@ def _mini() -> ml_collections.ConfigDict:
     config.eval.num_batches = 32  # 65,536 bytes, the same ones for all
     config.checkpoint.every_steps = 500
     config.checkpoint.keep = 1
-    config.metrics.tensorboard = False
+    config.metrics.trackers = ""
     config.mesh = "single"
     return config
 
@@ -123,7 +123,7 @@ def sweep_table4(size: str) -> Points:
 def sweep_table5() -> Points:
     """Extra bits of the second feed-forward layer's codes."""
     for bits in (2, 0, 1, 3):
-        yield {"model.extra_bits": bits}
+        yield {"model.projection_options.extra_bits": bits}
 
 
 def sweep_table6() -> Points:

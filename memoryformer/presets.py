@@ -43,19 +43,19 @@ def memoryformer(size: str, variant: str = "") -> ml_collections.ConfigDict:
     model = config.model
     model.projection = "memory"
     model.code_bits = 8
-    model.extra_bits = 2
+    model.projection_options.extra_bits = 2
     model.ffn_std = 0.02
     config.optimizer.learning_rate = 3 * learning_rate
     if not released:
         return config
     model.score = "l1_softmax"
-    model.memory_bias = True
-    model.bias_std = 0.001
+    model.projection_options.memory_bias = True
+    model.projection_options.bias_std = 0.001
     model.norm = "rmsnorm"
     model.norm_eps = 1e-8
     config.train.num_steps = 106_418
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.end_fraction = 0.01
+    config.optimizer.schedule_options.end_fraction = 0.01
     config.optimizer.warmup_steps = 1064
     return config
 
@@ -122,7 +122,7 @@ def _pretraining(
     config.train.batch_size = 1024
 
     optimizer = config.optimizer
-    optimizer.end_fraction = 0.1
+    optimizer.schedule_options.end_fraction = 0.1
     optimizer.warmup_steps = 1430
     optimizer.weight_decay = 0.1
     optimizer.clip_norm = 1.0

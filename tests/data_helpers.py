@@ -40,12 +40,17 @@ def jsonl_gz(
     return path
 
 
-def config(tmp_path: pathlib.Path, documents: list[str], **fields) -> data.DataConfig:
-    """A text folder of these documents with its own cache."""
+def config(
+    tmp_path: pathlib.Path, documents: list[str], options=None, **fields
+) -> data.DataConfig:
+    """A text folder of these documents with its own cache; `options` of the source."""
     corpus = tmp_path / "corpus"
     if not corpus.exists():
         folder(corpus, documents)
-    values = {"tokenizer": "bytes", "validation_every": 5} | fields
     return data.DataConfig(
-        source="text", path=str(corpus), data_dir=str(tmp_path / "cache"), **values
+        source="text",
+        source_options={"validation_every": 5} | (options or {}),
+        path=str(corpus),
+        data_dir=str(tmp_path / "cache"),
+        **{"tokenizer": "bytes"} | fields,
     )

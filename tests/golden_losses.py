@@ -54,7 +54,7 @@ def compute() -> dict:
                 "eval.every_steps": 0,
                 "eval.num_batches": 2,
                 "checkpoint.every_steps": 0,
-                "metrics.tensorboard": False,
+                "metrics.trackers": "",
                 "mesh": "single",
             },
         )

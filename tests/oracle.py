@@ -191,7 +191,7 @@ def projection(config, params, x):
         params["tables"],
         params.get("bias"),
         config.score,
-        config.temperature,
+        config.projection_options.temperature,
         **learned,
     )
     return y.reshape(*x.shape[:-1], *y.shape[1:])

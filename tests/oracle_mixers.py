@@ -17,7 +17,8 @@ def project(config, params, x):
     bits = num_buckets.bit_length() - 1
     z = x.reshape(*x.shape[:-1], num_tables, bits)
     codes = ((z >= 0) * 2 ** np.arange(bits)[::-1]).sum(axis=-1)
-    scores = np.prod(1 / (1 + np.exp(-2 * np.abs(z) / config.temperature)), axis=-1)
+    beta = 2 / config.projection_options.temperature
+    scores = np.prod(1 / (1 + np.exp(-beta * np.abs(z))), axis=-1)
     rows = tables[np.arange(num_tables), codes]  # [B, L, K, ...]
     return np.einsum("blk,blk...->bl...", scores, rows)
 

@@ -83,7 +83,8 @@ def nonfinite(world):
 
 def spike(world):
     """R11: an outlier is skipped on request, and a restart judges like the run."""
-    fields = {"train.spike_sigmas": 12.0, "train.spike_window": 4}
+    fields = {"train.spikes": "skip", "train.spikes_options.sigmas": 12.0}
+    fields |= {"train.spikes_options.window": 4}
     straight = world.workdir()
     result = world.run(straight, fault="outlier:8", **fields)
     assert "step 9: " in result.out and "update skipped" in result.out
@@ -109,7 +110,8 @@ def token_ids(world):
     file = next(p for p in broken.iterdir() if "train" in p.name)
     np.memmap(file, "<u2", "r+")[:] = 60000
     fields = {"data.source": "prepared", "data.path": str(broken)}
-    fields |= {"data.max_documents": 0, "data.validation_every": 20}  # of preparing
+    fields |= {"data.source_options.max_documents": 0}
+    fields |= {"data.source_options.validation_every": 20}  # of preparing
     world.run(world.workdir(), 46, **fields)
 
 

@@ -127,7 +127,7 @@ def drift(world):
     assert "optimizer.learning_rate: 0.003 -> 0.001" in result.err
     assert "--allow=optimizer.learning_rate" in result.err
     world.run(world.copy(8), flags=["--allow=optimizer.learning_rate"], **changed)
-    world.run(world.copy(8), 2, **{"data.max_documents": 6})
+    world.run(world.copy(8), 2, **{"data.source_options.max_documents": 6})
     world.run(world.copy(8), **{"train.log_every": 2})
 
 

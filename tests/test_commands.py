@@ -146,7 +146,7 @@ OVERRIDES = (
     "config.data.tokenizer=bpe:x", "config.data.tokenizer=s3://x/t.json", "config.mesh=x",
     "config.train.compilation_cache=/dev/null/x", "config.data.data_dir=/dev/null/x",
     "config.data.tokenizer={folder}/corpus", "wrong=1", "allow=x,y", "flagfile=/none",
-    "v=x", "verbosity=x", "undefok=", "config.metrics.wandb=\x01",
+    "v=x", "verbosity=x", "undefok=", "config.metrics.trackers=\x01",
 )  # fmt: skip
 
 

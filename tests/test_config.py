@@ -13,6 +13,7 @@ import toy
 from memoryformer import config as config_lib
 from memoryformer import model, sharding
 from memoryformer.accounting import __main__ as accounting_command
+from memoryformer.data import options as data_options
 from memoryformer.errors import ConfigError
 from memoryformer.tasks import listops
 from memoryformer.training import experiment, programs
@@ -75,7 +76,7 @@ def test_every_field_can_be_overridden(path):
         if value is None and "_options." in name:
             section, _, option = name.rpartition(".")
             options = operator.attrgetter(section)(first)
-            assert options.get_type(option) in (int, float, str), name
+            assert options.get_type(option) in (bool, int, float, str), name
         else:
             assert isinstance(value, bool | int | float | str | tuple), (name, value)
 
@@ -242,9 +243,42 @@ def test_every_field_says_what_it_means():
 
 
 def test_how_many_fields_there_are():
-    """Beside the options of mixers and of recurrences. A new one makes another go."""
+    """Beside the options of a choice. A new one makes another go."""
     flat = config_lib.flatten(experiment.default_config())
-    assert len([name for name in flat if "_options." not in name]) <= 85
+    assert len([name for name in flat if "_options." not in name]) <= 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    stride: int = config_lib.field("numbers", 2)
+
+
+class Theirs:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        stride: int = config_lib.field("numbers", 3)
+        mirror: str = config_lib.field("nothing", "", local=True)
+
+
+def test_two_choices_of_somebody_else(monkeypatch):
+    """Sources that another file registers, a dataclass and a class with one, have options.
+
+    Mutations: `kind.Options` in any place; the first class's options alone in `_no_options`.
+    """
+    monkeypatch.setitem(data_options.SOURCES, "mine", Mine)
+    monkeypatch.setitem(data_options.SOURCES, "theirs", Theirs)
+    config = config_lib.load("configs/quickstart.py")
+    config_lib.override(
+        config, {"data.source": "theirs", "data.source_options.mirror": "x"}
+    )
+    options = experiment.resolve(config).data.source_options
+    assert options == Theirs.Options(3, "x")
+    assert "data.source_options.mirror" in experiment.may_change()
+    assert "data.source_options.mirror" in experiment.may_differ()
+    config_lib.override(config, {"data.source": "mine"})
+    assert experiment.resolve(config).data.source_options == Mine(2)
+    with pytest.raises(ConfigError, match=r"mirror: source='mine' has .* of theirs"):
+        data_options.DataConfig("mine", {"mirror": "x"})
 
 
 def counted(capsys, *words):

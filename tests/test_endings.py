@@ -120,9 +120,10 @@ def test_fewer_steps_than_there_are(toy_run, tmp_path):
     Mutation: the check in `_restore` left out, which says "done".
     """
     config = toy.run_config(
-        toy_run.parent, **{"train.num_steps": 10, "optimizer.decay_steps": 20}
+        toy_run.parent,
+        **{"train.num_steps": 10, "optimizer.schedule_options.decay_steps": 20},
     )
-    allow = ["train.num_steps", "optimizer.decay_steps"]
+    allow = ["train.num_steps", "optimizer.schedule_options.decay_steps"]
     with pytest.raises(ConfigError, match=r"num_steps=10: .* is at step 20"):
         loop.train(config, toy_run, allow=allow)
     assert outcome.read(toy_run) == {"state": "done"}
@@ -192,7 +193,7 @@ def test_a_tracker_may_fail(tmp_path, monkeypatch, capsys, fails):
         "import_module",
         lambda name: fake if name == "wandb" else real(name),
     )
-    config = metrics.MetricsConfig(tensorboard=False, wandb="project")
+    config = metrics.MetricsConfig("wandb:project")
     with metrics.MetricsWriter(tmp_path, config) as writer:
         for step in (1, 2):
             writer.write(step, {"train/loss": 1.0})

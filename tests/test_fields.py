@@ -22,16 +22,12 @@ MODEL = {
     "mixer": "softmax",
     "projection": "memory",
     "code_bits": 8,
-    "extra_bits": 2,
     "score": "softmax",
-    "temperature": 1.0,
     "lookup": "auto",
-    "memory_bias": False,
     "norm": "rmsnorm",
     "norm_eps": 1e-8,
     "residual": "sequential",
     "ffn_activation": "none",
-    "ffn_multiple": 4,
     "output_projection": False,
     "rotary_fraction": 0.25,
     "rotary_base": 10_000.0,
@@ -44,11 +40,17 @@ MODEL = {
     "mixer_std": 0.02,
     "ffn_std": 0.02,
     "output_std": 0.02,
-    "bias_std": 0.0,
     "causal": True,
     "dtype": "float32",
 }
 OPTIONS = {  # the field that chooses, what it chooses: options
+    ("projection", "memory"): {
+        "extra_bits": 2,
+        "temperature": 1.0,
+        "memory_bias": False,
+        "bias_std": 0.0,
+    },
+    ("projection", "dense"): {"ffn_multiple": 4},
     ("mixer", "softmax"): {
         "attention": "xla",
         "logit_transform": "none",
@@ -82,11 +84,9 @@ OPTIONS = {  # the field that chooses, what it chooses: options
 DEFAULTS = {
     OptimizerConfig: {
         "learning_rate": 1e-3,
-        "end_fraction": 0.1,
         "warmup_steps": 0,
-        "decay_steps": 0,
-        "cooldown_fraction": 0.2,
         "schedule": "cosine",
+        "schedule_options": {"decay_steps": 0, "end_fraction": 0.1},
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,
@@ -94,10 +94,8 @@ DEFAULTS = {
         "table_learning_rate_scale": 1.0,
         "decay_tables": True,
         "clip_norm": 1.0,
-        "table_second_moment": "full",
-        "table_moment_dtype": "float32",
-        "table_dtype": "float32",
-        "table_rounding": "nearest",
+        "table_state": "full",
+        "table_state_options": {},
     },
     CheckpointConfig: {
         "every_steps": 1000,
@@ -107,13 +105,8 @@ DEFAULTS = {
     },
     data.DataConfig: {
         "source": "stdlib",
+        "source_options": {"validation_every": 20, "max_documents": 0},
         "path": "",
-        "name": "",
-        "text_field": "text",
-        "separator": "",
-        "validation_path": "",
-        "validation_every": 20,
-        "max_documents": 0,
         "tokenizer": "bpe:4096",
         "end_token": "",
         "data_dir": "",
@@ -126,6 +119,22 @@ DEFAULTS = {
         "seed": 0,
     },
     experiment.EvalConfig: {"every_steps": 0, "batch_size": 16, "num_batches": 0},
+}
+
+
+TEXT_OPTIONS = {
+    "validation_every": 20,
+    "max_documents": 0,
+    "text_field": "text",
+    "validation_path": "",
+    "separator": "",
+}
+WSD_OPTIONS = {"decay_steps": 0, "end_fraction": 0.1, "cooldown_fraction": 0.2}
+LEAN_OPTIONS = {
+    "second_moment": "row",
+    "moment_dtype": "bfloat16",
+    "dtype": "float32",
+    "rounding": "nearest",
 }
 
 
@@ -147,19 +156,24 @@ def test_defaults_of_a_model():
         chosen = ModelConfig(8, 16, 1, 2, 8, **{chooser: choice})
         options = getattr(chosen, f"{chooser}_options")
         assert dataclasses.asdict(options) == defaults, choice
-    assert {choice for chooser, choice in OPTIONS if chooser == "mixer"} == set(
-        mixers.MIXERS
-    )
-    assert len(OPTIONS) == len(mixers.MIXERS) + len(recurrence.KINDS) + 1
+    known = {"mixer": {*mixers.MIXERS}, "recurrence": {"none", *recurrence.KINDS}}
+    known["projection"] = {"memory", "dense"}
+    for chooser, choices in known.items():
+        assert {choice for field, choice in OPTIONS if field == chooser} == choices
 
 
 def test_defaults_of_a_corpus():
-    """As those of the data section. Mutation: any default of TextConfig."""
+    """As those of a text source. Mutation: any default of TextConfig."""
     fields = {f.name: f.default for f in dataclasses.fields(corpora.TextConfig)}
-    shared = DEFAULTS[data.DataConfig].keys() & fields.keys() - {"name"}
-    assert len(shared) == 6 and fields["json_only"] is False
-    for name in shared:
-        assert fields[name] == DEFAULTS[data.DataConfig][name], name
+    defaults = TEXT_OPTIONS | {"path": "", "json_only": False}
+    assert {name: fields[name] for name in defaults} == defaults
+    assert dataclasses.asdict(text_of().source_options) == TEXT_OPTIONS
+    wsd = OptimizerConfig(schedule="wsd").schedule_options
+    assert dataclasses.asdict(wsd) == WSD_OPTIONS
+    lean = OptimizerConfig(table_state="lean").table_state_options
+    assert dataclasses.asdict(lean) == LEAN_OPTIONS
+    skip = train_of(spikes="skip").spikes_options
+    assert dataclasses.asdict(skip) == {"sigmas": 6.0, "window": 128}
 
 
 def model_of(**fields):
@@ -186,13 +200,8 @@ BOUNDS = [  # what makes the section, name in messages, field, values taken, val
     (model_of, "model", "seq_len", [1], []),
     (model_of, "model", "sequence_chunk", [0, 1], [-1]),
     (model_of, "model", "code_bits", [1, 2, 8], [0, 17, 5]),
-    (model_of, "model", "extra_bits", [0, 12], [-1, 13]),
-    (model_of, "model", "temperature", [0.1], [0.0, -0.5]),
     (OptimizerConfig, "optimizer", "learning_rate", [0.0], [-1e-6]),
-    (OptimizerConfig, "optimizer", "end_fraction", [0.0, 1.0], [-0.1, 1.1]),
     (OptimizerConfig, "optimizer", "warmup_steps", [0, 1], [-1]),
-    (OptimizerConfig, "optimizer", "decay_steps", [0, 1], [-1]),
-    (OptimizerConfig, "optimizer", "cooldown_fraction", [0.1, 1.0], [0.0, 1.1]),
     (OptimizerConfig, "optimizer", "schedule", ["constant", "wsd"], ["linear"]),
     (OptimizerConfig, "optimizer", "b1", [0.0, 0.99], [-0.1, 1.0]),
     (OptimizerConfig, "optimizer", "b2", [0.0, 0.99], [-0.1, 1.0]),
@@ -200,25 +209,19 @@ BOUNDS = [  # what makes the section, name in messages, field, values taken, val
     (OptimizerConfig, "optimizer", "weight_decay", [0.0], [-0.1]),
     (OptimizerConfig, "optimizer", "table_learning_rate_scale", [0.0], [-0.1]),
     (OptimizerConfig, "optimizer", "clip_norm", [0.0], [-0.1]),
-    (OptimizerConfig, "optimizer", "table_second_moment", ["row"], ["rows"]),
-    (OptimizerConfig, "optimizer", "table_moment_dtype", ["bfloat16", "none"], ["x"]),
-    (OptimizerConfig, "optimizer", "table_dtype", ["bfloat16"], ["int8"]),
-    (OptimizerConfig, "optimizer", "table_rounding", [], ["up", "stochastic"]),
+    (OptimizerConfig, "optimizer", "table_state", ["lean"], ["leaner"]),
     (CheckpointConfig, "checkpoint", "every_steps", [0], [-1]),
     (CheckpointConfig, "checkpoint", "every_minutes", [0.0], [-0.5]),
     (CheckpointConfig, "checkpoint", "keep", [1], [0]),
     (CheckpointConfig, "checkpoint", "keep_every", [0], [-1]),
     (train_of, "train", "max_skipped", [0, 1], [-1]),
     (train_of, "train", "timeout_scale", [0.0, 0.1], [-0.1]),
+    (train_of, "train", "spikes", ["skip"], ["drop"]),
     (experiment.EvalConfig, "eval", "batch_size", [1], [0]),
     (experiment.EvalConfig, "eval", "every_steps", [0], [-1]),
     (experiment.EvalConfig, "eval", "num_batches", [0], [-1]),
-    (text_of, "data", "validation_every", [2], [1]),
-    (text_of, "data", "max_documents", [0, 1], [-1]),
     (text_of, "data", "align_documents", [0, 1], [-1]),
-    (text_of, "data", "text_field", ["body"], [""]),
     (text_of, "data", "path", ["y"], ["", "gs://bucket/x"]),
-    (text_of, "data", "validation_path", ["y"], ["gs://bucket/x"]),
     (text_of, "data", "data_dir", ["y"], ["gs://bucket/x"]),
     (text_of, "data", "end_token", [""], ["<x>"]),
     (sampler.SamplingConfig, "", "max_tokens", [1], [0, -1]),
@@ -251,11 +254,12 @@ def test_bounds(make, section, field, good, bad):
 
 def test_bits_share_sixteen():
     """Codes of the second feed-forward layer too. Mutations: 17 or 15 for 16."""
-    assert model_of(code_bits=16, extra_bits=0).num_tables == 1
-    for fields in ({"code_bits": 16}, {"code_bits": 8, "extra_bits": 9}):
+    assert model_of(code_bits=16, projection_options={"extra_bits": 0}).num_tables == 1
+    for code_bits, extra_bits in ((16, 1), (8, 9)):
+        options = {"extra_bits": extra_bits}
         with pytest.raises(ConfigError, match=r"code_bits \+ extra_bits <= 16"):
-            model_of(**fields)
-    dense = model_of(projection="dense", code_bits=99, temperature=-1.0)
+            model_of(code_bits=code_bits, projection_options=options)
+    dense = model_of(projection="dense", code_bits=99)
     assert dense.code_bits == 99  # not looked at
 
 
@@ -266,34 +270,36 @@ def test_bits_share_sixteen():
 def test_a_width_that_codes_cannot_cover(code_bits, embed_dim, advice):
     """The nearest that they can. Mutations: any sign of the advice turned round."""
     with pytest.raises(ConfigError, match=f"try embed_dim={advice}"):
-        model_of(code_bits=code_bits, embed_dim=embed_dim, extra_bits=0)
+        model_of(code_bits=code_bits, embed_dim=embed_dim)
 
 
 @pytest.mark.parametrize(
-    "source, field, value",
+    "source, field",
     [
-        ("stdlib", "path", "x"),
-        ("stdlib", "text_field", "body"),
-        ("stdlib", "name", "x"),
-        ("c4", "separator", "x"),
-        ("tfds", "separator", "x"),
-        ("tfds", "validation_path", "x"),
-        ("text", "name", "x"),
-        ("prepared", "max_documents", 3),
-        ("prepared", "validation_every", 3),
-        ("prepared", "text_field", "body"),
+        ("stdlib", "text_field"),
+        ("stdlib", "name"),
+        ("c4", "separator"),
+        ("tfds", "separator"),
+        ("tfds", "validation_path"),
+        ("text", "name"),
+        ("prepared", "max_documents"),
+        ("prepared", "validation_every"),
+        ("prepared", "text_field"),
     ],
 )
-def test_a_field_that_a_source_does_not_use_is_refused(source, field, value):
-    """Mutations: the loop over `users` left out; a source more in its table."""
-    fields = {"source": source, field: value}
-    if source in ("text", "c4", "prepared"):
-        fields["path"] = "x"
-    if source == "tfds":
-        fields["name"] = "lm1b"
-    message = rf"^data\.{field}={value!r}: data\.source='{source}' does not use it"
+def test_an_option_that_a_source_does_not_use_is_refused(source, field):
+    """Mutation: an option of its base class more."""
+    message = rf"^data\.source_options\.{field}: source='{source}' has no such option"
     with pytest.raises(ConfigError, match=message):
-        data.DataConfig(**fields)
+        data.DataConfig(source=source, source_options={field: "x"}, path="x")
+
+
+def test_the_standard_library_has_no_path():
+    """Mutation: the check left out."""
+    with pytest.raises(
+        ConfigError, match=r"^data\.path='x': data\.source='stdlib' does"
+    ):
+        data.DataConfig(path="x")
 
 
 @pytest.mark.parametrize("source", ["text", "c4", "prepared"])
@@ -304,16 +310,14 @@ def test_sources_that_need_a_path(source):
 
 def test_a_tfds_source_needs_a_name():
     """Mutation: the check left out."""
-    with pytest.raises(ConfigError, match=r"data\.name='': data\.source='tfds' needs"):
+    with pytest.raises(
+        ConfigError, match=r"options\.name='': data\.source='tfds' needs"
+    ):
         data.DataConfig(source="tfds")
-    named = data.DataConfig(source="tfds", name="lm1b", path="y", text_field="body")
-    assert (named.path, named.text_field) == ("y", "body")
-    everywhere = {"max_documents": 3, "validation_every": 3}
-    for source in ({}, {"source": "tfds", "name": "lm1b"}):
-        assert data.DataConfig(**source, **everywhere).max_documents == 3
-    for fields in ({"source": "c4"}, {"source": "text", "separator": "x"}):
-        full = fields | everywhere | {"path": "y", "validation_path": "z"}
-        assert data.DataConfig(**full, text_field="body").validation_path == "z"
+    options = {"name": "lm1b", "text_field": "body"}
+    named = data.DataConfig(source="tfds", source_options=options, path="y")
+    assert (named.path, named.name) == ("y", "lm1b")
+    assert (named.source_options.text_field, data.DataConfig().name) == ("body", "")
 
 
 def test_where_data_lies_may_differ():
@@ -344,24 +348,45 @@ OPTION_BOUNDS = [  # what is chosen, option, values taken, values refused
     ({"recurrence": "rmt"}, "num_slots", [1], [0]),
     ({"recurrence": "rmt"}, "bptt_chunks", [0, 1], [-1]),
     ({"recurrence": "memformer"}, "temperature", [0.1], [0.0]),
+    ({"projection": "memory"}, "extra_bits", [0, 12], [-1, 13]),
+    ({"projection": "memory"}, "temperature", [0.1], [0.0, -0.5]),
+    ({"source": "text"}, "validation_every", [2], [1]),
+    ({"source": "text"}, "max_documents", [0, 1], [-1]),
+    ({"source": "text"}, "text_field", ["body"], [""]),
+    ({"source": "text"}, "validation_path", ["y"], ["gs://bucket/x"]),
+    ({"schedule": "cosine"}, "decay_steps", [0, 1], [-1]),
+    ({"schedule": "wsd"}, "end_fraction", [0.0, 1.0], [-0.1, 1.1]),
+    ({"schedule": "wsd"}, "cooldown_fraction", [0.1, 1.0], [0.0, 1.1]),
+    ({"table_state": "lean"}, "second_moment", ["full"], ["rows"]),
+    ({"table_state": "lean"}, "moment_dtype", ["float32", "none"], ["x"]),
+    ({"table_state": "lean"}, "dtype", ["bfloat16"], ["int8"]),
+    ({"table_state": "lean"}, "rounding", [], ["up", "stochastic"]),
+    ({"spikes": "skip"}, "sigmas", [0.0, 0.1], [-0.1]),
+    ({"spikes": "skip"}, "window", [2], [1]),
 ]
 
 
 @pytest.mark.parametrize("fields, option, good, bad", OPTION_BOUNDS, ids=_test_id)
 def test_bounds_of_options(fields, option, good, bad):
-    """As above, of mixers and recurrences.
+    """As above, of mixers, sources, schedules and the like.
 
-    Mutations: a check of a mixer left out, or its bound moved by one.
+    Mutations: a check of a choice left out, or its bound moved by one.
     """
     [chooser] = fields
     section = f"{chooser}_options"
+    make, name = {
+        "source": (text_of, "data"),
+        "schedule": (OptimizerConfig, "optimizer"),
+        "table_state": (OptimizerConfig, "optimizer"),
+        "spikes": (train_of, "train"),
+    }.get(chooser, (model_of, "model"))
     for value in good:
-        config = model_of(**fields, **{section: {option: value}})
+        config = make(**fields, **{section: {option: value}})
         assert getattr(getattr(config, section), option) == value
     for value in bad:
         with pytest.raises(ConfigError) as caught:
-            model_of(**fields, **{section: {option: value}})
-        assert f"model.{section}.{option}={value!r}" in str(caught.value)
+            make(**fields, **{section: {option: value}})
+        assert f"{name}.{section}.{option}={value!r}" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

@@ -99,7 +99,7 @@ def test_any_file_is_read_or_refused(files, source):
             path=str(folder / "corpus"),
             data_dir=str(folder / "cache"),
             tokenizer="bytes",
-            validation_every=2,
+            source_options={"validation_every": 2},
         )
         try:
             dataset = data.load_directory(

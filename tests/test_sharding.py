@@ -22,7 +22,10 @@ STEPS = 20
 B, L = 16, 16
 MODELS = {
     "memory": {"score": "learned", "lookup": "xla"},
-    "paper": {"score": "softmax", "memory_bias": False, "bias_std": 0.0},
+    "paper": {
+        "score": "softmax",
+        "projection_options": {"memory_bias": False, "bias_std": 0.0},
+    },
     "tied": {"tie_embeddings": True, "norm": "layernorm"},
     "dense": {"projection": "dense"},
 }
@@ -75,8 +78,9 @@ def run_of(name, microbatches=1):
     sizes |= {"seq_len": L, "num_layers": 1}
     config.model.update(dataclasses.asdict(toy.model_config(**sizes | MODELS[name])))
     config.train.update(
-        num_steps=STEPS, batch_size=B, num_microbatches=microbatches, spike_window=4
+        num_steps=STEPS, batch_size=B, num_microbatches=microbatches, spikes="skip"
     )
+    config.train.spikes_options.update(sigmas=0.0, window=4)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=2)
     config.eval.batch_size = B
     return experiment.resolve(config)
@@ -307,7 +311,11 @@ def test_first_state_does_not_depend_on_the_mesh():
             "tensor:model=4",
             "with model.tie_embeddings, model.vocab_size=14 does not divide over 4",
         ),
-        ({"code_bits": 2, "extra_bits": 0}, "fsdp", "(8, 4, 16): 4 does not divide"),
+        (
+            {"code_bits": 2, "projection_options": {"extra_bits": 0}},
+            "fsdp",
+            "(8, 4, 16): 4 does not divide",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named(fields, mesh, message):
@@ -317,7 +325,8 @@ def test_what_does_not_divide_is_named(fields, mesh, message):
     raises ValueError while it traces.
     """
     made = sharding.make(mesh)
-    fields = {"num_heads": 4, "vocab_size": 16, "extra_bits": 2} | fields
+    options = {"projection_options": {"extra_bits": 2}}
+    fields = {"num_heads": 4, "vocab_size": 16} | options | fields
     batch_size = fields.pop("batch_size", 8)
     config = toy.model_config(**fields)
     names = model.param_specs(config)

@@ -39,7 +39,6 @@ def model_config(projection="memory", **fields):
         "num_heads": 2,
         "seq_len": 12,
         "code_bits": 4,
-        "extra_bits": 1,
         "lookup": "reference",
         "rotary_fraction": 0.5,
         "mixer_std": 0.5,
@@ -48,12 +47,13 @@ def model_config(projection="memory", **fields):
         "embed_std": 1.0,
         "head_std": 0.5,
     }
-    sizes |= (
-        PYTHIA_BLOCK
-        if projection == "dense"
-        else {"memory_bias": True, "bias_std": 0.3}
-    )
-    return ModelConfig(projection=projection, **(sizes | fields))
+    options = {"extra_bits": 1, "memory_bias": True, "bias_std": 0.3}
+    if projection == "dense":
+        sizes |= PYTHIA_BLOCK
+        options = {}
+    options |= fields.pop("projection_options", {})
+    sizes |= {"projection": projection, "projection_options": options}
+    return ModelConfig(**(sizes | fields))
 
 
 def numpy_params(config):
@@ -115,7 +115,7 @@ def run_config(folder: pathlib.Path, **fields):
         "data.path": str(folder / "corpus"),
         "data.data_dir": str(folder / "cache"),
         "data.tokenizer": "bytes",
-        "data.validation_every": 8,
+        "data.source_options.validation_every": 8,
         "train.num_steps": 20,
         "train.batch_size": 8,
         "train.log_every": 5,
@@ -124,7 +124,7 @@ def run_config(folder: pathlib.Path, **fields):
         "eval.batch_size": 8,
         "eval.num_batches": 2,
         "checkpoint.every_steps": 5,
-        "metrics.tensorboard": False,
+        "metrics.trackers": "",
         "mesh": "single",
     }
     config.update_from_flattened_dict(values | fields)

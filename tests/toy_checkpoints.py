@@ -13,7 +13,7 @@ from memoryformer.runs import steps as run_steps
 RUN_CONFIG = {
     "model": {"embed_dim": 8, "betas": (0.9, 0.95)},
     "train": {"num_steps": 10, "log_every": 1},
-    "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "decay_steps": 0},
+    "optimizer": {"learning_rate": 1e-3, "schedule": "cosine"},
     "mesh": "data",
 }
 

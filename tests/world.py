@@ -26,7 +26,7 @@ FIELDS = {
     "eval.num_batches": 2,
     "checkpoint.every_steps": 4,
     "checkpoint.keep": 2,
-    "data.max_documents": 5,  # 12 steps cross the end of an epoch
+    "data.source_options.max_documents": 5,  # 12 steps cross the end of an epoch
 }
 CONFIG = '''"""The toy run of the promises."""
 

@@ -125,16 +125,16 @@ def projections(model: ModelConfig) -> dict[str, Layer]:
     A dense block has a layer each for Q, K and V; a memory block hashes once
     for Q, K and V, which read rows of width 3 D.
     """
-    width = model.embed_dim
+    width, options = model.embed_dim, model.projection_options
     if model.projection == "dense":
-        hidden = model.ffn_multiple * width
+        hidden = options.ffn_multiple * width
         feed_forward = {
             "ffn.up": dense_layer(width, hidden),
             "ffn.down": dense_layer(hidden, width),
         }
     else:
-        tables, bits, bias = model.num_tables, model.code_bits, model.memory_bias
-        wide = bits + model.extra_bits
+        tables, bits, bias = model.num_tables, model.code_bits, options.memory_bias
+        wide = bits + options.extra_bits
         feed_forward = {
             "ffn.up": memory_layer(tables, bits, tables * wide, bias=bias),
             "ffn.down": memory_layer(tables, wide, width, bias=bias),
@@ -150,7 +150,7 @@ def _project(model: ModelConfig, features: int) -> Layer:
     if model.projection == "dense":
         return dense_layer(model.embed_dim, features)
     sizes = (model.num_tables, model.code_bits, features)
-    return memory_layer(*sizes, bias=model.memory_bias)
+    return memory_layer(*sizes, bias=model.projection_options.memory_bias)
 
 
 def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
@@ -217,7 +217,8 @@ def _parameters(
     inner = 0
     if model.projection == "memory":
         # Between the FFN's two memory layers: always a LayerNorm, scale and bias.
-        inner = 2 * model.num_tables * (model.code_bits + model.extra_bits)
+        bits = model.code_bits + model.projection_options.extra_bits
+        inner = 2 * model.num_tables * bits
     norms = 1 if model.residual == "eq13" else 2  # Eq. 13 norms once for both halves
     every, scalars = (*layers * model.num_layers, *memory.projections), 0
     if hashing.is_learned(model.score):

@@ -14,7 +14,8 @@ from memoryformer.config.fields import (
     described,
     field,
     forget_options,
-    options,
+    freeze,
+    options_class,
     override,
 )
 from memoryformer.config.loading import explained, load, load_module, shipped
@@ -32,10 +33,11 @@ __all__ = [
     "field",
     "flatten",
     "forget_options",
+    "freeze",
     "load",
     "load_module",
     "nest",
-    "options",
+    "options_class",
     "override",
     "shipped",
     "suggest",

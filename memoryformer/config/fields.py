@@ -1,6 +1,15 @@
 """What a field of a config says of itself, and options that hang on another field.
 
-Start at `field`; `options` freezes the options of a mixer or a recurrence.
+A field that means something under one choice of another field is an option of that choice:
+
+    source: str = field("numbers", "stdlib", doc="..")
+    source_options: Any = field("numbers", None, doc="..", options=SOURCES)
+
+    def __post_init__(self):
+        config.freeze(self, "data")     # which puts SOURCES[source] in the place of a mapping
+
+`SOURCES` maps each choice to a frozen dataclass, or to a class that has one as `Options`.
+Start at `field`.
 """
 
 import dataclasses
@@ -47,8 +56,8 @@ def field(
 ) -> Any:
     """Make a dataclass field that says what it means and what a change of it changes.
 
-    local: the processes of one run may differ in it. options: the field holds the options of
-    one of these classes, its `Options`; which one, another field says (`options`).
+    local: the processes of one run may differ in it. options: the field, `X_options`, holds
+    the options of one of these choices; which one, the field `X` says (`freeze`).
     """
     if changes not in CHANGES:
         raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
@@ -69,7 +78,7 @@ def described(cls: type) -> dict[str, tuple[str, bool]]:
         )
         sections: list[Any] = [item.type] if dataclasses.is_dataclass(item.type) else []
         if kinds := item.metadata.get("options"):
-            sections = [kind.Options for kind in kinds.values()]
+            sections = [options_class(kind) for kind in kinds.values()]
         elif not sections:
             flat[item.name] = itself
         for section in sections:
@@ -84,13 +93,34 @@ class NoOptions:
     """There is nothing to set."""
 
 
-def options(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> Any:
-    """Freeze the options `name` of the class that `choice` names: its `Options`.
+def options_class(kind: Any) -> Any:
+    """Return the dataclass of options of a choice: its `Options`, or itself."""
+    return getattr(kind, "Options", kind)
 
-    `values` is a mapping, where None is not set, or the dataclass itself. Raises
-    `ConfigError` for an option that the class has not.
+
+def freeze(section: Any, name: str) -> None:
+    """Check every field `X` of a section `name` that has `X_options`, and freeze these.
+
+    To be called by `__post_init__`. The default of `X` may be a choice without options.
+    Raises `ConfigError` for a choice that there is not, or an option that it has not.
     """
-    cls = kinds[choice].Options if choice in kinds else NoOptions
+    fields = {item.name: item for item in dataclasses.fields(section)}
+    for item in fields.values():
+        if kinds := item.metadata.get("options"):
+            chooser = item.name.removesuffix("_options")
+            choice, known = getattr(section, chooser), (fields[chooser].default, *kinds)
+            sections.choose(choice, dict.fromkeys(known), f"{name}.{chooser}")
+            values = getattr(section, item.name)
+            frozen = _frozen(kinds, choice, values, f"{name}.{item.name}")
+            object.__setattr__(section, item.name, frozen)
+
+
+def _frozen(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> Any:
+    """Make the options `name` of a choice.
+
+    `values` is a mapping, where None is not set, or the dataclass itself.
+    """
+    cls = options_class(kinds[choice]) if choice in kinds else NoOptions
     if type(values) is cls:
         return values
     chooser = name.rpartition(".")[2].removesuffix("_options")
@@ -106,7 +136,11 @@ def options(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> An
     for key in section:
         if key not in known:
             near = sections.suggest(key, known) if known else "; it has none"
-            owners = [k for k in kinds if key in kinds[k].Options.__dataclass_fields__]
+            owners = [
+                k
+                for k, kind in kinds.items()
+                if key in options_class(kind).__dataclass_fields__
+            ]
             of = f" (an option of {', '.join(owners)})" if owners else ""
             raise ConfigError(
                 f"{name}.{key}: {chooser}={choice!r} has no such option{of}{near}."
@@ -122,7 +156,7 @@ def _no_options(kinds: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """
     section = ml_collections.ConfigDict()
     for kind in kinds.values():
-        for name, type_ in typing.get_type_hints(kind.Options).items():
+        for name, type_ in typing.get_type_hints(options_class(kind)).items():
             section[name] = config_dict.placeholder(type_)
     return section
 

@@ -68,6 +68,7 @@ class Model:
     def __init__(self, config, params):
         plain = {"mixer": "softmax", "causal": True, "logit_transform": "none"}
         plain |= {"recurrence": "none"}
+        config = config | config.get("projection_options", {})  # older exports: flat
         fields = config | config.get("mixer_options", {})
         for name, value in plain.items():
             if fields.get(name, value) != value:

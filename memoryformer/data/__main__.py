@@ -13,10 +13,10 @@ default corpus is meant. Where documents come from is --config.data.source:
 
     stdlib    the Python standard library's own sources
     text      text or JSON-lines files: --config.data.path=FILE, FOLDER or GLOB; documents
-              inside of a file end at --config.data.separator='<|endoftext|>', and
-              --config.data.text_field=meta.text is the text inside of meta
+              inside of a file end at --config.data.source_options.separator='<|endoftext|>', and
+              --config.data.source_options.text_field=meta.text is the text inside of meta
     c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
-    tfds      a TFDS data set: --config.data.name=NAME
+    tfds      a TFDS data set: --config.data.source_options.name=NAME
     prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
     megatron  tokens of Megatron-LM or GPT-NeoX as they are: --config.data.path=PREFIX, or
               0.7:PREFIX1,0.3:PREFIX2; data.tokenizer is the tokenizer.json that made them
@@ -41,6 +41,7 @@ from memoryformer import cli, data, errors
 from memoryformer import config as config_lib
 from memoryformer.data import export, megatron, token_files, yardsticks
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.runs import old_configs
 
 # Which flags each command looks at.
 _COMMANDS = {
@@ -82,7 +83,9 @@ def _run(argv: Sequence[str]) -> None:
     if flags.FLAGS.json:
         cli.refuse_flags(["rows"], "--json prints no rows; leave one of them out")
     config = flags.FLAGS.config or ml_collections.ConfigDict()
-    data_config = config_lib.build(data.DataConfig, _section(config, "data"), "data")
+    section = _section(config, "data")
+    old_configs.refuse(section, "data")
+    data_config = config_lib.build(data.DataConfig, section, "data")
     if command == "export" and not flags.FLAGS.output:
         raise errors.ConfigError("--output: name the folder to write to.")
     if command == "prepare" and data_config.source != "megatron":

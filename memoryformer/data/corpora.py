@@ -37,7 +37,7 @@ from memoryformer.data.records import Example
 
 @dataclasses.dataclass
 class TextConfig(tfds.core.BuilderConfig):
-    """Which documents a builder reads; the fields of `options.DataConfig`."""
+    """Which documents a builder reads; `options.DataConfig` and its options of a source."""
 
     path: str = ""
     json_only: bool = False
@@ -138,11 +138,11 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
             count = sum(seen.values())
             number = "1 document" if count == 1 else f"{count} documents"
             separator = self.builder_config.separator
-            hint = f" (split at data.separator={separator!r})" if separator else ""
+            hint = f" (split at separator={separator!r})" if separator else ""
             raise errors.DataError(
                 f"{names.shown(self.builder_config.path) or self.name}: {number}{hint} "
                 "cannot be split into train and validation; give more documents or set "
-                "data.validation_path."
+                "data.source_options.validation_path."
             )
         return fallback
 
@@ -205,9 +205,13 @@ class TextFiles(_LocalDocuments):
 
 def local_builder(data_config: options.DataConfig, data_dir: str) -> _LocalDocuments:
     """The builder of a `stdlib`, `text` or `c4` source."""
-    known = {field.name for field in dataclasses.fields(TextConfig)} - {"name"}
-    values = {k: v for k, v in vars(data_config).items() if k in known}
-    json_only = data_config.source == "c4"
-    config = TextConfig(name="configured", json_only=json_only, **values)
+    known = {field.name for field in dataclasses.fields(TextConfig)}
+    settings = vars(data_config.source_options).items()
+    config = TextConfig(
+        name="configured",
+        path=data_config.path,
+        json_only=data_config.source == "c4",
+        **{key: value for key, value in settings if key in known},
+    )
     builder = Stdlib if data_config.source == "stdlib" else TextFiles
     return builder(config=config, data_dir=data_dir)

@@ -122,7 +122,7 @@ class Texts:
             return value if isinstance(value, str) else value.decode("utf-8")
         except (UnicodeDecodeError, AttributeError) as error:
             raise errors.DataError(
-                f"data.text_field={self.field!r}: record {index} is not UTF-8 text."
+                f"data.source_options.text_field={self.field!r}: record {index} is not UTF-8 text."
             ) from error
 
 
@@ -160,7 +160,8 @@ def read(
 def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:
     builder = tfds_catalogue.builder(data_config)
     sources = tfds_catalogue.sources(builder, data_config)
-    field, limit = data_config.text_field, data_config.max_documents
+    settings = data_config.source_options
+    field, limit = settings.text_field, settings.max_documents
     if "validation" in sources:
         return {
             name: Texts(source, field, _num_bytes(builder, name), limit=limit)
@@ -168,7 +169,7 @@ def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:
         }
 
     def held_out(text: str) -> bool:
-        return local_files.in_validation(text, data_config.validation_every)
+        return local_files.in_validation(text, settings.validation_every)
 
     train = Texts(sources["train"], field, _num_bytes(builder, "train"), limit=limit)
     return {

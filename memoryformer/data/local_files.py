@@ -221,6 +221,7 @@ def _json_texts(
     number = 0
     for number, value in jsonlines.values(path, share):
         where = f"{shown(path)}:{number}"
-        yield number, jsonlines.text(value, field, where, "set data.text_field")
+        fix = "set data.source_options.text_field"
+        yield number, jsonlines.text(value, field, where, fix)
     if not number and share.count == 1:
         raise errors.DataError(f"{shown(path)}: holds no JSON lines.")

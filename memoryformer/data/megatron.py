@@ -7,7 +7,7 @@
 An end-of-document token begins a segment, as in data of our own. A stream begins with one more
 of them, which no file holds: then exported data read again is the very stream it was. Held
 out are the last documents of each prefix, one in about `validation_every`, or all of
-`data.validation_path`. Start at `load`.
+`validation_path`. Start at `load`.
 """
 
 import dataclasses
@@ -140,26 +140,26 @@ def _members(
 ) -> tuple[list[_Documents], list[_Documents]]:
     """What to train on and what is held out."""
     train, validation = [], []
-    every = data_config.validation_every
+    settings = data_config.source_options
     for weight, prefix in parse_path(data_config.path):
         pair = megatron_index.open_pair(prefix)
         count = pair.num_documents
         cut = count
-        if not data_config.validation_path:
-            cut -= max(1, count // every)
+        if not settings.validation_path:
+            cut -= max(1, count // settings.validation_every)
             if cut < 1:
                 raise errors.DataError(
                     f"{shown(prefix)}.idx: {count} documents cannot be split into train "
-                    "and validation; set data.validation_path."
+                    "and validation; set data.source_options.validation_path."
                 )
             validation.append(_Documents(0, pair, cut, count))
         train.append(_Documents(weight, pair, 0, cut))
-    if data_config.validation_path:
-        field = "data.validation_path"
-        for weight, prefix in parse_path(data_config.validation_path, field):
+    if settings.validation_path:
+        field = "data.source_options.validation_path"
+        for weight, prefix in parse_path(settings.validation_path, field):
             if weight:
                 raise errors.ConfigError(
-                    f"{field}={data_config.validation_path!r}: every held-out token counts "
+                    f"{field}={settings.validation_path!r}: every held-out token counts "
                     "once; leave the weights out."
                 )
             pair = megatron_index.open_pair(prefix)

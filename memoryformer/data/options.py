@@ -3,13 +3,139 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.config import field
 from memoryformer.files import paths
 
-SOURCES = ("stdlib", "text", "c4", "tfds", "prepared", "megatron")
+_NAME = "data.source_options"
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentOptions:
+    """Of every source that is read document by document."""
+
+    validation_every: int = field(
+        "numbers", 20, doc="One document in about so many is held out."
+    )
+    max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
+
+    def __post_init__(self):
+        if self.validation_every < 2:
+            raise errors.ConfigError(
+                f"{_NAME}.validation_every={self.validation_every}: must be at least 2, "
+                "or nothing is left to train on."
+            )
+        if self.max_documents < 0:
+            raise errors.ConfigError(
+                f"{_NAME}.max_documents={self.max_documents}: must be 0 (all) or more."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordOptions(DocumentOptions):
+    """Of documents that are records with fields."""
+
+    text_field: str = field(
+        "numbers",
+        "text",
+        doc="Key of the text in JSON lines and TFDS; meta.text: inside of meta.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.text_field:
+            raise errors.ConfigError(
+                f"{_NAME}.text_field='': name the field with the text."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardOptions(RecordOptions):
+    """Of JSON-lines shards."""
+
+    validation_path: str = field(
+        "numbers", "", doc="Held-out files; '': documents are held out."
+    )
+    part_bytes: int = field(
+        "numbers",
+        32 << 20,
+        doc="Input of a part, bytes; a smaller corpus is not divided; 0: nor is any.",
+    )
+    deduplicate: bool = field("numbers", False, doc="Keep equal texts once.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_path:
+            paths.local(self.validation_path, f"{_NAME}.validation_path")
+        if self.part_bytes < 0:
+            raise errors.ConfigError(
+                f"{_NAME}.part_bytes={self.part_bytes}: must be 0 (one part) or more."
+            )
+        if self.deduplicate and self.max_documents:
+            raise errors.ConfigError(
+                f"{_NAME}.deduplicate=True: needs all documents; leave out "
+                f"{_NAME}.max_documents={self.max_documents}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(ShardOptions):
+    """Of text and JSON-lines files."""
+
+    separator: str = field(
+        "numbers",
+        "",
+        doc="Ends a document inside of a text file, as <|endoftext|>; '': files are whole.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CatalogueOptions(RecordOptions):
+    """Of TFDS."""
+
+    name: str = field("numbers", "", doc="Name of a TFDS data set.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.name:
+            raise errors.ConfigError(
+                f"{_NAME}.name='': data.source='tfds' needs a TFDS name, e.g. "
+                f"--config.{_NAME}.name=lm1b."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOptions:
+    """Of tokens that were made elsewhere."""
+
+    validation_path: str = field(
+        "numbers", "", doc="Held-out prefixes; '': the last documents are held out."
+    )
+    validation_every: int = field(
+        "numbers", 20, doc="One document in about so many is held out."
+    )
+
+    def __post_init__(self):
+        if self.validation_path:
+            paths.local(self.validation_path, f"{_NAME}.validation_path")
+        if self.validation_every < 2:
+            raise errors.ConfigError(
+                f"{_NAME}.validation_every={self.validation_every}: must be at least 2, "
+                "or nothing is left to train on."
+            )
+
+
+SOURCES: dict[str, Any] = {
+    "stdlib": DocumentOptions,
+    "text": TextOptions,
+    "c4": ShardOptions,
+    "tfds": CatalogueOptions,
+    "prepared": config_lib.NoOptions,
+    "megatron": TokenOptions,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,41 +150,18 @@ class DataConfig:
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
         megatron  tokens of Megatron-LM or GPT-NeoX, PREFIX.bin and PREFIX.idx, in `path`
 
-    Raises `ConfigError` for a field that its source cannot use.
+    Raises `ConfigError` for an option that its source cannot use: it would be ignored.
     """
 
     source: str = field(
         "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared | megatron."
     )
+    source_options: Any = field(
+        "numbers", None, doc="Options of the source.", options=SOURCES
+    )
     # The fingerprint says whether it is the same text, wherever it lies.
     path: str = field(
         "nothing", "", local=True, doc="File, folder or glob of the source."
-    )
-    name: str = field("numbers", "", doc="Name of a TFDS data set.")
-    text_field: str = field(
-        "numbers",
-        "text",
-        doc="Key of the text in JSON lines and TFDS; meta.text: inside of meta.",
-    )
-    separator: str = field(
-        "numbers",
-        "",
-        doc="Ends a document inside of a text file, as <|endoftext|>; '': files are whole.",
-    )
-    validation_path: str = field(
-        "numbers", "", doc="Held-out files of text or c4; '': documents are held out."
-    )
-    validation_every: int = field(
-        "numbers", 20, doc="One document in about so many is held out."
-    )
-    max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
-    part_bytes: int = field(
-        "numbers",
-        32 << 20,
-        doc="Bytes of a part of text or c4; a smaller corpus is whole; 0: so is any.",
-    )
-    deduplicate: bool = field(
-        "numbers", False, doc="Keep equal texts of text or c4 once."
     )
     # By which name it was asked for: its hash says whether it is the same.
     tokenizer: str = field(
@@ -84,58 +187,21 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        config_lib.choose(self.source, SOURCES, "data.source")
-        if self.source in ("text", "c4", "prepared", "megatron") and not self.path:
+        config_lib.freeze(self, "data")
+        needs_path = ("text", "c4", "prepared", "megatron")
+        if self.source in needs_path and not self.path:
             raise errors.ConfigError(
                 f"data.path='': data.source={self.source!r} needs one; "
                 "set --config.data.path=FILE_OR_FOLDER."
             )
-        # A field that would be ignored is a mistake: training on the wrong corpus.
-        users = {
-            "path": ("text", "c4", "tfds", "prepared", "megatron"),
-            "validation_path": ("text", "c4", "megatron"),
-            "separator": ("text",),
-            "name": ("tfds",),
-            "text_field": ("text", "c4", "tfds"),
-            "part_bytes": ("text", "c4"),
-            "deduplicate": ("text", "c4"),
-            "max_documents": ("stdlib", "text", "c4", "tfds"),
-            "validation_every": ("stdlib", "text", "c4", "tfds", "megatron"),
-        }
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for key, sources in users.items():
-            value = getattr(self, key)
-            if value != defaults[key] and self.source not in sources:
-                raise errors.ConfigError(
-                    f"data.{key}={value!r}: data.source={self.source!r} does not use "
-                    f"it; set data.source to one of {', '.join(sources)}."
-                )
-        for key in ("path", "validation_path", "data_dir"):
+        if self.source == "stdlib" and self.path:
+            raise errors.ConfigError(
+                f"data.path={self.path!r}: data.source='stdlib' does not use it; set "
+                "data.source to another, such as text."
+            )
+        for key in ("path", "data_dir"):
             if value := getattr(self, key):
                 paths.local(value, f"data.{key}")
-        if self.source == "tfds" and not self.name:
-            raise errors.ConfigError(
-                "data.name='': data.source='tfds' needs a TFDS name, e.g. "
-                "--config.data.name=lm1b."
-            )
-        if self.validation_every < 2:
-            raise errors.ConfigError(
-                f"data.validation_every={self.validation_every}: must be at least 2, "
-                "or nothing is left to train on."
-            )
-        if self.max_documents < 0:
-            raise errors.ConfigError(
-                f"data.max_documents={self.max_documents}: must be 0 (all) or more."
-            )
-        if self.part_bytes < 0:
-            raise errors.ConfigError(
-                f"data.part_bytes={self.part_bytes}: must be 0 (one part) or more."
-            )
-        if self.deduplicate and self.max_documents:
-            raise errors.ConfigError(
-                f"data.deduplicate=True: needs all documents; leave out "
-                f"data.max_documents={self.max_documents}."
-            )
         if self.align_documents < 0:
             raise errors.ConfigError(
                 f"data.align_documents={self.align_documents}: must be 0 (off) or more."
@@ -147,20 +213,16 @@ class DataConfig:
                 f"data.source={self.source!r} with data.tokenizer={self.tokenizer!r} has "
                 "its own; leave it ''."
             )
-        if not self.text_field:
-            raise errors.ConfigError(
-                "data.text_field='': name the field with the text."
-            )
+
+    @property
+    def name(self) -> str:
+        """The data set's in the catalogue of its source; '' where that has none."""
+        return getattr(self.source_options, "name", "")
 
 
 def part_bytes(data_config: DataConfig) -> int:
     """Bytes of input that make a part; more than any corpus has, for one part."""
-    return data_config.part_bytes or 1 << 62
-
-
-def deduplicates(data_config: DataConfig) -> bool:
-    """Whether equal texts are kept once."""
-    return data_config.deduplicate
+    return data_config.source_options.part_bytes or 1 << 62
 
 
 def cache_root(data_config: DataConfig) -> pathlib.Path:

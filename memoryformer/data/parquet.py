@@ -29,7 +29,7 @@ def texts(
         if column not in known:
             found = ", ".join(shown(n) for n in known) or "none"
             raise errors.DataError(
-                f"{name}: no text in field {field!r} (found: {found}); set data.text_field."
+                f"{name}: no text in field {field!r} (found: {found}); set data.source_options.text_field."
             )
         number = 0
         for batch in _batches(file, column, name):
@@ -38,7 +38,7 @@ def texts(
                 if share.holds(number):
                     where = f"{name}: row {number}"
                     row = {column: _decoded(value, where)}
-                    fix = "set data.text_field"
+                    fix = "set data.source_options.text_field"
                     yield number, jsonlines.text(row, field, where, fix)
     if not number:
         raise errors.DataError(f"{name}: holds no rows.")

@@ -97,7 +97,7 @@ class Job:
             if self.finished:
                 return
             facts = part_files.read(self.work, len(self.parts))
-            deduplicated = options.deduplicates(self.config)
+            deduplicated = self.config.source_options.deduplicate
             splits = {
                 name: part_files.joined(name, facts, deduplicated)
                 for name in manifest.SPLITS
@@ -187,7 +187,7 @@ class Job:
             len(self.parts),
             self._tokenizer(),
             held_out,
-            options.deduplicates(self.config),
+            self.config.source_options.deduplicate,
         )
 
     def _held_out(self) -> np.ndarray:
@@ -249,11 +249,11 @@ class Job:
             if not facts.documents:
                 raise errors.DataError(
                     f"{name}: no document holds any text; give more text, or set "
-                    "data.validation_path."
+                    "data.source_options.validation_path."
                 )
 
     def _notes(self, whole: manifest.Manifest, marked: int) -> None:
         if note := manifest.byte_note(whole):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        if marked and not self.config.separator:
+        if marked and not self.corpus.reading.separator:
             self.progress.note(text_files.marker_line(marked))

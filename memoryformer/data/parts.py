@@ -62,29 +62,30 @@ class Corpus:
         note: Callable[[str], None] = lambda text: None,
     ) -> "Corpus":
         """Raises `DataError` or `ConfigError` for files that cannot be read."""
+        settings = data_config.source_options
+        separator = getattr(settings, "separator", "")  # c4 has none
 
         def files(path: str, field: str) -> listing.Files:
             return text_files.list_texts(
                 path,
                 json_only=data_config.source == "c4",
-                text_field=data_config.text_field,
+                text_field=settings.text_field,
                 field=field,
                 note=note,
             )
 
         train = files(data_config.path, "data.path")
         held_out = []
-        if data_config.validation_path:
-            held_out = files(data_config.validation_path, "data.validation_path")
-        every = data_config.validation_every
+        if settings.validation_path:
+            field = "data.source_options.validation_path"
+            held_out = files(settings.validation_path, field)
+        every = settings.validation_every
         text_files.check_separator(
-            (path for _, path in train + held_out),
-            data_config.separator,
-            data_config.path,
+            (path for _, path in train + held_out), separator, data_config.path
         )
         reading = local_files.Reading(
-            data_config.text_field,
-            names.unescaped(data_config.separator),
+            settings.text_field,
+            names.unescaped(separator),
             local_files.lone_text_piece(train, every),
         )
         return cls(train, held_out, reading, every)

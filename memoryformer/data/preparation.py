@@ -145,7 +145,8 @@ def _located(data_config: options.DataConfig) -> tuple[pathlib.Path, bool]:
     parts = request.pop("parts", None)
     whole = _named(data_config, request)
     if parts is None or (
-        not options.deduplicates(data_config) and (whole / manifest_lib.FILE).is_file()
+        not data_config.source_options.deduplicate
+        and (whole / manifest_lib.FILE).is_file()
     ):
         return whole, False
     return _named(data_config, request | {"parts": parts}), True
@@ -161,11 +162,12 @@ def _named(data_config: options.DataConfig, request: dict) -> pathlib.Path:
 
 def _request(data_config: options.DataConfig) -> dict:
     """Everything that determines the bytes of the token files, cheap enough to ask often."""
+    settings = data_config.source_options
     request = {
         "format": manifest_lib.FORMAT,
         "source": data_config.source,
-        "max_documents": data_config.max_documents,
-        "validation_every": data_config.validation_every,
+        "max_documents": settings.max_documents,
+        "validation_every": settings.validation_every,
         "tokenizer": data_config.tokenizer,
     }
     if data_config.source == "stdlib":
@@ -175,7 +177,7 @@ def _request(data_config: options.DataConfig) -> dict:
     else:
         request |= _local_identity(data_config)
     if data_config.source != "stdlib":
-        request["text_field"] = data_config.text_field
+        request["text_field"] = settings.text_field
     if tokenizer_lib.bpe_size(data_config.tokenizer):
         request["sample"] = _SAMPLE
     elif data_config.tokenizer != "bytes":
@@ -185,19 +187,21 @@ def _request(data_config: options.DataConfig) -> dict:
 
 
 def _local_identity(data_config: options.DataConfig) -> dict:
-    only = data_config.source == "c4"
+    only, settings = data_config.source == "c4", data_config.source_options
     files = listing.list_files(data_config.path, json_only=only)
     identity: dict[str, Any] = {"files": local_files.fingerprint(files)}
     if part_bytes := _part_bytes(data_config, files):
-        identity["parts"] = [_PARTS, part_bytes, options.deduplicates(data_config)]
-    if data_config.validation_path:
+        identity["parts"] = [_PARTS, part_bytes, data_config.source_options.deduplicate]
+    if settings.validation_path:
         held_out = listing.list_files(
-            data_config.validation_path, json_only=only, field="data.validation_path"
+            settings.validation_path,
+            json_only=only,
+            field="data.source_options.validation_path",
         )
         identity["validation"] = local_files.fingerprint(held_out)
         files = files + held_out
-    if data_config.separator:
-        identity["separator"] = names.unescaped(data_config.separator)
+    if data_config.source == "text" and settings.separator:
+        identity["separator"] = names.unescaped(settings.separator)
         if "\n" in identity["separator"]:
             identity["line_ends"] = "\\n or \\r\\n"
     if any(_may_be_cut(path) for _, path in files):
@@ -208,10 +212,11 @@ def _local_identity(data_config: options.DataConfig) -> dict:
 def _part_bytes(data_config: options.DataConfig, files: listing.Files) -> int:
     """About the size of the parts of a corpus; 0 for one that is prepared whole."""
     part_bytes = options.part_bytes(data_config)
-    if options.deduplicates(data_config):  # which only parts do
+    if data_config.source_options.deduplicate:  # which only parts do
         return part_bytes
     is_large = sum(path.stat().st_size for _, path in files) > part_bytes
-    return part_bytes if is_large and not data_config.max_documents else 0
+    limited = data_config.source_options.max_documents  # in the order of the corpus
+    return part_bytes if is_large and not limited else 0
 
 
 def _may_be_cut(path: pathlib.Path) -> bool:

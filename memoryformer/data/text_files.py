@@ -42,7 +42,7 @@ def list_texts(
         if len(skipped) == len(files):
             raise errors.DataError(
                 f"{path}: holds no text: {line}; give other files or set "
-                "data.text_field."
+                "data.source_options.text_field."
             )
     return [(key, file) for key, file in files if key not in skipped]
 
@@ -50,8 +50,8 @@ def list_texts(
 def marker_line(count: int) -> str:
     """What to do about a marker between documents that is read as text."""
     return (
-        f"documents with {MARKER} as plain text: {count}; where it ends documents, set "
-        f"data.separator='{MARKER}'"
+        f"documents with {MARKER} as plain text: {count}; where it ends "
+        f"documents, set data.source_options.separator='{MARKER}'"
     )
 
 
@@ -59,7 +59,7 @@ def check_separator(files: Iterable[pathlib.Path], separator: str, path: str) ->
     """Raise `ConfigError` if no file is plain text, which alone has a separator."""
     if separator and all(map(blocks.has_fields, files)):
         raise errors.ConfigError(
-            f"data.separator={separator!r}: {names.shown(path)} holds "
+            f"data.source_options.separator={separator!r}: {names.shown(path)} holds "
             "JSON lines only, which have no separator; leave it out."
         )
 

@@ -62,11 +62,12 @@ def sources(
         held_out = next((name for name in _HELD_OUT if name in dataset.info.splits), "")
         if held_out:
             splits["validation"] = dataset.as_data_source(split=held_out)
-    field = data_config.text_field
+    field = data_config.source_options.text_field
     if field not in dataset.info.features:
         raise errors.DataError(
-            f"data.name={data_config.name!r}: has no feature {field!r} (found: "
-            f"{', '.join(sorted(dataset.info.features))}); set data.text_field."
+            f"data.source_options.name={data_config.name!r}: has no feature {field!r} (found: "
+            f"{', '.join(sorted(dataset.info.features))}); set "
+            "data.source_options.text_field."
         )
     return splits
 
@@ -101,18 +102,18 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except tfds.core.DatasetNotFoundError as error:
         raise errors.ConfigError(
-            f"data.name={name!r}: TFDS knows no such data set; see "
+            f"data.source_options.name={name!r}: TFDS knows no such data set; see "
             "tfds.list_builders(), or use data.source='text' for local files."
         ) from error
     except (ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:160]
         raise errors.ConfigError(
-            f"data.name={name!r}: its TFDS builder cannot run without TensorFlow or "
+            f"data.source_options.name={name!r}: its TFDS builder cannot run without TensorFlow or "
             f"Beam here ({type(error).__name__}: {reason}); {_WAYS_OUT}."
         ) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise errors.DataError(
-            f"data.name={name!r}: TFDS could not prepare it "
+            f"data.source_options.name={name!r}: TFDS could not prepare it "
             f"({type(error).__name__}: {reason}); {_WAYS_OUT}."
         ) from error

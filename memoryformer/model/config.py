@@ -24,6 +24,40 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions:
+    """Memory layers."""
+
+    extra_bits: int = field(
+        "numbers", 2, doc="The second feed-forward layer hashes tau and so many bits."
+    )
+    temperature: float = field("numbers", 1.0, doc="t of the score.")
+    memory_bias: bool = field(
+        "numbers",
+        False,
+        doc="A bias for each memory layer; paper: none, released code: one.",
+    )
+    bias_std: float = field("numbers", 0.0, doc="Of these biases at first.")
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"model.projection_options.temperature={self.temperature}: must be > 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseOptions:
+    """Dense layers, as Pythia's."""
+
+    ffn_multiple: int = field(
+        "numbers", 4, doc="Hidden width of the feed-forward layer over D."
+    )
+
+
+PROJECTIONS = {"memory": MemoryOptions, "dense": DenseOptions}
+
 # What the repository of the released code turns off or on beside the paper is a field here;
 # docs/paper_differences.md has the whole list.
 
@@ -32,8 +66,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class ModelConfig:
     """A model's architecture; every field can be set as `--config.model.FIELD=...`.
 
-    mixer_options and recurrence_options are given as a mapping, `{"num_slots": 5}`, and are the
-    frozen dataclass `Options` of what `mixer` and `recurrence` name.
+    `X_options` are given as a mapping, `{"num_slots": 5}`, and are the frozen dataclass of what
+    `X` names: the mixer, the recurrence, the projection.
     """
 
     vocab_size: int = field("numbers", doc="V, tokens.")
@@ -52,24 +86,15 @@ class ModelConfig:
     )
     # Memory layers.
     code_bits: int = field("numbers", 8, doc="tau, bits of a code; must divide D.")
-    extra_bits: int = field(
-        "numbers", 2, doc="The second feed-forward layer hashes tau and so many bits."
-    )
     score: str = field(
         "numbers",
         "softmax",
         doc="s(z), a name of ops.hashing.SCORES; released code: l1_softmax.",
     )
-    temperature: float = field("numbers", 1.0, doc="t of the score.")
     lookup: str = field(
         "rounding",
         "auto",
         doc="auto, or which implementation of ops.lookup reads tables.",
-    )
-    memory_bias: bool = field(
-        "numbers",
-        False,
-        doc="A bias for each memory layer; paper: none, released code: one.",
     )
     # Block.
     norm: str = field("numbers", "rmsnorm", doc="rmsnorm | layernorm.")
@@ -81,9 +106,6 @@ class ModelConfig:
     )
     ffn_activation: str = field(
         "numbers", "none", doc="none | gelu | gelu_tanh; dense blocks need one."
-    )
-    ffn_multiple: int = field(
-        "numbers", 4, doc="Hidden width of a dense feed-forward layer over D."
     )
     output_projection: bool = field(
         "numbers", False, doc="Whether a mixer ends in W_O."
@@ -120,11 +142,11 @@ class ModelConfig:
         0.02,
         doc="Of W_O and of the second dense feed-forward layer at first.",
     )
-    bias_std: float = field(
-        "numbers", 0.0, doc="Of the biases of memory layers at first."
-    )
     causal: bool = field(
         "numbers", True, doc="False: every token sees the whole document (encoders)."
+    )
+    projection_options: Any = field(
+        "numbers", None, doc="Options of the projection.", options=PROJECTIONS
     )
     mixer_options: Any = field(
         "numbers", None, doc="Options of the mixer.", options=mixers.MIXERS
@@ -144,9 +166,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        self._freeze_options("mixer", mixers.MIXERS)
-        self._freeze_options("recurrence", recurrence_lib.KINDS, "none")
-        config_lib.choose(self.projection, ("memory", "dense"), "model.projection")
+        config_lib.freeze(self, "model")
         config_lib.choose(self.score, hashing.SCORES, "model.score")
         config_lib.choose(self.lookup, lookup.IMPLEMENTATIONS, "model.lookup")
         config_lib.choose(self.norm, NORMS, "model.norm")
@@ -167,19 +187,12 @@ class ModelConfig:
         stack.validate_stack(self)
         recurrence_lib.check(self)
 
-    def _freeze_options(self, chooser, kinds, *others):
-        """Put the dataclass of options in the place of the values that were given."""
-        choice, name = getattr(self, chooser), f"{chooser}_options"
-        config_lib.choose(choice, (*others, *kinds), f"model.{chooser}")
-        frozen = config_lib.options(kinds, choice, getattr(self, name), f"model.{name}")
-        object.__setattr__(self, name, frozen)
-
     def _check_memory(self):
-        bits = self.code_bits
-        if not 1 <= bits <= 16 or not 0 <= self.extra_bits <= 16 - bits:
+        bits, extra = self.code_bits, self.projection_options.extra_bits
+        if not 1 <= bits <= 16 or not 0 <= extra <= 16 - bits:
             raise ConfigError(
-                f"model.code_bits={bits}, model.extra_bits={self.extra_bits}: need "
-                "1 <= code_bits and code_bits + extra_bits <= 16."
+                f"model.code_bits={bits}, model.projection_options.extra_bits={extra}: "
+                "need 1 <= code_bits and code_bits + extra_bits <= 16."
             )
         if self.embed_dim % bits:
             below = self.embed_dim // bits * bits
@@ -188,8 +201,6 @@ class ModelConfig:
                 f"model.code_bits={bits}: chunks of {bits} values cannot cover it; "
                 f"try embed_dim={below or bits} or {below + bits}."
             )
-        if self.temperature <= 0:
-            raise ConfigError(f"model.temperature={self.temperature}: must be > 0.")
 
     @classmethod
     def from_config(cls, section: Any) -> "ModelConfig":

@@ -56,16 +56,17 @@ def make_projection(
             dtype=dtype,
             rngs=rngs,
         )
+    options = config.projection_options
     return layers.MemoryLayer(
         in_features,
         features,
         code_bits=code_bits or config.code_bits,
         score=config.score,
-        temperature=config.temperature,
+        temperature=options.temperature,
         implementation=config.lookup,
-        use_bias=config.memory_bias,
+        use_bias=options.memory_bias,
         table_std=std or config.mixer_std,
-        bias_std=config.bias_std,
+        bias_std=options.bias_std,
         dtype=dtype,
         rngs=rngs,
     )
@@ -75,7 +76,7 @@ class MemoryFeedForward(nnx.Module):
     """y = ML_2(LayerNorm(act(ML_1(x)))), ML_1 widening every chunk by `extra_bits`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        bits = config.code_bits + config.extra_bits
+        bits = config.code_bits + config.projection_options.extra_bits
         hidden = config.num_tables * bits
         make = functools.partial(make_projection, config, std=config.ffn_std, rngs=rngs)
         self.up = make(config.embed_dim, hidden)
@@ -92,7 +93,7 @@ class DenseFeedForward(nnx.Module):
     """y = W_2 act(W_1 x + b_1) + b_2."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        hidden = config.ffn_multiple * config.embed_dim
+        hidden = config.projection_options.ffn_multiple * config.embed_dim
         make = functools.partial(make_projection, config, rngs=rngs)
         self.up = make(config.embed_dim, hidden, std=config.ffn_std)
         self.activation = config.ffn_activation

@@ -40,7 +40,7 @@ def check(
 
     `allow` holds the names of fields, or patterns ('optimizer.*'): those that change no
     number (`experiment.may_change`), and those that the user answers for. `train.num_steps`
-    is free where no schedule hangs on it: with `optimizer.decay_steps` set on both sides or
+    is free where no schedule hangs on it: with a horizon of its own on both sides or
     a constant schedule.
     """
     changes = drift(saved, new)
@@ -53,7 +53,7 @@ def check(
         differences = "; ".join(f"{f}: {old!r} -> {new!r}" for f, old, new in refused)
         hint = ""
         if any(field == "train.num_steps" for field, _, _ in refused):
-            hint = " (the schedule ends at num_steps: set optimizer.decay_steps)"
+            hint = " (the schedule ends at num_steps: set optimizer.schedule_options.decay_steps)"
         raise ConfigError(
             f"the checkpoint was written under another config: {differences}{hint}; "
             f"start in a new --workdir, or go on regardless with --allow={fields}"
@@ -122,4 +122,4 @@ def _matches(field: str, patterns: Collection[str]) -> bool:
 def _horizon_is_fixed(config: Mapping[str, Any]) -> bool:
     flat = config_lib.flatten(plain(config))
     constant = flat.get("optimizer.schedule") == "constant"
-    return constant or bool(flat.get("optimizer.decay_steps"))
+    return constant or bool(flat.get("optimizer.schedule_options.decay_steps"))

@@ -41,15 +41,15 @@ WALL_CLOCK = frozenset(
 class MetricsConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
-    tensorboard: bool = config_lib.field(
+    trackers: str = config_lib.field(
         "nothing",
-        True,
+        "tensorboard",
         local=True,
-        doc="Write TensorBoard's files, if tensorboardX is installed.",
+        doc="tensorboard (if tensorboardX is installed), wandb:PROJECT, both with a comma or ''.",
     )
-    wandb: str = config_lib.field(
-        "nothing", "", local=True, doc="A Weights & Biases project; '': off."
-    )
+
+    def __post_init__(self):
+        trackers.chosen(self.trackers)
 
 
 class MetricsWriter:
@@ -82,10 +82,11 @@ class MetricsWriter:
             raise
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}.") from error
-        if config.tensorboard:
+        chosen = trackers.chosen(config.trackers)
+        if "tensorboard" in chosen:
             self._trackers += trackers.tensorboard(workdir, start_step)
-        if config.wandb:
-            self._trackers += trackers.wandb(workdir, config.wandb, run_config)
+        if "wandb" in chosen:
+            self._trackers += trackers.wandb(workdir, chosen["wandb"], run_config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row. Values are numbers, strings or arrays of one element."""

@@ -1,7 +1,7 @@
 """Configs that runs and exports stored under other names of their fields.
 
 `upgraded` reads them; `refuse` names the new field to whoever still writes an old one in a config
-file. Fields that only moved are in `MOVED`; those that became one another are in `upgraded`.
+file. What became an option of a choice is in `CHOOSERS`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,15 +36,74 @@ RECURRENCE_OPTIONS = {
     "recurrence_bptt": (_MEMORIES, "bptt_chunks"),
     "memformer_temperature": (("memformer",), "temperature"),
 }
+_DOCUMENTS = ("stdlib", "text", "c4", "tfds")
+
+
+def _moved(**owners: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Fields that kept their names."""
+    return {name: (choices, name) for name, choices in owners.items()}
+
+
+PROJECTION_OPTIONS = _moved(
+    extra_bits=("memory",),
+    temperature=("memory",),
+    memory_bias=("memory",),
+    bias_std=("memory",),
+    ffn_multiple=("dense",),
+)
+SOURCE_OPTIONS = _moved(
+    name=("tfds",),
+    text_field=("text", "c4", "tfds"),
+    separator=("text",),
+    validation_path=("text", "c4"),
+    validation_every=_DOCUMENTS,
+    max_documents=_DOCUMENTS,
+)
+SCHEDULE_OPTIONS = _moved(
+    end_fraction=("cosine", "wsd"),
+    decay_steps=("cosine", "wsd"),
+    cooldown_fraction=("wsd",),
+)
+TABLE_OPTIONS = {
+    "table_second_moment": (("lean",), "second_moment"),
+    "table_moment_dtype": (("lean",), "moment_dtype"),
+    "table_dtype": (("lean",), "dtype"),
+    "table_rounding": (("lean",), "rounding"),
+}
+SPIKE_OPTIONS = {
+    "spike_sigmas": (("skip",), "sigmas"),
+    "spike_window": (("skip",), "window"),
+}
+# 'section.X' -> (its default, old fields of the section that are in X_options now).
+CHOOSERS: dict[str, tuple[str, dict[str, tuple[tuple[str, ...], str]]]] = {
+    "model.mixer": ("softmax", MIXER_OPTIONS),
+    "model.recurrence": ("none", RECURRENCE_OPTIONS),
+    "model.projection": ("memory", PROJECTION_OPTIONS),
+    "data.source": ("stdlib", SOURCE_OPTIONS),
+    "optimizer.schedule": ("cosine", SCHEDULE_OPTIONS),
+    "optimizer.table_state": ("full", TABLE_OPTIONS),
+    "train.spikes": ("keep", SPIKE_OPTIONS),
+}
+# Choosers that there were not: (the choice of other values, values that leave the default).
+NEW_CHOOSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "optimizer.table_state": (
+        "lean",
+        {
+            "table_second_moment": "full",
+            "table_moment_dtype": "float32",
+            "table_dtype": "float32",
+            "table_rounding": "nearest",
+        },
+    ),
+    "train.spikes": ("skip", {"spike_sigmas": 0.0, "spike_window": 128}),
+}
 RETIRED = ("performer_seed", "performer_draw")  # see `model.older`
 _TIMEOUTS = {f"{phase}_timeout": size for phase, size in watchdog.TIMEOUTS.items()}
 MOVED = {
     **{
-        f"model.{old}": f"model.{chooser}_options.{new}, of {', '.join(owners)}"
-        for chooser, moved in (
-            ("mixer", MIXER_OPTIONS),
-            ("recurrence", RECURRENCE_OPTIONS),
-        )
+        f"{key.partition('.')[0]}.{old}": f"{key}_options.{new}, of {', '.join(owners)}"
+        + (f" ({key}={owners[0]})" if key in NEW_CHOOSERS else "")
+        for key, (_, moved) in CHOOSERS.items()
         for old, (owners, new) in moved.items()
     },
     **{
@@ -56,41 +115,58 @@ MOVED = {
         for name in RETIRED
     },
     "train.nonfinite": "train.max_skipped, where 0 is to halt at the first",
+    "metrics.tensorboard": "metrics.trackers, to tensorboard or to nothing",
+    "metrics.wandb": "metrics.trackers, to wandb:PROJECT",
 }
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored config with the fields of today; one of today stays as it is.
 
-    What the chosen mixer never read is left out.
+    What no choice ever read is left out.
     """
     config = dict(config)
-    if isinstance(config.get("model"), Mapping):
-        config["model"] = upgraded_model(config["model"])
-    if isinstance(config.get("train"), Mapping):
-        config["train"] = _upgraded_train(config["train"])
+    for name, section in config.items():
+        if isinstance(section, Mapping):
+            config[name] = _upgraded(name, section)
     return config
 
 
 def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `model` section of a stored config with the fields of today."""
-    model = {key: value for key, value in model.items() if key not in RETIRED}
-    for chooser, moved, default in (
-        ("mixer", MIXER_OPTIONS, "softmax"),
-        ("recurrence", RECURRENCE_OPTIONS, "none"),
-    ):
-        choice = model.get(chooser, default)
-        stale = {old: model.pop(old) for old in moved if old in model}
+    return _upgraded("model", model)
+
+
+def _upgraded(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    section = dict(section)
+    if name == "model":
+        section = {key: v for key, v in section.items() if key not in RETIRED}
+    elif name == "train":
+        section = _upgraded_train(section)
+    elif name == "metrics" and {"tensorboard", "wandb"} & section.keys():
+        board, project = section.pop("tensorboard", True), section.pop("wandb", "")
+        words = ["tensorboard"] * bool(board) + [f"wandb:{project}"] * bool(project)
+        section["trackers"] = ",".join(words)
+    for key, (default, moved) in CHOOSERS.items():
+        parent, _, chooser = key.partition(".")
+        if parent != name or not moved.keys() & section.keys():
+            continue
+        stale = {old: section.pop(old) for old in moved if old in section}
+        if key in NEW_CHOOSERS:
+            other, plain = NEW_CHOOSERS[key]
+            stale = plain | stale
+            section.setdefault(chooser, default if stale == plain else other)
+        choice = section.get(chooser, default)
         options = {
             new: stale[old]
             for old, (owners, new) in moved.items()
             if old in stale and choice in owners
         }
-        name = f"{chooser}_options"
-        nested = {} if model.get(name) is None else model[name]
-        if stale and isinstance(nested, Mapping):  # anything else is refused as it is
-            model[name] = options | dict(nested)
-    return model
+        nested = section.get(f"{chooser}_options")
+        nested = {} if nested is None else nested
+        if isinstance(nested, Mapping):  # anything else is refused as it is
+            section[f"{chooser}_options"] = options | dict(nested)
+    return section
 
 
 def retired(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Trackers: TensorBoard and Weights & Biases, which show the rows of `metrics.jsonl` too.
 
-Start at `tensorboard` and `wandb`.
+Start at `chosen`, `tensorboard` and `wandb`.
 """
 
 import contextlib
@@ -15,6 +15,20 @@ from typing import Any
 
 from memoryformer.errors import ConfigError
 from memoryformer.files import atomic
+
+
+def chosen(text: str) -> dict[str, str]:
+    """'tensorboard,wandb:mine' -> {'tensorboard': '', 'wandb': 'mine'}; raises `ConfigError`."""
+    projects = {}
+    for word in filter(None, map(str.strip, text.split(","))):
+        name, _, project = word.partition(":")
+        if name not in ("tensorboard", "wandb") or bool(project) != (name == "wandb"):
+            raise ConfigError(
+                f"metrics.trackers={text!r}: there is no {word!r}; name tensorboard, "
+                "wandb:PROJECT, both with a comma between, or nothing."
+            )
+        projects[name] = project
+    return projects
 
 
 def tensorboard(workdir: pathlib.Path, start_step: int) -> list["Tracker"]:
@@ -97,8 +111,8 @@ class _Wandb:
     def __init__(self, workdir: pathlib.Path, project: str, run_config: Any):
         if not importlib.util.find_spec("wandb"):
             raise ConfigError(
-                f"metrics.wandb={project!r}: wandb is not installed; `pip install wandb`, "
-                "or leave the field empty."
+                f"metrics.trackers='wandb:{project}': wandb is not installed; "
+                "`pip install wandb`, or leave it out."
             )
         wandb = importlib.import_module("wandb")
         id_file = workdir / "wandb_id"

@@ -1,38 +1,51 @@
-"""The digest that a point's directory had before the options of mixers were nested.
+"""The digests that a point's directory had before fields became options of a choice.
 
-Finished points of older sweeps are found under it. Start at `spelling`.
+Finished points of older sweeps are found under them. Start at `spellings`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from memoryformer.model import mixers, recurrence
+from memoryformer import config as config_lib
 from memoryformer.runs import old_configs
+from memoryformer.training import experiment
 
-_CHOOSERS = (
-    ("mixer", mixers.MIXERS, old_configs.MIXER_OPTIONS),
-    ("recurrence", recurrence.KINDS, old_configs.RECURRENCE_OPTIONS),
-)
+_NESTED_FIRST = ("model.mixer", "model.recurrence")
 
 
-def spelling(named: Mapping[str, Any]) -> dict[str, Any]:
+def spellings(named: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields that name a point, {'section.field': value}, as older code had them.
 
-    Every model had the options of every mixer; one that its own did not read kept its default.
+    First with the options of mixers and recurrences alone, then with none.
     """
-    nested = ("model.mixer_options", "model.recurrence_options")
-    old = {k: v for k, v in named.items() if not k.startswith(nested)}
-    old |= dict.fromkeys((f"model.{name}" for name in old_configs.RETIRED), 0)
-    for chooser, kinds, moved in _CHOOSERS:
-        choice = named[f"model.{chooser}"]
-        for name, (owners, option) in moved.items():
-            field = _field(kinds[owners[0]].Options, option)
-            key = f"model.{chooser}_options.{option}"
-            if choice in owners and key in named:
-                old[f"model.{name}"] = named[key]
+    others = old_configs.CHOOSERS.keys() - set(_NESTED_FIRST)
+    newer = _flattened(named, others)
+    oldest = _flattened(newer, _NESTED_FIRST)
+    oldest |= dict.fromkeys((f"model.{name}" for name in old_configs.RETIRED), 0)
+    return [newer, oldest]
+
+
+def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str, Any]:
+    """Options of `choosers` as fields of their sections.
+
+    Every config had those of every choice; one that its own did not read kept its default.
+    """
+    nested = tuple(f"{key}_options" for key in choosers)
+    new = old_configs.NEW_CHOOSERS.keys() & set(choosers)
+    old = {k: v for k, v in named.items() if not k.startswith(nested) and k not in new}
+    for key in choosers:
+        section, _, chooser = key.partition(".")
+        fields = experiment.Experiment.__dataclass_fields__[section].type
+        kinds = fields.__dataclass_fields__[f"{chooser}_options"].metadata["options"]
+        plain = old_configs.NEW_CHOOSERS.get(key, ("", {}))[1]
+        for name, (owners, option) in old_configs.CHOOSERS[key][1].items():
+            field = _field(config_lib.options_class(kinds[owners[0]]), option)
+            now = f"{key}_options.{option}"
+            if named[key] in owners and now in named:
+                old[f"{section}.{name}"] = named[now]
             elif field.metadata["changes"] == "numbers":
-                old[f"model.{name}"] = field.default
+                old[f"{section}.{name}"] = plain.get(name, field.default)
     return old
 
 

@@ -211,15 +211,13 @@ def _directory(
     return twins[0] if twins and not named.exists() else named
 
 
-def _digests(
-    run: experiment.Experiment, overrides: Mapping[str, Any]
-) -> tuple[str, str]:
+def _digests(run: experiment.Experiment, overrides: Mapping[str, Any]) -> list[str]:
     """What names a run's directory, and what named it in older versions."""
     flat = config_lib.flatten(compatibility.plain(experiment.as_dict(run)))
     text = _text(flat, overrides)
-    old = json.dumps(old_names.spelling(json.loads(text)), sort_keys=True)
-    first, second = (hashlib.sha256(t.encode()).hexdigest()[:8] for t in (text, old))
-    return first, second
+    older = old_names.spellings(json.loads(text))
+    texts = [text, *(json.dumps(fields, sort_keys=True) for fields in older)]
+    return [hashlib.sha256(t.encode()).hexdigest()[:8] for t in texts]
 
 
 def _text(

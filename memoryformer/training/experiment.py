@@ -26,6 +26,7 @@ from memoryformer.runs.checkpoint import CheckpointConfig
 from memoryformer.runs.metrics import MetricsConfig
 from memoryformer.training import compilation_cache as compilation_cache_lib
 from memoryformer.training import optimizer as optimizer_lib
+from memoryformer.training import spikes as spikes_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,13 @@ class TrainConfig:
         0,
         doc="Updates in a row that may be left out as not finite; one more halts the run.",
     )
-    spike_sigmas: float = field(
+    spikes: str = field(
         "numbers",
-        0.0,
-        doc="Leave out an update whose norm leaps out by so many deviations; 0: off.",
+        "keep",
+        doc="keep | skip: updates whose loss or norm leaps out of the recent ones.",
     )
-    spike_window: int = field(
-        "numbers", 128, doc="Steps that the deviations of spike_sigmas are taken over."
+    spikes_options: Any = field(
+        "numbers", None, doc="What leaps out.", options=spikes_lib.KINDS
     )
     compilation_cache: str = field(
         "nothing",
@@ -82,11 +83,7 @@ class TrainConfig:
         if self.compilation_cache != compilation_cache_lib.DEFAULT:
             paths.local(self.compilation_cache, "train.compilation_cache")
         config_lib.at_least(self, "train", 0, "max_skipped", "timeout_scale")
-        if self.spike_sigmas < 0 or self.spike_window < 2:
-            raise ConfigError(
-                f"train.spike_sigmas={self.spike_sigmas} must be >= 0, "
-                f"train.spike_window={self.spike_window} >= 2."
-            )
+        config_lib.freeze(self, "train")
 
     @property
     def timeouts(self) -> dict[str, float]:

@@ -9,12 +9,12 @@
 for what its module declares so (norms, biases, scalars), and without `decay_tables` for
 tables. Kingma & Ba (arXiv:1412.6980), Loshchilov & Hutter (arXiv:1711.05101).
 
-Tables are nearly all of a model, and their state can be kept leaner:
+Tables are nearly all of a model, and `table_state='lean'` keeps less for them:
 
-    table_second_moment   full: v as above      row: one v a row, of the mean of g^2 over F
-    table_moment_dtype    float32 | bfloat16 | none: u = g / (sqrt(..) + eps)
-    table_dtype           float32 | bfloat16: p itself, rounded after each update
-    table_rounding        nearest | stochastic: up with the probability that keeps the mean
+    second_moment   full: v as above      row: one v a row, of the mean of g^2 over F
+    moment_dtype    float32 | bfloat16 | none: u = g / (sqrt(..) + eps)
+    dtype           float32 | bfloat16: p itself, rounded after each update
+    rounding        nearest | stochastic: up with the probability that keeps the mean
 
     bytes an entry = p (4 or 2) + m (4, 2 or 0) + v (4 or 4 / F)
 
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
@@ -43,25 +44,67 @@ GROUPS = ("tables", "decayed", "undecayed")  # of parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The recipe of the paper's training runs (GPT-NeoX's AdamW with a cosine).
+class FullTables:
+    """Tables are stored and moved as other parameters."""
 
-    `decay_steps` is the horizon of the schedule, 0 meaning `train.num_steps`. 'wsd'
-    (warm up, stay, decay) falls linearly over the last `cooldown_fraction` of it.
-    """
+    second_moment, moment_dtype, dtype, rounding = (
+        "full",
+        "float32",
+        "float32",
+        "nearest",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeanTables:
+    """Fewer bytes an entry."""
+
+    second_moment: str = field(
+        "numbers", "row", doc="full | row: one of each entry, or of each row."
+    )
+    moment_dtype: str = field(
+        "numbers", "bfloat16", doc="float32 | bfloat16 | none: first moment."
+    )
+    dtype: str = field(
+        "numbers", "float32", doc="float32 | bfloat16: in which tables are stored."
+    )
+    rounding: str = field(
+        "numbers",
+        "nearest",
+        doc="nearest | stochastic: how an update rounds to dtype='bfloat16'.",
+    )
+
+    def __post_init__(self):
+        name = "optimizer.table_state_options"
+        for key, choices in (
+            ("second_moment", SECOND_MOMENTS),
+            ("moment_dtype", MOMENT_DTYPES),
+            ("dtype", TABLE_DTYPES),
+            ("rounding", ROUNDINGS),
+        ):
+            config_lib.choose(getattr(self, key), choices, f"{name}.{key}")
+        if self.rounding == "stochastic" and self.dtype == "float32":
+            raise ConfigError(
+                f"{name}.rounding='stochastic': rounds to {name}.dtype='bfloat16', not to "
+                "float32; set both."
+            )
+
+
+TABLE_STATES = {"full": FullTables, "lean": LeanTables}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The recipe of the paper's training runs (GPT-NeoX's AdamW with a cosine)."""
 
     learning_rate: float = field("numbers", 1e-3, doc="Peak of the schedule.")
-    end_fraction: float = field(
-        "numbers", 0.1, doc="Floor of the schedule, as a fraction of the peak."
-    )
     warmup_steps: int = field("numbers", 0, doc="Steps of linear warm-up.")
-    decay_steps: int = field(
-        "numbers", 0, doc="Horizon of the schedule in steps; 0: train.num_steps."
+    schedule: str = field(
+        "numbers", "cosine", doc="cosine | constant | wsd (warm up, stay, decay)."
     )
-    cooldown_fraction: float = field(
-        "numbers", 0.2, doc="Last part of a 'wsd' schedule, in which it falls linearly."
+    schedule_options: Any = field(
+        "numbers", None, doc="Where it ends.", options=schedules.SCHEDULES
     )
-    schedule: str = field("numbers", "cosine", doc="cosine | constant | wsd.")
     b1: float = field("numbers", 0.9, doc="Decay of the first moment.")
     b2: float = field("numbers", 0.95, doc="Decay of the second moment.")
     eps: float = field("numbers", 1e-8, doc="Added to the root of the second moment.")
@@ -75,31 +118,17 @@ class OptimizerConfig:
     clip_norm: float = field(
         "numbers", 1.0, doc="Largest global norm of the gradient; 0: no clipping."
     )
-    table_second_moment: str = field(
-        "numbers", "full", doc="full | row: one of each entry, or of each row."
+    table_state: str = field(
+        "numbers", "full", doc="full | lean: how tables and their moments are kept."
     )
-    table_moment_dtype: str = field(
-        "numbers", "float32", doc="float32 | bfloat16 | none: first moment of tables."
-    )
-    table_dtype: str = field(
-        "numbers", "float32", doc="float32 | bfloat16: in which tables are stored."
-    )
-    table_rounding: str = field(
-        "numbers",
-        "nearest",
-        doc="nearest | stochastic: how an update rounds to table_dtype='bfloat16'.",
+    table_state_options: Any = field(
+        "numbers", None, doc="What is leaner.", options=TABLE_STATES
     )
 
     def __post_init__(self):
+        config_lib.freeze(self, "optimizer")
         _require(self.learning_rate >= 0, "learning_rate", self, "at least 0")
-        _require(0 <= self.end_fraction <= 1, "end_fraction", self, "in [0, 1]")
         _require(self.warmup_steps >= 0, "warmup_steps", self, "at least 0")
-        _require(self.decay_steps >= 0, "decay_steps", self, "at least 0")
-        _require(
-            0 < self.cooldown_fraction <= 1, "cooldown_fraction", self, "in (0, 1]"
-        )
-        names = schedules.SCHEDULES
-        _require(self.schedule in names, "schedule", self, " | ".join(names))
         _require(0 <= self.b1 < 1, "b1", self, "in [0, 1)")
         _require(0 <= self.b2 < 1, "b2", self, "in [0, 1)")
         _require(self.eps > 0, "eps", self, "above 0")
@@ -107,26 +136,14 @@ class OptimizerConfig:
         scale = self.table_learning_rate_scale
         _require(scale >= 0, "table_learning_rate_scale", self, "at least 0")
         _require(self.clip_norm >= 0, "clip_norm", self, "at least 0 (0 = off)")
-        for name, choices in (
-            ("table_second_moment", SECOND_MOMENTS),
-            ("table_moment_dtype", MOMENT_DTYPES),
-            ("table_dtype", TABLE_DTYPES),
-            ("table_rounding", ROUNDINGS),
-        ):
-            value = getattr(self, name)
-            _require(value in choices, name, self, " | ".join(choices))
-        if self.table_rounding == "stochastic" and self.table_dtype == "float32":
-            raise ConfigError(
-                "optimizer.table_rounding='stochastic': rounds to "
-                "optimizer.table_dtype='bfloat16', not to float32; set both."
-            )
 
     @property
     def table_entry_bytes(self) -> int:
         """Bytes that one entry of a table and its moments take; 4 / F more for 'row'."""
-        moment = {"float32": 4, "bfloat16": 2, "none": 0}[self.table_moment_dtype]
-        second = 4 if self.table_second_moment == "full" else 0
-        return jnp.dtype(self.table_dtype).itemsize + moment + second
+        tables = self.table_state_options
+        moment = {"float32": 4, "bfloat16": 2, "none": 0}[tables.moment_dtype]
+        second = 4 if tables.second_moment == "full" else 0
+        return jnp.dtype(tables.dtype).itemsize + moment + second
 
 
 def make(
@@ -140,11 +157,15 @@ def make(
     compiles once. Without them the config's numbers are compiled in. They are never
     part of the state: what a checkpoint restores cannot override the config.
     """
-    relative_rate = _relative_rate(config, num_steps)
+    relative_rate = schedules.relative_rate(
+        config.schedule_options, config.warmup_steps, num_steps
+    )
 
     def init(params):
         moments = jax.tree.map(
-            lambda p, group: _no_moments(config, group, p), params, groups
+            lambda p, group: _no_moments(config.table_state_options, group, p),
+            params,
+            groups,
         )
         first, second = _unzipped(moments, params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), first, second)
@@ -201,15 +222,15 @@ def _unzipped(tuples, params):
     return jax.tree.transpose(jax.tree.structure(params), None, tuples)
 
 
-def _no_moments(config, group, p):
+def _no_moments(tables, group, p):
     """(m, v) of a parameter that has seen no gradient."""
     first, second = p.shape, p.shape
     dtype = "float32"
     if group == "tables":
-        dtype = config.table_moment_dtype
+        dtype = tables.moment_dtype
         if dtype == "none":
             first, dtype = (1,) * p.ndim, "float32"
-        if config.table_second_moment == "row":
+        if tables.second_moment == "row":
             second = (*p.shape[:-1], 1)
     return jnp.zeros(first, dtype), jnp.zeros(second, jnp.float32)
 
@@ -240,29 +261,15 @@ def schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Array | int],
 
     See `schedules`. Raises `ConfigError` where the warm-up does not fit.
     """
-    relative_rate = _relative_rate(config, num_steps)
+    relative_rate = schedules.relative_rate(
+        config.schedule_options, config.warmup_steps, num_steps
+    )
     return lambda step: config.learning_rate * relative_rate(step)
 
 
 def count(opt_state: Any) -> Array:
     """Return the number of updates that `opt_state` has seen (int32 scalar)."""
     return optax.tree.get(opt_state, "count")
-
-
-def _relative_rate(
-    config: OptimizerConfig, num_steps: int
-) -> Callable[[Array | int], Array]:
-    """Return `step -> learning rate / peak`."""
-    horizon = config.decay_steps or num_steps
-    warmup = config.warmup_steps
-    if config.schedule != "constant" and warmup >= horizon:
-        raise ConfigError(
-            f"optimizer.warmup_steps={warmup}: must be below the schedule's horizon of "
-            f"{horizon} steps (optimizer.decay_steps, or train.num_steps where that is 0)."
-        )
-    return schedules.relative_rate(
-        config.schedule, warmup, horizon, config.end_fraction, config.cooldown_fraction
-    )
 
 
 def _clipped(grads: Params, clip_norm: float) -> Params:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from memoryformer import config as config_lib
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
@@ -50,11 +49,10 @@ def program(run: experiment.Experiment) -> Any:
     `train` changes nothing: it is the loop's.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
-    described = config_lib.described(experiment.TrainConfig)
     loops: dict[str, Any] = {
         item.name: item.default
         for item in dataclasses.fields(run.train)
-        if described[item.name][0] == "nothing"
+        if item.metadata["changes"] == "nothing"
     }
     return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 

@@ -11,38 +11,103 @@ These are optax's `join_schedules` of a linear one and a cosine, which round the
 one step in four otherwise: runs would not go on bit for bit as they began.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
+from memoryformer.config import field
+from memoryformer.errors import ConfigError
 from memoryformer.notation import Array
 
-SCHEDULES = ("cosine", "constant", "wsd")
+_NAME = "optimizer.schedule_options"
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The peak to the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Half a wave, from the end of the warm-up to the horizon."""
+
+    decay_steps: int = field(
+        "numbers", 0, doc="Horizon of the schedule in steps; 0: train.num_steps."
+    )
+    end_fraction: float = field(
+        "numbers", 0.1, doc="Floor of the schedule, as a fraction of the peak."
+    )
+
+    def start(self, warmup: int, horizon: int) -> int:
+        """The first step that is below the peak."""
+        return warmup
+
+    def left(self, done: Array) -> Array:
+        """How much of the fall is to come when the part d of its steps is done."""
+        return 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+    def __post_init__(self):
+        if self.decay_steps < 0:
+            raise ConfigError(f"{_NAME}.decay_steps={self.decay_steps}: must be >= 0.")
+        if not 0 <= self.end_fraction <= 1:
+            raise ConfigError(
+                f"{_NAME}.end_fraction={self.end_fraction}: must be in [0, 1]."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Wsd(Cosine):
+    """Warm up, stay, decay: a line over the last part of the horizon."""
+
+    cooldown_fraction: float = field(
+        "numbers", 0.2, doc="Last part of the horizon, in which the rate falls."
+    )
+
+    def start(self, warmup: int, horizon: int) -> int:
+        """The last part of the horizon, after the warm-up."""
+        return max(warmup, round(horizon * (1 - self.cooldown_fraction)))
+
+    def left(self, done: Array) -> Array:
+        """A line."""
+        return 1 - done
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.cooldown_fraction <= 1:
+            value = self.cooldown_fraction
+            raise ConfigError(f"{_NAME}.cooldown_fraction={value}: must be in (0, 1].")
+
+
+SCHEDULES = {"cosine": Cosine, "constant": Constant, "wsd": Wsd}
 
 
 def relative_rate(
-    schedule: str,
-    warmup: int,
-    horizon: int,
-    end_fraction: float,
-    cooldown_fraction: float,
+    options: Any, warmup: int, num_steps: int
 ) -> Callable[[Array | int], Array]:
-    """Return `step -> learning rate / peak` of one of `SCHEDULES`; step 0 is the first."""
-    # The first step that is below the peak, and how many steps the fall takes.
-    start = warmup
-    if schedule == "wsd":
-        start = max(warmup, round(horizon * (1 - cooldown_fraction)))
-    length = max(horizon - start, 1)
+    """Return `step -> learning rate / peak`; step 0 is the first.
+
+    options: of one of `SCHEDULES`. Raises `ConfigError` where the warm-up does not fit.
+    """
+
+    def rise(step: Array | int) -> Array:
+        return jnp.minimum((jnp.asarray(step, jnp.float32) + 1) / max(warmup, 1), 1.0)
+
+    if isinstance(options, Constant):
+        return rise
+    horizon = options.decay_steps or num_steps
+    if warmup >= horizon:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup}: must be below the schedule's horizon of "
+            f"{horizon} steps ({_NAME}.decay_steps, or train.num_steps where that is 0)."
+        )
+    start = options.start(warmup, horizon)
+    length = max(horizon - start, 1)  # of the fall, in steps
 
     def relative(step: Array | int) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-        done = jnp.clip((step - start) / length, 0.0, 1.0)
-        if schedule == "constant":
-            return rise
-        left = 1 - done
-        if schedule == "cosine":
-            left = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        return rise * (end_fraction + (1 - end_fraction) * left)
+        done = jnp.clip((jnp.asarray(step, jnp.float32) - start) / length, 0.0, 1.0)
+        left = options.left(done)
+        return rise(step) * (options.end_fraction + (1 - options.end_fraction) * left)
 
     return relative

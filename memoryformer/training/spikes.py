@@ -6,15 +6,45 @@ over the last `window` steps, once there have been that many. The values of a sk
 enter the history too, so that a level that lasts is accepted in the end. The history is
 part of the training state: a run that was stopped judges like one that was not.
 
-Off unless `train.spike_sigmas` is set; after OLMo's SkipStepOptimizer (window 128, 6 sigmas).
+`train.spikes` says what becomes of them; after OLMo's SkipStepOptimizer (window 128, 6 sigmas).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from memoryformer.config import field
+from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Spikes are updates like others; the history that would tell them is kept."""
+
+    sigmas, window = 0.0, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Leave spikes out."""
+
+    sigmas: float = field(
+        "numbers", 6.0, doc="Deviations above the mean that make a spike; 0: none does."
+    )
+    window: int = field("numbers", 128, doc="Steps that these are taken over.")
+
+    def __post_init__(self):
+        if self.sigmas < 0 or self.window < 2:
+            raise ConfigError(
+                f"train.spikes_options.sigmas={self.sigmas} must be >= 0, "
+                f"train.spikes_options.window={self.window} >= 2."
+            )
+
+
+KINDS = {"keep": Keep, "skip": Skip}
 
 
 class SpikeState(NamedTuple):

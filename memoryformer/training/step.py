@@ -35,7 +35,7 @@ def new_state(run: experiment.Experiment, params: Params) -> TrainState:
         run.optimizer, params, model_lib.param_groups(run.model)
     )
     trained, _ = model_lib.split_trained(run.model, params)
-    history = spikes_lib.init(run.train.spike_window)
+    history = spikes_lib.init(run.train.spikes_options.window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained), history)
 
 
@@ -77,7 +77,7 @@ def make_train_step(
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes_lib.is_spike(
-            state.spikes, loss, grad_norm, run.train.spike_sigmas
+            state.spikes, loss, grad_norm, run.train.spikes_options.sigmas
         )
         trained, opt_state = _take(
             finite & ~spike, (trained, opt_state), (before, state.opt_state)

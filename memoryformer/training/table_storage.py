@@ -23,10 +23,10 @@ def apply(
 ) -> Params:
     """Add float32 updates, each sum in its parameter's type: p <- p + u.
 
-    bfloat16 tables are rounded as `table_rounding` says; `seed` and `step` are all that
+    bfloat16 tables are rounded as `table_state_options.rounding` says; `seed` and `step` are all that
     stochastic rounding depends on.
     """
-    if config.table_rounding == "nearest":
+    if config.table_state_options.rounding == "nearest":
         return optax.apply_updates(params, updates)
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys = jax.random.split(key, len(jax.tree.leaves(params)))
@@ -53,9 +53,8 @@ def round_stochastically(x: Array, bits: Array) -> Array:
 
 
 def stored(config: OptimizerConfig, params: Params, groups: Any) -> Params:
-    """Tables in `table_dtype`, the rest as it is."""
+    """Tables in the type that they are stored in, the rest as it is."""
+    dtype = config.table_state_options.dtype
     return jax.tree.map(
-        lambda p, group: p.astype(config.table_dtype) if group == "tables" else p,
-        params,
-        groups,
+        lambda p, group: p.astype(dtype) if group == "tables" else p, params, groups
     )

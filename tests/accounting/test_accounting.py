@@ -120,7 +120,7 @@ def test_table_3_misprint():
 )
 def test_table_5(extra_bits, first, second, memory):
     """FFN table shapes and bytes. Red: `extra_bits` not passed to `ffn.down`."""
-    shape = model("tiny", "memory", extra_bits=extra_bits)
+    shape = model("tiny", "memory", projection_options={"extra_bits": extra_bits})
     layers = accounting.projections(shape)
     up, down = layers["ffn.up"], layers["ffn.down"]
     assert (up.tables, down.tables) == (
@@ -247,11 +247,23 @@ def test_table_shows_every_total():
     "overrides",
     [
         {},
-        {"memory_bias": True, "norm": "layernorm", "score": "learned"},
-        {"output_projection": True, "extra_bits": 1, "residual": "eq13"},
+        {
+            "projection_options": {"memory_bias": True},
+            "norm": "layernorm",
+            "score": "learned",
+        },
+        {
+            "output_projection": True,
+            "projection_options": {"extra_bits": 1},
+            "residual": "eq13",
+        },
         {"tie_embeddings": True, "code_bits": 4},
         {"projection": "dense", "output_projection": True, "norm": "layernorm"},
-        {"projection": "dense", "ffn_multiple": 3, "residual": "parallel"},
+        {
+            "projection": "dense",
+            "projection_options": {"ffn_multiple": 3},
+            "residual": "parallel",
+        },
     ],
 )
 def test_parameters_are_those_of_the_model(overrides):

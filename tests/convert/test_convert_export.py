@@ -29,10 +29,18 @@ from memoryformer.training import experiment, loop
 DENSE = dict(projection="dense", output_projection=True)
 CASES = {
     "paper": dict(),
-    "released": dict(score="l1_softmax", memory_bias=True, bias_std=0.1),
+    "released": dict(
+        score="l1_softmax", projection_options={"memory_bias": True, "bias_std": 0.1}
+    ),
     "learned_tied": dict(score="learned", tie_embeddings=True, rotary_fraction=1.0),
-    "eq13_l1": dict(score="l1", residual="eq13", ffn_activation="gelu", extra_bits=1),
-    "constant_out": dict(score="constant", output_projection=True, temperature=0.5),
+    "eq13_l1": dict(
+        score="l1",
+        residual="eq13",
+        ffn_activation="gelu",
+        projection_options={"extra_bits": 1},
+    ),
+    "constant_out": dict(score="constant", output_projection=True),
+    "flat": dict(projection_options={"temperature": 0.5}),
     "pythia": dict(
         DENSE,
         norm="layernorm",

@@ -14,7 +14,7 @@ from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.generation import __main__ as generation
 from memoryformer.runs import steps as run_steps
 
-RELEASED = {"score": "l1_softmax", "memory_bias": True}
+RELEASED = {"score": "l1_softmax", "projection_options": {"memory_bias": True}}
 PYTHIA = {
     "projection": "dense",
     "norm": "layernorm",

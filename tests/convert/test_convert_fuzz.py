@@ -361,7 +361,7 @@ def test_any_yml_of_a_released_checkpoint(changes):
     """Mutation: `fields.get("attn_memory_config")` used as it is."""
     config = model.ModelConfig(
         vocab_size=8, embed_dim=8, num_layers=1, num_heads=2, seq_len=8, code_bits=4,
-        score="l1_softmax", memory_bias=True,
+        score="l1_softmax", projection_options={"memory_bias": True},
     )  # fmt: skip
     fields = released.their_config(config) | changes
     piece = {"attention.query_proj.tables": np.zeros((2, 2), np.float32)}

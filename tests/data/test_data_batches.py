@@ -143,28 +143,6 @@ def test_segments_and_positions_restart_at_each_document(dataset):
     }
 
 
-@pytest.mark.parametrize(
-    ("source", "fields"),
-    [
-        ("stdlib", {"text_field": "body"}),
-        ("prepared", {"path": "x", "text_field": "body"}),
-        ("prepared", {"path": "x", "max_documents": 5}),
-        ("prepared", {"path": "x", "validation_every": 7}),
-        ("stdlib", {"path": "x"}),
-        ("text", {"path": "x", "name": "lm1b"}),
-    ],
-    ids=str,
-)
-def test_fields_that_a_source_ignores_are_refused(source, fields):
-    """Mutation: a field left out of `users`; the default taken for a value."""
-    message = rf"data\.{list(fields)[-1]}=.*data.source='{source}' does not use it"
-    with pytest.raises(errors.ConfigError, match=message):
-        data.DataConfig(source=source, **fields)
-    kept = {key: value for key, value in fields.items() if key == "path"}
-    if source == "prepared":
-        data.DataConfig(source=source, **kept)
-
-
 def test_a_corpus_too_small_for_one_window_says_so(dataset):
     with pytest.raises(errors.DataError, match=r"too few for one window .*seq_len"):
         dataset.train.batches(10**6, 1, seed=0)

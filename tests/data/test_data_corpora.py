@@ -72,7 +72,7 @@ def test_stdlib_is_the_default_and_leaves_tests_out(tmp_path):
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(found)
     assert not any("test" in key.split("/")[:-1] for key in found)
     builder = corpora.local_builder(
-        data.DataConfig(max_documents=60), str(tmp_path / "tfds")
+        data.DataConfig(source_options={"max_documents": 60}), str(tmp_path / "tfds")
     )
     assert isinstance(builder, corpora.Stdlib)
     builder.download_and_prepare()
@@ -88,7 +88,8 @@ def test_preparing_the_stdlib_imports_no_tensorflow(tmp_path):
     program = (
         "import sys\n"
         "from memoryformer import data\n"
-        "c = data.DataConfig(max_documents=50, tokenizer='bytes', data_dir=sys.argv[1])\n"
+        "few = {'max_documents': 50}\n"
+        "c = data.DataConfig(source_options=few, tokenizer='bytes', data_dir=sys.argv[1])\n"
         "d = data.load(c)\n"
         "assert 'tensorflow_datasets' in sys.modules\n"
         "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
@@ -136,7 +137,7 @@ def test_c4_style_shards(tmp_path):
         source="c4",
         path=str(folder / "c4-train*.json.gz"),
         tokenizer="bytes",
-        max_documents=25,
+        source_options={"max_documents": 25},
         data_dir=str(tmp_path / "cache"),
     )
     assert prepared_texts(globbed)[0] == sorted(texts[:25])
@@ -183,7 +184,9 @@ def test_one_text_file_is_cut_into_documents(tmp_path):
 
 def test_two_documents_are_enough_for_two_splits(tmp_path):
     """Red if the split relies on the hash hitting some document."""
-    config = data_helpers.config(tmp_path, data_helpers.texts(2), validation_every=1000)
+    config = data_helpers.config(
+        tmp_path, data_helpers.texts(2), {"validation_every": 1000}
+    )
     splits = data.load(config).manifest.splits
     assert splits["train"].documents == splits["validation"].documents == 1
 
@@ -191,7 +194,7 @@ def test_two_documents_are_enough_for_two_splits(tmp_path):
 def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
     """Red if one of its documents is taken for the one to hold out."""
     texts = [t for t in data_helpers.texts(20) if local_files.in_validation(t, 2)][:4]
-    config = data_helpers.config(tmp_path, texts, validation_every=2)
+    config = data_helpers.config(tmp_path, texts, {"validation_every": 2})
     with pytest.raises(errors.DataError, match="4 documents cannot be split"):
         data.prepare(config)
 
@@ -242,19 +245,22 @@ def bad_inputs(root):
         "zstd": (text("zst.jsonl.zst"), r"zst.jsonl.zst: (damaged|reading .zst needs)"),
         "hollow gzip": (text("hollow.jsonl.gz"), "hollow.jsonl.gz: the file is empty"),
         "one document": (text("one.txt"), "cannot be split"),
-        "validation": (text("good", validation_path="nowhere"), "data.validation_path"),
+        "validation": (
+            text("good", source_options={"validation_path": "nowhere"}),
+            "data.source_options.validation_path",
+        ),
         "source": ({"source": "txt"}, "data.source='txt'.*did you mean 'text'"),
         "no path": ({"source": "text"}, "data.path=''"),
         "ignored path": ({"path": "corpus"}, "'stdlib' does not use it; .* of text"),
         "ignored name": (
-            text("good") | {"name": "lm1b"},
-            "data.name='lm1b'.*use it.* tfds",
+            text("good", source_options={"name": "lm1b"}),
+            "data.source_options.name: source='text' has no such option .* of tfds",
         ),
-        "no name": ({"source": "tfds"}, "data.name=''"),
+        "no name": ({"source": "tfds"}, "data.source_options.name=''"),
         "tokenizer": (text("good", tokenizer="gpt"), "data.tokenizer='gpt'"),
         "bpe size": (text("good", tokenizer="bpe:9"), "V >= 257"),
         "big bpe": (text("good", tokenizer="bpe:40000"), "yields only"),
-        "every": ({"validation_every": 1}, "validation_every=1"),
+        "every": ({"source_options": {"validation_every": 1}}, "validation_every=1"),
         "prepared": ({"source": "prepared", "path": str(folder)}, "no manifest.json"),
     }
 
@@ -304,7 +310,10 @@ def test_tfds_catalogue_names(tmp_path):
         return _Records(part)
 
     config = data.DataConfig(
-        source="tfds", name="lm1b", tokenizer="bytes", data_dir=str(tmp_path / "cache")
+        source="tfds",
+        source_options={"name": "lm1b"},
+        tokenizer="bytes",
+        data_dir=str(tmp_path / "cache"),
     )
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
         found, dataset = prepared_texts(config)
@@ -338,7 +347,7 @@ def test_a_prepared_tfds_directory_is_read(tmp_path):
     made.download_and_prepare()
     config = data.DataConfig(
         source="tfds",
-        name="theirs",
+        source_options={"name": "theirs"},
         path=str(made.data_path),
         tokenizer="bytes",
         data_dir=str(tmp_path / "cache"),
@@ -348,7 +357,8 @@ def test_a_prepared_tfds_directory_is_read(tmp_path):
     held_out = len(made.as_data_source(split="validation"))
     assert dataset.manifest.splits["validation"].documents == held_out
     with pytest.raises(errors.DataError, match=r"no feature 'body' .found: name, text"):
-        data.prepare(dataclasses.replace(config, text_field="body"))
+        options = {"name": "theirs", "text_field": "body"}
+        data.prepare(dataclasses.replace(config, source_options=options))
 
 
 def test_tfds_names_that_cannot_work_say_what_to_do(tmp_path, capsys):
@@ -359,7 +369,7 @@ def test_tfds_names_that_cannot_work_say_what_to_do(tmp_path, capsys):
     }.items():
         config = data.DataConfig(
             source="tfds",
-            name=name,
+            source_options={"name": name},
             path=str(tmp_path / "tfds"),
             tokenizer="bytes",
             data_dir=str(tmp_path / "cache"),
@@ -524,7 +534,7 @@ def test_held_out_splits_of_tfds(tmp_path):
         def as_data_source(self, split):
             return split
 
-    config = data.DataConfig(source="tfds", name="x")
+    config = data.DataConfig(source="tfds", source_options={"name": "x"})
     for names, held_out in (
         (("train",), None),
         (("train", "dev", "validation"), "validation"),

@@ -58,9 +58,13 @@ def write_tntidx(prefix, docs, dtype="int32"):
             file.write(values.tobytes())
 
 
-def config(path, **fields):
-    values = {"tokenizer": "bytes", "validation_every": 10} | fields
-    return data.DataConfig(source="megatron", path=str(path), **values)
+def config(path, tokenizer="bytes", **options):
+    return data.DataConfig(
+        source="megatron",
+        path=str(path),
+        tokenizer=tokenizer,
+        source_options={"validation_every": 10} | options,
+    )
 
 
 def stream_of(docs):
@@ -295,7 +299,7 @@ def test_a_prefix_that_ends_inside_a_document_gets_an_end(tmp_path):
         ("{a},", {}, "empty path"),
         ("{a}", {"tokenizer": "bpe:4096"}, "name the tokenizer.json"),
         ("{a}", {"validation_path": "1:{a}"}, "leave the weights out"),
-        ("{a}", {"separator": "x"}, "does not use it"),
+        ("{a}", {"separator": "x"}, "has no such option"),
         ("", {}, "needs one"),
     ],
 )
@@ -350,7 +354,7 @@ def test_the_commands(tmp_path, capsys, run_command):
         "def get_config():\n"
         "    c = ml_collections.ConfigDict()\n"
         "    c.data = ml_collections.ConfigDict(dict(source='megatron', tokenizer='bytes',\n"
-        f"        path={str(tmp_path / 'd')!r}, validation_every=10))\n"
+        f"        path={str(tmp_path / 'd')!r}, source_options=dict(validation_every=10)))\n"
         "    c.model = ml_collections.ConfigDict(dict(seq_len=32))\n"
         "    return c\n"
     )

@@ -1,6 +1,7 @@
 """A corpus in parts: the same bytes for any number of processes, in any order, killed or not."""
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -60,14 +61,14 @@ def corpus(folder, num_files=4, count=40, repeats=()):
     return texts
 
 
-def config(folder, cache, **fields):
-    values = {
-        "tokenizer": "bytes",
-        "validation_every": EVERY,
-        "part_bytes": 3000,
-        "data_dir": str(cache),
-    }
-    return data.DataConfig(source="c4", path=str(folder), **values | fields)
+def config(folder, cache, tokenizer="bytes", **options):
+    return data.DataConfig(
+        source="c4",
+        path=str(folder),
+        tokenizer=tokenizer,
+        source_options={"validation_every": EVERY, "part_bytes": 3000} | options,
+        data_dir=str(cache),
+    )
 
 
 def documents(split):
@@ -92,7 +93,7 @@ def contents(directory):
 
 
 def start(config, parallel=1, killed_at=""):
-    fields = json.dumps({k: getattr(config, k) for k in config.__dataclass_fields__})
+    fields = json.dumps(dataclasses.asdict(config))
     return subprocess.Popen(
         [
             sys.executable,

@@ -103,7 +103,7 @@ def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
         source="text",
         path=str(corpus),
         tokenizer="bytes",
-        validation_every=5,
+        source_options={"validation_every": 5},
         data_dir=str(tmp_path / "cache"),
     )
     assert data.load(config).fingerprint == dataset.fingerprint
@@ -115,9 +115,9 @@ def test_equal_content_has_an_equal_fingerprint(dataset, tmp_path):
     "change",
     [
         {"tokenizer": "bpe:300"},
-        {"validation_every": 7},
-        {"max_documents": 40},
-        {"text_field": "body"},
+        {"source_options": {"validation_every": 7}},
+        {"source_options": {"validation_every": 5, "max_documents": 40}},
+        {"source_options": {"validation_every": 5, "text_field": "body"}},
     ],
 )
 def test_whatever_changes_the_data_changes_the_directory(dataset, config, change):
@@ -134,7 +134,7 @@ def test_the_same_text_is_never_in_both_splits(tmp_path):
     config = data.DataConfig(
         source="text",
         path=str(train),
-        validation_path=str(held_out),
+        source_options={"validation_path": str(held_out)},
         tokenizer="bytes",
         data_dir=str(tmp_path / "cache"),
     )
@@ -150,7 +150,7 @@ def test_the_same_text_is_never_in_both_splits(tmp_path):
             source="text",
             path=str(train),
             tokenizer="bytes",
-            validation_every=4,
+            source_options={"validation_every": 4},
             data_dir=str(tmp_path / "cache"),
         )
     )
@@ -173,7 +173,7 @@ def test_the_tokenizer_never_sees_validation(tmp_path, monkeypatch):
     texts = data_helpers.texts(60)
     held_out = data_helpers.folder(tmp_path / "held_out", texts[::2])
     config = data_helpers.config(
-        tmp_path, texts, tokenizer="bpe:260", validation_path=str(held_out)
+        tmp_path, texts, {"validation_path": str(held_out)}, tokenizer="bpe:260"
     )
     dataset = data.load(config)
     assert len(seen) > 2 and not set(seen) & set(texts[::2])
@@ -302,7 +302,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             "splits.validation.file is No",
             False,
         ),
-        ("manifest.json", lambda p: sign(p, format=2), "another format than 1", False),
+        ("manifest.json", lambda p: sign(p, format=3), "another format than 1", False),
         (
             "manifest.json",
             lambda p: sign(
@@ -666,8 +666,9 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
     Mutations: any part of the request left out, or `and` for `or`.
     """
     config = data_helpers.config(tmp_path, data_helpers.texts(10))
+    with_options = lambda **o: dataclasses.replace(config, source_options=o)  # noqa: E731
     assert re.fullmatch(r"text-[0-9a-f]{16}", data.resolve_dir(config).name)
-    named = data.DataConfig(source="tfds", name="A/b_C:1", tokenizer="bytes")
+    named = data.DataConfig("tfds", {"name": "A/b_C:1"}, tokenizer="bytes")
     monkeypatch.setattr(preparation, "_catalogue_identity", lambda config: "x")
     assert data.resolve_dir(named).name.startswith("a-b-c-1-")
     request = preparation._request(config)
@@ -685,10 +686,10 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
     stdlib = preparation._request(data.DataConfig())
     assert "text_field" not in stdlib and stdlib["sample"] == 2
     for separator, line_ends in (("@", None), ("\\n", "\\n or \\r\\n")):
-        changed = preparation._request(dataclasses.replace(config, separator=separator))
+        changed = preparation._request(with_options(separator=separator))
         assert changed.get("line_ends") == line_ends
-    held_out = dataclasses.replace(config, validation_path=config.path)
-    assert preparation._request(held_out)["validation"] == request["files"]
+    held_out = preparation._request(with_options(validation_path=config.path))
+    assert held_out["validation"] == request["files"]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({{
         "data": {{"source": "text", "path": {path!r}, "data_dir": {cache!r},
-                  "tokenizer": "bytes", "validation_every": 5,
+                  "tokenizer": "bytes", "source_options": {{"validation_every": 5}},
                   "align_documents": 200}},
         "model": {{"seq_len": 600}}, "train": {{"batch_size": 3, "seed": 1}},
     }})
@@ -261,7 +261,7 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({{
         "data": {{"source": "text", "path": {path!r}, "data_dir": {cache!r},
-                  "tokenizer": "bytes", "validation_every": 5}}{more},
+                  "tokenizer": "bytes", "source_options": {{"validation_every": 5}}}}{more},
     }})
 """
 

@@ -120,9 +120,9 @@ def test_a_separator_makes_documents(tmp_path, capsys):
     config = data.DataConfig(path=str(tmp_path / "in"), **fields)
     data.prepare(config)
     assert "as plain text: " in capsys.readouterr().err
-    config = data.DataConfig(
-        path=str(tmp_path / "in"), separator="<|endoftext|>", **fields
-    )
+    marked = {"separator": "<|endoftext|>"}
+    fields["path"] = str(tmp_path / "in")
+    config = data.DataConfig(source_options=marked, **fields)
     dataset = data.load(config)
     assert "plain text" not in capsys.readouterr().err
     eot = dataset.tokenizer.eot_id
@@ -131,26 +131,23 @@ def test_a_separator_makes_documents(tmp_path, capsys):
         pieces = bytes(0 if t == eot else t for t in split.tokens).split(b"\0")
         documents += [piece.decode() for piece in pieces if piece]
     assert sorted(documents) == sorted(stories)
-    newline = data.DataConfig(path=str(tmp_path / "in"), separator="\\n", **fields)
-    same = data.DataConfig(path=str(tmp_path / "in"), separator="\n", **fields)
+    newline = data.DataConfig(source_options={"separator": "\\n"}, **fields)
+    same = data.DataConfig(source_options={"separator": "\n"}, **fields)
     assert data.resolve_dir(newline) == data.resolve_dir(same)
     (tmp_path / "held.jsonl").write_text('{"text": "held out"}\n')
     for path, held_out in (("in", "held.jsonl"), ("held.jsonl", "in")):
         places = [str(tmp_path / name) for name in (path, held_out)]
-        fields |= {"path": places[0], "validation_path": places[1]}
-        counts = data.load(
-            data.DataConfig(separator="<|endoftext|>", **fields)
-        ).manifest
+        options = marked | {"validation_path": places[1]}
+        fields |= {"path": places[0], "source_options": options}
+        counts = data.load(data.DataConfig(**fields)).manifest
         found = {split.documents for split in counts.splits.values()}
         assert found == {1, len(stories)}  # lines of JSON beside it have no separator
-    del fields["path"], fields["validation_path"]
     for path, message in (("in", "1 document .split at.*'@@'"), ("j.jsonl", "JSON li")):
         (tmp_path / "j.jsonl").write_text('{"text": "a"}\n')
-        config = data.DataConfig(path=str(tmp_path / path), separator="@@", **fields)
+        fields |= {"path": str(tmp_path / path), "source_options": {"separator": "@@"}}
+        config = data.DataConfig(**fields)
         with pytest.raises(errors.MemoryFormerError, match=message):
             data.prepare(config)
-    with pytest.raises(errors.ConfigError, match=r"data.separator='x'.*does not use"):
-        data.DataConfig(source="c4", path="x", separator="x")
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
@@ -300,7 +297,9 @@ def test_settings_in_json_are_no_corpus(tmp_path, capsys, source):
             data.prepare(config)
     (corpus / "bad.json").unlink()
     (corpus / "shard.json").unlink()
-    with pytest.raises(errors.DataError, match=r"5 other JSON .*set data.text_field"):
+    with pytest.raises(
+        errors.DataError, match=r"5 other JSON .*set data.source_options.text_field"
+    ):
         data.prepare(config)
 
 

@@ -23,7 +23,9 @@ HERE = (B // DATA, L)  # tokens of one device
 @functools.cache
 def collectives(projection, mesh, num_layers, microbatches=1):
     config = experiment.default_config()
-    fields = {"code_bits": 8, "extra_bits": 2, "lookup": "xla", "num_heads": 4}
+    fields = {"code_bits": 8, "lookup": "xla", "num_heads": 4}
+    if projection == "memory":
+        fields["projection_options"] = {"extra_bits": 2}
     sizes = {"embed_dim": D, "seq_len": L, "num_layers": num_layers, "vocab_size": 24}
     model = toy.model_config(projection, **sizes | fields)
     config.model.update(dataclasses.asdict(model))

@@ -33,7 +33,9 @@ MESHES = ("single", "data", "fsdp", "tensor:model=4", "fsdp_tensor:model=4", "se
 def run_of(mesh="single", projection="memory", **fields):
     config = experiment.default_config()
     sizes = {"vocab_size": 512, "embed_dim": 128, "num_layers": 1, "num_heads": 4}
-    sizes |= {"seq_len": L, "code_bits": 8, "extra_bits": 2, "lookup": "xla"}
+    sizes |= {"seq_len": L, "code_bits": 8, "lookup": "xla"}
+    if projection == "memory":
+        sizes["projection_options"] = {"extra_bits": 2}
     config.model.update(dataclasses.asdict(toy.model_config(projection, **sizes)))
     config.train.update(num_steps=10, batch_size=B)
     config.eval.batch_size = B

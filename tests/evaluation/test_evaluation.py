@@ -136,7 +136,7 @@ def test_checkpoint_on_one_and_eight_devices(toy_run, by_eights, mesh):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"model.score": "l1"}, {"data.validation_every": 9}]
+    "fields", [{"model.score": "l1"}, {"data.source_options.validation_every": 9}]
 )
 def test_another_config_is_refused(toy_run, fields):
     """Named by field, in one line.

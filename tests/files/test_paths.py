@@ -140,7 +140,7 @@ def test_a_leaf_of_every_kind_is_read(tmp_path):
 
 FIELDS = (
     "data.path",
-    "data.validation_path",
+    "data.source_options.validation_path",
     "data.data_dir",
     "train.compilation_cache",
 )

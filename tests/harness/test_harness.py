@@ -308,7 +308,7 @@ def test_perplexity_of_eval_harness_and_plain_loop_agree(tmp_path):
         path=str(tmp_path / "text"),
         tokenizer="bytes",
         data_dir=str(tmp_path / "data"),
-        validation_every=2,
+        source_options={"validation_every": 2},
     )
     config.train.update(num_steps=1, batch_size=4)
     config.optimizer.learning_rate = 1e-3

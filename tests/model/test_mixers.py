@@ -107,7 +107,7 @@ class Case:
             output_projection=projection == "dense",
             mixer_std=0.25,
             output_std=0.25,
-            bias_std=0.2,
+            projection_options={"bias_std": 0.2} if projection == "memory" else {},
             mixer_options=options,
             **fields,
         )

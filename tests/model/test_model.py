@@ -30,7 +30,7 @@ RELEASED = ModelConfig(
     seq_len=24,
     code_bits=4,
     score="l1_softmax",
-    memory_bias=True,
+    projection_options={"memory_bias": True},
 )
 
 
@@ -140,7 +140,10 @@ FORMS = {
     "memory_parallel": {"residual": "parallel", "norm": "layernorm"},
     "memory_eq13": {"residual": "eq13", "score": "learned"},
     "memory_out_gelu": {"output_projection": True, "ffn_activation": "gelu"},
-    "tied": {"tie_embeddings": True, "temperature": 0.5, "memory_bias": False},
+    "tied": {
+        "tie_embeddings": True,
+        "projection_options": {"temperature": 0.5, "memory_bias": False},
+    },
     "dense": {"projection": "dense"},
     "dense_sequential": {"projection": "dense", "residual": "sequential"},
 }
@@ -353,11 +356,11 @@ def test_standard_deviations_at_the_start():
         "mixer_std": 0.3,
         "ffn_std": 0.4,
         "output_std": 0.5,
-        "bias_std": 0.6,
     }
+    options = {"memory_bias": True, "bias_std": 0.6}
     shape = {"vocab_size": 99, "embed_dim": 32, "num_layers": 1, "num_heads": 2}
     make = functools.partial(ModelConfig, seq_len=8, output_projection=True, **shape)
-    memory = model.init(make(code_bits=4, memory_bias=True, **stds))
+    memory = model.init(make(code_bits=4, projection_options=options, **stds))
     dense = model.init(make(projection="dense", ffn_activation="gelu", **stds))
     memory_block, dense_block = memory["blocks"]["0"], dense["blocks"]["0"]
     expected = [
@@ -423,8 +426,14 @@ def test_codes_of_every_memory_layer():
         ({"embed_dim": 30, "code_bits": 4}, "not a multiple of model.code_bits=4"),
         ({"num_heads": 3}, "model.num_heads=3 does not divide model.embed_dim=16"),
         ({"code_bits": 0}, "model.code_bits=0"),
-        ({"code_bits": 16, "extra_bits": 1}, "code_bits \\+ extra_bits <= 16"),
-        ({"temperature": 0.0}, "model.temperature=0.0: must be > 0"),
+        (
+            {"code_bits": 16, "projection_options": {"extra_bits": 1}},
+            "code_bits \\+ extra_bits <= 16",
+        ),
+        (
+            {"projection_options": {"temperature": 0.0}},
+            "model.projection_options.temperature=0.0: must be > 0",
+        ),
         ({"score": "softmx"}, "did you mean 'softmax'"),
         ({"mixer": "sofmax"}, "did you mean 'softmax'"),
         ({"projection": "memry"}, "did you mean 'memory'"),

@@ -56,8 +56,9 @@ def _config(kind, projection, options=None, **fields):
         "num_layers": 1 if kind == "rmt" else 2,
         "seq_len": L,
         "recurrence_options": {"chunk_size": S, "num_slots": 3} | (options or {}),
-        "memory_bias": False,
     }
+    if projection == "memory":
+        sizes["projection_options"] = {"memory_bias": False}
     return toy.model_config(projection, recurrence=kind, **(sizes | fields))
 
 
@@ -314,7 +315,8 @@ def test_formats_without_a_memory_refuse_it():
     """Red if a checkpoint of another format is written without the memory."""
     with pytest.raises(errors.ConfigError, match=r"recurrence='rmt'"):
         gpt_neox.their_config(_config("rmt", "dense"), None)
-    fields = {"score": "l1_softmax", "memory_bias": True, "extra_bits": 2}
+    options = {"memory_bias": True, "extra_bits": 2}
+    fields = {"score": "l1_softmax", "projection_options": options}
     with pytest.raises(errors.ConfigError, match=r"recurrence='memformer'"):
         released.their_config(_config("memformer", "memory", **fields))
     with pytest.raises(ValueError, match=r"recurrence='rmt'"):

@@ -86,8 +86,9 @@ def in_one_native_call(x, tables, kind, learned):
 
 
 def by_reader(x, tables, kind, learned):
-    config = dataclasses.asdict(toy.model_config("memory"))
-    config |= {"score": kind, "temperature": TEMPERATURE}
+    options = {"temperature": TEMPERATURE}
+    config = toy.model_config("memory", score=kind, projection_options=options)
+    config = dataclasses.asdict(config)
     params = {"layer.tables": tables}
     if learned:
         params |= {"layer.beta": learned[0], "layer.gamma": learned[1]}

@@ -144,7 +144,8 @@ def test_utilisation_command(tmp_path, capsys):
     }
     run_config["model"] |= {"seq_len": 32, "lookup": "xla"}
     run_config["train"] = {"num_steps": 1, "batch_size": 4}
-    run_config["data"] |= {"data_dir": str(tmp_path / "cache"), "validation_every": 4}
+    run_config["data"] |= {"data_dir": str(tmp_path / "cache")}
+    run_config["data"] |= {"source_options": {"validation_every": 4}}
     dataset = data.load(data.DataConfig(**run_config["data"]))
     params = model.init(model.ModelConfig.from_config(run_config["model"]))
     workdir = tmp_path / "run"

@@ -541,7 +541,7 @@ def test_config_drift(field, value, refused):
 
 def test_num_steps_is_free_when_no_schedule_hangs_on_it():
     """Mutation: look at the new config only."""
-    for fixed in ({"decay_steps": 50}, {"schedule": "constant"}):
+    for fixed in ({"schedule_options": {"decay_steps": 50}}, {"schedule": "constant"}):
         saved = RUN_CONFIG | {"optimizer": RUN_CONFIG["optimizer"] | fixed}
         longer = saved | {"train": {"num_steps": 99, "log_every": 1}}
         assert compatibility.check(saved, longer) == [("train.num_steps", 10, 99)]

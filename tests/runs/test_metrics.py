@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryformer.errors import StorageError
+from memoryformer.errors import ConfigError, StorageError
 from memoryformer.runs import console, metrics, trackers
 from memoryformer.runs.metrics import MetricsConfig, MetricsWriter
 
-QUIET = MetricsConfig(tensorboard=False)
+QUIET = MetricsConfig("")
 
 
 def write_rows(workdir, steps, start_step=0):
@@ -157,13 +157,30 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert b"train/loss" in content and b"note" not in content
 
 
+@pytest.mark.parametrize(
+    "text", ["tensorbord", "wandb", "wandb:", "tensorboard:x", "\x01"]
+)
+def test_trackers_that_there_are_not(text):
+    """In one line. Mutation: `and` for `!=` of the project and the name."""
+    assert trackers.chosen(" wandb:mine,,tensorboard") == {
+        "wandb": "mine",
+        "tensorboard": "",
+    }
+    assert trackers.chosen("") == {}
+    with pytest.raises(
+        ConfigError, match=r"^metrics\.trackers='.*name tensorboard"
+    ) as e:
+        MetricsConfig(text)
+    assert "\n" not in str(e.value)
+
+
 def test_wandb_is_one_run_over_restarts(tmp_path, monkeypatch, capsys):
     """The id is kept in the workdir, rows carry their own step; missing, it is done without,
     in one line.
 
     Mutation: a new id at each start.
     """
-    config = MetricsConfig(tensorboard=False, wandb="project")
+    config = MetricsConfig("wandb:project")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with MetricsWriter(tmp_path / "without", config) as writer:
         writer.write(1, {"train/loss": 2.0})

@@ -15,8 +15,9 @@ from memoryformer import config as config_lib
 from memoryformer import model
 from memoryformer.convert import export
 from memoryformer.errors import ConfigError
-from memoryformer.runs import directory, old_configs
+from memoryformer.runs import compatibility, directory, old_configs
 from memoryformer.runs import steps as run_steps
+from memoryformer.sweep import old_names, points
 from memoryformer.training import evaluate_run, experiment, loop
 
 ARCHIVE = pathlib.Path(__file__).parents[1] / "data" / "runs_of_old.tar.xz"
@@ -100,6 +101,107 @@ def test_what_a_run_was_told_is_kept(old):
         )
 
 
+# What the configs of tests/data/configs_of_old.json say, in the fields of today.
+OF_OLD = {
+    "quickstart": ("quickstart.py", {}),
+    "lean": (
+        "quickstart.py",
+        {
+            "optimizer.table_state": "lean",
+            "optimizer.table_state_options.moment_dtype": "float32",
+            "optimizer.table_state_options.dtype": "bfloat16",
+            "optimizer.table_state_options.rounding": "stochastic",
+            "optimizer.schedule": "wsd",
+            "optimizer.schedule_options.decay_steps": 40,
+            "optimizer.schedule_options.end_fraction": 0.05,
+            "optimizer.schedule_options.cooldown_fraction": 0.5,
+            "train.spikes": "skip",
+            "train.spikes_options.window": 32,
+            "metrics.trackers": "tensorboard,wandb:mine",
+        },
+    ),
+    "dense": (
+        "pythia_70m.py:luna",
+        {
+            "model.projection_options.ffn_multiple": 3,
+            "data.source_options.text_field": "meta.text",
+            "data.source_options.validation_path": "held",
+            "data.source_options.validation_every": 7,
+            "optimizer.schedule": "constant",
+            "metrics.trackers": "",
+        },
+    ),
+    "tfds": (
+        "memoryformer_tiny.py:released",
+        {
+            "data.source": "tfds",
+            "data.source_options.name": "lm1b",
+            "data.source_options.max_documents": 9,
+            "model.projection_options.temperature": 0.5,
+            "model.projection_options.extra_bits": 1,
+            "metrics.trackers": "wandb:mine",
+        },
+    ),
+    "text": (
+        "studies.py:mini",
+        {
+            "data.source": "text",
+            "data.path": "x",
+            "data.source_options.separator": "@@",
+            "data.align_documents": 32,
+            "model.recurrence": "rmt",
+        },
+    ),
+    "prepared": (  # of which a spike is none, but the window is a shape of the state
+        "studies.py:mini",
+        {
+            "data.source": "prepared",
+            "data.path": "x",
+            "train.spikes": "skip",
+            "train.spikes_options.sigmas": 0.0,
+            "train.spikes_options.window": 64,
+        },
+    ),
+}
+OLD_CONFIGS = json.loads(
+    (ARCHIVE.parent / "configs_of_old.json").read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", OF_OLD)
+def test_a_config_of_old_says_the_same(name):
+    """And without the fields that its code did not have yet, the same but for defaults.
+
+    Mutations: any entry of CHOOSERS or NEW_CHOOSERS; trackers not joined; lean tables with the
+    defaults of today where a field was left out.
+    """
+    file, fields = OF_OLD[name]
+    today = config_lib.load(f"configs/{file}")
+    config_lib.override(today, fields)
+    want = compatibility.plain(experiment.as_dict(experiment.resolve(today)))
+    old = OLD_CONFIGS[name]
+    assert compatibility.plain(experiment.complete(old)) == want
+    assert compatibility.plain(experiment.complete(want)) == want
+    section = {"table_dtype": "bfloat16"}  # of code that had no other
+    upgraded = old_configs.upgraded({"optimizer": section})["optimizer"]
+    assert upgraded["table_state_options"]["second_moment"] == "full"
+
+
+@pytest.mark.parametrize("name", OF_OLD)
+def test_points_of_old_configs_are_found(name):
+    """The digest of a point is of what older code resolved, field by field.
+
+    Mutation: the defaults of lean tables for those of full ones.
+    """
+    old = OLD_CONFIGS[name]
+    unnamed = points.bookkeeping() | {"metrics.tensorboard", "metrics.wandb"}
+    today, want = (
+        {k: v for k, v in config_lib.flatten(c).items() if k not in unnamed}
+        for c in (compatibility.plain(experiment.complete(old)), old)
+    )
+    assert old_names.spellings(today)[0] == want
+
+
 def test_a_config_of_today_stays_as_it_is(tmp_path):
     """Mutation: `max_skipped` forgotten for every run."""
     fields = {"train.max_skipped": 4, "train.timeout_scale": 0.5, "model.mixer": "luna"}
@@ -157,6 +259,12 @@ def test_old_timeouts_that_are_no_numbers():
         ("model.recurrence_chunk", 3, "model.recurrence_options.chunk_size, of rmt"),
         ("train.step_timeout", 9.0, "train.timeout_scale, times 1800 seconds"),
         ("train.nonfinite", "skip", "train.max_skipped"),
+        ("model.extra_bits", 1, "model.projection_options.extra_bits, of memory"),
+        ("data.separator", "@", "data.source_options.separator, of text"),
+        ("optimizer.end_fraction", 0.1, "optimizer.schedule_options.end_fraction, of"),
+        ("optimizer.table_dtype", "bfloat16", "of lean (optimizer.table_state=lean)"),
+        ("train.spike_sigmas", 6.0, "train.spikes_options.sigmas, of skip"),
+        ("metrics.wandb", "mine", "metrics.trackers, to wandb:PROJECT"),
         ("model.performer_seed", 7, "train.seed, of which random features are drawn"),
         ("model.performer_draw", 0, "train.seed, of which random features are drawn"),
     ],

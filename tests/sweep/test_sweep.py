@@ -22,7 +22,16 @@ from absl import flags
 from memoryformer import cli, sharding
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.runs import compatibility, metrics, outcome
-from memoryformer.sweep import best, commands, files, points, runner, statistics, worker
+from memoryformer.sweep import (
+    best,
+    commands,
+    files,
+    old_names,
+    points,
+    runner,
+    statistics,
+    worker,
+)
 from memoryformer.training import experiment
 from memoryformer.training import programs as programs_lib
 
@@ -188,7 +197,7 @@ def test_points_of_older_sweeps_are_found(folder, tmp_path, base, old):
     """
     point = expand(folder, "rate", root=tmp_path, **base).points[0]
     nested = ("model.mixer_options", "model.recurrence_options")
-    fields = json.loads(points.identity(point, without=()))
+    fields = old_names.spellings(json.loads(points.identity(point, without=())))[0]
     flat = {k: v for k, v in fields.items() if not k.startswith(nested)}
     text = json.dumps(flat | OLD_FIELDS | old, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -62,9 +62,9 @@ def test_losses_are_those_on_file():
 def expected_rates():
     """A warm-up of 10 steps to the peak, then half a cosine to its floor at step 50."""
     recipe = config_lib.load(str(ROOT / "configs/quickstart.py")).optimizer
-    assert recipe.schedule == "cosine" and not recipe.decay_steps
+    assert recipe.schedule == "cosine" and not recipe.schedule_options.decay_steps
     rise = [(step + 1) / 10 for step in range(10)]
     fall = [0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(40)]
-    floor = recipe.end_fraction
+    floor = recipe.schedule_options.end_fraction
     shape = [*rise, *(floor + (1 - floor) * left for left in fall)]
     return [recipe.learning_rate * share for share in shape]

@@ -173,7 +173,7 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
     fields = {
         "train.num_steps": 3,
         "train.log_every": 1,
-        "optimizer.decay_steps": 9,
+        "optimizer.schedule_options.decay_steps": 9,
         "eval.every_steps": 2,
         "eval.num_batches": 2,
         "checkpoint.every_steps": 2,

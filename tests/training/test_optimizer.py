@@ -148,18 +148,20 @@ def test_schedules_at_their_corners():
 
     Mutation: warm up from 0; decay from step 0; horizon `num_steps - 1`.
     """
-    common = dict(learning_rate=2.0, end_fraction=0.1, warmup_steps=10)
+    common = dict(learning_rate=2.0, warmup_steps=10)
     cosine = optimizer.schedule(OptimizerConfig(**common), 110)
     found = [float(cosine(s)) for s in (0, 4, 9, 10, 60, 110, 500)]
     np.testing.assert_allclose(found, [0.2, 1.0, 2.0, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
     constant = optimizer.schedule(OptimizerConfig(schedule="constant", **common), 110)
     found = [float(constant(s)) for s in (0, 9, 500)]
     np.testing.assert_allclose(found, [0.2, 2.0, 2.0], rtol=1e-6)
-    config = OptimizerConfig(schedule="wsd", cooldown_fraction=0.4, **common)
+    options = {"cooldown_fraction": 0.4, "end_fraction": 0.1}
+    config = OptimizerConfig(schedule="wsd", schedule_options=options, **common)
     wsd = optimizer.schedule(config, 100)
     found = [float(wsd(s)) for s in (0, 9, 60, 80, 100, 500)]
     np.testing.assert_allclose(found, [0.2, 2.0, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
-    horizon = optimizer.schedule(OptimizerConfig(decay_steps=110, **common), 7)
+    config = OptimizerConfig(schedule_options={"decay_steps": 110}, **common)
+    horizon = optimizer.schedule(config, 7)
     assert float(horizon(60)) == float(cosine(60))
 
 
@@ -172,8 +174,8 @@ def test_schedules_are_those_of_optax(schedule):
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=30, schedule=schedule)
     start, falls = {
         "constant": (30, optax.constant_schedule(1.0)),
-        "cosine": (30, optax.cosine_decay_schedule(1.0, 270, config.end_fraction)),
-        "wsd": (240, optax.linear_schedule(1.0, config.end_fraction, 60)),
+        "cosine": (30, optax.cosine_decay_schedule(1.0, 270, 0.1)),
+        "wsd": (240, optax.linear_schedule(1.0, 0.1, 60)),
     }[schedule]
     rises = optax.linear_schedule(1 / 30, 1.0, 29)
     stays = optax.constant_schedule(1.0)
@@ -225,9 +227,7 @@ def test_moments_are_float32_and_nothing_more_is_kept():
     "field, value",
     [
         ("learning_rate", -1.0),
-        ("schedule", "cosin"),
         ("b2", 1.0),
-        ("end_fraction", 2.0),
     ],
 )
 def test_bad_values_are_refused(field, value):
@@ -260,7 +260,8 @@ def test_a_fall_of_no_steps():
 
     Mutations: a product for `1 - cooldown_fraction`; the length 0; `>` for `>=`.
     """
-    config = OptimizerConfig(schedule="wsd", cooldown_fraction=0.01, learning_rate=2.0)
+    options = {"cooldown_fraction": 0.01}
+    config = OptimizerConfig(2.0, schedule="wsd", schedule_options=options)
     rate = optimizer.schedule(config, 10)
     found = [float(rate(step)) for step in (0, 9, 10, 11, 99)]
     np.testing.assert_allclose(found, [2, 2, 2, 0.2, 0.2], rtol=1e-6)
@@ -268,4 +269,6 @@ def test_a_fall_of_no_steps():
     constant = OptimizerConfig(schedule="constant", warmup_steps=10)
     assert float(optimizer.schedule(constant, 10)(4)) == pytest.approx(5e-4)
     with pytest.raises(ConfigError, match="horizon of 8 steps"):
-        optimizer.schedule(OptimizerConfig(warmup_steps=8, decay_steps=8), 10)
+        options = {"decay_steps": 8}
+        config = OptimizerConfig(warmup_steps=8, schedule_options=options)
+        optimizer.schedule(config, 10)

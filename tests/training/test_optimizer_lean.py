@@ -14,12 +14,17 @@ from memoryformer.errors import ConfigError
 from memoryformer.training import optimizer, table_storage
 from memoryformer.training.optimizer import OptimizerConfig
 
-LEAN = {"table_second_moment": "row", "table_moment_dtype": "bfloat16"}
-LEANEST = LEAN | {"table_dtype": "bfloat16", "table_rounding": "stochastic"}
+LEAN = {"second_moment": "row", "moment_dtype": "bfloat16"}
+LEANEST = LEAN | {"dtype": "bfloat16", "rounding": "stochastic"}
+FULL = {"second_moment": "full", "moment_dtype": "float32"}
 SHAPES = {"mixer": {"tables": (2, 4, 3, 5)}, "ffn": {"kernel": (4, 5)}}
 
 
 GROUPS = {"mixer": {"tables": "tables"}, "ffn": {"kernel": "decayed"}}
+
+
+def lean(**options):
+    return OptimizerConfig(table_state="lean", table_state_options=options)
 
 
 def draw(seed):
@@ -41,7 +46,8 @@ def test_tables_follow_their_equations(second, moment):
     """
     config = OptimizerConfig(
         learning_rate=0.02, schedule="constant", clip_norm=0.0, weight_decay=0.3,
-        table_second_moment=second, table_moment_dtype=moment,
+        table_state="lean",
+        table_state_options={"second_moment": second, "moment_dtype": moment},
     )  # fmt: skip
     params = draw(0)
     tx = optimizer.make(config, 10, GROUPS)
@@ -78,12 +84,18 @@ def leaves(tree):
 
 def test_bytes_of_an_entry():
     """What is said at the start of a run is what the state takes."""
-    sizes = {(): 12, (("table_moment_dtype", "bfloat16"),): 10, tuple(LEAN.items()): 6,
-             tuple(LEANEST.items()): 4,
-             tuple((LEANEST | {"table_moment_dtype": "none"}).items()): 2}  # fmt: skip
+    sizes = {
+        12: FULL,
+        10: FULL | {"moment_dtype": "bfloat16"},
+        6: {},
+        4: LEANEST,
+        2: LEANEST | {"moment_dtype": "none"},
+    }
     params = {"tables": jnp.zeros((8, 64, 512))}
-    for fields, expected in sizes.items():
-        config = OptimizerConfig(**dict(fields))
+    full = OptimizerConfig()
+    assert full.table_entry_bytes == lean(**FULL).table_entry_bytes
+    for expected, options in sizes.items():
+        config = lean(**options) if expected < 12 else full
         assert config.table_entry_bytes == expected
         groups = {"tables": "tables"}
         tx = optimizer.make(config, 1, groups)
@@ -153,15 +165,14 @@ def test_rounding_depends_on_seed_and_step_only():
 
 def test_what_is_refused():
     for fields, message in (
-        ({"table_second_moment": "rows"}, "must be full | row"),
-        ({"table_moment_dtype": "float16"}, "must be float32 | bfloat16 | none"),
-        ({"table_dtype": "int8"}, "must be float32 | bfloat16"),
-        ({"table_rounding": "stochastic"}, "set both"),
+        ({"second_moment": "rows"}, "did you mean 'row'"),
+        ({"moment_dtype": "float16"}, "did you mean 'bfloat16'"),
+        ({"dtype": "int8"}, "known: bfloat16, float32"),
+        ({"rounding": "stochastic"}, "set both"),
     ):
-        with pytest.raises(
-            ConfigError, match=f"optimizer.{next(iter(fields))}=.*"
-        ) as e:
-            OptimizerConfig(**fields)
+        name = f"optimizer.table_state_options.{next(iter(fields))}="
+        with pytest.raises(ConfigError, match=name) as e:
+            lean(**fields)
         assert message in str(e.value)
 
 
@@ -211,14 +222,16 @@ def test_a_lean_run_resumes_bit_for_bit(fields, tmp_path):
 
     Mutation: rounding seeded by the number of steps since the start of the process.
     """
-    fields = {f"optimizer.{name}": value for name, value in fields.items()}
-    fields |= {"model.dtype": "bfloat16", "optimizer.decay_steps": 6}
+    nested = "optimizer.table_state_options"
+    fields = {f"{nested}.{name}": value for name, value in fields.items()}
+    fields |= {"model.dtype": "bfloat16", "optimizer.table_state": "lean"}
+    fields |= {"optimizer.schedule_options.decay_steps": 6}
     fields |= {"train.log_every": 1, "eval.every_steps": 0, "train.num_steps": 6}
     whole = toy.trained(tmp_path, "whole", **fields)
     toy.trained(tmp_path, "parts", **fields | {"train.num_steps": 3})
     assert losses(toy.trained(tmp_path, "parts", **fields)) == losses(whole)
-    full = {"optimizer.table_moment_dtype": "float32", "train.num_steps": 9}
-    with pytest.raises(ConfigError, match=r"optimizer\.table_moment_dtype"):
+    full = {f"{nested}.moment_dtype": "float32", "train.num_steps": 9}
+    with pytest.raises(ConfigError, match=f"{nested}.moment_dtype"):
         toy.trained(tmp_path, "parts", **fields | full)
 
 
