@@ -22,8 +22,9 @@ from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import megatron, streams
 from memoryformer.data.batches import Batch, Batches, EvalBatches, Split
+from memoryformer.data.identity import resolve_dir
 from memoryformer.data.options import DataConfig, cache_root
-from memoryformer.data.preparation import prepare, resolve_dir
+from memoryformer.data.preparation import prepare
 from memoryformer.data.tokenizer import TextStream, Tokenizer
 
 __all__ = [

@@ -24,7 +24,7 @@ default corpus is meant. Where documents come from is --config.data.source:
 `prepare` deals a large corpus to parts, the same however many processes work on them; killed,
 it goes on with the parts that are missing. --parallel=N works on them in N processes, and
 --part=i/n, i from 0, does every n-th part alone, as a task of a scheduler's array: the last
-to end completes the data.
+to end completes the data. --runner=DirectRunner -- BEAM OPTIONS has Apache Beam do the parts.
 
 `export` writes the tokens as such pairs of files, train.bin and train.idx and so on.
 """
@@ -39,13 +39,21 @@ from absl import flags
 
 from memoryformer import cli, data, errors
 from memoryformer import config as config_lib
-from memoryformer.data import export, megatron, token_files, yardsticks
+from memoryformer.data import (
+    export,
+    megatron,
+    part_beam,
+    part_runner,
+    preparation,
+    token_files,
+    yardsticks,
+)
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.runs import old_configs
 
 # Which flags each command looks at.
 _COMMANDS = {
-    "prepare": ("parallel", "part"),
+    "prepare": ("parallel", "part", "runner"),
     "inspect": ("verify", "json", "rows"),
     "yardsticks": ("verify", "json"),
     "export": ("verify", "format", "output"),
@@ -61,6 +69,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
     flags.DEFINE_integer("parallel", 1, "Processes that prepare parts.", 1, 4096)
     flags.DEFINE_string("part", None, "i/n: only every n-th part, from i on; i < n.")
+    flags.DEFINE_enum("runner", None, part_beam.RUNNERS, "Apache Beam does the parts.")
     flags.DEFINE_enum("format", "megatron", ["megatron"], "What `export` writes.")
     cli.define_path_flag("output", "Folder that `export` writes to.")
 
@@ -72,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     """Run one command."""
-    if len(argv) != 2:
+    if len(argv) < 2 or (len(argv) > 2 and not flags.FLAGS.runner):
         raise errors.ConfigError(
             f"python -m memoryformer.data: give one command of {', '.join(_COMMANDS)}."
         )
@@ -89,11 +98,7 @@ def _run(argv: Sequence[str]) -> None:
     if command == "export" and not flags.FLAGS.output:
         raise errors.ConfigError("--output: name the folder to write to.")
     if command == "prepare" and data_config.source != "megatron":
-        share = _share(flags.FLAGS.part)
-        parallel = flags.FLAGS.parallel
-        directory = data.prepare(data_config, parallel=parallel, share=share)
-        if share == (0, 1) or directory.exists():
-            print(directory)
+        _prepare(data_config, argv[2:])
         return
     dataset = data.load(data_config, verify=flags.FLAGS.verify)
     if command == "prepare":
@@ -163,6 +168,22 @@ def _more(split: manifest_lib.SplitFacts) -> str:
         text += f", {split.duplicates_dropped} equal texts" * split.deduplicated
         text += f"; in {len(split.parts)} files"
     return text
+
+
+def _prepare(data_config: data.DataConfig, beam_options: Sequence[str]) -> None:
+    """Prepare, or do a share of it; print the directory once it is there."""
+    share, spread = _share(flags.FLAGS.part), None
+    if runner := flags.FLAGS.runner:
+        cli.refuse_flags(["part", "parallel"], "--runner deals the parts itself")
+
+        def spread(job: part_runner.Job) -> None:
+            part_beam.run(job, runner, beam_options)
+
+    directory = preparation.prepare(
+        data_config, parallel=flags.FLAGS.parallel, share=share, spread=spread
+    )
+    if directory.exists():
+        print(directory)
 
 
 def _share(text: str | None) -> tuple[int, int]:

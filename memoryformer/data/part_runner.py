@@ -34,7 +34,6 @@ from memoryformer.data import (
 from memoryformer.data import progress as progress_lib
 from memoryformer.files import atomic, lock
 
-BPE_TRAINING_BYTES = 3_000_000
 _TEMPORARY = ("digests-*.npy", "held_out.npy", ".lock-*", atomic.TEMPORARY)
 AGAIN = "finished parts are kept; run the same command to go on"
 
@@ -225,7 +224,7 @@ class Job:
         units = [
             u for part in self.parts if part.split != "validation" for u in part.units
         ]
-        scale = BPE_TRAINING_BYTES / max(sum(unit.size for unit in units), 1)
+        scale = tokenizer.BPE_TRAINING_BYTES / max(sum(unit.size for unit in units), 1)
         every = self.corpus.validation_every
         for unit in units:
             budget = int(unit.size * scale) + 1

@@ -29,7 +29,6 @@ from memoryformer.data import (
     part_processes,
     part_runner,
     parts,
-    preparation,
 )
 from memoryformer.data import manifest as manifest_lib
 
@@ -163,7 +162,7 @@ def test_killed_it_does_what_is_missing(texts, undisturbed, tmp_path):
     process = start(here, killed_at="train-00003-of-")
     _, told = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, told
-    work = preparation.resolve_dir(here)
+    work = data.resolve_dir(here)
     work = work.with_name(f".parts-{work.name}")
     done = {p.name: p.stat().st_ino for p in (work / "parts").iterdir()}
     assert set(done) == {"00000.json", "00001.json", "00002.json"}
@@ -477,7 +476,7 @@ def test_killed_at_twenty_random_moments(tmp_path):
     kills, written = 0, {}
     for _attempt in range(200):
         here = config(folder, tmp_path / f"b{kills // 5}", **fields)
-        directory = preparation.resolve_dir(here)
+        directory = data.resolve_dir(here)
         if directory.exists():
             break
         work = directory.with_name(f".parts-{directory.name}")
