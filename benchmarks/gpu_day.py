@@ -101,11 +101,7 @@ def step(toy: bool) -> list[tuple[str, Callable[[], Row]]]:
 
 
 CUDNN = {"model.mixer_options.attention": "cudnn"}
-LEAN = {
-    "optimizer.table_state": "lean",
-    "optimizer.table_state_options.second_moment": "row",
-    "optimizer.table_state_options.moment_dtype": "bfloat16",
-}
+LEAN = {"optimizer.table_state": "lean"}
 LEANEST = LEAN | {
     "optimizer.table_state_options.dtype": "bfloat16",
     "optimizer.table_state_options.rounding": "stochastic",

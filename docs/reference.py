@@ -13,6 +13,7 @@ import pkgutil
 import re
 
 import memoryformer
+from memoryformer import config
 from memoryformer.training import experiment
 
 
@@ -50,9 +51,10 @@ def _table(cls, prefix, metadata):
     lines = [*_rows(fields, f"{prefix}.", metadata), ""]
     for field in fields:
         for name, choice in (field.metadata.get("options") or {}).items():
-            if dataclasses.fields(choice.Options):
+            options = config.options_class(choice)
+            if dataclasses.fields(options):
                 lines += [f"### `{prefix}.{field.name}` of `{name}`", ""]
-                lines += _table(choice.Options, f"{prefix}.{field.name}", {})
+                lines += _table(options, f"{prefix}.{field.name}", {})
     return lines
 
 

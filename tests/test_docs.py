@@ -13,6 +13,7 @@ import pytest
 from test_layering import FLOORS
 
 import memoryformer
+from memoryformer import config as config_lib
 from memoryformer.training import experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def test_reference_has_every_field(monkeypatch):
                 row = cells[f"{section.name}.{field.name}"].split(" | ")
                 assert all(cell.strip() for cell in row), (field.name, row)
             for choice in (field.metadata.get("options") or {}).values():
-                for option in dataclasses.fields(choice.Options):
+                for option in dataclasses.fields(config_lib.options_class(choice)):
                     assert f"{section.name}.{field.name}.{option.name}" in cells
     assert cells["model.lookup"].endswith("| rounding ")
     assert cells["eval.batch_size"].split(" | ")[0].strip() == "int"

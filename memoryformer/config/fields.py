@@ -1,15 +1,8 @@
 """What a field of a config says of itself, and options that hang on another field.
 
-A field that means something under one choice of another field is an option of that choice:
-
-    source: str = field("numbers", "stdlib", doc="..")
-    source_options: Any = field("numbers", None, doc="..", options=SOURCES)
-
-    def __post_init__(self):
-        config.freeze(self, "data")     # which puts SOURCES[source] in the place of a mapping
-
+`source_options: Any = field(.., options=SOURCES)` holds the options of what `source` names.
 `SOURCES` maps each choice to a frozen dataclass, or to a class that has one as `Options`.
-Start at `field`.
+Start at `field` and `freeze`.
 """
 
 import dataclasses
@@ -136,11 +129,8 @@ def _frozen(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> An
     for key in section:
         if key not in known:
             near = sections.suggest(key, known) if known else "; it has none"
-            owners = [
-                k
-                for k, kind in kinds.items()
-                if key in options_class(kind).__dataclass_fields__
-            ]
+            having = {k: vars(options_class(kinds[k])) for k in kinds}
+            owners = [k for k in kinds if key in having[k]["__dataclass_fields__"]]
             of = f" (an option of {', '.join(owners)})" if owners else ""
             raise ConfigError(
                 f"{name}.{key}: {chooser}={choice!r} has no such option{of}{near}."

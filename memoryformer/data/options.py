@@ -23,15 +23,10 @@ class DocumentOptions:
     max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
 
     def __post_init__(self):
-        if self.validation_every < 2:
-            raise errors.ConfigError(
-                f"{_NAME}.validation_every={self.validation_every}: must be at least 2, "
-                "or nothing is left to train on."
-            )
-        if self.max_documents < 0:
-            raise errors.ConfigError(
-                f"{_NAME}.max_documents={self.max_documents}: must be 0 (all) or more."
-            )
+        config_lib.at_least(
+            self, _NAME, 2, "validation_every"
+        )  # some are left to train on
+        config_lib.at_least(self, _NAME, 0, "max_documents")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +197,7 @@ class DataConfig:
         for key in ("path", "data_dir"):
             if value := getattr(self, key):
                 paths.local(value, f"data.{key}")
-        if self.align_documents < 0:
-            raise errors.ConfigError(
-                f"data.align_documents={self.align_documents}: must be 0 (off) or more."
-            )
+        config_lib.at_least(self, "data", 0, "align_documents")
         own_end = self.tokenizer == "bytes" or self.tokenizer.startswith("bpe:")
         if self.end_token and (own_end or self.source == "prepared"):
             raise errors.ConfigError(

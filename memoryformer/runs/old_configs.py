@@ -84,19 +84,16 @@ CHOOSERS: dict[str, tuple[str, dict[str, tuple[tuple[str, ...], str]]]] = {
     "optimizer.table_state": ("full", TABLE_OPTIONS),
     "train.spikes": ("keep", SPIKE_OPTIONS),
 }
-# Choosers that there were not: (the choice of other values, values that leave the default).
-NEW_CHOOSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "optimizer.table_state": (
-        "lean",
-        {
-            "table_second_moment": "full",
-            "table_moment_dtype": "float32",
-            "table_dtype": "float32",
-            "table_rounding": "nearest",
-        },
-    ),
-    "train.spikes": ("skip", {"spike_sigmas": 0.0, "spike_window": 128}),
+# What left the default of a chooser that there was not; other values were its other choice.
+PLAIN = {
+    "table_second_moment": "full",
+    "table_moment_dtype": "float32",
+    "table_dtype": "float32",
+    "table_rounding": "nearest",
+    "spike_sigmas": 0.0,
+    "spike_window": 128,
 }
+NEW_CHOOSERS = {"optimizer.table_state": "lean", "train.spikes": "skip"}
 RETIRED = ("performer_seed", "performer_draw")  # see `model.older`
 _TIMEOUTS = {f"{phase}_timeout": size for phase, size in watchdog.TIMEOUTS.items()}
 MOVED = {
@@ -153,9 +150,10 @@ def _upgraded(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
             continue
         stale = {old: section.pop(old) for old in moved if old in section}
         if key in NEW_CHOOSERS:
-            other, plain = NEW_CHOOSERS[key]
+            plain = {old: PLAIN[old] for old in moved}
             stale = plain | stale
-            section.setdefault(chooser, default if stale == plain else other)
+            other = default if stale == plain else NEW_CHOOSERS[key]
+            section.setdefault(chooser, other)
         choice = section.get(chooser, default)
         options = {
             new: stale[old]

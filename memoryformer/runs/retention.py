@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 
 from memoryformer import config as config_lib
 from memoryformer.cluster import processes
-from memoryformer.errors import ConfigError, StorageError
+from memoryformer.errors import StorageError
 from memoryformer.files import atomic
 from memoryformer.runs import manifest
 from memoryformer.runs import steps as run_steps
@@ -37,13 +37,9 @@ class CheckpointConfig:
     )
 
     def __post_init__(self):
-        least = {"every_steps": 0, "every_minutes": 0, "keep": 1, "keep_every": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value < bound:
-                raise ConfigError(
-                    f"checkpoint.{name}={value}: must be {bound} or more."
-                )
+        every = ("every_steps", "every_minutes", "keep_every")
+        config_lib.at_least(self, "checkpoint", 0, *every)
+        config_lib.at_least(self, "checkpoint", 1, "keep")
 
 
 def keep(

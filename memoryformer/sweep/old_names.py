@@ -38,14 +38,13 @@ def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str,
         section, _, chooser = key.partition(".")
         fields = experiment.Experiment.__dataclass_fields__[section].type
         kinds = fields.__dataclass_fields__[f"{chooser}_options"].metadata["options"]
-        plain = old_configs.NEW_CHOOSERS.get(key, ("", {}))[1]
         for name, (owners, option) in old_configs.CHOOSERS[key][1].items():
             field = _field(config_lib.options_class(kinds[owners[0]]), option)
             now = f"{key}_options.{option}"
             if named[key] in owners and now in named:
                 old[f"{section}.{name}"] = named[now]
             elif field.metadata["changes"] == "numbers":
-                old[f"{section}.{name}"] = plain.get(name, field.default)
+                old[f"{section}.{name}"] = old_configs.PLAIN.get(name, field.default)
     return old
 
 

@@ -106,11 +106,8 @@ class EvalConfig:
     )
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.every_steps < 0 or self.num_batches < 0:
-            raise ConfigError(
-                f"eval.batch_size={self.batch_size} must be >= 1, eval.every_steps="
-                f"{self.every_steps} and eval.num_batches={self.num_batches} >= 0."
-            )
+        config_lib.at_least(self, "eval", 1, "batch_size")
+        config_lib.at_least(self, "eval", 0, "every_steps", "num_batches")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,10 +36,12 @@ from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
 from memoryformer.training import schedules
 
-SECOND_MOMENTS = ("full", "row")
-MOMENT_DTYPES = ("float32", "bfloat16", "none")
-TABLE_DTYPES = ("float32", "bfloat16")
-ROUNDINGS = ("nearest", "stochastic")
+_LEAN = {
+    "second_moment": ("full", "row"),
+    "moment_dtype": ("float32", "bfloat16", "none"),
+    "dtype": ("float32", "bfloat16"),
+    "rounding": ("nearest", "stochastic"),
+}
 GROUPS = ("tables", "decayed", "undecayed")  # of parameters
 
 
@@ -76,12 +78,7 @@ class LeanTables:
 
     def __post_init__(self):
         name = "optimizer.table_state_options"
-        for key, choices in (
-            ("second_moment", SECOND_MOMENTS),
-            ("moment_dtype", MOMENT_DTYPES),
-            ("dtype", TABLE_DTYPES),
-            ("rounding", ROUNDINGS),
-        ):
+        for key, choices in _LEAN.items():
             config_lib.choose(getattr(self, key), choices, f"{name}.{key}")
         if self.rounding == "stochastic" and self.dtype == "float32":
             raise ConfigError(
@@ -127,15 +124,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         config_lib.freeze(self, "optimizer")
-        _require(self.learning_rate >= 0, "learning_rate", self, "at least 0")
-        _require(self.warmup_steps >= 0, "warmup_steps", self, "at least 0")
+        rates = ("learning_rate", "weight_decay", "table_learning_rate_scale")
+        others = ("warmup_steps", "clip_norm")
+        config_lib.at_least(self, "optimizer", 0, *rates, *others)
         _require(0 <= self.b1 < 1, "b1", self, "in [0, 1)")
         _require(0 <= self.b2 < 1, "b2", self, "in [0, 1)")
         _require(self.eps > 0, "eps", self, "above 0")
-        _require(self.weight_decay >= 0, "weight_decay", self, "at least 0")
-        scale = self.table_learning_rate_scale
-        _require(scale >= 0, "table_learning_rate_scale", self, "at least 0")
-        _require(self.clip_norm >= 0, "clip_norm", self, "at least 0 (0 = off)")
 
     @property
     def table_entry_bytes(self) -> int:

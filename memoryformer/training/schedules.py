@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from memoryformer.config import field
+from memoryformer.config import at_least, field
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array
 
@@ -40,17 +40,8 @@ class Cosine:
         "numbers", 0.1, doc="Floor of the schedule, as a fraction of the peak."
     )
 
-    def start(self, warmup: int, horizon: int) -> int:
-        """The first step that is below the peak."""
-        return warmup
-
-    def left(self, done: Array) -> Array:
-        """How much of the fall is to come when the part d of its steps is done."""
-        return 0.5 * (1 + jnp.cos(jnp.pi * done))
-
     def __post_init__(self):
-        if self.decay_steps < 0:
-            raise ConfigError(f"{_NAME}.decay_steps={self.decay_steps}: must be >= 0.")
+        at_least(self, _NAME, 0, "decay_steps")
         if not 0 <= self.end_fraction <= 1:
             raise ConfigError(
                 f"{_NAME}.end_fraction={self.end_fraction}: must be in [0, 1]."
@@ -64,14 +55,6 @@ class Wsd(Cosine):
     cooldown_fraction: float = field(
         "numbers", 0.2, doc="Last part of the horizon, in which the rate falls."
     )
-
-    def start(self, warmup: int, horizon: int) -> int:
-        """The last part of the horizon, after the warm-up."""
-        return max(warmup, round(horizon * (1 - self.cooldown_fraction)))
-
-    def left(self, done: Array) -> Array:
-        """A line."""
-        return 1 - done
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,12 +85,15 @@ def relative_rate(
             f"optimizer.warmup_steps={warmup}: must be below the schedule's horizon of "
             f"{horizon} steps ({_NAME}.decay_steps, or train.num_steps where that is 0)."
         )
-    start = options.start(warmup, horizon)
+    # The first step that is below the peak.
+    start, is_wave = warmup, not isinstance(options, Wsd)
+    if not is_wave:
+        start = max(warmup, round(horizon * (1 - options.cooldown_fraction)))
     length = max(horizon - start, 1)  # of the fall, in steps
 
     def relative(step: Array | int) -> Array:
         done = jnp.clip((jnp.asarray(step, jnp.float32) - start) / length, 0.0, 1.0)
-        left = options.left(done)
+        left = 0.5 * (1 + jnp.cos(jnp.pi * done)) if is_wave else 1 - done
         return rise(step) * (options.end_fraction + (1 - options.end_fraction) * left)
 
     return relative

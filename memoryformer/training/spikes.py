@@ -15,8 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoryformer.config import field
-from memoryformer.errors import ConfigError
+from memoryformer.config import at_least, field
 from memoryformer.notation import Array, Params
 
 
@@ -37,11 +36,8 @@ class Skip:
     window: int = field("numbers", 128, doc="Steps that these are taken over.")
 
     def __post_init__(self):
-        if self.sigmas < 0 or self.window < 2:
-            raise ConfigError(
-                f"train.spikes_options.sigmas={self.sigmas} must be >= 0, "
-                f"train.spikes_options.window={self.window} >= 2."
-            )
+        at_least(self, "train.spikes_options", 0, "sigmas")
+        at_least(self, "train.spikes_options", 2, "window")
 
 
 KINDS = {"keep": Keep, "skip": Skip}
