@@ -23,9 +23,8 @@ class DocumentOptions:
     max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
 
     def __post_init__(self):
-        config_lib.at_least(
-            self, _NAME, 2, "validation_every"
-        )  # some are left to train on
+        # Some are left to train on.
+        config_lib.at_least(self, _NAME, 2, "validation_every")
         config_lib.at_least(self, _NAME, 0, "max_documents")
 
 
@@ -65,10 +64,7 @@ class ShardOptions(RecordOptions):
         super().__post_init__()
         if self.validation_path:
             paths.local(self.validation_path, f"{_NAME}.validation_path")
-        if self.part_bytes < 0:
-            raise errors.ConfigError(
-                f"{_NAME}.part_bytes={self.part_bytes}: must be 0 (one part) or more."
-            )
+        config_lib.at_least(self, _NAME, 0, "part_bytes")
         if self.deduplicate and self.max_documents:
             raise errors.ConfigError(
                 f"{_NAME}.deduplicate=True: needs all documents; leave out "
@@ -116,11 +112,7 @@ class TokenOptions:
     def __post_init__(self):
         if self.validation_path:
             paths.local(self.validation_path, f"{_NAME}.validation_path")
-        if self.validation_every < 2:
-            raise errors.ConfigError(
-                f"{_NAME}.validation_every={self.validation_every}: must be at least 2, "
-                "or nothing is left to train on."
-            )
+        config_lib.at_least(self, _NAME, 2, "validation_every")
 
 
 SOURCES: dict[str, Any] = {
