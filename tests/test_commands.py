@@ -43,7 +43,13 @@ BASES = {
         ("gpt_neox", "{folder}/corpus", "{folder}/out"),
         ("released", "{folder}/run", "{folder}/out"),
     ],
-    "memoryformer.data": [("inspect", CONFIG), ("yardsticks", CONFIG), ("x", CONFIG)],
+    "memoryformer.data": [
+        ("inspect", CONFIG),
+        ("yardsticks", CONFIG),
+        ("prepare", CONFIG),
+        ("export", CONFIG, "--output={folder}/out"),
+        ("x", CONFIG),
+    ],
     "memoryformer.dryrun": [(CONFIG, "--compile=none")],
     "memoryformer.generation": [
         ("--workdir={folder}/run", "--max_tokens=2"),

@@ -191,7 +191,8 @@ def _share(text: str | None) -> tuple[int, int]:
     if text is None:
         return 0, 1
     number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+    sound = number.isdecimal() and count.isdecimal() and len(text) < 20
+    if not (sound and int(number) < int(count)):
         raise errors.ConfigError(
             f"--part={text!r}: write i/n with 0 <= i < n, as in --part=0/64."
         )

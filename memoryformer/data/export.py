@@ -56,7 +56,7 @@ def _write_tokens(
         # The first end only begins the stream; every other one ends a document.
         for first in range(1, len(tokens), _CHUNK):
             chunk = tokens[first : first + _CHUNK]
-            stream.write(np.ascontiguousarray(chunk, dtype))
+            stream.write(chunk.astype(dtype).tobytes())
             ends.append(first + np.flatnonzero(chunk == split.eot_id))
             on_tokens(first + len(chunk))
     sizes = np.diff(np.concatenate(ends), prepend=0)
@@ -74,6 +74,6 @@ def _write_index(path: pathlib.Path, sizes: np.ndarray, dtype: np.dtype) -> None
     with path.open("wb") as stream:
         stream.write(megatron_index.MMIDIDX)
         stream.write(struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1))
-        stream.write(sizes.astype("<i4"))
-        stream.write(offsets.astype("<i8"))
-        stream.write(np.arange(len(sizes) + 1, dtype="<i8"))
+        stream.write(sizes.astype("<i4").tobytes())
+        stream.write(offsets.astype("<i8").tobytes())
+        stream.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())

@@ -98,7 +98,7 @@ class Manifest:
     source: SourceFacts
     tokenizer: TokenizerFacts
     dtype: str  # of the token ids: one of DTYPES
-    splits: dict[str, SplitFacts]
+    splits: Mapping[str, SplitFacts]
 
     @property
     def fingerprint(self) -> str:

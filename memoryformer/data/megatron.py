@@ -13,6 +13,7 @@ out are the last documents of each prefix, one in about `validation_every`, or a
 import dataclasses
 import fractions
 import hashlib
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -62,10 +63,10 @@ def parse_path(path: str, field: str = "data.path") -> list[tuple[int, pathlib.P
             f"{field}={path!r}: give every prefix a weight, or none."
         )
     unit = 1
-    for weight in weights:
-        unit = unit * weight.denominator // np.gcd(unit, weight.denominator)
-    whole = [int(weight * unit) for weight in weights]
-    divisor = int(np.gcd.reduce(np.array(whole, object)))
+    for known in weights:
+        unit = math.lcm(unit, known.denominator)
+    whole = [int(known * unit) for known in weights]
+    divisor = math.gcd(*whole)
     prefixes = [prefix for _, prefix in found]
     return [(w // divisor, p) for w, p in zip(whole, prefixes, strict=True)]
 
@@ -225,14 +226,14 @@ def _facts(
     digest, sampled, ends = hashlib.sha256(), 0, 0
     for member in members:
         for part in member.pair.bounds(member.first, member.stop):
-            digest.update(np.ascontiguousarray(part))
+            digest.update(part.tobytes())
         own = member.pieces()
         tokens = streams.Stream(own) if own else np.zeros(0, np.int32)
         where = shown(f"{member.pair.prefix}.bin")
         for start in sample_starts(len(tokens)):
             block = np.asarray(tokens[start : start + _BLOCK], "<i8")
             token_files.check_ids(block, tokenizer.vocab_size, where)
-            digest.update(block)
+            digest.update(block.tobytes())
             sampled += len(block)
             ends += int((block == tokenizer.eot_id).sum())
     total = sum(piece.count for piece in pieces)

@@ -73,7 +73,9 @@ def write(
             )
         worker = _Worker(work, part, rules, splits, progress)
         worker.run()
-    facts = {name: split.facts(paths[name].name) for name, split in splits.items()}
+    facts: dict[str, Any] = {
+        name: split.facts(paths[name].name) for name, split in splits.items()
+    }
     for name, path in paths.items():
         if not facts[name]["tokens"]:
             path.unlink()
