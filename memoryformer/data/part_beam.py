@@ -38,7 +38,7 @@ def run(job: part_runner.Job, runner: str, arguments: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise errors.ConfigError(
             f"--runner={runner}: needs Apache Beam ({error.name} is not installed); pip "
-            "install 'memoryformer[beam]'."
+            "install 'memoryformer-jax[beam]'."
         ) from error
     settings = pipeline_options.PipelineOptions([*arguments, f"--runner={runner}"])
     do = functools.partial(work, pickle.dumps((str(job.directory), job.config)))

@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import os
+import pathlib
 import random
 import shutil
 import signal
