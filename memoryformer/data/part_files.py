@@ -184,8 +184,6 @@ class _Worker:
                 self._progress.during("", split.flush)
             if sum(map(len, texts)) >= _BATCH_CHARS:
                 token_files.give_back_memory()
-        for split in self._splits.values():
-            split.flush()
 
     def _texts(self) -> Iterator[str]:
         done = 0

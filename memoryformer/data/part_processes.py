@@ -33,7 +33,7 @@ def run(job: part_runner.Job, share: Share, processes: int) -> None:
     content = pickle.dumps((job.directory, job.config, share, os.getpid()))
     threads = max(1, (os.cpu_count() or 1) // processes)
     # Each encodes with its share of the cores, and reads and hashes beside it.
-    environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
+    environment = {"RAYON_NUM_THREADS": str(threads)} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     started: list[subprocess.Popen] = []
     try:

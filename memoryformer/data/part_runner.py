@@ -51,6 +51,8 @@ class Job:
         self.work = directory.with_name(f".parts-{directory.name}")
         self.config = data_config
         self.progress = progress
+        self._lock = directory.with_name(f".lock-{directory.name}")
+        self._holders: set[str] = set()  # of locks, that were named
         self.corpus = parts.Corpus.of(data_config, progress.note)
         self.parts = self.corpus.parts(options.part_bytes(data_config))
 
@@ -80,19 +82,17 @@ class Job:
         with self._while_it_lasts():
             rules = self._rules()
             if rules.deduplicate:
-                for patience in (0, 1):  # what others do is waited for at the end
+                for waits in (False, True):  # for what others do, at the end
                     for part in self.parts:
-                        self._digest(part, bool(patience))
-            for waits in [False, True][: 1 + wait]:
+                        self._digest(part, waits)
+            for waits in (False, True) if wait else (False,):
                 for part in self.parts:
                     if mine(part.number):
                         self._part(part, rules, waits)
 
     def finish(self) -> None:
         """Write the manifest of all parts and rename the folder; once, whoever is first."""
-        with self.locked(
-            self.directory.with_name(f".lock-{self.directory.name}"), True
-        ):
+        with self._while_it_lasts(), self.locked(self._lock, True):
             if self.finished:
                 return
             facts = part_files.read(self.work, len(self.parts))
@@ -116,10 +116,7 @@ class Job:
             atomic.write_json(self.work / manifest.FILE, whole.to_json(), indent=2)
             for folder in (self.work / "parts", self.work):
                 atomic.flush(folder)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # without locks: another was first
-                self.work.rename(self.directory)
+            self.work.rename(self.directory)
             atomic.flush(self.directory.parent)
 
     def locked(
@@ -127,7 +124,13 @@ class Job:
     ) -> contextlib.AbstractContextManager[bool]:
         """Hold a lock; raises `lock.HeldError` at once unless `wait`."""
         patience = float("inf") if wait else 0.0
-        return lock.hold(path, patience, lambda holder: self.progress.check())
+        return lock.hold(path, patience, self._waiting)
+
+    def _waiting(self, holder: str) -> None:
+        if holder not in self._holders:
+            self._holders.add(holder)
+            self.progress.note(f"waiting for another process ({holder})")
+        self.progress.check()
 
     def _part(self, part: parts.Part, rules: part_files.Rules, wait: bool) -> None:
         done = part_files.facts_path(self.work, part.number)
@@ -164,7 +167,7 @@ class Job:
 
     @contextlib.contextmanager
     def _while_it_lasts(self) -> Iterator[None]:
-        """Another process may finish the last part and rename the folder: then all is done."""
+        """Another process may rename the folder, with the last part: then all is done."""
         try:
             yield
         except (FileNotFoundError, errors.StorageError):
@@ -173,9 +176,7 @@ class Job:
 
     def _rules(self) -> part_files.Rules:
         """What all parts have in common; made by the first process, read by the others."""
-        with self.locked(
-            self.directory.with_name(f".lock-{self.directory.name}"), True
-        ):
+        with self.locked(self._lock, True):
             if self.finished:
                 raise FileNotFoundError(self.work)
             self.work.mkdir(exist_ok=True)
