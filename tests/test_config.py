@@ -169,7 +169,7 @@ def test_resolve_fills_in_every_default():
         ({"train.num_steps": 0}, "train.num_steps=0: must be >= 1"),
         ({"train.num_microbatches": 0}, "train.num_microbatches=0: must be >= 1"),
         ({"train.max_skipped": -1}, "train.max_skipped=-1: must be >= 0"),
-        ({"eval.batch_size": 0}, "eval.batch_size=0 must be >= 1"),
+        ({"eval.batch_size": 0}, "eval.batch_size=0: must be >= 1"),
         ({"model.embed_dim": 20}, "model.embed_dim=20 is not a multiple"),
         ({"data.source": "texts"}, "did you mean 'text'"),
         ({"checkpoint.keep": 0}, "checkpoint.keep=0"),

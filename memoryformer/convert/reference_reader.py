@@ -178,10 +178,12 @@ class Model:
         hidden = _ACTIVATIONS[c["ffn_activation"]](
             self._project(name + ".up", x, c["code_bits"])
         )
+        bits = c["code_bits"]
         if c["projection"] == "memory":
+            bits += c["extra_bits"]
             scale, bias = (self.params[f"{name}.norm.{s}"] for s in ("scale", "bias"))
             hidden = layer_norm(hidden, scale, bias, 1e-5)
-        return self._project(name + ".down", hidden, c["code_bits"] + c["extra_bits"])
+        return self._project(name + ".down", hidden, bits)
 
 
 def layer_norm(

@@ -23,7 +23,7 @@ class DocumentOptions:
     max_documents: int = field("numbers", 0, doc="Read only so many documents; 0: all.")
 
     def __post_init__(self):
-        # Some are left to train on.
+        # With 1 nothing is left to train on.
         config_lib.at_least(self, _NAME, 2, "validation_every")
         config_lib.at_least(self, _NAME, 0, "max_documents")
 
@@ -182,9 +182,10 @@ class DataConfig:
                 "set --config.data.path=FILE_OR_FOLDER."
             )
         if self.source == "stdlib" and self.path:
+            others = ", ".join(name for name in SOURCES if name != "stdlib")
             raise errors.ConfigError(
                 f"data.path={self.path!r}: data.source='stdlib' does not use it; set "
-                "data.source to another, such as text."
+                f"data.source to one of {others}."
             )
         for key in ("path", "data_dir"):
             if value := getattr(self, key):

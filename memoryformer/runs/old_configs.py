@@ -36,10 +36,11 @@ RECURRENCE_OPTIONS = {
     "recurrence_bptt": (_MEMORIES, "bptt_chunks"),
     "memformer_temperature": (("memformer",), "temperature"),
 }
+_Moved = dict[str, tuple[tuple[str, ...], str]]
 _DOCUMENTS = ("stdlib", "text", "c4", "tfds")
 
 
-def _moved(**owners: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], str]]:
+def _moved(**owners: tuple[str, ...]) -> _Moved:
     """Fields that kept their names."""
     return {name: (choices, name) for name, choices in owners.items()}
 
@@ -64,18 +65,18 @@ SCHEDULE_OPTIONS = _moved(
     decay_steps=("cosine", "wsd"),
     cooldown_fraction=("wsd",),
 )
-TABLE_OPTIONS = {
+TABLE_OPTIONS: _Moved = {
     "table_second_moment": (("lean",), "second_moment"),
     "table_moment_dtype": (("lean",), "moment_dtype"),
     "table_dtype": (("lean",), "dtype"),
     "table_rounding": (("lean",), "rounding"),
 }
-SPIKE_OPTIONS = {
+SPIKE_OPTIONS: _Moved = {
     "spike_sigmas": (("skip",), "sigmas"),
     "spike_window": (("skip",), "window"),
 }
 # 'section.X' -> (its default, old fields of the section that are in X_options now).
-CHOOSERS: dict[str, tuple[str, dict[str, tuple[tuple[str, ...], str]]]] = {
+CHOOSERS: dict[str, tuple[str, _Moved]] = {
     "model.mixer": ("softmax", MIXER_OPTIONS),
     "model.recurrence": ("none", RECURRENCE_OPTIONS),
     "model.projection": ("memory", PROJECTION_OPTIONS),

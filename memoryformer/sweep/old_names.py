@@ -36,7 +36,7 @@ def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str,
     old = {k: v for k, v in named.items() if not k.startswith(nested) and k not in new}
     for key in choosers:
         section, _, chooser = key.partition(".")
-        fields = experiment.Experiment.__dataclass_fields__[section].type
+        fields: Any = experiment.Experiment.__dataclass_fields__[section].type
         kinds = fields.__dataclass_fields__[f"{chooser}_options"].metadata["options"]
         for name, (owners, option) in old_configs.CHOOSERS[key][1].items():
             field = _field(config_lib.options_class(kinds[owners[0]]), option)

@@ -143,7 +143,7 @@ def test_rounding_depends_on_seed_and_step_only():
 
     Mutation: one key for all.
     """
-    config = OptimizerConfig(**LEANEST)
+    config = lean(**LEANEST)
     params = {"a": {"tables": jnp.full((2, 4, 64), 1.001, jnp.float32)}}
     params["b"] = params["a"]
     groups = {"a": {"tables": "tables"}, "b": {"tables": "tables"}}
@@ -181,7 +181,7 @@ def test_a_moment_lies_where_its_parameter_does():
 
     Mutation: the parameter's spec whatever the moment's shape.
     """
-    config = OptimizerConfig(**LEAN)
+    config = lean(**LEAN)
     params = {"tables": jnp.zeros((2, 4, 8)), "kernel": jnp.zeros((4, 8))}
     specs = {"tables": P(None, "data", "model"), "kernel": P("data", "model")}
     groups = {"tables": "tables", "kernel": "decayed"}
