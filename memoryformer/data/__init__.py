@@ -82,7 +82,7 @@ def load(
     when `stop` says so during a preparation.
     """
     if data_config.source == "megatron":
-        manifest, tokenizer, splits = megatron.load(data_config)
+        manifest, tokenizer, splits = megatron.load(data_config, verify)
         check_vocab_size(tokenizer.vocab_size, expected_vocab_size, tokenizer.name)
         folder = splits["train"].path.parent
         return Dataset(folder, manifest, tokenizer, **splits)

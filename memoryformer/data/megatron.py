@@ -88,11 +88,11 @@ def _weight(text: str, path: str, field: str) -> fractions.Fraction | None:
 
 
 def load(
-    data_config: options.DataConfig,
+    data_config: options.DataConfig, verify: bool = False
 ) -> tuple[manifest_lib.Manifest, tokenizer_lib.Tokenizer, dict[str, Split]]:
     """What these files hold, the tokenizer, and {'train', 'validation'}.
 
-    Raises `DataError` or `ConfigError` for files that cannot be read, do not fit one
+    With `verify` every token is looked at, which reads the files. Raises `DataError` or `ConfigError` for files that cannot be read, do not fit one
     another, or hold ids that the tokenizer does not have.
     """
     if tokenizer_lib.bpe_size(data_config.tokenizer):
@@ -106,6 +106,10 @@ def load(
         "validation": _joined("validation", validation, tokenizer, data_config),
         "train": _joined("train", train, tokenizer, data_config),
     }
+    for split in splits.values() if verify else ():
+        for start in range(0, len(split.tokens), SAMPLED):
+            block = np.asarray(split.tokens[start : start + SAMPLED])
+            token_files.check_ids(block, tokenizer.vocab_size, f"{split.path}.bin")
     if not splits["train"].facts.ends_of_document:
         print(
             f"note: no {tokenizer.end_token} among the tokens that were looked at: every "

@@ -233,6 +233,8 @@ def test_ids_beyond_what_was_looked_at_end_the_step(tmp_path, monkeypatch):
     write_mmididx(tmp_path / "d", docs)
     dataset = data.load(config(tmp_path / "d"))
     assert dataset.train.facts.sampled_tokens < dataset.train.facts.tokens / 2
+    with pytest.raises(errors.DataError, match="token id 999 is outside"):
+        data.load(config(tmp_path / "d"), verify=True)
     drawn = dataset.train.batches(64, 4, 0)
     with pytest.raises(errors.DataError, match="token id 999 is outside"):
         for step in range(drawn.windows_per_epoch // 4 + 1):
