@@ -63,6 +63,28 @@ _TESTS = {
         "data/test_data_bytes.py",
         "data/test_data_fuzz.py",
     ),
+    "data/export": ("data/test_data_megatron.py",),
+    "data/megatron": ("data/test_data_megatron.py",),
+    "data/megatron_index": ("data/test_data_megatron.py",),
+    "data/streams": (
+        "data/test_data_megatron.py",
+        "data/test_data_parts.py",
+    ),
+    "data/digests": ("data/test_data_parts.py",),
+    "data/identity": (
+        "data/test_data_preparation.py",
+        "data/test_data_parts.py",
+    ),
+    "data/parquet": ("data/test_data_parts.py",),
+    "data/part_beam": ("data/test_data_beam.py",),
+    "data/part_files": ("data/test_data_parts.py",),
+    "data/part_processes": ("data/test_data_parts.py",),
+    "data/part_runner": ("data/test_data_parts.py",),
+    "data/parts": ("data/test_data_parts.py",),
+    "data/text_files": (
+        "data/test_data_corpora.py",
+        "data/test_local_files.py",
+    ),
     "data/names": (
         "data/test_local_files.py",
         "data/test_data_corpora.py",

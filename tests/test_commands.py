@@ -49,7 +49,13 @@ BASES = {
         ("released", "{folder}/run", "{folder}/out"),
         ("memorise", "{folder}/run", "{folder}/out"),
     ],
-    "memoryformer.data": [("inspect", CONFIG), ("yardsticks", CONFIG), ("x", CONFIG)],
+    "memoryformer.data": [
+        ("inspect", CONFIG),
+        ("yardsticks", CONFIG),
+        ("prepare", CONFIG),
+        ("export", CONFIG, "--output={folder}/out"),
+        ("x", CONFIG),
+    ],
     "memoryformer.dryrun": [(CONFIG, "--compile=none")],
     "memoryformer.generation": [
         ("--workdir={folder}/run", "--max_tokens=2"),

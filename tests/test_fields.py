@@ -137,6 +137,7 @@ TEXT_OPTIONS = {
     "validation_path": "",
     "separator": "",
 }
+PART_OPTIONS = {"part_bytes": 32 << 20, "deduplicate": False}
 WSD_OPTIONS = {"decay_steps": 0, "end_fraction": 0.1, "cooldown_fraction": 0.2}
 LEAN_OPTIONS = {
     "second_moment": "row",
@@ -175,7 +176,7 @@ def test_defaults_of_a_corpus():
     fields = {f.name: f.default for f in dataclasses.fields(corpora.TextConfig)}
     defaults = TEXT_OPTIONS | {"path": "", "json_only": False}
     assert {name: fields[name] for name in defaults} == defaults
-    assert dataclasses.asdict(text_of().source_options) == TEXT_OPTIONS
+    assert dataclasses.asdict(text_of().source_options) == TEXT_OPTIONS | PART_OPTIONS
     wsd = OptimizerConfig(schedule="wsd").schedule_options
     assert dataclasses.asdict(wsd) == WSD_OPTIONS
     lean = OptimizerConfig(table_state="lean").table_state_options

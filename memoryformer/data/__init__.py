@@ -20,9 +20,11 @@ import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import megatron, streams
 from memoryformer.data.batches import Batch, Batches, EvalBatches, Split
+from memoryformer.data.identity import resolve_dir
 from memoryformer.data.options import DataConfig, cache_root
-from memoryformer.data.preparation import prepare, resolve_dir
+from memoryformer.data.preparation import prepare
 from memoryformer.data.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -71,6 +73,7 @@ def load(
     data_config: DataConfig,
     expected_vocab_size: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    verify: bool = False,
 ) -> Dataset:
     """Load what `prepare` made, preparing it first if need be.
 
@@ -78,9 +81,14 @@ def load(
     tokens (0: not checked). Raises `DataError` for a damaged directory, and `Preempted`
     when `stop` says so during a preparation.
     """
+    if data_config.source == "megatron":
+        manifest, tokenizer, splits = megatron.load(data_config, verify)
+        check_vocab_size(tokenizer.vocab_size, expected_vocab_size, tokenizer.name)
+        folder = splits["train"].path.parent
+        return Dataset(folder, manifest, tokenizer, **splits)
     directory = prepare(data_config, stop=stop)
     return load_directory(
-        directory, expected_vocab_size, align=data_config.align_documents
+        directory, expected_vocab_size, verify, data_config.align_documents
     )
 
 
@@ -94,7 +102,7 @@ def find(
     """
     root = cache_root(data_config)
     directory = manifest_lib.directory_of(root, fingerprint)
-    if directory is not None and data_config.source != "prepared":
+    if directory is not None and data_config.source not in ("prepared", "megatron"):
         return load_directory(
             directory, expected_vocab_size, align=data_config.align_documents
         )
@@ -127,17 +135,33 @@ def load_directory(
     splits = {
         name: Split(
             name=name,
-            path=directory / facts.file,
+            path=directory / (facts.file or name),
             facts=facts,
             dtype=manifest.dtype,
             vocab_size=used.vocab_size,
             eot_id=used.eot_id,
             align=align,
+            pieces=_pieces(directory, manifest, facts),
         )
         for name, facts in manifest.splits.items()
     }
     tokenizer = manifest_lib.load_tokenizer(directory, manifest)
     return Dataset(directory, manifest, tokenizer, **splits)
+
+
+def _pieces(
+    directory: pathlib.Path,
+    manifest: manifest_lib.Manifest,
+    facts: manifest_lib.SplitFacts,
+) -> tuple[streams.Piece, ...]:
+    """The files of a split in several, and the end behind the last."""
+    if not isinstance(facts, manifest_lib.PartedFacts):
+        return ()
+    files = [
+        streams.Piece(directory / part.file, manifest.dtype, part.tokens)
+        for part in facts.parts
+    ]
+    return (*files, streams.end(manifest.tokenizer.eot_id))
 
 
 def check_vocab_size(vocab_size: int, expected: int, name: str) -> None:

@@ -1,8 +1,11 @@
 """Look at data from a shell.
 
-    python -m memoryformer.data prepare    --config=configs/quickstart.py
+    python -m memoryformer.data prepare    --config=configs/quickstart.py [--parallel=N]
+        [--part=i/n]
     python -m memoryformer.data inspect    --config=configs/quickstart.py [--verify] [--json]
     python -m memoryformer.data yardsticks --config=configs/quickstart.py [--json]
+    python -m memoryformer.data export     --config=configs/quickstart.py --format=megatron \
+        --output=FOLDER
 
 `inspect` prints the manifest, counts, the most frequent tokens and the first training
 batch decoded segment by segment: what the model will really see. Without --config the
@@ -15,9 +18,19 @@ default corpus is meant. Where documents come from is --config.data.source:
     c4        downloaded C4/Pile-style shards (.jsonl.gz): the same
     tfds      a TFDS data set: --config.data.source_options.name=NAME
     prepared  what `prepare` made elsewhere: --config.data.path=FOLDER
+    megatron  tokens of Megatron-LM or GPT-NeoX as they are: --config.data.path=PREFIX, or
+              0.7:PREFIX1,0.3:PREFIX2; data.tokenizer is the tokenizer.json that made them
+
+`prepare` deals a large corpus to parts, the same however many processes work on them; killed,
+it goes on with the parts that are missing. --parallel=N works on them in N processes, and
+--part=i/n, i from 0, does every n-th part alone, as a task of a scheduler's array: the last
+to end completes the data. --runner=DirectRunner -- BEAM OPTIONS has Apache Beam do the parts.
+
+`export` writes the tokens as such pairs of files, train.bin and train.idx and so on.
 """
 
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import ml_collections
@@ -26,15 +39,24 @@ from absl import flags
 
 from memoryformer import cli, data, errors
 from memoryformer import config as config_lib
+from memoryformer.data import (
+    export,
+    megatron,
+    part_beam,
+    part_runner,
+    preparation,
+    token_files,
+    yardsticks,
+)
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import yardsticks
 from memoryformer.runs import old_configs
 
 # Which flags each command looks at.
 _COMMANDS = {
-    "prepare": (),
+    "prepare": ("parallel", "part", "runner"),
     "inspect": ("verify", "json", "rows"),
     "yardsticks": ("verify", "json"),
+    "export": ("verify", "format", "output"),
 }
 _COUNTED = 50_000_000  # tokens behind the frequency list
 
@@ -45,6 +67,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Hash the token files (reads them).")
     flags.DEFINE_bool("json", False, "Print one JSON object instead.")
     flags.DEFINE_integer("rows", 2, "Rows of the first batch to decode.", lower_bound=0)
+    flags.DEFINE_integer("parallel", 1, "Processes that prepare parts.", 1, 4096)
+    flags.DEFINE_string("part", None, "i/n: only every n-th part, from i on; i < n.")
+    flags.DEFINE_enum("runner", None, part_beam.RUNNERS, "Apache Beam does the parts.")
+    flags.DEFINE_enum("format", "megatron", ["megatron"], "What `export` writes.")
+    cli.define_path_flag("output", "Folder that `export` writes to.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     """Run one command."""
-    if len(argv) != 2:
+    if len(argv) < 2 or (len(argv) > 2 and not flags.FLAGS.runner):
         raise errors.ConfigError(
             f"python -m memoryformer.data: give one command of {', '.join(_COMMANDS)}."
         )
     command = config_lib.choose(argv[1], _COMMANDS, "command")
-    for flag in ("verify", "json", "rows"):
+    for flag in sorted({flag for known in _COMMANDS.values() for flag in known}):
         if flags.FLAGS[flag].present and flag not in _COMMANDS[command]:
             raise errors.ConfigError(f"--{flag}: {command} does not look at it.")
     if flags.FLAGS.json:
@@ -68,17 +95,22 @@ def _run(argv: Sequence[str]) -> None:
     section = _section(config, "data")
     old_configs.refuse(section, "data")
     data_config = config_lib.build(data.DataConfig, section, "data")
-    directory = data.prepare(data_config)
-    if command == "prepare":
-        print(directory)
+    if command == "export" and not flags.FLAGS.output:
+        raise errors.ConfigError("--output: name the folder to write to.")
+    if command == "prepare" and data_config.source != "megatron":
+        _prepare(data_config, argv[2:])
         return
-    dataset = data.load_directory(
-        directory, verify=flags.FLAGS.verify, align=data_config.align_documents
-    )
-    if command == "inspect":
+    dataset = data.load(data_config, verify=flags.FLAGS.verify)
+    if command == "prepare":
+        print(dataset.directory)
+    elif command == "inspect":
         inspect(dataset, config)
+    elif command == "export":
+        for prefix in export.to_megatron(dataset, pathlib.Path(flags.FLAGS.output)):
+            print(prefix)
     else:
-        result = yardsticks.measure(dataset)
+        is_ours = data_config.source != "megatron"  # else nothing is kept beside it
+        result = yardsticks.measure(dataset, cache=is_ours)
         print(json.dumps(result) if flags.FLAGS.json else yardsticks.table(result))
 
 
@@ -101,12 +133,9 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
         f"{used.eot_id}, sha256 {used.sha256[:16]}"
     )
     for name, split in manifest.splits.items():
-        ratio = split.bytes / split.tokens
         print(
             f"{name:12s} {split.documents:,} documents, {split.tokens:,} tokens, "
-            f"{split.ends_of_document:,} ends of document, {split.bytes:,} bytes "
-            f"({ratio:.3f} bytes/token); dropped {split.empty_dropped} empty, "
-            f"{split.duplicates_of_validation_dropped} also in validation"
+            f"{split.ends_of_document:,} ends of document{_more(split)}"
         )
     if note := manifest_lib.byte_note(manifest):
         print(f"note         {note}")
@@ -124,6 +153,50 @@ def inspect(dataset: data.Dataset, config: ml_collections.ConfigDict) -> None:
     batch = batches.batch(0)
     for row in range(min(flags.FLAGS.rows, batch_size)):
         _print_row(batch, row, tokenizer)
+
+
+def _more(split: manifest_lib.SplitFacts) -> str:
+    if isinstance(split, megatron.MegatronFacts):
+        drawn = f"; weights {split.weights}" if split.weights else ""
+        return f" (of {split.sampled_tokens:,} tokens looked at){drawn}"
+    text = (
+        f", {split.bytes:,} bytes ({split.bytes / split.tokens:.3f} bytes/token); "
+        f"dropped {split.empty_dropped} empty, "
+        f"{split.duplicates_of_validation_dropped} also in validation"
+    )
+    if isinstance(split, manifest_lib.PartedFacts):
+        text += f", {split.duplicates_dropped} equal texts" * split.deduplicated
+        text += f"; in {len(split.parts)} files"
+    return text
+
+
+def _prepare(data_config: data.DataConfig, beam_options: Sequence[str]) -> None:
+    """Prepare, or do a share of it; print the directory once it is there."""
+    share, spread = _share(flags.FLAGS.part), None
+    if runner := flags.FLAGS.runner:
+        cli.refuse_flags(["part", "parallel"], "--runner deals the parts itself")
+
+        def spread(job: part_runner.Job) -> None:
+            part_beam.run(job, runner, beam_options)
+
+    directory = preparation.prepare(
+        data_config, parallel=flags.FLAGS.parallel, share=share, spread=spread
+    )
+    if directory.exists():
+        print(directory)
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    """(i, n) of 'i/n'."""
+    if text is None:
+        return 0, 1
+    number, _, count = text.partition("/")
+    sound = number.isdecimal() and count.isdecimal() and len(text) < 20
+    if not (sound and int(number) < int(count)):
+        raise errors.ConfigError(
+            f"--part={text!r}: write i/n with 0 <= i < n, as in --part=0/64."
+        )
+    return int(number), int(count)
 
 
 def _section(config: ml_collections.ConfigDict, name: str) -> Mapping:
@@ -146,6 +219,7 @@ def _number(
 
 def _print_frequencies(dataset: data.Dataset) -> None:
     tokens = dataset.train.tokens[:_COUNTED]
+    token_files.check_ids(tokens, dataset.train.vocab_size, str(dataset.train.path))
     counts = np.bincount(tokens, minlength=dataset.tokenizer.vocab_size)
     top = np.argsort(-counts, kind="stable")[:12]
     pieces = (

@@ -18,13 +18,13 @@ Start at `Split`.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from memoryformer import errors
 from memoryformer.data import layout as layout_lib
-from memoryformer.data import token_files
+from memoryformer.data import streams, token_files
 from memoryformer.data.manifest import SplitFacts
 
 Batch = dict[str, np.ndarray]
@@ -37,6 +37,8 @@ class Split:
 
     name: 'train' or 'validation'.  facts: its counts in the manifest.  align: documents
     begin at multiples of it in every row, behind padding; 0 and 1 leave them as they lie.
+    pieces: where the stream is that of several files.  mixture: (weight, split) of those that
+    training windows are drawn from, so many of each; empty: from the whole stream.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Split:
     vocab_size: int
     eot_id: int
     align: int = 0
+    pieces: tuple[streams.Piece, ...] = ()
+    mixture: tuple[tuple[int, "Split"], ...] = ()
 
     @functools.cached_property
     def layout(self) -> layout_lib.Layout:
@@ -53,8 +57,10 @@ class Split:
         return layout_lib.make(self.tokens, self.eot_id, self.align)
 
     @functools.cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> np.ndarray | streams.Stream:
         """The whole stream, read-only, mapped from disk."""
+        if self.pieces:
+            return streams.Stream(self.pieces)
         return token_files.read(self.path, self.dtype)
 
     def batches(self, seq_len: int, batch_size: int, seed: int) -> "Batches":
@@ -94,25 +100,26 @@ class Batches:
     """`batch(step)` of a training split. Make it with `Split.batches`."""
 
     def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int):
-        windows = Windows(split, seq_len)
+        import grain  # with jax: what only prepares data does without
+
         self.batch_size = _positive(batch_size, "batch_size")
-        self.windows_per_epoch = len(windows)
-        if not self.windows_per_epoch:
-            raise errors.DataError(
-                f"data: {split.name} has {len(split.tokens)} tokens, too few for one "
-                f"window of seq_len + 1 = {seq_len + 1}; give more text or a smaller "
-                "model.seq_len."
-            )
+        self.windows_per_epoch = 0
         self._split = split
-        # Shuffle before repeat: every epoch holds each window once, in a new order.
-        source = grain.MapDataset.source(windows).seed(seed)
-        self._windows = source.shuffle().repeat(None)
+        self._weights, self._members = [], []
+        for weight, member in split.mixture or ((1, split),):
+            windows = _windows(member, seq_len)
+            self.windows_per_epoch += len(windows)
+            self._weights.append(weight)
+            # Shuffle before repeat: every epoch holds each window once, in a new order.
+            source = grain.MapDataset.source(windows).seed(seed)
+            self._members.append(source.shuffle().repeat(None))
 
     def batch(self, step: int, rows: Rows = slice(None)) -> Batch:
         """The rows `rows` (a host's share) of the global batch of this step."""
         first = int(step) * self.batch_size
         indices = first + np.arange(self.batch_size)[rows]
-        windows = np.stack([self._windows[int(index)] for index in indices])
+        drawn = [mixed(int(index), self._weights) for index in indices]
+        windows = np.stack([self._members[member][number] for member, number in drawn])
         token_files.check_ids(
             windows, self._split.vocab_size, f"{self._split.path} at step {step}"
         )
@@ -146,6 +153,35 @@ class EvalBatches:
         token_files.check_ids(inputs, self._split.vocab_size, where)
         token_files.check_ids(targets, self._split.vocab_size, where)
         return _batch(inputs, targets, real, self._split.eot_id)
+
+
+def mixed(index: int, weights: Sequence[int]) -> tuple[int, int]:
+    """Which member window `index` is of, and its number there.
+
+    Of the first n windows, the first member has n - floor(n (S - w) / S), with w its weight
+    and S the sum of all; the others share what is left in the same way. So each member has
+    its share up to a few windows at any n, and its windows in order.
+    """
+    total = sum(weights)
+    for member, weight in enumerate(weights[:-1]):
+        others, others_then = (
+            n * (total - weight) // total for n in (index, index + 1)
+        )
+        if others == others_then:
+            return member, index - others
+        index, total = others, total - weight
+    return len(weights) - 1, index
+
+
+def _windows(split: Split, seq_len: int) -> Windows:
+    windows = Windows(split, seq_len)
+    if not len(windows):
+        raise errors.DataError(
+            f"data: {split.name} has {len(split.tokens)} tokens, too few for one "
+            f"window of seq_len + 1 = {seq_len + 1}; give more text or a smaller "
+            "model.seq_len."
+        )
+    return windows
 
 
 def _read(split: Split, places: np.ndarray) -> tuple[np.ndarray, ...]:

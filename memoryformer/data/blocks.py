@@ -2,7 +2,8 @@
 
 A line ends at \\n or \\r\\n and at nothing else, and a byte order mark is no content. What
 a file is, its name says, in capitals or not: JSON lines (.jsonl, .json, .ndjson,
-.jsonlines, .jl), compressed or not (.gz, .xz, .bz2; .zst if `zstandard` is installed).
+.jsonlines, .jl), compressed or not (.gz, .xz, .bz2; .zst if `zstandard` is installed), or a
+table (.parquet, which `parquet` reads).
 
 Start at `read` and `lines`.
 """
@@ -44,6 +45,16 @@ def is_json_lines(path: pathlib.Path) -> bool:
         return head(path).lstrip().startswith(b"{")
     except Exception:  # of whatever kind its decompressor raises; `read` explains it
         return False
+
+
+def has_fields(path: pathlib.Path) -> bool:
+    """Whether a file's texts are in fields: those of JSON lines, or of parquet."""
+    return is_parquet(path) or is_json_lines(path)
+
+
+def is_parquet(path: pathlib.Path) -> bool:
+    """Whether a file is a table that `parquet` reads."""
+    return path.suffix.lower() == ".parquet"
 
 
 def read(path: pathlib.Path) -> Iterator[bytes]:

@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +24,15 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from memoryformer import errors
-from memoryformer.data import blocks, listing, local_files, names, options, records
+from memoryformer.data import (
+    listing,
+    local_files,
+    names,
+    options,
+    records,
+    text_files,
+)
 from memoryformer.data.records import Example
-
-_MARKER = "<|endoftext|>"  # between the stories of many published text files
 
 
 @dataclasses.dataclass
@@ -56,7 +60,7 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
         self.notes: list[str] = []  # what the user should know of the files
         self._lists: dict[str, listing.Files] = {}
         self._bytes_read = 0
-        self._marked = 0  # documents that hold _MARKER
+        self._marked = 0  # documents that hold the marker
 
     def input_bytes(self) -> int:
         """File bytes that `download_and_prepare` reads: every split reads its files."""
@@ -69,10 +73,7 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
         """What to do about a marker between documents that is read as text, or ''."""
         if not self._marked or self.builder_config.separator:
             return ""
-        return (
-            f"documents with {_MARKER} as plain text: {self._marked}; where it ends "
-            f"documents, set data.source_options.separator='{_MARKER}'"
-        )
+        return text_files.marker_line(self._marked)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
         if self.builder_config.validation_path:
@@ -103,7 +104,7 @@ class _LocalDocuments(records.RecordsBuilder, skip_registration=True):  # type: 
                 held_out = local_files.in_validation(key, every) or key == fallback
                 if held_out != (split == "validation"):
                     continue
-            self._marked += _MARKER in text
+            self._marked += text_files.MARKER in text
             yield name, {"name": name, "text": text}
         self._bytes_read = ends[-1]
 
@@ -182,64 +183,35 @@ class TextFiles(_LocalDocuments):
     def _list(self, path: str) -> listing.Files:
         """What `path` names; of several files, those that hold text."""
         if path not in self._lists:
-            self._lists[path] = self._with_text(path)
+            config = self.builder_config
+            self._lists[path] = text_files.list_texts(
+                path,
+                json_only=config.json_only,
+                text_field=config.text_field,
+                note=self.notes.append,
+            )
         return self._lists[path]
-
-    def _with_text(self, path: str) -> listing.Files:
-        config = self.builder_config
-        files = listing.list_files(
-            path, json_only=config.json_only, note=self.notes.append
-        )
-        if len(files) > 1:
-            reasons = {key: self._reason(file) for key, file in files}
-            skipped = {key: reason for key, reason in reasons.items() if reason}
-            if skipped:
-                self.notes.append(_skipped_line(skipped))
-            if len(skipped) == len(files):
-                raise errors.DataError(
-                    f"{path}: holds no text: {self.notes[-1]}; give other files or set "
-                    "data.source_options.text_field."
-                )
-            files = [(key, file) for key, file in files if key not in skipped]
-        return files
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Example]]:
         config = self.builder_config
         paths = [path for path in (config.path, config.validation_path) if path]
         files = [file for path in paths for _, file in self._list(path)]
-        if config.separator and all(map(blocks.is_json_lines, files)):
-            raise errors.ConfigError(
-                f"data.source_options.separator={config.separator!r}: "
-                f"{names.shown(config.path)} holds JSON lines only, which have no "
-                "separator; leave it out."
-            )
+        text_files.check_separator(files, config.separator, config.path)
         return super()._split_generators(dl_manager)
-
-    def _reason(self, file: pathlib.Path) -> str:
-        """Why a file among others is no part of the corpus, or ''."""
-        config = self.builder_config
-        reason = local_files.without_text(file, config.text_field)
-        # An empty shard is a broken download, which `read_documents` reports.
-        return "" if config.json_only and reason == "empty" else reason
 
     def _split_key(self, name: str, text: str) -> str:
         return text
 
 
-def _skipped_line(skipped: dict[str, str]) -> str:
-    """'3 files skipped: 2 empty, 1 binary (logo.png, ..)', of reasons by key."""
-    counts = collections.Counter(sorted(skipped.values(), reverse=True))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return names.counted(list(skipped), f"file skipped: {reasons}")
-
-
 def local_builder(data_config: options.DataConfig, data_dir: str) -> _LocalDocuments:
     """The builder of a `stdlib`, `text` or `c4` source."""
+    known = {field.name for field in dataclasses.fields(TextConfig)}
+    settings = vars(data_config.source_options).items()
     config = TextConfig(
         name="configured",
         path=data_config.path,
         json_only=data_config.source == "c4",
-        **vars(data_config.source_options),
+        **{key: value for key, value in settings if key in known},
     )
     builder = Stdlib if data_config.source == "stdlib" else TextFiles
     return builder(config=config, data_dir=data_dir)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from memoryformer import errors
-from memoryformer.data import corpora, local_files, manifest, options, tfds_catalogue
+from memoryformer.data import corpora, local_files, options, tfds_catalogue
 from memoryformer.data import progress as progress_lib
 
 # Small records are read together, several times faster than one by one; large ones alone,
@@ -155,17 +155,6 @@ def read(
         )
         for split in ("train", "validation")
     }
-
-
-def describe(data_config: options.DataConfig) -> manifest.SourceFacts:
-    """What the manifest says about the origin of the documents."""
-    licences = {"stdlib": "PSF-2.0 (read locally, not shipped)"}
-    return manifest.SourceFacts(
-        kind=data_config.source,
-        name=data_config.name,
-        path=data_config.path,
-        licence=licences.get(data_config.source, "the corpus's own"),
-    )
 
 
 def _catalogue_texts(data_config: options.DataConfig) -> dict[str, Texts]:

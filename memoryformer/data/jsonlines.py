@@ -1,8 +1,9 @@
 """JSON lines: one value a line, and the field of it that holds text.
 
-Start at `values` and `text`.
+Start at `values` and `text`; `Share` deals the lines of a large file.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -17,17 +18,32 @@ _KINDS = {list: "a list", bool: "true or false", type(None): "null", dict: "an o
 _MAX_NAMED = 160  # characters of the fields that a message names
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One of `count` shares of the rows of a file, which as many readers read."""
+
+    number: int = 0
+    count: int = 1
+
+    def holds(self, row: int) -> bool:
+        """Whether row or line `row`, counted from 1, is in the share."""
+        return (row - 1) % self.count == self.number
+
+
+WHOLE = Share()
+
+
 class _BadLineError(errors.DataError):
     """A line that is no JSON."""
 
 
-def values(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, value) of every line that is not blank.
+def values(path: pathlib.Path, share: Share = WHOLE) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, value) of every line of `share` that is not blank.
 
     Raises `DataError` naming file and line.
     """
     for number, line in enumerate(blocks.lines(path), start=1):
-        if line.strip():
+        if share.holds(number) and line.strip():
             yield number, _parsed(line, f"{shown(path)}:{number}")
 
 

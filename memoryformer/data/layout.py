@@ -11,6 +11,8 @@ import dataclasses
 
 import numpy as np
 
+from memoryformer.data import streams
+
 SCAN = 1 << 24  # tokens looked at together
 
 
@@ -32,7 +34,7 @@ class Layout:
         return index, offset < length
 
 
-def make(tokens: np.ndarray, eot_id: int, align: int) -> Layout:
+def make(tokens: np.ndarray | streams.Stream, eot_id: int, align: int) -> Layout:
     """Lay out every token that has a next one; aligning reads the whole stream once."""
     num_targets = len(tokens) - 1
     starts = np.zeros(1, np.int64)

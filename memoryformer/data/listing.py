@@ -58,7 +58,7 @@ def list_files(
     """The files that `path` (a file, a folder or a pattern) names, sorted by key.
 
     The key of a file is its path relative to the folder, as UTF-8, so it does not depend
-    on where the corpus lies. With `json_only` only JSON lines count. `note` is told what
+    on where the corpus lies. With `json_only` only JSON lines and parquet count. `note` is told what
     was followed and what was left out. Raises `DataError` if nothing is left, or a folder
     cannot be read.
     """
@@ -82,9 +82,13 @@ def list_files(
             what = "it is neither file nor folder"
         raise errors.DataError(f"{field}={path!r}: {what}.")
     if json_only:
-        files = [(name, file) for name, file in files if blocks.is_json_lines(file)]
+        files = [(name, file) for name, file in files if blocks.has_fields(file)]
     if not files:
-        what = "JSON-lines files (*.jsonl, *.json[.gz])" if json_only else "files"
+        what = (
+            "JSON-lines files (*.jsonl, *.json[.gz]), nor *.parquet"
+            if json_only
+            else "files"
+        )
         raise errors.DataError(f"{field}={path!r}: holds no {what}.")
     return files
 
@@ -176,7 +180,7 @@ class _Walk:
 
 def _is_ours(folder: pathlib.Path, names: set[str]) -> bool:
     """Whether this package made the folder: a run changes while it is read."""
-    if {"manifest.json", "tokenizer.json", "train.bin"} <= names:
+    if {"manifest.json", "tokenizer.json"} <= names and names & {"train.bin", "parts"}:
         return True
     if {"model.safetensors", "reader.py"} <= names:  # an exported model
         return True

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines
+from memoryformer.data import blocks, jsonlines, parquet
 from memoryformer.data.listing import Files
 from memoryformer.data.names import shown
 
@@ -31,12 +31,14 @@ class Reading:
     """How files become documents.
 
     text_field: of JSON lines.  separator: what ends a document of plain text ('': the end
-    of its file).  piece_chars: where nothing else does, about its length.
+    of its file).  piece_chars: where nothing else does, about its length.  share: of the
+    documents of each file.
     """
 
     text_field: str = "text"
     separator: str = ""
     piece_chars: int = MAX_CHARS
+    share: jsonlines.Share = jsonlines.WHOLE
 
 
 def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]:
@@ -45,8 +47,9 @@ def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]
     Raises `DataError` naming file and line for anything unreadable.
     """
     for index, (key, path) in enumerate(files):
-        if blocks.is_json_lines(path):
-            for line, text in _json_texts(path, how.text_field):
+        if blocks.has_fields(path):
+            read = parquet.texts if blocks.is_parquet(path) else _json_texts
+            for line, text in read(path, how.text_field, how.share):
                 yield f"{key}:{line}", text, index
             continue
         if how.separator:
@@ -54,7 +57,8 @@ def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]
         else:
             documents = cut(read_text(path), how.piece_chars)
         for number, text in enumerate(documents):
-            yield f"{key}#{number}" if number else key, text, index
+            if how.share.holds(number + 1):
+                yield f"{key}#{number}" if number else key, text, index
 
 
 def without_text(path: pathlib.Path, text_field: str) -> str:
@@ -65,7 +69,7 @@ def without_text(path: pathlib.Path, text_field: str) -> str:
     """
     if path.stat().st_size == 0:
         return "empty"
-    if blocks.is_json_lines(path):
+    if blocks.has_fields(path):
         other = blocks.kind(path) == ".json"
         other = other and jsonlines.is_other_json(path, text_field)
         return "other JSON" if other else ""
@@ -104,7 +108,7 @@ def lone_text_piece(files: Files, validation_every: int) -> int:
     A lone file would be a single document, with nothing to hold out; about five pieces
     of it go to validation instead.
     """
-    if len(files) != 1 or blocks.is_json_lines(files[0][1]):
+    if len(files) != 1 or blocks.has_fields(files[0][1]):
         return MAX_CHARS
     piece = files[0][1].stat().st_size // (5 * validation_every)
     return min(max(256, piece), MAX_CHARS)
@@ -211,13 +215,13 @@ def _end(text: str, start: int, size: int) -> int:
     return next((stop for stop in stops if stop >= 0), start - 1) + 1
 
 
-def _json_texts(path: pathlib.Path, field: str) -> Iterator[tuple[int, str]]:
+def _json_texts(
+    path: pathlib.Path, field: str, share: jsonlines.Share
+) -> Iterator[tuple[int, str]]:
     number = 0
-    for number, value in jsonlines.values(path):
+    for number, value in jsonlines.values(path, share):
         where = f"{shown(path)}:{number}"
-        yield (
-            number,
-            jsonlines.text(value, field, where, "set data.source_options.text_field"),
-        )
-    if not number:
+        fix = "set data.source_options.text_field"
+        yield number, jsonlines.text(value, field, where, fix)
+    if not number and share.count == 1:
         raise errors.DataError(f"{shown(path)}: holds no JSON lines.")

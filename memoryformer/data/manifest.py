@@ -10,18 +10,20 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from memoryformer import errors
+from memoryformer.data import options
 from memoryformer.data import tokenizer as tokenizer_lib
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMAT = 1
+FORMAT, PARTED = 1, 2  # one file for each split; several
 FILE = "manifest.json"
 DTYPES = ("uint16", "uint32")
 SPLITS = ("validation", "train")
@@ -67,13 +69,36 @@ class SplitFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartFacts:
+    """One file of a split that lies in several; an end of document begins each document."""
+
+    file: str
+    documents: int
+    tokens: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PartedFacts(SplitFacts):
+    """What a split in several files holds; `parts` is their order.
+
+    file: ''.  tokens: of all files, and the one end behind the last, which none holds.
+    sha256: over those of the files.  duplicates_dropped: where equal texts are kept once.
+    """
+
+    deduplicated: bool = False
+    duplicates_dropped: int = 0
+    parts: tuple[PartFacts, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What manifest.json says; `splits` are those of SPLITS."""
 
     source: SourceFacts
     tokenizer: TokenizerFacts
     dtype: str  # of the token ids: one of DTYPES
-    splits: dict[str, SplitFacts]
+    splits: Mapping[str, SplitFacts]
 
     @property
     def fingerprint(self) -> str:
@@ -82,7 +107,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        values = {"format": FORMAT} | dataclasses.asdict(self)
+        is_parted = isinstance(self.splits["train"], PartedFacts)
+        values = {"format": PARTED if is_parted else FORMAT} | dataclasses.asdict(self)
         return values | {"fingerprint": fingerprint(values)}
 
     @classmethod
@@ -96,16 +122,30 @@ class Manifest:
         splits = values["splits"]
         if not isinstance(splits, Mapping) or set(splits) - set(SPLITS):
             raise ValueError(f"splits is {splits!r}")
-        parsed = {
-            name: _parsed(SplitFacts, splits.get(name), f"splits.{name}")
-            for name in SPLITS
-        }
-        for name, split in parsed.items():
-            if split.file != f"{name}.bin":  # it may name any file of the machine
-                raise ValueError(f"splits.{name}.file is {split.file!r}")
+        read = _parted if values["format"] == PARTED else _in_one_file
+        parsed = {name: read(name, splits.get(name)) for name in SPLITS}
         source = _parsed(SourceFacts, values.get("source"), "source")
         tokenizer = _parsed(TokenizerFacts, values["tokenizer"], "tokenizer")
         return cls(source, tokenizer, values["dtype"], parsed)
+
+
+def _in_one_file(name: str, values: Any) -> SplitFacts:
+    split = _parsed(SplitFacts, values, f"splits.{name}")
+    if split.file != f"{name}.bin":  # it may name any file of the machine
+        raise ValueError(f"splits.{name}.file is {split.file!r}")
+    return split
+
+
+def _parted(name: str, values: Any) -> PartedFacts:
+    where = f"splits.{name}"
+    split = _parsed(PartedFacts, {**values, "parts": ()}, where)
+    parts = [_parsed(PartFacts, part, f"{where}.parts") for part in values["parts"]]
+    for part in parts:
+        if not re.fullmatch(rf"{name}-\d{{5}}-of-\d{{5}}\.bin", part.file):
+            raise ValueError(f"{where}.parts has the file {part.file!r}")
+    if split.tokens != 1 + sum(part.tokens for part in parts):
+        raise ValueError(f"{where}.tokens is {split.tokens}")
+    return dataclasses.replace(split, parts=tuple(parts))
 
 
 def _parsed(cls: type[T], values: Any, where: str) -> T:
@@ -116,7 +156,8 @@ def _parsed(cls: type[T], values: Any, where: str) -> T:
         default = None if field.default is dataclasses.MISSING else field.default
         value = known[field.name] = values.get(field.name, default)
         is_count = field.type is int
-        if type(value) is not field.type or (is_count and not 0 <= value < _LARGEST):
+        kind = getattr(field.type, "__origin__", field.type)
+        if type(value) is not kind or (is_count and not 0 <= value < _LARGEST):
             raise ValueError(f"{where}.{field.name} is {value!r}")
     return cls(**known)
 
@@ -134,28 +175,62 @@ def read(directory: pathlib.Path, verify: bool = False) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         sound = values["fingerprint"] == fingerprint(values)
-        is_ours = values["format"] == FORMAT and sound
+        is_ours = values["format"] in (FORMAT, PARTED) and sound
         manifest = Manifest.from_json(values) if is_ours else None
     except _DAMAGE as error:
         raise errors.DataError(f"{path}: damaged ({error}); {again}.") from error
     if manifest is None:
         raise errors.DataError(
-            f"{path}: edited, or of another format than {FORMAT}; {again}."
+            f"{path}: edited, or of another format than {FORMAT} and {PARTED}; {again}."
         )
-    for name, split in manifest.splits.items():
-        file = directory / split.file
-        size = file.stat().st_size if file.is_file() else -1
-        expected = split.tokens * np.dtype(manifest.dtype).itemsize
-        if size != expected:
-            raise errors.DataError(
-                f"{file}: {'missing' if size < 0 else f'{size} bytes'}, but the "
-                f"manifest says {expected} bytes for {name}; {again}."
-            )
-        if verify and _file_sha256(file) != split.sha256:
-            raise errors.DataError(
-                f"{file}: its sha256 is not the manifest's; it is damaged: {again}."
-            )
+    for split in manifest.splits.values():
+        for stored in files_of(split):
+            _check_file(directory / stored.file, stored, manifest.dtype, verify)
     return manifest
+
+
+def describe(data_config: options.DataConfig) -> SourceFacts:
+    """What a manifest says about the origin of the documents."""
+    licences = {"stdlib": "PSF-2.0 (read locally, not shipped)"}
+    return SourceFacts(
+        kind=data_config.source,
+        name=data_config.name,
+        path=data_config.path,
+        licence=licences.get(data_config.source, "the corpus's own"),
+    )
+
+
+def files_of(split: SplitFacts) -> Sequence[SplitFacts | PartFacts]:
+    """The files of a split, in their order."""
+    return split.parts if isinstance(split, PartedFacts) else [split]
+
+
+def _check_file(
+    file: pathlib.Path, stored: SplitFacts | PartFacts, dtype: str, verify: bool
+) -> None:
+    again = "delete the directory and prepare it again"
+    size = file.stat().st_size if file.is_file() else -1
+    expected = stored.tokens * np.dtype(dtype).itemsize
+    if size != expected:
+        raise errors.DataError(
+            f"{file}: {'missing' if size < 0 else f'{size} bytes'}, but the "
+            f"manifest says {expected} bytes for {file.stem}; {again}."
+        )
+    if verify and _file_sha256(file) != stored.sha256:
+        raise errors.DataError(
+            f"{file}: its sha256 is not the manifest's; it is damaged: {again}."
+        )
+
+
+def facts_of(tokenizer: tokenizer_lib.Tokenizer) -> TokenizerFacts:
+    """What a manifest says of a tokenizer."""
+    return TokenizerFacts(
+        name=tokenizer.name,
+        sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        end_token=tokenizer.end_token,
+    )
 
 
 def load_tokenizer(

@@ -53,11 +53,23 @@ class ShardOptions(RecordOptions):
     validation_path: str = field(
         "numbers", "", doc="Held-out files; '': documents are held out."
     )
+    part_bytes: int = field(
+        "numbers",
+        32 << 20,
+        doc="Input of a part, bytes; a smaller corpus is not divided; 0: nor is any.",
+    )
+    deduplicate: bool = field("numbers", False, doc="Keep equal texts once.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.validation_path:
             paths.local(self.validation_path, f"{_NAME}.validation_path")
+        config_lib.at_least(self, _NAME, 0, "part_bytes")
+        if self.deduplicate and self.max_documents:
+            raise errors.ConfigError(
+                f"{_NAME}.deduplicate=True: needs all documents; leave out "
+                f"{_NAME}.max_documents={self.max_documents}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +98,30 @@ class CatalogueOptions(RecordOptions):
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenOptions:
+    """Of tokens that were made elsewhere."""
+
+    validation_path: str = field(
+        "numbers", "", doc="Held-out prefixes; '': the last documents are held out."
+    )
+    validation_every: int = field(
+        "numbers", 20, doc="One document in about so many is held out."
+    )
+
+    def __post_init__(self):
+        if self.validation_path:
+            paths.local(self.validation_path, f"{_NAME}.validation_path")
+        config_lib.at_least(self, _NAME, 2, "validation_every")
+
+
 SOURCES: dict[str, Any] = {
     "stdlib": DocumentOptions,
     "text": TextOptions,
     "c4": ShardOptions,
     "tfds": CatalogueOptions,
     "prepared": config_lib.NoOptions,
+    "megatron": TokenOptions,
 }
 
 
@@ -105,12 +135,13 @@ class DataConfig:
         c4        downloaded C4/Pile-style JSON-lines shards: a folder or a glob in `path`
         tfds      the TFDS data set `name`; `path` is TFDS's data_dir ('': TFDS's default)
         prepared  a directory that `prepare` made earlier, perhaps elsewhere, in `path`
+        megatron  tokens of Megatron-LM or GPT-NeoX, PREFIX.bin and PREFIX.idx, in `path`
 
     Raises `ConfigError` for an option that its source cannot use: it would be ignored.
     """
 
     source: str = field(
-        "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared."
+        "numbers", "stdlib", doc="stdlib | text | c4 | tfds | prepared | megatron."
     )
     source_options: Any = field(
         "numbers", None, doc="Options of the source.", options=SOURCES
@@ -144,7 +175,8 @@ class DataConfig:
 
     def __post_init__(self):
         config_lib.freeze(self, "data")
-        if self.source in ("text", "c4", "prepared") and not self.path:
+        needs_path = ("text", "c4", "prepared", "megatron")
+        if self.source in needs_path and not self.path:
             raise errors.ConfigError(
                 f"data.path='': data.source={self.source!r} needs one; "
                 "set --config.data.path=FILE_OR_FOLDER."
@@ -171,6 +203,11 @@ class DataConfig:
     def name(self) -> str:
         """The data set's in the catalogue of its source; '' where that has none."""
         return getattr(self.source_options, "name", "")
+
+
+def part_bytes(data_config: DataConfig) -> int:
+    """Bytes of input that make a part; more than any corpus has, for one part."""
+    return data_config.source_options.part_bytes or 1 << 62
 
 
 def cache_root(data_config: DataConfig) -> pathlib.Path:

@@ -11,43 +11,53 @@ determines its bytes, so `prepare` is idempotent. Start at `prepare`.
 """
 
 import contextlib
+import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
 import sys
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memoryformer import errors
-from memoryformer.data import blocks, listing, local_files, names, options, token_files
+from memoryformer.data import (
+    identity,
+    options,
+    part_processes,
+    part_runner,
+    token_files,
+)
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.files import atomic, lock, paths
+from memoryformer.files import atomic, lock
 
 if TYPE_CHECKING:  # importing it imports TFDS
     from memoryformer.data import documents
-
-BPE_TRAINING_BYTES = 3_000_000
-_SAMPLE = 2  # of the rule by which these are drawn
 
 
 def prepare(
     data_config: options.DataConfig,
     show_progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    parallel: int = 1,
+    share: part_processes.Share = (0, 1),
+    spread: Callable[[part_runner.Job], None] | None = None,
 ) -> pathlib.Path:
     """Tokenise the corpus unless that is done, and return its directory.
+
+    A large one in parts, by `parallel` processes; where `share` is not (0, 1), only its parts,
+    and the directory is there when those of the other shares are done too. `spread` does parts
+    on other machines first.
 
     Safe to call from many processes at once: one works, the others wait for it or find
     its result. Raises `DataError` or `ConfigError` and leaves nothing behind if the
     corpus cannot be read, `StorageError` if the cache cannot be written, `Preempted` when
     `stop`, asked every few documents and while waiting, says so.
     """
-    directory = resolve_dir(data_config)
+    directory, in_parts = identity.located(data_config)
     if (directory / manifest_lib.FILE).is_file() or data_config.source == "prepared":
         manifest_lib.read(directory)
         return directory
@@ -60,11 +70,18 @@ def prepare(
         progress = progress_lib.Progress(
             f"preparing {data_config.source}", enabled=show_progress, stop=stop
         )
-        with _locked(directory, progress) as locked:
-            if not directory.exists():
-                if locked:
-                    _remove_stale(directory)
-                _prepare_into(directory, data_config, progress)
+        if in_parts:
+            progress.again = part_runner.AGAIN
+            job = part_runner.Job(directory, data_config, progress)
+            if spread and job.missing():
+                spread(job)
+            if not _prepare_parts(job, parallel, share):
+                return directory
+        elif share[0]:
+            progress.note("the corpus is one part, and that is of share 0")
+            return directory
+        else:
+            _prepare_whole(directory, data_config, progress)
     except errors.MemoryFormerError:
         raise
     except OSError as error:
@@ -76,79 +93,32 @@ def prepare(
     return directory
 
 
-def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
-    """Where this data set is or would be prepared: cache / slug-hash.
-
-    The hash covers the corpus, the split and the tokenizer. Raises `DataError` if the
-    corpus is not there.
-    """
-    if data_config.source == "prepared":
-        return paths.local(data_config.path, "data.path")
-    text = json.dumps(_request(data_config), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    label = data_config.name or data_config.source
-    label = "".join(c if c.isalnum() else "-" for c in label).strip("-").lower()
-    return options.cache_root(data_config) / f"{label}-{digest}"
+def _prepare_whole(
+    directory: pathlib.Path,
+    data_config: options.DataConfig,
+    progress: progress_lib.Progress,
+) -> None:
+    with _locked(directory, progress) as locked:
+        if not directory.exists():
+            if locked:
+                _remove_stale(directory)
+            _prepare_into(directory, data_config, progress)
 
 
-def _request(data_config: options.DataConfig) -> dict:
-    """Everything that determines the bytes of the token files, cheap enough to ask often."""
-    settings = data_config.source_options
-    request = {
-        "format": manifest_lib.FORMAT,
-        "source": data_config.source,
-        "max_documents": settings.max_documents,
-        "validation_every": settings.validation_every,
-        "tokenizer": data_config.tokenizer,
-    }
-    if data_config.source == "stdlib":
-        request["files"] = local_files.fingerprint(listing.stdlib_files())
-    elif data_config.source == "tfds":
-        request["tfds"] = _catalogue_identity(data_config)
-    else:
-        request |= _local_identity(data_config)
-    if data_config.source != "stdlib":
-        request["text_field"] = settings.text_field
-    if tokenizer_lib.bpe_size(data_config.tokenizer):
-        request["sample"] = _SAMPLE
-    elif data_config.tokenizer != "bytes":
-        tokenizer = tokenizer_lib.load(data_config.tokenizer, data_config.end_token)
-        request["tokenizer"] = tokenizer.fingerprint
-    return request
-
-
-def _local_identity(data_config: options.DataConfig) -> dict:
-    only, settings = data_config.source == "c4", data_config.source_options
-    files = listing.list_files(data_config.path, json_only=only)
-    identity: dict[str, Any] = {"files": local_files.fingerprint(files)}
-    if settings.validation_path:
-        held_out = listing.list_files(
-            settings.validation_path,
-            json_only=only,
-            field="data.source_options.validation_path",
-        )
-        identity["validation"] = local_files.fingerprint(held_out)
-        files = files + held_out
-    if data_config.source == "text" and settings.separator:
-        identity["separator"] = names.unescaped(settings.separator)
-        if "\n" in identity["separator"]:
-            identity["line_ends"] = "\\n or \\r\\n"
-    if any(_may_be_cut(path) for _, path in files):
-        identity["max_chars"] = local_files.MAX_CHARS
-    return identity
-
-
-def _may_be_cut(path: pathlib.Path) -> bool:
-    """Whether a file's text may be longer than a document can be."""
-    is_compressed = path.suffix.lower() in blocks.COMPRESSED
-    large = is_compressed or path.stat().st_size > local_files.MAX_CHARS
-    return large and not blocks.is_json_lines(path)
-
-
-def _catalogue_identity(data_config: options.DataConfig) -> str:
-    from memoryformer.data import tfds_catalogue  # TFDS: slow to import
-
-    return tfds_catalogue.builder(data_config).info.full_name
+def _prepare_parts(
+    job: part_runner.Job, parallel: int, share: part_processes.Share
+) -> bool:
+    """Do the parts of a share; return whether the directory is there."""
+    if parallel > 1 and job.missing():
+        part_processes.run(job, share, parallel)
+    is_whole = share == (0, 1)
+    job.run(part_processes.mine(share), wait=is_whole)
+    if missing := job.missing():
+        done = len(job.parts) - len(missing)
+        job.progress.note(f"{done} of {len(job.parts)} parts are done")
+        return False
+    job.finish()
+    return True
 
 
 def _prepare_into(
@@ -194,13 +164,9 @@ def _write(
         )
     shutil.rmtree(directory / "records", ignore_errors=True)
     manifest = manifest_lib.Manifest(
-        documents_lib.describe(data_config),
-        manifest_lib.TokenizerFacts(
-            name=data_config.tokenizer,
-            sha256=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eot_id=tokenizer.eot_id,
-            end_token=tokenizer.end_token,
+        manifest_lib.describe(data_config),
+        dataclasses.replace(
+            manifest_lib.facts_of(tokenizer), name=data_config.tokenizer
         ),
         token_files.dtype_for(tokenizer.vocab_size),
         splits,
@@ -228,7 +194,7 @@ def _tokenizer(
     progress.start(
         "sampling for the tokenizer", texts.text_bytes or texts.num_bytes, "B"
     )
-    sample = texts.sample(BPE_TRAINING_BYTES, accept, progress.update)
+    sample = texts.sample(tokenizer_lib.BPE_TRAINING_BYTES, accept, progress.update)
     return progress.during(
         f"training {data_config.tokenizer}",
         lambda: tokenizer_lib.train_bpe(sample, size),

@@ -18,6 +18,7 @@ class Progress:
 
     On a terminal the line is rewritten in place; elsewhere a new one is printed every
     few seconds, so a log stays readable. `stop` is asked at every `update`, shown or not.
+    again: what a stop leaves, and how to go on.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class Progress:
         *,
         enabled: bool = True,
         stop: Callable[[], bool] = lambda: False,
+        again: str = "nothing of it is kept; run the same command to begin again",
     ):
         self.title = title
         self.enabled = enabled
+        self.again = again
         self._stop = stop
         self._stage = ""
         self._terminal = sys.stderr.isatty()
@@ -56,10 +59,7 @@ class Progress:
     def check(self) -> None:
         """Raise `Preempted` when asked to stop; for work that has no line."""
         if self._stop():
-            raise Preempted(
-                f"asked to stop while {self.title}: nothing of it is kept; run the same "
-                "command to begin again."
-            )
+            raise Preempted(f"asked to stop while {self.title}: {self.again}.")
 
     def during(self, stage: str, work: Callable[[], T]) -> T:
         """Return `work()`, done beside this thread, so that signals are answered.

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from memoryformer import errors
+from memoryformer.data import local_files
 from memoryformer.data import progress as progress_lib
 from memoryformer.data.manifest import SplitFacts
 from memoryformer.data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def write(
     """
     num_read = empty = duplicates = 0
     with path.open("wb") as stream:
-        writer = _Writer(stream, tokenizer)
+        writer = Writer(stream, tokenizer)
         batch, size = [], 0
         for text in progress.watched(texts):
             num_read += 1
@@ -65,7 +66,7 @@ def write(
             if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
                 progress.during("", functools.partial(writer.append, batch))
                 if size >= _BATCH_CHARS:
-                    _give_back_memory()
+                    give_back_memory()
                 batch, size = [], 0
                 progress.update(num_read)
         writer.append(batch)
@@ -88,60 +89,91 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         )
 
 
-class _Writer:
-    """Appends documents to one token file and counts what it writes."""
+class Writer:
+    """Appends documents to one token file and counts what it writes.
 
-    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer):
+    piece_chars: longer texts are encoded in pieces of about so many characters, cut at line
+    ends (0: whole), for encoding takes a hundred times a text's memory.
+    """
+
+    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer, piece_chars: int = 0):
         self._stream = stream
         self._tokenizer = tokenizer
+        self._piece_chars = piece_chars
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size)).newbyteorder("<")
         self._sha256 = hashlib.sha256()
-        self._documents = self._tokens = self._eots = 0
-        self._bytes = self._token_bytes = 0
+        self.documents = self.tokens = self.ends = 0
+        self.bytes = self.token_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written."""
+        return self._sha256.hexdigest()
 
     def append(self, texts: Sequence[str]) -> None:
+        """Write documents, each behind an end of document."""
         encodings = self._tokenizer.encode_batch(texts)
         for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.array(encoding, np.int64)
-            check_ids(ids, self._tokenizer.vocab_size, "the tokenizer's output")
-            self._write(np.concatenate([[self._tokenizer.eot_id], ids]))
-            self._documents += 1
-            self._bytes += len(text.encode("utf-8"))
-            self._token_bytes += int(self._tokenizer.token_bytes[ids].sum())
+            self._begin(text)
+            self._ids(encoding, [self._tokenizer.eot_id])
+
+    def append_long(self, text: str) -> None:
+        """`append` of one text, encoded in pieces."""
+        self._begin(text)
+        start = [self._tokenizer.eot_id]
+        for piece in local_files.cut([text], self._piece_chars):
+            self._ids(self._tokenizer.encode(piece), start)
+            start = []
 
     def close(self) -> None:
+        """Write the end of the last document."""
         self._write(np.array([self._tokenizer.eot_id]))
 
     def facts(self, path: pathlib.Path, empty: int, duplicates: int) -> SplitFacts:
-        if not self._documents:
+        """What a closed file holds; raises `DataError` if that is no document."""
+        if not self.documents:
             raise errors.DataError(f"{path.stem}: no document holds any text.")
-        ends = self._eots - 1
-        if ends != self._documents:
-            raise errors.DataError(
-                f"data.tokenizer={self._tokenizer.name!r}: made the end-of-document token "
-                f"from text ({ends} ends in {self._documents} documents)."
-            )
+        ends = self.ends - 1
+        self.check_ends(ends)
         return SplitFacts(
             file=path.name,
-            documents=self._documents,
-            tokens=self._tokens,
+            documents=self.documents,
+            tokens=self.tokens,
             ends_of_document=ends,
-            bytes=self._bytes,
-            token_bytes=self._token_bytes,
+            bytes=self.bytes,
+            token_bytes=self.token_bytes,
             empty_dropped=empty,
             duplicates_of_validation_dropped=duplicates,
-            sha256=self._sha256.hexdigest(),
+            sha256=self.sha256,
         )
+
+    def check_ends(self, ends: int) -> None:
+        """Raise `DataError` if text has made an end of document."""
+        if ends != self.documents:
+            raise errors.DataError(
+                f"data.tokenizer={self._tokenizer.name!r}: made the end-of-document token "
+                f"from text ({ends} ends in {self.documents} documents)."
+            )
+
+    def _begin(self, text: str) -> None:
+        self.documents += 1
+        self.bytes += len(text.encode("utf-8"))
+
+    def _ids(self, encoding: Sequence[int], start: Sequence[int]) -> None:
+        ids = np.array(encoding, np.int64)
+        check_ids(ids, self._tokenizer.vocab_size, "the tokenizer's output")
+        self._write(np.concatenate([np.array(start, np.int64), ids]))
+        self.token_bytes += int(self._tokenizer.token_bytes[ids].sum())
 
     def _write(self, ids: np.ndarray) -> None:
         content = ids.astype(self._dtype).tobytes()
         self._stream.write(content)
         self._sha256.update(content)
-        self._tokens += len(ids)
-        self._eots += int((ids == self._tokenizer.eot_id).sum())
+        self.tokens += len(ids)
+        self.ends += int((ids == self._tokenizer.eot_id).sum())
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return freed memory to the system, or each thread of the tokenizer keeps its own."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim:

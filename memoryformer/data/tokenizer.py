@@ -22,6 +22,7 @@ from memoryformer import errors
 from memoryformer.data import vocabulary
 from memoryformer.files import atomic, hub, paths
 
+BPE_TRAINING_BYTES = 3_000_000  # of text that a vocabulary is trained on
 _WORD = 1024
 _MAX_BPE = 1 << 20  # room for as many is taken before training begins
 

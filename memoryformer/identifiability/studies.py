@@ -70,7 +70,7 @@ def config(study: str, data: Mapping[str, Any], seed: int, num_heads: int) -> An
     values.task.update(learning_rate=0.01, weight_decay=0.0, eval_every=1000)
     values.model.num_heads = num_heads
     values.checkpoint.every_steps = values.task.num_steps
-    values.metrics.tensorboard = False
+    values.metrics.trackers = ""
     return values
 
 

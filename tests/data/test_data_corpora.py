@@ -15,7 +15,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from memoryformer import data, errors
-from memoryformer.data import corpora, listing, local_files, tfds_catalogue
+from memoryformer.data import (
+    corpora,
+    listing,
+    local_files,
+    text_files,
+    tfds_catalogue,
+)
 
 
 def records(builder, split):
@@ -416,7 +422,7 @@ def test_how_far_reading_is(tmp_path):
 
 def test_markers_are_counted_where_they_are_text(tmp_path):
     """Mutations: `and` for `or`; a marker counted twice."""
-    marked = f"a{corpora._MARKER}b{corpora._MARKER}"
+    marked = f"a{text_files.MARKER}b{text_files.MARKER}"
     corpus = data_helpers.folder(tmp_path / "c", [marked, "plain", marked + "x"])
     builder = bare(path=str(corpus))
     assert builder.marker_line() == ""
@@ -462,7 +468,7 @@ def test_who_is_held_out(tmp_path):
 
 def test_skipped_files_are_counted_by_reason():
     """Mutation: another order."""
-    line = corpora._skipped_line({"b": "empty", "a": "binary", "c": "empty"})
+    line = text_files.skipped_line({"b": "empty", "a": "binary", "c": "empty"})
     assert line == "3 files skipped: 2 empty, 1 binary (a, ..)"
 
 

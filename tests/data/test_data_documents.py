@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from memoryformer import data, errors
 from memoryformer.data import documents, preparation, progress
+from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.runs import console
 
@@ -392,14 +393,14 @@ def test_records_that_hold_no_text(value):
 
 def test_what_the_manifest_says_of_a_corpus():
     """Mutation: one licence for all."""
-    said = documents.describe(data.DataConfig())
+    said = manifest_lib.describe(data.DataConfig())
     assert dataclasses.asdict(said) == {
         "kind": "stdlib",
         "name": "",
         "path": "",
         "licence": "PSF-2.0 (read locally, not shipped)",
     }
-    said = documents.describe(data.DataConfig(source="text", path="x"))
+    said = manifest_lib.describe(data.DataConfig(source="text", path="x"))
     assert (said.path, said.licence) == ("x", "the corpus's own")
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from memoryformer import data, errors
+from memoryformer.data import identity, preparation, progress, token_files
 from memoryformer.data import manifest as manifest_lib
-from memoryformer.data import preparation, progress, token_files
 from memoryformer.files import atomic
 
 # Where a name is given, the process kills itself as it begins that file or directory.
@@ -169,7 +169,7 @@ def test_the_tokenizer_never_sees_validation(tmp_path, monkeypatch):
         return train_bpe(seen, size)
 
     monkeypatch.setattr(preparation.tokenizer_lib, "train_bpe", spy)
-    monkeypatch.setattr(preparation, "BPE_TRAINING_BYTES", 1500)
+    monkeypatch.setattr(preparation.tokenizer_lib, "BPE_TRAINING_BYTES", 1500)
     texts = data_helpers.texts(60)
     held_out = data_helpers.folder(tmp_path / "held_out", texts[::2])
     config = data_helpers.config(
@@ -302,7 +302,7 @@ def test_damaged_directories_are_one_line(dataset, tmp_path):
             "splits.validation.file is No",
             False,
         ),
-        ("manifest.json", lambda p: sign(p, format=2), "another format than 1", False),
+        ("manifest.json", lambda p: sign(p, format=3), "another format than 1", False),
         (
             "manifest.json",
             lambda p: sign(
@@ -520,7 +520,7 @@ def test_documents_are_tokenised_by_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "_BATCH_CHARS", 100)
     trimmed, sizes, line = [], [], Line()
     monkeypatch.setattr(
-        token_files, "_give_back_memory", lambda: trimmed.append(len(sizes))
+        token_files, "give_back_memory", lambda: trimmed.append(len(sizes))
     )
     tokenizer = preparation.tokenizer_lib.byte_level()
     encode = tokenizer.encode_batch
@@ -567,7 +567,7 @@ def test_a_sample_says_how_far_it_is(tmp_path):
         text_bytes, num_bytes = 70, 99
 
         def sample(self, budget, accept, on_bytes):
-            assert budget == preparation.BPE_TRAINING_BYTES == 3_000_000
+            assert budget == preparation.tokenizer_lib.BPE_TRAINING_BYTES == 3_000_000
             on_bytes(7)
             return [text for text in texts if accept(text)]
 
@@ -585,7 +585,7 @@ def test_freed_memory_is_given_back(monkeypatch):
     libc = type("C", (), {"malloc_trim": staticmethod(seen.append)})
     for library in (libc, type("Other", (), {})):
         monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, c=library: c)
-        token_files._give_back_memory()
+        token_files.give_back_memory()
     assert seen == [0]
 
 
@@ -669,9 +669,9 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
     with_options = lambda **o: dataclasses.replace(config, source_options=o)  # noqa: E731
     assert re.fullmatch(r"text-[0-9a-f]{16}", data.resolve_dir(config).name)
     named = data.DataConfig("tfds", {"name": "A/b_C:1"}, tokenizer="bytes")
-    monkeypatch.setattr(preparation, "_catalogue_identity", lambda config: "x")
+    monkeypatch.setattr(identity, "_catalogue_identity", lambda config: "x")
     assert data.resolve_dir(named).name.startswith("a-b-c-1-")
-    request = preparation._request(config)
+    request = identity.request(config)
     assert set(request) == {
         "format",
         "source",
@@ -681,14 +681,14 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
         "files",
         "text_field",
     }
-    assert preparation._request(named)["tfds"] == "x"
-    monkeypatch.setattr(preparation.listing, "stdlib_files", lambda: [])
-    stdlib = preparation._request(data.DataConfig())
+    assert identity.request(named)["tfds"] == "x"
+    monkeypatch.setattr(identity.listing, "stdlib_files", lambda: [])
+    stdlib = identity.request(data.DataConfig())
     assert "text_field" not in stdlib and stdlib["sample"] == 2
     for separator, line_ends in (("@", None), ("\\n", "\\n or \\r\\n")):
-        changed = preparation._request(with_options(separator=separator))
+        changed = identity.request(with_options(separator=separator))
         assert changed.get("line_ends") == line_ends
-    held_out = preparation._request(with_options(validation_path=config.path))
+    held_out = identity.request(with_options(validation_path=config.path))
     assert held_out["validation"] == request["files"]
 
 
@@ -705,6 +705,6 @@ def test_what_names_a_directory(tmp_path, monkeypatch):
 )
 def test_which_files_may_be_cut(tmp_path, monkeypatch, name, size, cut):
     """Those whose text may be long. Mutations: `>=` for `>`; `and` for `or`."""
-    monkeypatch.setattr(preparation.local_files, "MAX_CHARS", 10)
+    monkeypatch.setattr(identity.local_files, "MAX_CHARS", 10)
     (tmp_path / name).write_bytes(b"x" * size)
-    assert preparation._may_be_cut(tmp_path / name) is cut
+    assert identity._may_be_cut(tmp_path / name) is cut

@@ -318,7 +318,7 @@ def test_a_run_is_trained_and_measured(tmp_path, capsys):
             learning_rate=3e-3,
         )
         config.model.update(hidden=64, hidden_glimpse=32, num_glimpses=3)
-        config.metrics.tensorboard = False
+        config.metrics.trackers = ""
     rows = trainer.train(config, tmp_path / "run")
     assert rows[-1]["val/accuracy"] > 0.2  # 0.1 is chance
     words = ["memorised", f"--workdir={tmp_path / 'run'}", "--draws=1", "--code_bits=6"]

@@ -1,0 +1,237 @@
+"""One part of a corpus: read, tokenised, hashed, and renamed into place.
+
+    train-00003-of-00016.bin, validation-00003-of-00016.bin   [eot, t1, .., tn] each document
+    parts/00003.json                                          what they hold; written last
+
+Start at `write`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from memoryformer.data import (
+    digests,
+    manifest,
+    parts,
+    text_files,
+    token_files,
+    tokenizer,
+)
+from memoryformer.data import progress as progress_lib
+from memoryformer.files import atomic
+
+_BATCH_CHARS, _BATCH_DOCUMENTS = 1 << 20, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is the same for every part.
+
+    held_out: sorted digests of the held-out files, if there are any.
+    """
+
+    corpus: parts.Corpus
+    num_parts: int
+    tokenizer: tokenizer.Tokenizer
+    held_out: np.ndarray
+    deduplicate: bool
+
+
+def facts_path(work: pathlib.Path, number: int) -> pathlib.Path:
+    """Where a finished part says what it holds."""
+    return work / "parts" / f"{number:05d}.json"
+
+
+def write(
+    work: pathlib.Path,
+    part: parts.Part,
+    rules: Rules,
+    progress: progress_lib.Progress,
+) -> None:
+    """Tokenise a part; raises `DataError` for a file of it that cannot be read."""
+    paths = {
+        name: work / f"{name}-{part.number:05d}-of-{rules.num_parts:05d}.bin"
+        for name in manifest.SPLITS
+    }
+    for path in paths.values():
+        for debris in work.glob(f".{path.name}.*.tmp"):
+            debris.unlink()
+    with contextlib.ExitStack() as stack:
+        splits = {}
+        for name, path in paths.items():
+            temporary = stack.enter_context(atomic.replacing(path))
+            stream = stack.enter_context(temporary.open("wb"))
+            splits[name] = _Split(
+                token_files.Writer(stream, rules.tokenizer, _BATCH_CHARS)
+            )
+        worker = _Worker(work, part, rules, splits, progress)
+        worker.run()
+    facts: dict[str, Any] = {
+        name: split.facts(paths[name].name) for name, split in splits.items()
+    }
+    for name, path in paths.items():
+        if not facts[name]["tokens"]:
+            path.unlink()
+    facts["marked"] = worker.marked
+    atomic.write_json(facts_path(work, part.number), facts)
+
+
+def read(work: pathlib.Path, num_parts: int) -> list[dict[str, Any]]:
+    """What every part holds, all of them finished."""
+    texts = (facts_path(work, number).read_text() for number in range(num_parts))
+    return [json.loads(text) for text in texts]
+
+
+def joined(
+    name: str, facts: Sequence[dict[str, Any]], deduplicated: bool
+) -> manifest.PartedFacts:
+    """The facts of a whole split."""
+    of_split = [part[name] for part in facts]
+    stored = [part for part in of_split if part["tokens"]]
+
+    def total(key: str) -> int:
+        return sum(part[key] for part in of_split)
+
+    hashes = "".join(part["sha256"] for part in stored)
+    return manifest.PartedFacts(
+        file="",
+        documents=total("documents"),
+        tokens=total("tokens") + 1,
+        ends_of_document=total("documents"),
+        bytes=total("bytes"),
+        token_bytes=total("token_bytes"),
+        empty_dropped=total("empty_dropped"),
+        duplicates_of_validation_dropped=total("duplicates_of_validation_dropped"),
+        sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        deduplicated=deduplicated,
+        duplicates_dropped=total("duplicates_dropped"),
+        parts=tuple(
+            manifest.PartFacts(
+                **{
+                    field.name: part[field.name]
+                    for field in dataclasses.fields(manifest.PartFacts)
+                }
+            )
+            for part in stored
+        ),
+    )
+
+
+class _Split:
+    """The file of one split, and what was left out of it."""
+
+    def __init__(self, writer: token_files.Writer):
+        self.writer = writer
+        self.empty = self.of_validation = self.duplicates = 0
+        self._short: list[str] = []
+
+    def append(self, text: str) -> None:
+        if len(text) > 2 * _BATCH_CHARS:
+            self.flush()
+            self.writer.append_long(text)
+        else:
+            self._short.append(text)
+
+    def flush(self) -> None:
+        if self._short:
+            self.writer.append(self._short)
+        self._short = []
+
+    def facts(self, file: str) -> dict[str, Any]:
+        writer = self.writer
+        writer.check_ends(writer.ends)
+        return {
+            "file": file,
+            "documents": writer.documents,
+            "tokens": writer.tokens,
+            "bytes": writer.bytes,
+            "token_bytes": writer.token_bytes,
+            "empty_dropped": self.empty,
+            "duplicates_of_validation_dropped": self.of_validation,
+            "duplicates_dropped": self.duplicates,
+            "sha256": writer.sha256,
+        }
+
+
+class _Worker:
+    """Deals the texts of a part to its two files, some at a time."""
+
+    def __init__(
+        self,
+        work: pathlib.Path,
+        part: parts.Part,
+        rules: Rules,
+        splits: dict[str, _Split],
+        progress: progress_lib.Progress,
+    ):
+        self._part, self._rules = part, rules
+        self._splits, self._progress = splits, progress
+        self._known = digests.Known(work, part.number) if rules.deduplicate else None
+        self._number = 0  # of texts before those in hand
+        self.marked = 0
+
+    def run(self) -> None:
+        for texts in batches(self._texts()):
+            self._deal(texts)
+            for split in self._splits.values():
+                self._progress.during("", split.flush)
+            if sum(map(len, texts)) >= _BATCH_CHARS:
+                token_files.give_back_memory()
+
+    def _texts(self) -> Iterator[str]:
+        done = 0
+        for unit in self._part.units:
+            read = 0  # characters, for want of the place in the file
+            for text in self._rules.corpus.texts(unit):
+                self._progress.update(done + min(read, unit.size))
+                yield text
+                read += len(text)
+            done += unit.size
+
+    def _deal(self, texts: Sequence[str]) -> None:
+        hashes = [hashlib.sha256(text.encode("utf-8")).digest() for text in texts]
+        short = [digest[:16] for digest in hashes]
+        new = np.ones(len(texts), bool)
+        if self._known:
+            new = self._known.is_new(short, self._number)
+        of_validation = np.zeros(len(texts), bool)
+        if self._part.split == "train":
+            of_validation = digests.contains(
+                self._rules.held_out, np.array(short, "S16")
+            )
+        every = self._rules.corpus.validation_every
+        for text, digest, is_new, is_held_out in zip(
+            texts, hashes, new, of_validation, strict=True
+        ):
+            by_hash = "train" if int.from_bytes(digest) % every else "validation"
+            split = self._splits[self._part.split or by_hash]
+            self.marked += text_files.MARKER in text
+            if not text:
+                split.empty += 1
+            elif is_held_out:
+                split.of_validation += 1
+            elif not is_new:
+                split.duplicates += 1
+            else:
+                split.append(text)
+        self._number += len(texts)
+
+
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts by the megabyte."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

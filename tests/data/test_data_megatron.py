@@ -1,0 +1,387 @@
+"""Megatron's files as a source, against a writer of a few lines of numpy, and back again."""
+
+import collections
+import json
+import pathlib
+import struct
+
+import data_helpers
+import numpy as np
+import pytest
+
+from memoryformer import data, errors
+from memoryformer.data import __main__ as data_main
+from memoryformer.data import batches as batches_lib
+from memoryformer.data import export, megatron, megatron_index, streams
+
+END = 256  # the end of a document in 'bytes'
+CODES = {"uint8": 1, "uint16": 8, "int32": 4, "int64": 5}
+
+
+def documents(count, seed=0, longest=40):
+    """Random tokens of bytes [n], an END behind each document."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, longest, count)
+    return [[*rng.integers(0, 256, size).tolist(), END] for size in sizes]
+
+
+def write_mmididx(prefix, docs, dtype="uint16", sequences_each=1):
+    """A pair as Megatron-LM writes it; each document in so many sequences."""
+    pieces = [p for d in docs for p in np.array_split(np.array(d), sequences_each)]
+    np.concatenate(pieces).astype(dtype).tofile(f"{prefix}.bin")
+    sizes = np.array([len(p) for p in pieces], np.int32)
+    starts = (np.cumsum(sizes) - sizes).astype(np.int64) * np.dtype(dtype).itemsize
+    firsts = np.arange(len(docs) + 1, dtype=np.int64) * sequences_each
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, CODES[dtype]))
+        file.write(struct.pack("<QQ", len(sizes), len(firsts)))
+        file.write(sizes.tobytes() + starts.tobytes() + firsts.tobytes())
+
+
+def write_tntidx(prefix, docs, dtype="int32"):
+    """The index of before, as GPT-NeoX' `IndexedDatasetBuilder` writes it."""
+    np.concatenate(docs).astype(dtype).tofile(f"{prefix}.bin")
+    sizes = np.array([len(d) for d in docs], np.int64)
+    counts = np.arange(len(docs) + 1, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    head = (
+        1,
+        CODES[dtype],
+        np.dtype(dtype).itemsize,
+        len(docs),
+        len(sizes),
+        len(counts),
+    )
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"TNTIDX\x00\x00" + struct.pack("<6Q", *head))
+        for values in (counts, starts, sizes, counts):
+            file.write(values.tobytes())
+
+
+def config(path, tokenizer="bytes", **options):
+    return data.DataConfig(
+        source="megatron",
+        path=str(path),
+        tokenizer=tokenizer,
+        source_options={"validation_every": 10} | options,
+    )
+
+
+def stream_of(docs):
+    return [END, *(token for doc in docs for token in doc)]
+
+
+WRITERS = {
+    "MMIDIDX uint16": write_mmididx,
+    "MMIDIDX int32": lambda p, d: write_mmididx(p, d, "int32"),
+    "three sequences a document": lambda p, d: write_mmididx(p, d, "uint16", 3),
+    "TNTIDX int32": write_tntidx,
+    "TNTIDX uint16": lambda p, d: write_tntidx(p, d, "uint16"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_tokens_documents_and_segments(tmp_path, writer):
+    """Red with documents shifted by one, or the first end of document left out."""
+    docs = documents(40)
+    writer(tmp_path / "d", docs)
+    dataset = data.load(config(tmp_path / "d"))
+    assert dataset.train.tokens[:].tolist() == stream_of(docs[:36])
+    assert dataset.validation.tokens[:].tolist() == stream_of(docs[36:])
+    facts = dataset.train.facts
+    assert facts.documents == facts.ends_of_document == 36
+    assert facts.tokens == len(stream_of(docs[:36]))
+    batch = dataset.validation.eval_batches(len(stream_of(docs[36:])) - 1, 1).batch(0)
+    expected = [n for n, doc in enumerate(docs[36:], 1) for _ in doc]
+    assert batch["segment_ids"][0].tolist() == expected
+    positions = [n for doc in docs[36:] for n in range(len(doc))]
+    assert batch["positions"][0].tolist() == positions
+
+
+def test_equal_tokens_have_equal_fingerprints(tmp_path):
+    """Whatever index and integers hold them, wherever they lie; other tokens have others.
+
+    Red if the digest is of the file's bytes.
+    """
+    docs = documents(30)
+    seen = {}
+    for name, writer in WRITERS.items():
+        if not name.startswith("three"):
+            writer(tmp_path / name, docs)
+            seen[name] = data.load(config(tmp_path / name)).fingerprint
+    assert len(set(seen.values())) == 1
+    one_doc = [*docs[:3], [*docs[3][:-2], (docs[3][-2] + 1) % 256, END], *docs[4:]]
+    moved = [docs[0] + docs[1][:1], docs[1][1:], *docs[2:]]  # the same tokens
+    for number, other in enumerate((one_doc, moved, docs[:-1])):
+        write_mmididx(tmp_path / f"o{number}", other)
+        assert (
+            data.load(config(tmp_path / f"o{number}")).fingerprint not in seen.values()
+        )
+
+
+def test_export_and_back(tmp_path):
+    """Prepared data, exported and read again, is the same stream and the same batches.
+
+    Red if the export keeps the first end, or drops the last one.
+    """
+    prepared = data.load(data_helpers.config(tmp_path, data_helpers.texts(60)))
+    out = tmp_path / "out"
+    assert export.to_megatron(prepared, out) == [out / "train", out / "validation"]
+    back = data.load(
+        config(
+            out / "train",
+            validation_path=str(out / "validation"),
+            validation_every=20,
+            tokenizer=str(out / "tokenizer.json"),
+        )
+    )
+    for ours, theirs in (
+        (prepared.train, back.train),
+        (prepared.validation, back.validation),
+    ):
+        np.testing.assert_array_equal(ours.tokens[:], theirs.tokens[:])
+        assert ours.facts.documents == theirs.facts.documents
+    batch = prepared.train.batches(32, 4, 7).batch(3)
+    for key, value in back.train.batches(32, 4, 7).batch(3).items():
+        np.testing.assert_array_equal(batch[key], value, err_msg=key)
+    # And the independent writer writes the same bytes.
+    tokens = prepared.train.tokens[1:]
+    docs = [
+        d.tolist() for d in np.split(tokens, np.flatnonzero(tokens == END) + 1)[:-1]
+    ]
+    write_mmididx(tmp_path / "theirs", docs)
+    for end in (".bin", ".idx"):
+        theirs = pathlib.Path(f"{tmp_path / 'theirs'}{end}")
+        assert theirs.read_bytes() == pathlib.Path(f"{out / 'train'}{end}").read_bytes()
+
+
+def test_parts_of_a_bin_as_the_hub_holds_them(tmp_path):
+    """document-00000-of-00003.bin .. beside one document.idx. Red with parts out of order."""
+    docs = documents(50)
+    write_mmididx(tmp_path / "document", docs)
+    content = (tmp_path / "document.bin").read_bytes()
+    whole = data.load(config(tmp_path / "document")).train.tokens[:]
+    third = len(content) // 6 * 2
+    (tmp_path / "document.bin").unlink()
+    for n, part in enumerate(
+        (content[:third], content[third : 2 * third], content[2 * third :])
+    ):
+        (tmp_path / f"document-{n:05d}-of-00003.bin").write_bytes(part)
+    tokens = data.load(config(tmp_path / "document")).train.tokens
+    np.testing.assert_array_equal(tokens[:], whole)
+    at = np.random.default_rng(0).permutation(len(whole))
+    np.testing.assert_array_equal(tokens[at.reshape(1, -1)][0], whole[at])
+    (tmp_path / "document-00001-of-00003.bin").unlink()
+    with pytest.raises(errors.DataError, match="2 parts here, not all of 00003"):
+        data.load(config(tmp_path / "document"))
+
+
+def damaged(tmp_path):
+    """(what is wrong, a function that makes it so, what the line says)."""
+    bin_path, index = tmp_path / "d.bin", tmp_path / "d.idx"
+
+    def cut(path, size):
+        path.write_bytes(path.read_bytes()[:-size])
+
+    def overwrite(path, at, content):
+        data_ = bytearray(path.read_bytes())
+        data_[at : at + len(content)] = content
+        path.write_bytes(data_)
+
+    return {
+        "a token short": (lambda: cut(bin_path, 2), "d.bin: .*truncated"),
+        "half a token": (lambda: cut(bin_path, 1), "no whole number of uint16"),
+        "index short": (lambda: cut(index, 8), "d.idx: .*truncated"),
+        "header short": (lambda: index.write_bytes(b"MMIDIDX\0\0\1"), "in its header"),
+        "empty index": (lambda: index.write_bytes(b""), "d.idx: the file is empty"),
+        "magic": (
+            lambda: overwrite(index, 0, b"MMIDIDY"),
+            "not with MMIDIDX or TNTIDX",
+        ),
+        "version": (lambda: overwrite(index, 9, b"\2"), "has version 2"),
+        "kind": (lambda: overwrite(index, 17, b"\7"), "kind of number 7"),
+        "offsets": (
+            lambda: overwrite(index, 34 + 4 * 40 + 8, b"\1"),
+            "one behind the other",
+        ),
+        "documents": (
+            lambda: overwrite(index, index.stat().st_size - 8, b"\1"),
+            "cover",
+        ),
+        "beyond": (lambda: overwrite(bin_path, 20, b"\1\1"), "token id 257 is outside"),
+        "no bin": (bin_path.unlink, "d.bin: cannot be read"),
+        "no index": (index.unlink, "d.idx: cannot be read"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged(pathlib.Path()))
+def test_a_damaged_pair_is_one_line(tmp_path, name):
+    """Red for each check of `Pair.check`, `_arrays` and `_facts` that is left out."""
+    write_mmididx(tmp_path / "d", documents(40))
+    make, message = damaged(tmp_path)[name]
+    make()
+    with pytest.raises(errors.DataError, match=message) as caught:
+        data.load(config(tmp_path / "d"))
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_what_was_looked_at_end_the_step(tmp_path, monkeypatch):
+    """What the sample misses is found where it is drawn. Red without the check of a batch."""
+    monkeypatch.setattr(megatron, "SAMPLED", 2 * megatron._BLOCK)
+    docs = documents(1200)
+    docs[500][0] = 999
+    write_mmididx(tmp_path / "d", docs)
+    dataset = data.load(config(tmp_path / "d"))
+    assert dataset.train.facts.sampled_tokens < dataset.train.facts.tokens / 2
+    with pytest.raises(errors.DataError, match="token id 999 is outside"):
+        data.load(config(tmp_path / "d"), verify=True)
+    drawn = dataset.train.batches(64, 4, 0)
+    with pytest.raises(errors.DataError, match="token id 999 is outside"):
+        for step in range(drawn.windows_per_epoch // 4 + 1):
+            drawn.batch(step)
+
+
+def test_weights(tmp_path):
+    """Seven of ten windows, exactly, and each prefix' windows once an epoch of its own.
+
+    Red if a member's windows are numbered by the step of all.
+    """
+    big, small = documents(200, seed=1), documents(60, seed=2)
+    write_mmididx(tmp_path / "a", big)
+    write_mmididx(tmp_path / "b", small, "int32")
+    dataset = data.load(config(f"0.7:{tmp_path / 'a'},0.3:{tmp_path / 'b'}"))
+    assert dataset.train.facts.weights == (7, 3)
+    drawn = dataset.train.batches(16, 5, 3)
+    sizes = [
+        (len(stream_of(docs[: len(docs) * 9 // 10])) - 1) // 16 for docs in (big, small)
+    ]
+    assert drawn.windows_per_epoch == sum(sizes)
+    members = [batches_lib.mixed(n, (7, 3)) for n in range(1000)]
+    assert [m for m, _ in members].count(0) == 700
+    for member in (0, 1):
+        numbers = [number for m, number in members if m == member]
+        assert numbers == list(range(len(numbers)))
+    streams_ = [stream_of(docs[: len(docs) * 9 // 10]) for docs in (big, small)]
+    windows = {
+        tuple(tokens[16 * i : 16 * i + 16]): (m, i)
+        for m, tokens in enumerate(streams_)
+        for i in range((len(tokens) - 1) // 16)
+    }
+    seen = collections.Counter()
+    steps = -(-sizes[1] * 10 // 3) // 5 + 1
+    for step in range(steps):
+        for row in drawn.batch(step)["inputs"]:
+            seen[windows[tuple(row.tolist())]] += 1
+    of_small = [seen[1, i] for i in range(sizes[1])]
+    assert min(of_small) >= 1 and max(of_small) <= 2
+    assert sum(of_small) == pytest.approx(0.3 * 5 * steps, abs=1)
+    plain = data.load(config(f"{tmp_path / 'a'},{tmp_path / 'b'}"))
+    assert plain.fingerprint != dataset.fingerprint
+    assert plain.train.tokens[:].tolist() == streams_[0] + streams_[1][1:]
+
+
+def test_a_prefix_that_ends_inside_a_document_gets_an_end(tmp_path):
+    """Or its last document would go on in the next prefix. Red without it."""
+    write_mmididx(tmp_path / "a", [[1, END], [2, END], [3, 4]])
+    write_mmididx(tmp_path / "b", [[5, END], [6, END]])
+    both = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    held_out = {"validation_path": str(tmp_path / "b"), "validation_every": 20}
+    dataset = data.load(config(both, **held_out))
+    expected = [END, 1, END, 2, END, 3, 4, END, 5, END, 6, END]
+    assert dataset.train.tokens[:].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("0.7:{a},{a}", {}, "every prefix a weight, or none"),
+        ("7x:{a}", {}, "weight '7x' is no number"),
+        ("-1:{a},2:{a}", {}, "weight '-1' is no number"),
+        ("0:{a},2:{a}", {}, "is no number"),
+        ("{a},", {}, "empty path"),
+        ("{a}", {"tokenizer": "bpe:4096"}, "name the tokenizer.json"),
+        ("{a}", {"validation_path": "1:{a}"}, "leave the weights out"),
+        ("{a}", {"separator": "x"}, "has no such option"),
+        ("", {}, "needs one"),
+    ],
+)
+def test_options_that_cannot_be_meant(tmp_path, path, fields, message):
+    """Each in one line. Red where a check is left out."""
+    write_mmididx(tmp_path / "a", documents(10))
+    here = {k: v.format(a=tmp_path / "a") for k, v in fields.items()}
+    with pytest.raises(errors.ConfigError, match=message):
+        data.load(config(path.format(a=tmp_path / "a"), **here))
+
+
+def test_tokens_without_an_end_are_read_and_said(tmp_path, capsys):
+    """As Pythia's shuffled Pile, which has none. Red without the note."""
+    docs = [doc[:-1] for doc in documents(40)]
+    write_mmididx(tmp_path / "d", docs)
+    dataset = data.load(config(tmp_path / "d"))
+    assert "note: no <eot> among the tokens" in capsys.readouterr().err
+    expected = [*stream_of(docs[:36]), END]
+    assert dataset.train.tokens[:].tolist() == expected
+
+
+def test_a_stream_reads_like_one_array(tmp_path):
+    """Slices and indices across pieces. Red with `side='left'`."""
+    arrays = [np.arange(n, n + 5, dtype="<u2") for n in (0, 100, 200)]
+    for n, array in enumerate(arrays):
+        array.tofile(tmp_path / f"{n}.bin")
+    pieces = [
+        streams.end(7),
+        streams.Piece(tmp_path / "0.bin", "uint16", 5),
+        streams.Piece(tmp_path / "1.bin", "uint16", 0),
+        streams.Piece(tmp_path / "1.bin", "uint16", 3, first=1),
+        streams.Piece(tmp_path / "2.bin", "uint16", 5),
+    ]
+    whole = np.concatenate([[7], arrays[0], arrays[1][1:4], arrays[2]])
+    stream = streams.Stream(pieces)
+    assert len(stream) == len(whole)
+    for first in range(len(whole)):
+        for stop in range(first, len(whole) + 2):
+            np.testing.assert_array_equal(stream[first:stop], whole[first:stop])
+    at = np.random.default_rng(0).integers(0, len(whole), (6, 7))
+    np.testing.assert_array_equal(stream[at], whole[at])
+    with pytest.raises(IndexError):
+        stream[np.array([len(whole)])]
+
+
+def test_the_commands(tmp_path, capsys, run_command):
+    """inspect, prepare and export of a pair. Red if inspect prints no fingerprint."""
+    write_mmididx(tmp_path / "d", documents(60))
+    out = tmp_path / "out"
+    (tmp_path / "c.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    c = ml_collections.ConfigDict()\n"
+        "    c.data = ml_collections.ConfigDict(dict(source='megatron', tokenizer='bytes',\n"
+        f"        path={str(tmp_path / 'd')!r}, source_options=dict(validation_every=10)))\n"
+        "    c.model = ml_collections.ConfigDict(dict(seq_len=32))\n"
+        "    return c\n"
+    )
+    base = f"--config={tmp_path / 'c.py'}"
+    printed = json.loads(run_command("inspect", base, "--json"))
+    expected = data.load(config(tmp_path / "d"))
+    assert printed["fingerprint"] == expected.fingerprint
+    assert printed["splits"]["train"]["documents"] == 54
+    text = run_command("inspect", base)
+    assert "54 documents" in text and "tokens looked at" in text
+    assert run_command("prepare", base).strip() == str(tmp_path)
+    run_command("export", base, "--format=megatron", f"--output={out}")
+    pair = megatron_index.open_pair(out / "train")
+    assert pair.num_documents == 54
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.fixture
+def run_command(capsys):
+    """Run one command of memoryformer.data and return what it prints."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as caught:
+            data_main.main(["data", *words])
+        assert not caught.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
