@@ -208,6 +208,7 @@ class Flips(Device):
         """Rounded, flipped, and scaled back."""
         by_row = weights if weights.ndim == 3 else weights.T
         values, scales = narrow_rows.round_rows(by_row)
+        values = np.ascontiguousarray(values)  # so that `stored` is a view of them
         stored = values.view(np.uint8).reshape(-1)
         flips = rng.binomial(8 * stored.size, self.rate)
         places = rng.choice(8 * stored.size, flips, replace=False)

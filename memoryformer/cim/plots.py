@@ -27,7 +27,10 @@ def figure(
     models: dict[str, ModelConfig],
     batch: int,
 ) -> plt.Figure:
-    """Draw a panel for each kind of noise that has a level, then flips and energy."""
+    """Draw a panel for each kind of noise that has a level, then flips and energy.
+
+    In brackets behind a model: its bits per byte without noise.
+    """
     kinds = [k for k in dict.fromkeys(s.kind for s in settings) if AXES[k] != "-"]
     panels = list(dict.fromkeys(PANEL.get(kind, kind) for kind in kinds))
     names = {name: _label(config) for name, config in models.items()}
@@ -43,7 +46,7 @@ def figure(
             if PANEL.get(one, one) == kind:
                 levels = [s for s in settings if s.kind == one]
                 _losses(axes, rows, levels, settings[0], names, dashed=one in PANEL)
-        axes.set(title=kind, xlabel=AXES[kind], ylabel="bits per byte")
+        axes.set(title=kind, xlabel=AXES[kind], ylabel="more bits per byte")
         if kind != "io" and all(s.level for s in settings if s.kind == kind):
             axes.set_xscale("log")
         axes.legend(fontsize="small")
@@ -61,26 +64,27 @@ def _label(config: ModelConfig) -> str:
 
 
 def _losses(axes, rows, levels, ideal, names, *, dashed):
-    """Mean over seeds and their range; dotted: without noise."""
+    """Bits per byte above those without noise: mean over seeds, and their range."""
     for colour, (name, label) in zip(drawing.COLOURS, names.items(), strict=False):
-        values = [tables.bits_per_byte(rows, name, s) for s in levels]
+        clean = tables.bits_per_byte(rows, name, ideal).mean()
+        values = [tables.bits_per_byte(rows, name, s) - clean for s in levels]
         x = [s.level for s in levels]
         style = {"color": colour, "marker": "o", "markersize": 3}
+        label = f"{label} ({clean:.3f})"
         if dashed:
             style |= {"linestyle": "--", "markerfacecolor": "white"}
-            label = f"{label}, {levels[0].kind.partition('_')[2].replace('_', ' ')}"
+            label = (
+                f"{names[name]}, {levels[0].kind.partition('_')[2].replace('_', ' ')}"
+            )
         axes.plot(x, [v.mean() for v in values], label=label, **style)
         low, high = [v.min() for v in values], [v.max() for v in values]
         axes.fill_between(x, low, high, color=colour, alpha=0.17, linewidth=0)
-        if not dashed:
-            clean = tables.bits_per_byte(rows, name, ideal).mean()
-            axes.axhline(clean, color=colour, linestyle=":", linewidth=1)
 
 
 def _flips(axes, rows, settings, kinds):
     """The highest level of each kind (the fewest bits), by layer."""
     name = next(row["model"] for row in rows if row["flips"])
-    layers = sorted({layer for row in rows for layer in row["flips"]})
+    layers = tables.layers_of(rows, name)
     for index, kind in enumerate(kinds):
         levels = [s for s in settings if s.kind == kind]
         pick = min if kind.startswith("io") else max
@@ -94,8 +98,9 @@ def _flips(axes, rows, settings, kinds):
     axes.set_xticks(
         range(len(layers)), short, rotation=60, ha="right", fontsize="x-small"
     )
-    axes.set(title="code bits flipped", ylabel="%", ylim=(0, None))
-    axes.legend(fontsize="x-small", ncols=2)
+    axes.set(title="code bits flipped", ylabel="%")
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the names
+    axes.legend(fontsize="x-small", ncols=2, loc="upper center")
 
 
 def _energies(axes, models, names, batch):

@@ -1,5 +1,6 @@
 """What was measured and counted, as text to read and as Markdown. Start at `summary`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,9 +91,7 @@ def summary(
 
 def flips(rows: Sequence[Row], settings: Sequence[Setting], name: str) -> str:
     """Per cent of a layer's code bits that are not those of the model without noise."""
-    layers = sorted(
-        {layer for row in rows if row["model"] == name for layer in row["flips"]}
-    )
+    layers = layers_of(rows, name)
     if not layers:
         return ""
     lines = []
@@ -101,6 +100,16 @@ def flips(rows: Sequence[Row], settings: Sequence[Setting], name: str) -> str:
         lines.append([setting.kind, level(setting), *(f"{100 * m:.2f}" for m in means)])
     short = [layer.removeprefix("blocks.") for layer in layers]
     return markdown(["% of code bits flipped", "level", *short], lines)
+
+
+def layers_of(rows: Sequence[Row], name: str) -> list[str]:
+    """The memory layers of a model by block: mixer, up, down."""
+    found = {layer for row in rows if row["model"] == name for layer in row["flips"]}
+
+    def block(layer):
+        return int(re.sub(r"\D", "", layer.partition(".")[2].partition(".")[0]) or 0)
+
+    return sorted(sorted(found, reverse=True), key=block)
 
 
 def bits_per_byte(rows: Sequence[Row], name: str, setting: Setting) -> np.ndarray:

@@ -165,7 +165,7 @@ def test_drift_is_compensated_as_a_whole():
 
 def test_stuck_cells_and_flipped_bits():
     """How many, and where they end. Mutations: all of them stuck at 0; bits of one byte of
-    eight; the rounding of `Flips` by output where it is by row."""
+    eight; bits of a copy of the weights (`ascontiguousarray` left out)."""
     config = toy.model_config("memory", embed_dim=64, code_bits=8)
     params = params_of(config)
     before = params["blocks"]["0"]["mixer"]["qkv"]["tables"]
@@ -184,16 +184,25 @@ def test_stuck_cells_and_flipped_bits():
     assert jax.tree.all(jax.tree.map(np.array_equal, none, rounded))
     flipped = cim.perturb(config, params, devices.Flips(rate=1e-3), 0.0, 1)
     rows = np.abs(before).reshape(*before.shape[:2], -1).max(-1) / 127
-    steps = (
-        flipped["blocks"]["0"]["mixer"]["qkv"]["tables"]
-        - np.asarray(rounded["blocks"]["0"]["mixer"]["qkv"]["tables"])
-    ) / rows[..., None, None]
+    qkv = [p["blocks"]["0"]["mixer"]["qkv"]["tables"] for p in (flipped, rounded)]
+    check_single_bits(qkv[0] - np.asarray(qkv[1]), rows[..., None, None])
+    wide = toy.model_config("dense", embed_dim=64, vocab_size=2048)
+    params = params_of(wide)
+    rounded = narrow.round_weights(wide, params, int8)["head"]["kernel"]
+    flipped = cim.perturb(wide, params, devices.Flips(rate=1e-3), 0.0, 1)
+    columns = np.abs(params["head"]["kernel"]).max(0, keepdims=True) / 127
+    check_single_bits(flipped["head"]["kernel"] - np.asarray(rounded), columns)
+
+
+def check_single_bits(difference, step):
+    """One weight in a thousand has moved by each power of two, in steps."""
+    steps = difference / step
     moved = np.rint(np.abs(steps[np.abs(steps) > 0.5])).astype(int)
     sizes, counts = np.unique(moved, return_counts=True)
     single = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
-    expected = before.size * 1e-3
+    expected = difference.size * 1e-3
     for bit in range(8):
-        assert single[1 << bit] == pytest.approx(expected, rel=0.35), bit
+        assert single.get(1 << bit, 0) == pytest.approx(expected, rel=0.35), bit
 
 
 def test_scales_of_tables_are_those_of_a_table_or_of_a_column():
