@@ -58,10 +58,9 @@ def memorise(
     source = source_lib.load(pathlib.Path(origin), config)
     steps = options.steps(source.run.model)
     batches = _Batches(source, options)
+    teacher, subject = source.subject, _prepared(source.subject, options)
     folder = target / FOLDER
     _check_settings(folder, _settings(source, options))
-    teacher = subject = source.subject
-    subject = _prepared(subject, options)
     before = _loss(subject, batches, "loss before")
     rows = []
     for number, (layer, name) in enumerate(steps, 1):
@@ -70,7 +69,8 @@ def memorise(
         if not _file(path, "json").exists():
             reference = teacher if options.target == "stream" else None
             begun = time.monotonic()
-            made = _fitted(subject, reference, layer, name, batches, options, title)
+            what = (subject, reference, layer, name)
+            made = _fitted(*what, batches, options, folder, title)
             converted = _installed(subject, layer, name, *made[:2])
             loss = _loss(converted, batches, f"{title}: loss")
             told = made[2] | {"loss": loss, "seconds": time.monotonic() - begun}
@@ -129,6 +129,7 @@ def _fitted(
     name: str,
     batches: _Batches,
     options: Options,
+    folder: pathlib.Path,
     title: str,
 ) -> tuple[parts.Part, dict[str, np.ndarray], dict[str, Any]]:
     """Fit a part: what it is now, its parameters by path, what is told of it."""
@@ -155,6 +156,7 @@ def _fitted(
         1 << bits,
         ridges=options.ridges,
         solver=options.solver,
+        folder=str(folder),
     )
     progress.finish(batches.count * batches.rows)
     features = (3, config.embed_dim) if name == "qkv" else (config.embed_dim,)
