@@ -3,7 +3,8 @@
     python -m memoryformer.tasks hashhop --config=configs/hashhop.py:softmax --workdir=runs/hashhop
     ... --config.task.hops=1 --config.task.chain_of_thought=True
 
-The argument is a mixer, `softmax` unless given. Cost: about 0.1 s of a core a step.
+The argument is a mixer, `softmax` unless given. Cost: about 0.1 s of a core a step; not
+trained to the end here.
 """
 
 import ml_collections

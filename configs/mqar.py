@@ -1,9 +1,11 @@
-"""MQAR: eight values to be recalled by their keys, after Arora et al. 2023.
+"""MQAR: four values to be recalled by their keys, after Arora et al. 2023.
 
     python -m memoryformer.tasks mqar --config=configs/mqar.py:softmax --workdir=runs/mqar
-    ... --config=configs/mqar.py:linear --config.task.num_pairs=16
+    ... --config=configs/mqar.py:linear --config.task.num_pairs=8 --config.model.seq_len=64
 
-The argument is a mixer, `softmax` unless given. Cost: about 0.1 s of a core a step.
+The argument is a mixer, `softmax` unless given. Cost: 20 s of a core. Softmax
+answers everything after 500 steps. Eight pairs of 128 tokens in 64 are another matter: after 2,000
+steps it has 0.13, the values of a row but not which is whose.
 """
 
 import ml_collections
@@ -17,11 +19,11 @@ def get_config(mixer: str = "softmax") -> ml_collections.ConfigDict:
     config = experiment.default_config("mqar")
 
     model = config.model
-    model.vocab_size = 128
+    model.vocab_size = 24
     model.embed_dim = 64
     model.num_layers = 2
     model.num_heads = 4
-    model.seq_len = 64
+    model.seq_len = 16
     model.projection = "dense"
     model.norm = "layernorm"
     model.norm_eps = 1e-5
@@ -33,6 +35,7 @@ def get_config(mixer: str = "softmax") -> ml_collections.ConfigDict:
 
     task = config.task
     task.num_steps = 1000
+    task.num_pairs = 4
     task.batch_size = 64
     task.learning_rate = 3e-3
     task.eval_every = 100

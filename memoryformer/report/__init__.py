@@ -5,9 +5,10 @@
     python -m memoryformer.report utilisation --workdir=DIR       the paper's Fig. 4
     python -m memoryformer.report quickstart --workdir=DIR        bits per byte, beside others
     python -m memoryformer.report curves DIR... [--output=DIR]    losses of one or more runs
+    python -m memoryformer.report slots SWEEP... [--output=DIR]   how alike slots of memories are
 
 The page reads files only, needs no server and stands alone; it goes to the first directory
 unless `--output` says otherwise. So do the pictures, into DIR/plots. Each path is printed.
-Modules: `studies` (files to runs and groups of them), `page` and `charts` (to HTML), `pictures`
-and `curves`; `drawing` holds colours and smoothing.
+Modules: `studies` (files to runs and groups of them), `page` and `charts` (to HTML), `pictures`,
+`curves` and `slots`; `drawing` holds colours and smoothing.
 """

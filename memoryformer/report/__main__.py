@@ -10,7 +10,7 @@ from absl import flags
 from memoryformer import cli, config, errors
 from memoryformer.files import paths
 
-PICTURES = ("flops", "utilisation", "curves")
+PICTURES = ("flops", "utilisation", "curves", "slots")
 
 
 def define_flags() -> None:

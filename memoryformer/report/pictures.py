@@ -1,4 +1,4 @@
-"""Pictures: FLOPs per block, bucket utilisation, loss curves. Start at `SUBCOMMANDS`."""
+"""Pictures: FLOPs per block, bucket utilisation, loss curves, slots of memories. Start at `SUBCOMMANDS`."""
 
 import dataclasses
 import itertools
@@ -17,6 +17,7 @@ from memoryformer.files import paths
 from memoryformer.model import ModelConfig, implementations
 from memoryformer.report import drawing
 from memoryformer.report.curves import curves_figure
+from memoryformer.report.slots import slots_figure
 from memoryformer.training import experiment
 
 LAYERS = ("mixer.qkv", "ffn.up", "ffn.down")
@@ -159,6 +160,15 @@ def run_curves(argv: Sequence[str], options: Options) -> None:
     drawing.save(figure, output / "curves.png")
 
 
+def run_slots(argv: Sequence[str], options: Options) -> None:
+    """Draw how alike the slots of memories are over training, of the sweeps named."""
+    if not argv:
+        raise errors.ConfigError("report slots: name at least one sweep directory.")
+    sweeps = [_existing(name) for name in argv]
+    output = drawing.folder(options.output or sweeps[0] / "plots")
+    drawing.save(slots_figure(sweeps), output / "slots.png")
+
+
 def run_utilisation(argv: Sequence[str], options: Options) -> None:
     """Draw how the run in `workdir` uses its buckets, on its validation text.
 
@@ -183,6 +193,7 @@ SUBCOMMANDS = {
     "flops": run_flops,
     "utilisation": run_utilisation,
     "curves": run_curves,
+    "slots": run_slots,
 }
 
 

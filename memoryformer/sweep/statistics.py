@@ -80,7 +80,7 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
             **kinds.cost(point.run, state.step),
         }
         flat = config_lib.flatten(kinds.as_dict(point.run))
-        row |= {field: flat[field] for field in fields}
+        row |= {field: flat[field] for field in fields if field in flat}
         row |= files.values(point.workdir, sweep.metrics)
         table.append(row | {"workdir": str(point.workdir)})
     return table

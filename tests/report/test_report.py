@@ -180,6 +180,30 @@ def test_utilisation_command(tmp_path, capsys):
             assert value == pytest.approx(wanted, abs=6e-4)
 
 
+def test_slots_over_training(tmp_path):
+    """The mean over seeds at the steps that all have; one slot has nothing to compare.
+
+    Mutations: the range in the place of the mean; steps of the first seed alone.
+    """
+    cosines = {"a0": [0.1, 0.2, 0.3], "a1": [0.3, 0.6], "one": [0.0]}
+    for name, values in cosines.items():
+        rows = [
+            {
+                "step": 10 * i,
+                "degradation/blocks.0.mixer/cosine": value,
+                "degradation/blocks.0.mixer/effective_rank": 1.0 + (name != "one"),
+            }
+            for i, value in enumerate(values)
+        ]
+        write_metrics(tmp_path / name, [*rows, {"step": 40, "val/loss": 1.0}])
+    points = {name: {"label": name.rstrip("01")} for name in cosines}
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
+    cosine, rank = report.slots_figure([tmp_path]).axes
+    drawn = {name: (list(x), list(y)) for name, (x, y) in lines(cosine).items()}
+    assert drawn == {"a": ([0, 10], pytest.approx([0.2, 0.4]))}
+    assert list(lines(rank)["a"][1]) == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -188,6 +212,8 @@ def test_utilisation_command(tmp_path, capsys):
         (["curves"], {}, errors.ConfigError, "at least one run"),
         (["curves", "{}/no"], {}, errors.DataError, "there is no such run directory"),
         (["curves", "{}"], {}, errors.StorageError, "metrics.jsonl"),
+        (["slots"], {}, errors.ConfigError, "at least one sweep"),
+        (["slots", "{}"], {}, errors.StorageError, "sweep.json"),
         (["utilisation"], {}, errors.ConfigError, "--workdir=DIR is missing"),
         (["utilisation"], {"workdir": "{}"}, errors.StorageError, "checkpoints"),
         (["flops"], {"output": "/dev/null/x"}, errors.StorageError, "/dev/null/x"),

@@ -72,6 +72,18 @@ def test_points_of_a_task_are_trained_and_tabulated(sweep):
     assert line.endswith("--config.task.learning_rate=0.1 --config.task.seed=0")
 
 
+def test_options_that_one_point_has_not(tmp_path):
+    """Softmax has no slots, and its row no such column; the table is made all the same.
+
+    Mutation: `flat[field]` of every field, a KeyError.
+    """
+    found = points.expand("shared_memory:texts", ("memory",), tmp_path)
+    slots = "model.mixer_options.num_slots"
+    rows = statistics.rows(found)
+    assert [row.get(slots) for row in rows] == [None, 1, 1, 16, 16, 16, 16]
+    assert "0 of 7 points are done" in statistics.collect(found)
+
+
 def test_memory_is_not_estimated(sweep):
     """Mutation: the check left out (a traceback of the dry run's)."""
     with pytest.raises(
