@@ -218,6 +218,55 @@ def conv_luna(config, params, x, positions, segment_ids):
     return _luna(config, params, q, filtered(c), filtered(pack), taus, *rest)
 
 
+def short_filter(params, names, x, segment_ids):
+    """silu of the filter [W, C] over the document: [B, L, C]."""
+    kernel, bias = (
+        np.concatenate([params[name] for name in pair], axis=-1) for pair in names
+    )
+    y = np.zeros_like(x)
+    for row, t in np.ndindex(*segment_ids.shape):
+        y[row, t] = bias
+        inside = np.flatnonzero(segment_ids[row, : t + 1] == segment_ids[row, t])
+        for back, i in enumerate(inside[::-1][: len(kernel)]):
+            y[row, t] += kernel[len(kernel) - 1 - back] * x[row, i]
+    return y / (1 + np.exp(-y))
+
+
+def state_space(params, x, b, c, dt, segment_ids):
+    """S_t = a_t S_{t-1} + dt_t b_t (x) x_t, token by token: [B, L, H, P]."""
+    y = np.zeros_like(x)
+    dt = np.log1p(np.exp(dt + params["dt_bias"]))
+    a = np.exp(-dt * np.exp(params["a_log"]))
+    for row in range(x.shape[0]):
+        document = 0
+        for t in np.flatnonzero(segment_ids[row]):
+            if segment_ids[row, t] != document:
+                document = segment_ids[row, t]
+                state = np.zeros((*b.shape[2:], x.shape[-1]))
+            new = (dt[row, t, :, None] * b[row, t])[..., None] * x[row, t, :, None]
+            state = a[row, t, :, None, None] * state + new
+            y[row, t] = np.einsum("hn,hnp->hp", c[row, t], state)
+            y[row, t] += params["skip"][:, None] * x[row, t]
+    return y
+
+
+def mamba2(config, params, x, positions, segment_ids):
+    heads, size = config.num_heads, config.mixer_options.state_size
+    inner = project(config, params["inner"], x)
+    z, value = inner[:, :, 0], inner[:, :, 1]
+    steps = project(config, params["steps"], x)
+    rows = np.concatenate([value, steps[..., : 2 * size]], axis=-1)
+    names = (("kernel", "shared_kernel"), ("bias", "shared_bias"))
+    rows = short_filter(params, names, rows, segment_ids)
+    value, b, c = np.split(rows, [z.shape[-1], z.shape[-1] + size], axis=-1)
+    value = value.reshape(*x.shape[:2], heads, -1)
+    b, c = (np.repeat(v[:, :, None], heads, axis=2) for v in (b, c))
+    y = state_space(params["ssd"], value, b, c, steps[..., 2 * size :], segment_ids)
+    y = y.reshape(z.shape) * z / (1 + np.exp(-z))
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-5) * params["scale"]
+    return project(config, params["out"], y)
+
+
 ORACLES = {
     "softmax": normal_attention,
     "dape_v2": dape_v2,
@@ -228,4 +277,5 @@ ORACLES = {
     "linformer": linformer,
     "luna": luna,
     "conv_luna": conv_luna,
+    "mamba2": mamba2,
 }

@@ -194,6 +194,12 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/mixers/mamba2": (
+        "model/test_mamba2.py",
+        "model/test_mixers.py",
+        "test_fields.py",
+        "training/test_optimizer.py",
+    ),
     "model/mixers/cosformer": (
         "model/test_mixers.py",
         "training/test_mixers_training.py",
@@ -369,6 +375,12 @@ _TESTS = {
     ),
     "ops/prefix": (
         "ops/test_prefix.py",
+        "model/test_mixers.py",
+        "model/test_mamba2.py",
+        "ops/test_ring.py",
+    ),
+    "ops/window": (
+        "model/test_mamba2.py",
         "model/test_mixers.py",
         "ops/test_ring.py",
     ),

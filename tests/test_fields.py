@@ -70,6 +70,12 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "filter": "conv",
         "width": 4,
     },
+    ("mixer", "mamba2"): {
+        "prefix_chunk": 64,
+        "state_size": 64,
+        "expand": 2,
+        "width": 4,
+    },
     ("recurrence", "none"): {},
     ("recurrence", "rmt"): {"chunk_size": 0, "num_slots": 16, "bptt_chunks": 0},
     ("recurrence", "memformer"): {
@@ -339,6 +345,9 @@ OPTION_BOUNDS = [  # what is chosen, option, values taken, values refused
     ({"mixer": "luna"}, "num_slots", [1], [0]),
     ({"mixer": "conv_luna"}, "num_slots", [1], [0]),
     ({"mixer": "conv_luna"}, "width", [1], [0]),
+    ({"mixer": "mamba2"}, "state_size", [1], [0]),
+    ({"mixer": "mamba2"}, "expand", [1], [0]),
+    ({"mixer": "mamba2"}, "width", [1], [0]),
     ({"mixer": "conv_luna"}, "filter", ["pool"], ["mean"]),
     ({"recurrence": "rmt"}, "chunk_size", [1, 3, 12], [-1, 5, 13]),
     ({"recurrence": "rmt"}, "num_slots", [1], [0]),

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from memoryformer.model import ModelConfig, mixers, recurrence
 from memoryformer.ops import hashing
 
-PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
+PAPER_FEED_FORWARD = 3  # the paper's rounded 2.25 beside Q, K and V, in units of K L D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +120,9 @@ def dense_layer(in_features: int, features: int) -> Layer:
 
 
 def projections(model: ModelConfig) -> dict[str, Layer]:
-    """The layers of one block by name, Q, K and V as one.
+    """The layers of one block by name, those of its mixer (`projections`) as they are made.
 
-    A dense block has a layer each for Q, K and V; a memory block hashes once
-    for Q, K and V, which read rows of width 3 D.
+    A memory block hashes once for Q, K and V, which read rows of width 3 D.
     """
     width = model.embed_dim
     if model.projection == "dense":
@@ -139,17 +138,18 @@ def projections(model: ModelConfig) -> dict[str, Layer]:
             "ffn.up": memory_layer(tables, bits, tables * wide, bias=bias),
             "ffn.down": memory_layer(tables, wide, width, bias=bias),
         }
-    layers = {"mixer.qkv": _project(model, 3 * width)} | feed_forward
-    if model.output_projection:
-        layers["mixer.out"] = _project(model, width)
-    return layers
+    return feed_forward | {
+        f"mixer.{name}": _project(model, features, inputs)
+        for name, (inputs, features) in mixers.projections(model).items()
+    }
 
 
-def _project(model: ModelConfig, features: int) -> Layer:
-    """A projection from D, of the block's kind."""
+def _project(model: ModelConfig, features: int, inputs: int = 0) -> Layer:
+    """A projection from `inputs` (0: D), of the block's kind."""
+    inputs = inputs or model.embed_dim
     if model.projection == "dense":
-        return dense_layer(model.embed_dim, features)
-    sizes = (model.num_tables, model.code_bits, features)
+        return dense_layer(inputs, features)
+    sizes = (inputs // model.code_bits, model.code_bits, features)
     return memory_layer(*sizes, bias=model.memory_bias)
 
 
@@ -196,9 +196,10 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
     hashed = length * sum(layer.hashing for layer in layers)
     paper = exact
     if model.projection == "memory":
-        # The paper has no output projection; one more of them is one more K L D.
-        units = PAPER_PROJECTIONS + model.output_projection
-        paper = units * model.num_tables * length * model.embed_dim
+        # Q, K and V are 3 K L D; the paper has no output projection, which is one more.
+        shapes = mixers.projections(model).values()
+        paper = PAPER_FEED_FORWARD * model.num_tables * length * model.embed_dim
+        paper += sum(length * (d // model.code_bits) * f for d, f in shapes)
     return Block(
         projections_exact=exact,
         projections_paper=paper,

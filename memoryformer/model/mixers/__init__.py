@@ -16,6 +16,7 @@ from memoryformer.model.mixers.cosformer import CosFormer
 from memoryformer.model.mixers.kernel import Linear, Performer
 from memoryformer.model.mixers.linformer import Linformer
 from memoryformer.model.mixers.luna import Luna
+from memoryformer.model.mixers.mamba2 import Mamba2
 from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.model.mixers.trained_kernel import TrainedKernel
 from memoryformer.notation import Array, Params
@@ -32,6 +33,7 @@ MIXERS = {
     "linformer": Linformer,  # the causal prefix form
     "luna": Luna,
     "conv_luna": ConvLuna,
+    "mamba2": Mamba2,
 }
 
 
@@ -72,6 +74,11 @@ def takes_any_order(config: "ModelConfig") -> bool:
 def max_length(config: "ModelConfig") -> int:
     """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
     return MIXERS[config.mixer].max_length(config)
+
+
+def projections(config: "ModelConfig") -> dict[str, tuple[int, int]]:
+    """Return {name: (inputs, outputs)} of the projections of the mixer of one block."""
+    return MIXERS[config.mixer].projections(config)
 
 
 def cost(config: "ModelConfig", length: int) -> Cost:
@@ -123,6 +130,7 @@ __all__ = [
     "check_sequence",
     "cost",
     "max_length",
+    "projections",
     "redraw",
     "settings",
     "table",

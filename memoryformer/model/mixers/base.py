@@ -106,6 +106,13 @@ class SequenceMixer(nnx.Module):
         raise NotImplementedError
 
     @classmethod
+    def projections(cls, config: "ModelConfig") -> dict[str, tuple[int, int]]:
+        """Return {name: (inputs, outputs)} of what `project` makes in one block."""
+        width = config.embed_dim
+        layers = {"qkv": (width, 3 * width)}
+        return layers | ({"out": (width, width)} if config.output_projection else {})
+
+    @classmethod
     def cost(cls, config: "ModelConfig", length: int) -> Cost:
         """Count what mixing `length` tokens costs, and a state of so many."""
         raise NotImplementedError
@@ -255,12 +262,6 @@ def by_chunks(
 
     parts = jax.lax.map(checkpointed, tuple(split(x) for x in arrays))
     return jax.tree.map(join, parts)
-
-
-def take_rows(x: Array, index: Int[Array, "B N"]) -> Array:
-    """Rows of each batch entry: [B, L, ..], [B, N] -> [B, N, ..]."""
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
 
 
 def at_least(options: Any, bound: int, *names: str) -> None:

@@ -13,7 +13,7 @@ from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base, dape
 from memoryformer.notation import Activations, Array
-from memoryformer.ops import attention, collectives, ring
+from memoryformer.ops import attention, collectives, ring, window
 
 if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
@@ -150,7 +150,7 @@ class Softmax(base.MultiHead):
             past = key_index[:, None] <= query_index[:, :, None]
             place = jnp.sum(past & real[:, None], axis=-1) - 1
             keys, values, key_segments, key_index = (
-                base.take_rows(x, order)
+                window.take_rows(x, order)
                 for x in (keys, values, key_segments, key_index)
             )
         key_place = _indices(keys.shape[1], batch_size)
