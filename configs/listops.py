@@ -1,6 +1,6 @@
 """ListOps with a two-sided trunk, to try what a shared memory costs (Long-Range-Arena style).
 
-    python -m memoryformer.tasks --config=configs/listops.py:luna --workdir=runs/listops
+    python -m memoryformer.tasks listops --config=configs/listops.py:luna --workdir=runs/listops
     ... --config=configs/listops.py:conv_luna --config.model.mixer_options.num_slots=1
 
 The argument is `softmax`, `linformer`, `luna` or `conv_luna`; every trunk gets learned positions,
@@ -10,15 +10,14 @@ for luna has none of its own. Short sequences by default; for LRA's,
 
 import ml_collections
 
-from memoryformer import config as config_lib
-from memoryformer.model import ModelConfig
+from memoryformer.tasks import experiment
 
 
 def get_config(mixer: str = "luna") -> ml_collections.ConfigDict:
     """Return the experiment of one mixer."""
-    config = ml_collections.ConfigDict()
+    config = experiment.default_config("listops")
 
-    model = config.model = config_lib.defaults(ModelConfig)
+    model = config.model
     model.vocab_size = 16
     model.embed_dim = 128
     model.num_layers = 4
@@ -33,12 +32,13 @@ def get_config(mixer: str = "luna") -> ml_collections.ConfigDict:
     if mixer in ("linformer", "luna", "conv_luna"):
         model.mixer_options.num_slots = 16
 
-    task = config.task = ml_collections.ConfigDict()
+    task = config.task
     task.num_steps = 1000
     task.batch_size = 32
     task.learning_rate = 5e-4
     task.min_len = 20
     task.max_depth = 6
     task.eval_every = 100
-    task.seed = 0
+
+    config.metrics.tensorboard = False
     return config

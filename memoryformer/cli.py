@@ -41,7 +41,7 @@ COMMANDS = {
     "generation": ("generation", "continue text"),
     "sweep": ("sweep", "many runs from one config"),
     "report": ("report", "a page and pictures of runs"),
-    "tasks": ("tasks", "train a classifier on a generated task"),
+    "tasks": ("tasks", "train a model on a generated task"),
 }
 
 

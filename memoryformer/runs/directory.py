@@ -60,14 +60,16 @@ def only_one(workdir: str | os.PathLike, patience: float = 0.0) -> Iterator[None
         yield
 
 
-def refuse_foreign(workdir: str | os.PathLike) -> None:
-    """Raise `ConfigError` if the config.json in `workdir` is no run's: an export's, say."""
+def refuse_foreign(
+    workdir: str | os.PathLike, sections: Iterable[str] = ("model", "data", "train")
+) -> None:
+    """Raise `ConfigError` if the config.json in `workdir` lacks a run's sections: an export's, say."""
     path = pathlib.Path(workdir) / "config.json"
     try:
         config = read_json(path)
     except StorageError:  # none, or damaged: a run writes its own anew
         return
-    if not {"model", "data", "train"} <= config.keys():
+    if not set(sections) <= config.keys():
         raise ConfigError(
             f"--workdir={workdir}: {path} is of another model, which training would "
             "write over; name another directory."

@@ -6,30 +6,19 @@ After Nangia and Bowman (2018) and the long sequences of Long Range Arena (Tay e
 re-derived: trees are drawn until one has `min_len` to `max_len` tokens. Every batch is fresh
 and a function of (seed, step), so there is no training set to fit by heart.
 
-    python -m memoryformer.tasks --config=configs/listops.py:luna --workdir=runs/listops
+    python -m memoryformer.tasks listops --config=configs/listops.py:luna --workdir=runs/listops
 
-Start at `batch` for the data, at `logits` for the classifier: the trunk of a `Transformer`
-(two-sided with `model.causal=False`) on tokens and learned positions, the mean over its
-tokens, and a linear head. `trainer` trains it.
+Start at `batch`; the model is `trunk.Classifier`.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from memoryformer import config as config_lib
-from memoryformer import model as model_lib
+from memoryformer.config import field
 from memoryformer.errors import ConfigError
-from memoryformer.evaluation import slots
-from memoryformer.model import mixers
-from memoryformer.notation import Array, Params
-from memoryformer.tasks import trainer
+from memoryformer.tasks import base, trunk
 
 OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
@@ -38,17 +27,18 @@ OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "SM": lambda values: sum(values) % 10,
 }
 TOKENS = ("<pad>", *map(str, range(10)), *(f"[{name}" for name in OPERATIONS), "]")
-NUM_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ListOpsConfig(trainer.TrainerConfig):
+class ListOpsConfig(base.TrainerConfig):
     """Size of the trees, and of the training."""
 
-    min_len: int = 10  # tokens
-    max_depth: int = 10
-    max_args: int = 10
-    value_fraction: float = 0.75  # chance that an argument is a digit
+    min_len: int = field("numbers", 10, doc="Fewest tokens of a row.")
+    max_depth: int = field("numbers", 10, doc="Most operations around a digit.")
+    max_args: int = field("numbers", 10, doc="Most arguments of an operation.")
+    value_fraction: float = field(
+        "numbers", 0.75, doc="Chance that an argument is a digit."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,7 +74,7 @@ def batch(
     config: ListOpsConfig, max_len: int, step: int, split: str = "train"
 ) -> dict[str, np.ndarray]:
     """Batch of a step: inputs and segment_ids [B, L] (0 = padding), labels [B]."""
-    rng = np.random.default_rng([config.seed, step, split != "train"])
+    rng = base.rng(config.seed, step, split)
     ids = {token: i for i, token in enumerate(TOKENS)}
     inputs = np.zeros((config.batch_size, max_len), np.int32)
     labels = np.zeros(config.batch_size, np.int32)
@@ -103,87 +93,17 @@ def batch(
     return {"inputs": inputs, "segment_ids": segment_ids, "labels": labels}
 
 
-def init(model_config: model_lib.ModelConfig, seed: int = 0) -> Params:
-    """Draw a trunk's parameters, positions [L, D] and a head of zeros [D, 10].
+class ListOps(trunk.Classifier):
+    """The value of an expression, one of ten digits."""
 
-    Positions are learned and added to the embedding whatever the mixer: two-sided Luna has
-    none of its own and would read a bag of tokens.
-    """
-    params = model_lib.init(model_config, seed)
-    shape = (model_config.seq_len, model_config.embed_dim)
-    positions = jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1), shape)
-    params["positions"] = {"embedding": model_config.embed_std * positions}
-    params["classes"] = {"kernel": jnp.zeros((model_config.embed_dim, NUM_CLASSES))}
-    return params
+    Options = ListOpsConfig
+    num_classes = 10
 
+    @property
+    def vocab_size(self) -> int:
+        """Padding, digits, operations and the closing bracket."""
+        return len(TOKENS)
 
-def _embedded(model_config, params, data):
-    """Return the trunk, its input [B, L, D] and where the tokens stand."""
-    trunk = {k: v for k, v in params.items() if k not in ("classes", "positions")}
-    model = model_lib.merge(model_config, trunk)
-    seq = mixers.SeqInfo.of_tokens(data["inputs"])
-    seq = seq._replace(segment_ids=jnp.asarray(data["segment_ids"]))
-    x = model.embed(data["inputs"])
-    return model, x + params["positions"]["embedding"][None].astype(x.dtype), seq
-
-
-def logits(
-    model_config: model_lib.ModelConfig, params: Params, data: Mapping[str, Array]
-) -> Array:
-    """Class logits [B, 10] from the mean over a row's tokens."""
-    model, x, seq = _embedded(model_config, params, data)
-    if model.recurrence is None:
-        x, _ = model.run_blocks(x, seq)
-    else:
-        x, _ = model.recurrence(model, x, seq)
-    real = (data["segment_ids"] != 0)[..., None]
-    mean = jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.sum(real, axis=1)
-    kernel: Any = params["classes"]["kernel"]
-    return mean.astype(jnp.float32) @ kernel
-
-
-def train(
-    config: Mapping[str, Any], workdir: str | os.PathLike
-) -> list[dict[str, float]]:
-    """Train on fresh trees; write and return the rows of metrics.jsonl."""
-    model_config = model_lib.ModelConfig.from_config(config.get("model", {}))
-    task = config_lib.build(ListOpsConfig, config.get("task", {}), "task")
-    if model_config.vocab_size < len(TOKENS):
-        raise ConfigError(
-            f"model.vocab_size={model_config.vocab_size}: ListOps has {len(TOKENS)} tokens."
-        )
-
-    def loss_and_accuracy(params, data):
-        values = logits(model_config, params, data)
-        losses = optax.softmax_cross_entropy_with_integer_labels(values, data["labels"])
-        correct = jnp.argmax(values, axis=-1) == data["labels"]
-        return jnp.mean(losses), jnp.mean(correct)
-
-    return trainer.train(
-        task,
-        init(model_config, task.seed),
-        loss_and_accuracy,
-        lambda step, split: batch(task, model_config.seq_len, step, split),
-        workdir,
-        lambda params: _slot_figures(model_config, task, params),
-        _kinds(model_config),
-    )
-
-
-def _kinds(model_config):
-    """Whether each parameter is 'trained' or 'fixed', as random features are."""
-    trunk = jax.tree.map(
-        lambda group: "fixed" if group == "fixed" else "trained",
-        model_lib.param_groups(model_config),
-    )
-    return trunk | {"positions": "trained", "classes": "trained"}
-
-
-def _slot_figures(model_config, task, params):
-    """How alike the slots of each layer's memory are; nothing without such memories."""
-    if not slots.Slots.measures(model_config):
-        return {}
-    data = batch(task, model_config.seq_len, 0, "validation")
-    sums = slots.figures(*_embedded(model_config, params, data))
-    rows = float(sums.pop("rows"))
-    return {f"degradation/{name}": float(x) / rows for name, x in sums.items()}
+    def batch(self, step: int, split: str) -> dict[str, np.ndarray]:
+        """See `batch`."""
+        return batch(self.options, self.model.seq_len, step, split)

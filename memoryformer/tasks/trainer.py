@@ -1,106 +1,242 @@
 """The one small trainer of generated tasks: AdamW on fresh batches, a row every so often.
 
-A task brings its parameters, its batches as a function of the step, and what is minimised.
-Start at `train`.
+A run's folder is that of a language model's run, written by the same modules: config.json,
+metrics.jsonl, checkpoints/ and outcome.json. The same command goes on from the last checkpoint,
+bit for bit. One device. Start at `train`.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
-from memoryformer.errors import ConfigError
-from memoryformer.files import paths
+from memoryformer import model as model_lib
+from memoryformer.cluster import signals
+from memoryformer.errors import ConfigError, NumericError, Preempted
+from memoryformer.files import atomic, paths
 from memoryformer.notation import Array, Params
+from memoryformer.runs import (
+    checkpoint,
+    compatibility,
+    directory,
+    metrics,
+    outcome,
+)
+from memoryformer.tasks import base, experiment
+from memoryformer.training import compilation_cache, optimizer
+from memoryformer.training import spikes as spikes_lib
 
-Batch = Mapping[str, Any]
 
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
 
-@dataclasses.dataclass(frozen=True)
-class TrainerConfig:
-    """Steps of AdamW: linear warm-up, cosine decay to 0, gradients clipped to norm 1."""
-
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    seed: int = 0
-    eval_every: int = 100  # steps
-    eval_batches: int = 8
-
-    def __post_init__(self):
-        for name in ("num_steps", "batch_size", "eval_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"task.{name}={getattr(self, name)}: must be >= 1.")
-        if self.warmup_steps >= self.num_steps:
-            raise ConfigError(
-                f"task.warmup_steps={self.warmup_steps}: must be below "
-                f"task.num_steps={self.num_steps}."
-            )
+    step: Array  # int32, updates done
+    params: Params
+    opt_state: Any
 
 
 def train(
-    config: TrainerConfig,
-    params: Params,
-    loss_and_accuracy: Callable[[Params, Batch], tuple[Array, Array]],
-    batch: Callable[[int, str], Batch],
+    config: Mapping[str, Any],
     workdir: str | os.PathLike,
-    figures: Callable[[Params], Mapping[str, float]] = lambda params: {},
-    kinds: Any = "trained",
-) -> list[dict[str, float]]:
-    """Train, and write and return the rows of metrics.jsonl.
+    *,
+    allow: Collection[str] = (),
+    patience: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Train a task's model, or go on training it; return the rows of metrics.jsonl.
 
     Args:
-      config: steps and rates.
-      params: what to start from.
-      loss_and_accuracy: means over a batch; the loss (nats) is minimised.
-      batch: batch of (step, 'train' or 'validation').
-      workdir: folder of metrics.jsonl.
-      figures: what else a row holds, from the parameters of that step.
-      kinds: 'trained' or 'fixed', for all parameters or a tree with one for each.
+      config: a whole config, see `experiment`.
+      workdir: folder of the run. If it holds a checkpoint, the run goes on from there, and its
+        config must be the same but for what `experiment.may_change`.
+      allow: further fields that may differ.
+      patience: seconds to wait for another process that still trains in `workdir`.
+
+    Raises `Preempted` after SIGTERM or SIGINT, with the state saved; `NumericError`,
+    `StorageError` and `ConfigError` as their names say.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.num_steps
-    )
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
-    )
-    tx = optax.partition({"trained": tx, "fixed": optax.set_to_zero()}, kinds)
+    run = experiment.resolve(config)
+    workdir = paths.workdir(workdir)
+    directory.refuse_foreign(workdir, ("task", "model"))
+    compilation_cache.use_cache(compilation_cache.DEFAULT)
+    with (
+        directory.only_one(workdir, patience),
+        outcome.recorded(workdir),
+        signals.StopRequest() as stop,
+        checkpoint.Checkpointer(
+            workdir,
+            run.checkpoint,
+            run_config=experiment.as_dict(run),
+            data_fingerprint=f"task {run.name}",
+            allow={*allow, *experiment.may_change(run)},
+        ) as checkpointer,
+    ):
+        _Loop(run, workdir, checkpointer, stop).run()
+    return metrics.read(workdir)
 
-    @jax.jit
-    def train_step(params, opt_state, data):
-        grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
-        (loss, accuracy), grads = grad(params, data)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss, accuracy
 
-    eval_step = jax.jit(loss_and_accuracy)
-    opt_state, rows = tx.init(params), []
-    folder = paths.local(workdir, "--workdir")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for step in range(1, config.num_steps + 1):
-            data = batch(step - 1, "train")
-            params, opt_state, loss, accuracy = train_step(params, opt_state, data)
-            if step % config.eval_every and step < config.num_steps:
-                continue
-            held_out = [
-                eval_step(params, batch(i, "validation"))
-                for i in range(config.eval_batches)
-            ]
-            row = {"train/loss": loss, "train/accuracy": accuracy}
-            row["val/loss"], row["val/accuracy"] = np.mean(held_out, axis=0)
-            row |= figures(params)
-            floats = {name: float(value) for name, value in row.items()}
-            rows.append({"step": step} | floats)
-            print(json.dumps(rows[-1]), flush=True)
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()  # a run that is stopped keeps its rows
-    return rows
+@dataclasses.dataclass
+class _Loop:
+    config: experiment.Run
+    workdir: pathlib.Path
+    checkpointer: checkpoint.Checkpointer
+    stop: signals.StopRequest
+
+    def __post_init__(self):
+        self.task, self.options = self.config.task, self.config.task.options
+        self.programs = make_programs(program(self.config))
+
+    def run(self) -> None:
+        """Restore, step, measure and save, in this order, until `task.num_steps`.
+
+        As in `training.loop`, state n is measured and saved before batch n is consumed.
+        """
+        state, start = self._restore()
+        run_config, num_steps = experiment.as_dict(self.config), self.options.num_steps
+        plain = compatibility.plain(run_config)
+        atomic.write_json(self.workdir / "config.json", plain, indent=2)
+        with metrics.MetricsWriter(
+            self.workdir, self.config.metrics, start, run_config=plain
+        ) as writer:
+            for step in range(start, num_steps):
+                if self.stop:
+                    break
+                batch = self.task.batch(step, "train")
+                state, sums = self.programs.train_step(
+                    state, batch, np.int32(self.options.seed)
+                )
+                self.checkpointer.check()
+                if (step + 1) % self.options.eval_every == 0 or step + 1 == num_steps:
+                    self._measure(writer, step + 1, state.params, sums)
+                if self.checkpointer.should_save(step + 1):
+                    self._save(step + 1, state)
+            done = int(state.step)
+            self._save(done, state, wait=True)
+        if done < num_steps:
+            raise Preempted(
+                f"{self.stop.name}: stopped after step {done} of {num_steps}, state saved; "
+                "run the same command to go on."
+            )
+
+    def _restore(self):
+        """Return (state, step): the newest whole checkpoint, or a fresh state at 0."""
+        fresh = self.programs.new_state(self.task.init(self.options.seed))
+        self.checkpointer.preflight(fresh)
+        restored = self.checkpointer.restore_latest(fresh)
+        if restored is None:
+            return fresh, 0
+        step, state = restored
+        if step > self.options.num_steps:
+            raise ConfigError(
+                f"task.num_steps={self.options.num_steps}: {self.workdir} is at step "
+                f"{step}; raise it."
+            )
+        print(f"going on from step {step} in {self.workdir}", flush=True)
+        return state, step
+
+    def _save(self, step, state, wait=False):
+        if not spikes_lib.are_finite(state.params):  # which its loss need not tell
+            raise NumericError(
+                f"step {step}: a parameter is not finite; lower task.learning_rate."
+            )
+        self.checkpointer.save(step, state, wait=wait)
+
+    def _measure(self, writer, step, params, sums):
+        """Write a row: the last batch of training, held-out ones, and the task's figures."""
+        held_out = [
+            self.programs.eval_step(params, self.task.batch(i, "validation"))
+            for i in range(self.options.eval_batches)
+        ]
+        row = {f"train/{name}": x for name, x in _quotients([sums]).items()}
+        row |= {f"val/{name}": x for name, x in _quotients(held_out).items()}
+        row |= self.task.figures(params)
+        writer.write(step, row)
+        print(json.dumps({"step": step} | row), flush=True)
+        if not math.isfinite(row["train/loss"]):
+            raise NumericError(
+                f"step {step}: the loss is not finite and nothing later is saved; lower "
+                "task.learning_rate."
+            )
+
+
+class Programs(NamedTuple):
+    """The functions of a run; jit compiles each at its first call."""
+
+    new_state: Any  # params -> TrainState
+    train_step: Any  # (state, batch, seed) -> (state, sums)
+    eval_step: Any  # (params, batch) -> sums
+
+
+def program(run: experiment.Run) -> base.Task:
+    """Return what a run's compiled functions depend on: equal for runs that share them."""
+    options = dataclasses.replace(
+        run.task.options, seed=0, eval_every=1, eval_batches=1
+    )
+    return dataclasses.replace(run.task, options=options)
+
+
+@functools.lru_cache(maxsize=4)
+def make_programs(task: base.Task) -> Programs:
+    """Make the functions of a task; its seed is an input.
+
+    u = AdamW of the gradient of sum / count of 'loss', clipped to norm 1.
+    """
+    recipe = optimizer.OptimizerConfig(
+        learning_rate=task.options.learning_rate,
+        end_fraction=0.0,
+        warmup_steps=task.options.warmup_steps,
+        b2=0.999,
+        weight_decay=task.options.weight_decay,
+    )
+
+    def parts(params):
+        groups = task.groups(params)
+        trained, fixed = _split(groups, params)
+        tx = optimizer.make(recipe, task.options.num_steps, _split(groups, groups)[0])
+        return trained, fixed, tx
+
+    def new_state(params):
+        trained, _, tx = parts(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained))
+
+    def train_step(state, batch, seed):
+        params = task.redraw(state.params, seed, state.step)
+        trained, fixed, tx = parts(params)
+
+        def objective(trained):
+            sums = task.sums(model_lib.joined(trained, fixed), batch)
+            return sums["loss"][0] / sums["loss"][1], sums
+
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        params = model_lib.joined(optax.apply_updates(trained, updates), fixed)
+        return TrainState(state.step + 1, params, opt_state), sums
+
+    return Programs(jax.jit(new_state), jax.jit(train_step), jax.jit(task.sums))
+
+
+def _split(groups, tree):
+    """Part a tree like the parameters into what is trained and what is not."""
+    flat = traverse_util.flatten_dict(groups)
+    trained, fixed = {}, {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        (fixed if flat[path] == "fixed" else trained)[path] = leaf
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(fixed)
+
+
+def _quotients(batches):
+    """{name: sum / count} over batches of sums; what was never counted is left out."""
+    totals: dict[str, np.ndarray] = {}
+    for sums in batches:
+        for name, pair in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0) + np.asarray(pair, np.float64)
+    return {name: float(x / n) for name, (x, n) in totals.items() if n}

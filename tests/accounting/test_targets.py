@@ -18,10 +18,8 @@ from memoryformer.dryrun import examine as dryrun
 from memoryformer.training import experiment
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-OTHERS = {
-    "listops",
-    "studies",
-}  # no train step of `training.loop`'s; sweeps over several
+TASKS = {"listops", "mqar", "hashhop"}  # no train step of `training.loop`'s
+OTHERS = {"studies"} | TASKS  # sweeps over several
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )

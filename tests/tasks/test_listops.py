@@ -6,10 +6,10 @@ import statistics
 
 import numpy as np
 import pytest
+import toy
 
-from memoryformer import config, errors, model
-from memoryformer.runs import metrics
-from memoryformer.tasks import listops, trainer
+from memoryformer import config, errors
+from memoryformer.tasks import experiment, listops, trainer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TASK = listops.ListOpsConfig(1, batch_size=4, learning_rate=1e-3, warmup_steps=0)
@@ -63,15 +63,15 @@ def test_a_two_sided_trunk_learns(tmp_path):
 
     Flat lists of two digits: their first token decides most of the answer.
     """
-    experiment = config.load(f"{CONFIGS}/listops.py:conv_luna")
-    with experiment.unlocked():
-        experiment.model.update(
+    loaded = config.load(f"{CONFIGS}/listops.py:conv_luna")
+    with loaded.unlocked():
+        loaded.model.update(
             {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "seq_len": 8}
         )
-        experiment.task.update({"num_steps": 150, "min_len": 4, "max_depth": 1})
-        experiment.task.update({"max_args": 2, "learning_rate": 1e-2})
-        experiment.task.update({"warmup_steps": 10, "batch_size": 64})
-    rows = listops.train(experiment, tmp_path)
+        loaded.task.update({"num_steps": 150, "min_len": 4, "max_depth": 1})
+        loaded.task.update({"max_args": 2, "learning_rate": 1e-2})
+        loaded.task.update({"warmup_steps": 10, "batch_size": 64})
+    rows = trainer.train(loaded, tmp_path)
     assert "degradation/blocks.0.mixer/effective_rank" in rows[-1]
     assert rows[-1]["val/accuracy"] > 0.3  # 0.1 is chance
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(rows)
@@ -80,65 +80,31 @@ def test_a_two_sided_trunk_learns(tmp_path):
 @pytest.mark.parametrize("mixer", ["luna", "softmax"])
 def test_the_order_of_tokens_matters(mixer):
     """Mutation: a trunk without positions; luna then reads a bag of tokens."""
-    section = config.load(f"{CONFIGS}/listops.py:{mixer}").model
-    model_config = model.ModelConfig.from_config(section)
-    params = listops.init(model_config)
+    task = experiment.resolve(config.load(f"{CONFIGS}/listops.py:{mixer}")).task
+    params = task.init(0)
     params["classes"]["kernel"] += np.random.default_rng(0).normal(size=(128, 10))
-    data = listops.batch(TASK, model_config.seq_len, 0)
+    data = listops.batch(TASK, task.model.seq_len, 0)
     turned = {k: v.copy() for k, v in data.items()}
     turned["inputs"][:, 1:4] = data["inputs"][:, [2, 3, 1]]  # first tokens of a list
     assert (turned["inputs"] != data["inputs"]).any(axis=1).all()
-    change = listops.logits(model_config, params, data) - listops.logits(
-        model_config, params, turned
-    )
+    logits = toy.quick_jit(task.logits)
+    change = logits(params, data) - logits(params, turned)
     assert np.abs(change).max() > 1e-3
 
 
 def test_a_mixer_without_a_two_sided_form_is_refused():
     """Red if performer is run causally where the config says otherwise."""
-    experiment = config.load(f"{CONFIGS}/listops.py:performer")
+    loaded = config.load(f"{CONFIGS}/listops.py:performer")
     with pytest.raises(errors.ConfigError, match="has only a causal form"):
-        listops.train(experiment, "unused")
+        trainer.train(loaded, "unused")
 
 
 @pytest.mark.parametrize("warmup", [20, 21])
 def test_a_warmup_that_does_not_fit_is_refused(warmup, tmp_path):
     """Mutation tried: the check dropped (optax's traceback), or `>` for `>=`."""
-    experiment = config.load(f"{CONFIGS}/listops.py:conv_luna")
-    with experiment.unlocked():
-        experiment.task.update({"num_steps": 20, "warmup_steps": warmup})
+    loaded = config.load(f"{CONFIGS}/listops.py:conv_luna")
+    with loaded.unlocked():
+        loaded.task.update({"num_steps": 20, "warmup_steps": warmup})
     with pytest.raises(errors.ConfigError, match="must be below"):
-        listops.train(experiment, tmp_path / "run")
+        trainer.train(loaded, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_interrupted_run_keeps_its_rows(tmp_path):
-    """Rows are written as they are measured, the first after a step of Adam: w = 1 - 0.1 - 0.001.
-
-    Mutations: written at the end; no weight decay; steps that are no whole numbers.
-    """
-
-    def batch(step, split):
-        if step == 3 and split == "train":
-            raise KeyboardInterrupt
-        return {"x": np.ones(2, np.float32)}
-
-    config = trainer.TrainerConfig(8, 1, 0.1, warmup_steps=0, eval_every=1)
-
-    def loss(params, data):
-        return (params["w"] ** 2 * data["x"]).mean(), data["x"].mean()
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(config, {"w": np.float32(1)}, loss, batch, tmp_path)
-    rows = metrics.read(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[0]["train/loss"] == 1.0
-    assert rows[0]["val/loss"] == pytest.approx(0.899**2, rel=1e-5)
-
-
-@pytest.mark.parametrize("field", ["num_steps", "eval_every", "eval_batches"])
-def test_a_count_below_one_is_refused(field):
-    """Mutation: the field left out of the check."""
-    fields = {"num_steps": 2, "batch_size": 1, "learning_rate": 0.1, "warmup_steps": 0}
-    with pytest.raises(errors.ConfigError, match=rf"task\.{field}=0: must be >= 1"):
-        trainer.TrainerConfig(**(fields | {field: 0}))
