@@ -267,6 +267,36 @@ def mamba2(config, params, x, positions, segment_ids):
     return project(config, params["out"], y)
 
 
+def recurformer(config, params, x, positions, segment_ids):
+    """One layer: its kept heads, then its recurrent ones, each put in its place."""
+    heads, width = config.num_heads, config.embed_dim // config.num_heads
+    options = config.mixer_options
+    [count] = options.recurrent_heads
+    kept = project(config, params["qkv"], x)
+    q, k, v = np.moveaxis(kept.reshape(*x.shape[:2], 3, -1, width), 2, 0)
+    q, k = rotate(config, q, positions), rotate(config, k, positions)
+    logits = np.einsum("bthe,bshe->bhts", q, k) / np.sqrt(width)
+    weights = softmax(logits, visible(segment_ids)[:, None])
+    stored = np.zeros((*x.shape[:2], heads, width), x.dtype)
+    stored[:, :, : heads - count] = np.einsum("bhts,bshe->bthe", weights, v)
+    own = params["recurrent"]
+    inputs = project(config, own["inputs"], x).reshape(*x.shape[:2], count, -1)
+    names = (("kernel",), ("bias",))
+    rows = inputs[..., : 3 * width].reshape(*x.shape[:2], count, 3, width)
+    rows = np.moveaxis(rows, 2, 3).reshape(*x.shape[:2], 3, -1)
+    rows = short_filter(own, names, rows, segment_ids)
+    c, b, value = np.moveaxis(rows.reshape(*x.shape[:2], 3, count, width), 2, 0)
+    y = state_space(own["ssd"], value, b, c, inputs[..., -1], segment_ids)
+    z = inputs[..., 3 * width : 4 * width] + own["gate"].reshape(count, width)
+    y = y * z / (1 + np.exp(-z))
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-5)
+    stored[:, :, heads - count :] = y * own["scale"].reshape(count, width)
+    placed = np.zeros_like(stored)
+    for head, place in enumerate(options.head_order):
+        placed[:, :, place] = stored[:, :, head]
+    return join(config, params, placed)
+
+
 ORACLES = {
     "softmax": normal_attention,
     "dape_v2": dape_v2,
@@ -278,4 +308,5 @@ ORACLES = {
     "luna": luna,
     "conv_luna": conv_luna,
     "mamba2": mamba2,
+    "recurformer": recurformer,
 }

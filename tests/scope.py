@@ -200,6 +200,16 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/mixers/recurformer": (
+        "model/test_mixers.py",
+        "convert/test_convert_recency.py",
+        "test_fields.py",
+        "training/test_optimizer.py",
+    ),
+    "model/mixers/recurrent_head": (
+        "model/test_mixers.py",
+        "convert/test_convert_recency.py",
+    ),
     "model/mixers/cosformer": (
         "model/test_mixers.py",
         "training/test_mixers_training.py",

@@ -157,24 +157,25 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     """Count what a model costs.
 
     `value_bytes` is the width of a stored value: 2 for fp16 and bf16 (as the paper
-    counts), 4 for float32.
+    counts), 4 for float32. Where blocks differ, `block` is their mean.
     """
-    layers = tuple(projections(model).values())
-    per_token = sum(layer.multiply_adds for layer in layers)
-    memory = recurrence.cost(model, per_token, lambda f: _project(model, f))
+    configs = [mixers.of_layer(model, i) for i in range(model.num_layers)]
+    layers = [tuple(projections(config).values()) for config in configs]
+    per_block = sum(layer.multiply_adds for block in layers for layer in block)
+    per_block //= model.num_layers
+    memory = recurrence.cost(model, per_block, lambda f: _project(model, f))
     # The mixer with the longest state that it has to keep.
-    state = mixers.cost(model, recurrence.capacity(model))
-    block = _block(model, layers)
-    parameters = _parameters(model, layers, memory)
+    states = [mixers.cost(c, recurrence.capacity(model)) for c in configs]
+    blocks = [_block(*pair) for pair in zip(configs, layers, strict=True)]
+    parameters = _parameters(configs, layers, memory)
     head = model.embed_dim * model.vocab_size
-    sequence = model.num_layers * block.total_exact + memory.multiply_adds
+    sequence = sum(block.total_exact for block in blocks) + memory.multiply_adds
     sequence += model.seq_len * head
     per_token = sequence // model.seq_len
-    rows = model.num_layers * sum(layer.values_read for layer in layers)
-    state_bytes = (state.state_value_bytes or value_bytes) * state.state_values
+    rows = sum(layer.values_read for block in layers for layer in block)
     return Accounting(
         parameters=parameters,
-        block=block,
+        block=_mean(blocks),
         head_multiply_adds=model.seq_len * head,
         recurrence_multiply_adds=memory.multiply_adds,
         multiply_adds_per_token=per_token,
@@ -184,9 +185,15 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
         table_bytes=value_bytes * parameters.tables,
         table_bytes_read_per_token=value_bytes * rows,
         dense_bytes=value_bytes * (parameters.dense + head),
-        decode_state_bytes=model.num_layers * state_bytes
+        decode_state_bytes=sum(state.state_bytes(value_bytes) for state in states)
         + value_bytes * memory.state_values,
     )
+
+
+def _mean(blocks: Sequence[Block]) -> Block:
+    names = [field.name for field in dataclasses.fields(Block)]
+    sums = {name: sum(getattr(block, name) for block in blocks) for name in names}
+    return Block(**{name: total // len(blocks) for name, total in sums.items()})
 
 
 def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
@@ -211,27 +218,30 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
 
 
 def _parameters(
-    model: ModelConfig, layers: tuple[Layer, ...], memory: recurrence.Cost
+    configs: Sequence[ModelConfig],
+    layers: Sequence[tuple[Layer, ...]],
+    memory: recurrence.Cost,
 ) -> Parameters:
-    width = model.embed_dim
+    model, width = configs[0], configs[0].embed_dim
     norm = width * (2 if model.norm == "layernorm" else 1)
     inner = 0
     if model.projection == "memory":
         # Between the FFN's two memory layers: always a LayerNorm, scale and bias.
         inner = 2 * model.num_tables * (model.code_bits + model.extra_bits)
     norms = 1 if model.residual == "eq13" else 2  # Eq. 13 norms once for both halves
-    every, scalars = (*layers * model.num_layers, *memory.projections), 0
+    blocks = [layer for block in layers for layer in block]
+    every, scalars = [*blocks, *memory.projections], 0
     if hashing.is_learned(model.score):
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
     biases = sum(layer.biases for layer in every)
-    mixing = mixers.cost(model, model.seq_len).parameters
+    mixing = sum(mixers.cost(c, model.seq_len).parameters for c in configs)
     groups = {
         "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
         "norms_and_biases": all_norms + inner * model.num_layers + biases + scalars,
-        "mixers": model.num_layers * mixing + memory.parameters,
+        "mixers": mixing + memory.parameters,
         "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }
     return Parameters(**groups, total=sum(groups.values()))

@@ -4,10 +4,15 @@ python -m memoryformer.convert gpt_neox SOURCE DIR [--tables=T]    Pythia -> exp
 python -m memoryformer.convert released SOURCE DIR [--tables=T]    released code -> export
 python -m memoryformer.convert export WORKDIR DIR [--to=FORMAT]    run -> export or FORMAT
 python -m memoryformer.convert import DIR WORKDIR [--config=FILE]  export -> run
+python -m memoryformer.convert recency --workdir=RUN [--output=DIR]  heads -> recurrent ones
 
 SOURCE is a directory or hub:owner/name; T is float32, bfloat16 or int8; FORMAT is
 safetensors (an export), gpt_neox or released. What ends a document is read from the files
 of a gpt_neox SOURCE; --end_token=TOKEN says it where they do not.
+
+`recency` measures how much of each head's attention lies on the last --window tokens of the
+training text (docs/recurformer.md) and, with --output, writes a run whose heads of the highest ratio
+(--share of all, or at least --threshold) are recurrent and need no cache.
 """
 
 from collections.abc import Sequence
@@ -26,6 +31,7 @@ _COMMANDS = {
     "import": ("config",),
 }
 _FLAGS = ("config", "tables", "step", "to", "revision", "end_token", "released_config")
+_OF_RECENCY = ("output", "window", "share", "threshold", "first_token", "batches")
 
 
 def define_flags() -> None:
@@ -41,6 +47,15 @@ def define_flags() -> None:
     cli.define_path_flag(
         "released_config", "The yml of a released checkpoint that carries none."
     )
+    cli.define_path_flag("workdir", "The run whose heads recency measures.")
+    cli.define_path_flag(
+        "output", "Where recency writes a run; none: it only measures."
+    )
+    flags.DEFINE_integer("window", 16, "w of recency, in tokens.", 1, 2**20)
+    flags.DEFINE_float("share", 0.5, "Of all heads, to become recurrent.", 0, 1)
+    flags.DEFINE_float("threshold", None, "Instead: the least ratio.", 0, 1)
+    flags.DEFINE_bool("first_token", False, "The first token counts as near.")
+    flags.DEFINE_integer("batches", 8, "Batches of training text to measure.", 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,12 +65,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv):
     """Dispatch to the subcommand."""
+    if argv[1:] == ["recency"]:
+        _recency()
+        return
+    cli.refuse_flags(
+        ("workdir", *_OF_RECENCY), "only recency looks at it; leave it out"
+    )
     from memoryformer.convert import export, folders, gpt_neox, released, transfer
 
     if len(argv) != 4:
         raise errors.ConfigError(
             "usage: python -m memoryformer.convert gpt_neox|released|export|import "
-            "FROM TO; --help says more."
+            "FROM TO, or recency --workdir=RUN; --help says more."
         )
     command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
     if not origin.startswith("hub:"):
@@ -91,6 +112,24 @@ def _run(argv):
             },
         )
     print(f"{origin} -> {target}")
+
+
+def _recency():
+    """Measure a run's heads, and convert it."""
+    from memoryformer.convert import recency
+
+    values = flags.FLAGS
+    unused = [name for name in _FLAGS if name != "step"]
+    cli.refuse_flags(unused, "recency does not look at it; leave it out")
+    if values.workdir is None:
+        raise errors.ConfigError("--workdir=RUN: missing; recency measures a run.")
+    if values.threshold is not None:
+        cli.refuse_flags(["share"], "--threshold chooses the heads; leave one out")
+    options = {name: values[name].value for name in _OF_RECENCY if name != "output"}
+    step = None if values.step < 0 else values.step
+    print(recency.convert_run(values.workdir, values.output, step=step, **options))
+    if values.output is not None:
+        print(f"{values.workdir} -> {values.output}")
 
 
 def _refuse_unused_flags(command, origin):

@@ -17,6 +17,7 @@ from memoryformer.model.mixers.kernel import Linear, Performer
 from memoryformer.model.mixers.linformer import Linformer
 from memoryformer.model.mixers.luna import Luna
 from memoryformer.model.mixers.mamba2 import Mamba2
+from memoryformer.model.mixers.recurformer import Recurformer
 from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.model.mixers.trained_kernel import TrainedKernel
 from memoryformer.notation import Array, Params
@@ -34,6 +35,7 @@ MIXERS = {
     "luna": Luna,
     "conv_luna": ConvLuna,
     "mamba2": Mamba2,
+    "recurformer": Recurformer,
 }
 
 
@@ -74,6 +76,11 @@ def takes_any_order(config: "ModelConfig") -> bool:
 def max_length(config: "ModelConfig") -> int:
     """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
     return MIXERS[config.mixer].max_length(config)
+
+
+def of_layer(config: "ModelConfig", layer: int) -> "ModelConfig":
+    """Return the config of a model whose layers all have the mixer that this one has."""
+    return MIXERS[config.mixer].of_layer(config, layer)
 
 
 def projections(config: "ModelConfig") -> dict[str, tuple[int, int]]:
@@ -130,6 +137,7 @@ __all__ = [
     "check_sequence",
     "cost",
     "max_length",
+    "of_layer",
     "projections",
     "redraw",
     "settings",

@@ -64,6 +64,12 @@ class Cost:
     state_values: int  # kept to decode at that length
     parameters: int = 0
     state_value_bytes: int = 0  # 4 for sums, kept in float32; 0: as values are stored
+    sums: int = 0  # values kept in float32 beside those
+
+    def state_bytes(self, value_bytes: int) -> int:
+        """Bytes of the state, where values are stored in so many."""
+        stored = (self.state_value_bytes or value_bytes) * self.state_values
+        return stored + 4 * self.sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +110,11 @@ class SequenceMixer(nnx.Module):
     def init_state(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> State:
         """Return the state that has seen nothing and may see `max_len` tokens."""
         raise NotImplementedError
+
+    @classmethod
+    def of_layer(cls, config: "ModelConfig", layer: int) -> "ModelConfig":
+        """Return the config of a model whose layers are all like this one."""
+        return config
 
     @classmethod
     def projections(cls, config: "ModelConfig") -> dict[str, tuple[int, int]]:

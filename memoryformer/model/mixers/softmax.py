@@ -115,20 +115,26 @@ class Softmax(base.MultiHead):
         self, x: Activations, seq: base.SeqInfo, state: KVCache | None = None
     ) -> tuple[Activations, KVCache | None]:
         """[B, L, D] -> [B, L, D]; with a cache, the new tokens follow the stored ones."""
-        batch_size, seq_len = x.shape[:2]
-        q, k, v = self.split(x)  # [B, L, H, E]
+        y, state = self.read(*self.split(x), seq, state)
+        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
+            return self.join_kept(y, x.dtype), state
+        return self.join(y, x.dtype), state
+
+    def read(
+        self, q: Array, k: Array, v: Array, seq: base.SeqInfo, state: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        """Return what every head reads, [B, L, H, E], and the cache after it."""
+        batch_size, seq_len = q.shape[:2]
         q, k = self.rotary(q, k, seq)
         if not self.causal:
             base.refuse_state(state)
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            y = self._around(q, k, v, seq, state)
-            return self.join_kept(y, x.dtype), None
+            return self._around(q, k, v, seq, state), None
         if state is None and self.implementation != "xla":
             y = attention.fused(q, k, v, seq.segment_ids, self.implementation)
-            return self.join(y, x.dtype), None
+            return y, None
         if state is not None and self.transform is None:
-            y, state = self._continue(q, k, v, seq, state)
-            return self.join(y, x.dtype), state
+            return self._continue(q, k, v, seq, state)
         start: Array | int = 0
         if state is None:
             keys, values, key_segments = k, v, seq.segment_ids
@@ -167,8 +173,7 @@ class Softmax(base.MultiHead):
             return attention.softmax(q, keys, values, mask, transform)
 
         queries = (q, query_index, seq.segment_ids, place)
-        y = base.by_chunks(attend, queries, self.sequence_chunk)
-        return self.join(y, x.dtype), state
+        return base.by_chunks(attend, queries, self.sequence_chunk), state
 
     def _continue(self, q, k, v, seq, state):
         """Append [B, L, H, E] to the cache, and read what it then holds."""
