@@ -16,6 +16,7 @@ training text (docs/recurformer.md) and, with --output, writes a run whose heads
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -125,7 +126,9 @@ def _recency():
         raise errors.ConfigError("--workdir=RUN: missing; recency measures a run.")
     if values.threshold is not None:
         cli.refuse_flags(["share"], "--threshold chooses the heads; leave one out")
-    options = {name: values[name].value for name in _OF_RECENCY if name != "output"}
+    options: dict[str, Any] = {
+        name: values[name].value for name in _OF_RECENCY if name != "output"
+    }
     step = None if values.step < 0 else values.step
     print(recency.convert_run(values.workdir, values.output, step=step, **options))
     if values.output is not None:

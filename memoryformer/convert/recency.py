@@ -143,7 +143,6 @@ def measure(
 
     All attention is formed, in float32: rows of some thousand tokens at most.
     """
-    check(config)
     passed = jax.jit(lambda params, batch: _sums(config, params, batch, window))
     totals: Any = None
     for batch in batches:
@@ -162,14 +161,15 @@ def measure(
 
 
 def _sums(config, params, batch, window):
-    """Sums over a batch of what `measure` divides, each [layers, H]."""
+    """Sums over a batch of what `measure` divides."""
     transformer = model_lib.merge(config, params)
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     x = transformer.embed(batch["inputs"])
     rows = []
     for block in transformer.blocks:
-        q, k, v = block.mixer.split(block.norm1(x))
-        q, k = block.mixer.rotary(q, k, seq)
+        mixer: Any = block.mixer  # `Softmax`, by `check`
+        q, k, v = mixer.split(block.norm1(x))
+        q, k = mixer.rotary(q, k, seq)
         rows.append(_of_heads(q, k, v, seq, window))
         x, _ = block(x, seq)
     sums = {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}

@@ -13,7 +13,7 @@ each head's output goes, so that a head can become recurrent and stay in its pla
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,8 @@ class Recurformer(softmax.Softmax):
         self.num_heads = config.num_heads - count  # those that `Softmax` has
         self.stored_at = _inverse(head_order(config, layer))
         kept = self.num_heads * self.head_dim
-        self.qkv = project(width, (3, kept)) if kept else None
+        qkv: Any = project(width, (3, kept)) if kept else None
+        self.qkv = qkv
         needs_out = config.output_projection
         self.out = project(width, width, output=True) if needs_out else None
         self.rotary, self.transform = base.Rotary(config), None

@@ -112,8 +112,8 @@ class Softmax(base.MultiHead):
             )
 
     def __call__(
-        self, x: Activations, seq: base.SeqInfo, state: KVCache | None = None
-    ) -> tuple[Activations, KVCache | None]:
+        self, x: Activations, seq: base.SeqInfo, state: base.State | None = None
+    ) -> tuple[Activations, base.State | None]:
         """[B, L, D] -> [B, L, D]; with a cache, the new tokens follow the stored ones."""
         y, state = self.read(*self.split(x), seq, state)
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
@@ -203,7 +203,7 @@ class Softmax(base.MultiHead):
 
     def init_state(
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
-    ) -> KVCache:
+    ) -> base.State:
         """Return an empty cache for `max_len` tokens."""
         max_len += -max_len % attention.CACHE_BLOCK
         shape = (batch_size, self.local_heads, max_len, self.head_dim)
