@@ -45,10 +45,10 @@ test-optimised: export JAX_ENABLE_COMPILATION_CACHE := false
 test-optimised: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# What compares with PyTorch, transformers and the lm-evaluation-harness.
+# What compares with PyTorch, transformers, the lm-evaluation-harness and mamba2-jax.
 test-peers: $(VENV)/.peers
 	$(RUN) -m pytest tests/convert tests/harness tests/data/test_run_tokenizer.py \
-	    tests/test_names.py
+	    tests/test_names.py tests/model/test_mamba2.py
 
 # Every promise of reliability, and a mistake that its test must notice.
 mutants: $(VENV)/.dev

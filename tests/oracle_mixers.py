@@ -269,6 +269,85 @@ def conv_luna(config, params, x, positions, segment_ids):
     return _luna(config, params, q, filtered(c), filtered(pack), taus, *rest)
 
 
+def short_filter(params, names, x, segment_ids):
+    """silu of the filter [W, C] over the document: [B, L, C]."""
+    kernel, bias = (
+        np.concatenate([params[name] for name in pair], axis=-1) for pair in names
+    )
+    y = np.zeros_like(x)
+    for row, t in np.ndindex(*segment_ids.shape):
+        y[row, t] = bias
+        inside = np.flatnonzero(segment_ids[row, : t + 1] == segment_ids[row, t])
+        for back, i in enumerate(inside[::-1][: len(kernel)]):
+            y[row, t] += kernel[len(kernel) - 1 - back] * x[row, i]
+    return y / (1 + np.exp(-y))
+
+
+def state_space(params, x, b, c, dt, segment_ids):
+    """S_t = a_t S_{t-1} + dt_t b_t (x) x_t, token by token: [B, L, H, P]."""
+    y = np.zeros_like(x)
+    dt = np.log1p(np.exp(dt + params["dt_bias"]))
+    a = np.exp(-dt * np.exp(params["a_log"]))
+    for row in range(x.shape[0]):
+        document = 0
+        for t in np.flatnonzero(segment_ids[row]):
+            if segment_ids[row, t] != document:
+                document = segment_ids[row, t]
+                state = np.zeros((*b.shape[2:], x.shape[-1]))
+            new = (dt[row, t, :, None] * b[row, t])[..., None] * x[row, t, :, None]
+            state = a[row, t, :, None, None] * state + new
+            y[row, t] = np.einsum("hn,hnp->hp", c[row, t], state)
+            y[row, t] += params["skip"][:, None] * x[row, t]
+    return y
+
+
+def mamba2(config, params, x, positions, segment_ids):
+    heads, size = config.num_heads, config.mixer_options.state_size
+    inner = project(config, params["inner"], x)
+    z, value = inner[:, :, 0], inner[:, :, 1]
+    steps = project(config, params["steps"], x)
+    rows = np.concatenate([value, steps[..., : 2 * size]], axis=-1)
+    names = (("kernel", "shared_kernel"), ("bias", "shared_bias"))
+    rows = short_filter(params, names, rows, segment_ids)
+    value, b, c = np.split(rows, [z.shape[-1], z.shape[-1] + size], axis=-1)
+    value = value.reshape(*x.shape[:2], heads, -1)
+    b, c = (np.repeat(v[:, :, None], heads, axis=2) for v in (b, c))
+    y = state_space(params["ssd"], value, b, c, steps[..., 2 * size :], segment_ids)
+    y = y.reshape(z.shape) * z / (1 + np.exp(-z))
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-5) * params["scale"]
+    return project(config, params["out"], y)
+
+
+def recurformer(config, params, x, positions, segment_ids):
+    """One layer: its kept heads, then its recurrent ones, each put in its place."""
+    heads, width = config.num_heads, config.embed_dim // config.num_heads
+    options = config.mixer_options
+    [count] = options.recurrent_heads
+    kept = project(config, params["qkv"], x)
+    q, k, v = np.moveaxis(kept.reshape(*x.shape[:2], 3, -1, width), 2, 0)
+    q, k = rotate(config, q, positions), rotate(config, k, positions)
+    logits = np.einsum("bthe,bshe->bhts", q, k) / np.sqrt(width)
+    weights = softmax(logits, visible(segment_ids)[:, None])
+    stored = np.zeros((*x.shape[:2], heads, width), x.dtype)
+    stored[:, :, : heads - count] = np.einsum("bhts,bshe->bthe", weights, v)
+    own = params["recurrent"]
+    inputs = project(config, own["inputs"], x).reshape(*x.shape[:2], count, -1)
+    names = (("kernel",), ("bias",))
+    rows = inputs[..., : 3 * width].reshape(*x.shape[:2], count, 3, width)
+    rows = np.moveaxis(rows, 2, 3).reshape(*x.shape[:2], 3, -1)
+    rows = short_filter(own, names, rows, segment_ids)
+    c, b, value = np.moveaxis(rows.reshape(*x.shape[:2], 3, count, width), 2, 0)
+    y = state_space(own["ssd"], value, b, c, inputs[..., -1], segment_ids)
+    z = inputs[..., 3 * width : 4 * width] + own["gate"].reshape(count, width)
+    y = y * z / (1 + np.exp(-z))
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-5)
+    stored[:, :, heads - count :] = y * own["scale"].reshape(count, width)
+    placed = np.zeros_like(stored)
+    for head, place in enumerate(options.head_order):
+        placed[:, :, place] = stored[:, :, head]
+    return join(config, params, placed)
+
+
 ORACLES = {
     "softmax": normal_attention,
     "dape_v2": dape_v2,
@@ -280,4 +359,6 @@ ORACLES = {
     "linformer": linformer,
     "luna": luna,
     "conv_luna": conv_luna,
+    "mamba2": mamba2,
+    "recurformer": recurformer,
 }

@@ -221,6 +221,22 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/mixers/mamba2": (
+        "model/test_mamba2.py",
+        "model/test_mixers.py",
+        "test_fields.py",
+        "training/test_optimizer.py",
+    ),
+    "model/mixers/recurformer": (
+        "model/test_mixers.py",
+        "convert/test_convert_recency.py",
+        "test_fields.py",
+        "training/test_optimizer.py",
+    ),
+    "model/mixers/recurrent_head": (
+        "model/test_mixers.py",
+        "convert/test_convert_recency.py",
+    ),
     "model/mixers/cosformer": (
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
@@ -418,6 +434,12 @@ _TESTS = {
     ),
     "ops/prefix": (
         "ops/test_prefix.py",
+        "model/test_mixers.py",
+        "model/test_mamba2.py",
+        "ops/test_ring.py",
+    ),
+    "ops/window": (
+        "model/test_mamba2.py",
         "model/test_mixers.py",
         "ops/test_ring.py",
     ),

@@ -45,6 +45,7 @@ BASES = {
     "memoryformer.convert": [
         ("export", "{folder}/run", "{folder}/out"),
         ("import", "{folder}/run", "{folder}/out"),
+        ("recency", "--workdir={folder}/run"),
         ("gpt_neox", "{folder}/corpus", "{folder}/out"),
         ("released", "{folder}/run", "{folder}/out"),
         ("memorise", "{folder}/run", "{folder}/out"),

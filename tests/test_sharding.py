@@ -47,8 +47,9 @@ PREFIX_MIXERS = (
 )
 MODELS |= {
     name: {"lookup": "xla", "mixer": name, "mixer_options": {"prefix_chunk": 3}}
-    for name in (*PREFIX_MIXERS, "conv_luna")
+    for name in (*PREFIX_MIXERS, "conv_luna", "mamba2")
 }
+MODELS["mamba2"]["mixer_options"] |= {"state_size": 8}
 MODELS["performer"]["mixer_options"] |= {"num_features": 6, "redraw_every": 8}
 for name in ("linformer", "luna", "conv_luna"):
     MODELS[name]["mixer_options"] |= {"num_slots": 5}
@@ -68,9 +69,10 @@ CASES = [
     pytest.param("performer", "sequence:sequence=4", 1, marks=slow),
     pytest.param("performer", "sequence", 1, marks=slow),
     pytest.param("conv_luna", "tensor:model=2,sequence=4", 1, marks=slow),
+    pytest.param("mamba2", "tensor:model=2,sequence=4", 1, marks=slow),
     *(
         pytest.param(name, "sequence", 1, marks=slow)
-        for name in (*PREFIX_MIXERS[:2], *PREFIX_MIXERS[3:], "conv_luna")
+        for name in (*PREFIX_MIXERS[:2], *PREFIX_MIXERS[3:], "conv_luna", "mamba2")
     ),
     *(
         pytest.param(name, mesh, 1, marks=slow)
@@ -219,7 +221,7 @@ def test_one_device_equals_eight(name, mesh, microbatches):
     Rows have unequal weights, and two meshes also add up microbatches. Mutations: psum
     of gradients left out over `data`, `sequence` or `model`; `nats` not divided by the size of
     `model`; the gradient of each microbatch divided by its own weight; over `sequence`:
-    `_combine` without `keep`, or its `empty`; `_larger` without `same`; `_later_tail`
+    `_combine` without `keep`, or its `empty`; `_larger` without `same`; `later_tail`
     that returns the right tail; evaluation's psum over it left out.
     """
     assert jax.device_count() == 8

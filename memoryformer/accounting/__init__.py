@@ -22,30 +22,13 @@ Start at `count`.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
+from memoryformer.accounting.layers import Layer, project, projections
 from memoryformer.model import ModelConfig, mixers, parts, recurrence
-from memoryformer.ops import hadamard, hashing
+from memoryformer.ops import hashing
 
-PAPER_PROJECTIONS = 6  # the paper's rounded 5.25, in units of K L D
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Cost of one layer: multiply-adds and values read per token, parameters in all."""
-
-    hashing: int  # multiply-adds that form codes and scores
-    products: int  # multiply-adds that form the output
-    tables: int
-    dense: int
-    biases: int
-    values_read: int  # table rows gathered for one token, in values
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds per token, the paper's K (tau + F) for a memory layer."""
-        return self.hashing + self.products
+PAPER_FEED_FORWARD = 3  # the paper's rounded 2.25 beside Q, K and V, in units of K L D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Multiply-adds of one block, the first, over one sequence of L tokens."""
+    """Multiply-adds of one block over one sequence of L tokens; the mean, where they differ."""
 
     projections_exact: int
     projections_paper: int
@@ -95,123 +78,29 @@ class Accounting:
     decode_state_bytes: int  # per sequence at context L
 
 
-def memory_layer(
-    num_tables: int,
-    code_bits: int,
-    features: int,
-    *,
-    bias: bool = False,
-    mix: str = "none",
-    thresholds: bool = False,
-) -> Layer:
-    """Cost of `y = sum_k s(z_k) T_k[h(z_k)]` with tables [K, 2^tau, F] (Eqs. 7 and 11).
-
-    A rotation before the hash counts as dense, what else stands there with the biases.
-    """
-    width = num_tables * code_bits
-    rotation = width**2 if mix == "orthogonal" else 0
-    additions = width * (hadamard.block_size(width).bit_length() - 1)
-    vectors = thresholds + (mix in ("hadamard", "grouped"))
-    return Layer(
-        hashing=width + rotation + (additions if mix == "hadamard" else 0),
-        products=num_tables * features,
-        tables=num_tables * 2**code_bits * features,
-        dense=rotation,
-        biases=(features if bias else 0) + vectors * width,
-        values_read=num_tables * features,
-    )
-
-
-def dense_layer(in_features: int, features: int) -> Layer:
-    """Cost of `y = x W + b` with W [D, F] (Eq. 1)."""
-    return Layer(
-        hashing=0,
-        products=in_features * features,
-        tables=0,
-        dense=in_features * features,
-        biases=features,
-        values_read=0,
-    )
-
-
-def projections(model: ModelConfig, layer: int = 0) -> dict[str, Layer]:
-    """The layers of block `layer` by name, Q, K and V as one.
-
-    A dense block has a layer each for Q, K and V; a memory block hashes once
-    for Q, K and V, which read rows of width 3 D (`num_projections` where there are others).
-    """
-    width, options = model.embed_dim, model.projection_options
-    chosen = parts.of_layer(model, layer)
-    ffn = chosen.ffn
-    if ffn.kind == "dense":
-        hidden = options.ffn_multiple * width
-        feed_forward = {
-            "ffn.up": dense_layer(width, hidden),
-            "ffn.down": dense_layer(hidden, width),
-        }
-    elif ffn.kind == "memory_block":
-        feed_forward = {"ffn": _project(model, width, ffn)}
-    else:
-        wide = ffn.code_bits + options.extra_bits
-        hidden = width // ffn.code_bits * wide
-        down = dataclasses.replace(ffn, code_bits=wide)
-        feed_forward = {
-            "ffn.up": _project(model, hidden, ffn),
-            "ffn.down": _project(model, width, down, in_features=hidden),
-        }
-    count = mixers.MIXERS[model.mixer].num_projections(model)
-    qkv = _project(model, count * width, chosen.qkv)
-    layers = {"mixer.qkv": qkv} | feed_forward
-    if model.output_projection:
-        layers["mixer.out"] = _project(model, width, chosen.output)
-    return layers
-
-
-def _project(
-    model: ModelConfig,
-    features: int,
-    part: parts.Part | None = None,
-    in_features: int = 0,
-) -> Layer:
-    """A projection, from D unless said; without a part of the model's kind."""
-    part = part or parts.usual(model)
-    width = in_features or model.embed_dim
-    if part.kind == "dense":
-        return dense_layer(width, features)
-    return memory_layer(
-        width // part.code_bits,
-        part.code_bits,
-        features,
-        bias=model.projection_options.memory_bias,
-        mix=part.mix,
-        thresholds=part.thresholds,
-    )
-
-
 def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     """Count what a model costs.
 
     `value_bytes` is the width of a stored value: 2 for fp16 and bf16 (as the paper
-    counts), 4 for float32.
+    counts), 4 for float32. Where blocks differ, `block` is their mean.
     """
-    layers = range(model.num_layers)
-    blocks = [tuple(projections(model, i).values()) for i in layers]
-    per_token = sum(layer.multiply_adds for layer in blocks[0])
-    memory = recurrence.cost(model, per_token, lambda f: _project(model, f))
+    configs = [mixers.of_layer(model, i) for i in range(model.num_layers)]
+    layers = [tuple(projections(model, i).values()) for i in range(model.num_layers)]
+    per_block = sum(layer.multiply_adds for block in layers for layer in block)
+    per_block //= model.num_layers
+    memory = recurrence.cost(model, per_block, lambda f: project(model, f))
     # The mixer with the longest state that it has to keep.
-    state = mixers.cost(model, recurrence.capacity(model))
-    counted = {layers: _block(model, layers) for layers in set(blocks)}
-    parameters = _parameters(model, blocks, memory)
+    states = [mixers.cost(c, recurrence.capacity(model)) for c in configs]
+    blocks = [_block(*pair) for pair in zip(configs, layers, strict=True)]
+    parameters = _parameters(configs, layers, memory)
     head = model.embed_dim * model.vocab_size
-    sequence = sum(counted[layers].total_exact for layers in blocks)
-    sequence += memory.multiply_adds
+    sequence = sum(block.total_exact for block in blocks) + memory.multiply_adds
     sequence += model.seq_len * head
     per_token = sequence // model.seq_len
-    rows = sum(layer.values_read for layers in blocks for layer in layers)
-    state_bytes = (state.state_value_bytes or value_bytes) * state.state_values
+    rows = sum(layer.values_read for block in layers for layer in block)
     return Accounting(
         parameters=parameters,
-        block=counted[blocks[0]],
+        block=_mean(blocks),
         head_multiply_adds=model.seq_len * head,
         recurrence_multiply_adds=memory.multiply_adds,
         multiply_adds_per_token=per_token,
@@ -221,9 +110,15 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
         table_bytes=value_bytes * parameters.tables,
         table_bytes_read_per_token=value_bytes * rows,
         dense_bytes=value_bytes * (parameters.dense + head),
-        decode_state_bytes=model.num_layers * state_bytes
+        decode_state_bytes=sum(state.state_bytes(value_bytes) for state in states)
         + value_bytes * memory.state_values,
     )
+
+
+def _mean(blocks: Sequence[Block]) -> Block:
+    names = [field.name for field in dataclasses.fields(Block)]
+    sums = {name: sum(getattr(block, name) for block in blocks) for name in names}
+    return Block(**{name: total // len(blocks) for name, total in sums.items()})
 
 
 def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
@@ -232,10 +127,11 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
     exact = length * sum(layer.products for layer in layers)
     hashed = length * sum(layer.hashing for layer in layers)
     paper = exact
-    if all(layer.tables for layer in layers):
-        # The paper has no output projection; one more of them is one more K L D.
-        units = PAPER_PROJECTIONS + model.output_projection
-        paper = units * model.num_tables * length * model.embed_dim
+    if model.projection == "memory":
+        # Q, K and V are 3 K L D; the paper has no output projection, which is one more.
+        shapes = mixers.projections(model).values()
+        paper = PAPER_FEED_FORWARD * model.num_tables * length * model.embed_dim
+        paper += sum(length * (d // model.code_bits) * f for d, f in shapes)
     return Block(
         projections_exact=exact,
         projections_paper=paper,
@@ -247,9 +143,11 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
 
 
 def _parameters(
-    model: ModelConfig, blocks: Sequence[Sequence[Layer]], memory: recurrence.Cost
+    configs: Sequence[ModelConfig],
+    layers: Sequence[tuple[Layer, ...]],
+    memory: recurrence.Cost,
 ) -> Parameters:
-    width = model.embed_dim
+    model, width = configs[0], configs[0].embed_dim
     norm = width * (2 if model.norm == "layernorm" else 1)
     inner = 0
     for i in range(model.num_layers):
@@ -258,20 +156,20 @@ def _parameters(
             wide = ffn.code_bits + model.projection_options.extra_bits
             inner += 2 * width // ffn.code_bits * wide
     norms = 1 if model.residual == "eq13" else 2  # Eq. 13 norms once for both halves
-    every = (*itertools.chain(*blocks), *memory.projections)
-    scalars = 0
+    blocks = [layer for block in layers for layer in block]
+    every, scalars = [*blocks, *memory.projections], 0
     if hashing.is_learned(model.score):
         scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
     biases = sum(layer.biases for layer in every)
-    mixing = mixers.cost(model, model.seq_len)
+    mixing = [mixers.cost(c, model.seq_len) for c in configs]
     groups = {
         "embedding": model.vocab_size * width,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
         "norms_and_biases": all_norms + inner + biases + scalars,
-        "mixers": model.num_layers * mixing.parameters
-        + mixing.shared_parameters
+        "mixers": sum(cost.parameters for cost in mixing)
+        + mixing[0].shared_parameters
         + memory.parameters,
         "head": 0 if model.tie_embeddings else width * model.vocab_size,
     }

@@ -5,6 +5,7 @@ python -m memoryformer.convert released SOURCE DIR [--tables=T]    released code
 python -m memoryformer.convert export WORKDIR DIR [--to=FORMAT]    run -> export or FORMAT
 python -m memoryformer.convert import DIR WORKDIR [--config=FILE]  export -> run
 python -m memoryformer.convert memorise SOURCE WORKDIR [--parts=P] dense -> memory layers
+python -m memoryformer.convert recency --workdir=RUN [--output=DIR]  heads -> recurrent ones
 
 memorise takes a run, an export or a GPT-NeoX directory, and makes a run: --parts of qkv, output,
 ffn; --layers=0,2-4; --bits=8 or qkv=4,ffn=8; --tokens to fit to. A conversion that was stopped
@@ -13,6 +14,10 @@ goes on.
 SOURCE is a directory or hub:owner/name; T is float32, bfloat16 or int8; FORMAT is
 safetensors (an export), gpt_neox or released. What ends a document is read from the files
 of a gpt_neox SOURCE; --end_token=TOKEN says it where they do not.
+
+`recency` measures how much of each head's attention lies on the last --window tokens of the
+training text (docs/recurformer.md) and, with --output, writes a run whose heads of the highest ratio
+(--share of all, or at least --threshold) are recurrent and need no cache.
 """
 
 import dataclasses
@@ -37,6 +42,7 @@ _COMMANDS = {
     ),
 }
 _FLAGS = tuple(dict.fromkeys(flag for used in _COMMANDS.values() for flag in used))
+_OF_RECENCY = ("output", "window", "share", "threshold", "first_token", "batches")
 
 
 def define_flags() -> None:
@@ -53,6 +59,7 @@ def define_flags() -> None:
         "released_config", "The yml of a released checkpoint that carries none."
     )
     _define_memorise_flags()
+    _define_recency_flags()
 
 
 def _define_memorise_flags():
@@ -74,6 +81,18 @@ def _define_memorise_flags():
     )
 
 
+def _define_recency_flags():
+    cli.define_path_flag("workdir", "The run whose heads recency measures.")
+    cli.define_path_flag(
+        "output", "Where recency writes a run; none: it only measures."
+    )
+    flags.DEFINE_integer("window", 16, "w of recency, in tokens.", 1, 2**20)
+    flags.DEFINE_float("share", 0.5, "Of all heads, to become recurrent.", 0, 1)
+    flags.DEFINE_float("threshold", None, "Instead: the least ratio.", 0, 1)
+    flags.DEFINE_bool("first_token", False, "The first token counts as near.")
+    flags.DEFINE_integer("batches", 8, "Batches of training text to measure.", 1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises `SystemExit` with its exit code."""
     cli.run_main(_run, define_flags, argv)
@@ -81,12 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv):
     """Dispatch to the subcommand."""
+    if argv[1:] == ["recency"]:
+        _recency()
+        return
+    cli.refuse_flags(
+        ("workdir", *_OF_RECENCY), "only recency looks at it; leave it out"
+    )
     from memoryformer.convert import export, folders, gpt_neox, released, transfer
 
     if len(argv) != 4:
         raise errors.ConfigError(
             "usage: python -m memoryformer.convert gpt_neox|released|export|import|memorise "
-            "FROM TO; --help says more."
+            "FROM TO, or recency --workdir=RUN; --help says more."
         )
     command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
     if not origin.startswith("hub:"):
@@ -138,6 +163,26 @@ def _memorise(origin, target):
     directory = transfer.fetch(origin, flags.FLAGS.revision)
     told = conversion.memorise(directory, target, chosen, flags.FLAGS.config)
     print(report.table(told))
+
+
+def _recency():
+    """Measure a run's heads, and convert it."""
+    from memoryformer.convert import recency
+
+    values = flags.FLAGS
+    unused = [name for name in _FLAGS if name != "step"]
+    cli.refuse_flags(unused, "recency does not look at it; leave it out")
+    if values.workdir is None:
+        raise errors.ConfigError("--workdir=RUN: missing; recency measures a run.")
+    if values.threshold is not None:
+        cli.refuse_flags(["share"], "--threshold chooses the heads; leave one out")
+    options: dict[str, Any] = {
+        name: values[name].value for name in _OF_RECENCY if name != "output"
+    }
+    step = None if values.step < 0 else values.step
+    print(recency.convert_run(values.workdir, values.output, step=step, **options))
+    if values.output is not None:
+        print(f"{values.workdir} -> {values.output}")
 
 
 def _refuse_unused_flags(command, origin):

@@ -166,7 +166,7 @@ def of_tables(
             )
         else:
             found[name] = tables.certificate(
-                codes, scores, num_buckets, bias=config.memory_bias
+                codes, scores, num_buckets, bias=config.projection_options.memory_bias
             )
     return found
 

@@ -16,6 +16,7 @@ import pytest
 
 from memoryformer import accounting
 from memoryformer import model as model_lib
+from memoryformer.accounting import layers
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -96,7 +97,7 @@ def test_table_2_derivable_columns():
 )
 def test_table_3(tau, num_tables, features, flops, memory):
     """Memory layer Q at s = 2048. Red: the hash not counted in `multiply_adds`."""
-    layer = accounting.memory_layer(num_tables, tau, features)
+    layer = layers.memory_layer(num_tables, tau, features)
     assert layer.multiply_adds == num_tables * (tau + features)
     assert f"{2048 * layer.multiply_adds / GIGA:.2f}" == flops
     assert f"{2 * layer.tables / MEGA:.1f}" == memory
@@ -104,7 +105,7 @@ def test_table_3(tau, num_tables, features, flops, memory):
 
 def test_table_3_misprint():
     """The third row as printed, d = h = 510: 0.054 G (printed 0.06), 53.3 MB (53.5)."""
-    layer = accounting.memory_layer(51, 10, 510)
+    layer = layers.memory_layer(51, 10, 510)
     assert f"{2048 * layer.multiply_adds / GIGA:.3f}" == "0.054"
     assert f"{2 * layer.tables / MEGA:.1f}" == "53.3"
 

@@ -36,6 +36,12 @@ CASES = {  # name: (mixer, its options, other fields of the config)
     "conv_luna": ("conv_luna", {"num_slots": 5, "width": 3}, {}),
     "conv_luna_pool": ("conv_luna", {"num_slots": 5, "filter": "pool"}, {}),
     "luna_raw": ("luna", {"num_slots": 5, "temperature": "learn", "values": False}, {}),
+    "mamba2": ("mamba2", {"state_size": 6, "width": 3}, {}),
+    "recurformer": (
+        "recurformer",
+        {"recurrent_heads": (2,), "head_order": (3, 0, 1, 2), "width": 3},
+        {},
+    ),
 }
 BOTH_WAYS = {  # look ahead, have no state
     "softmax_both": ("softmax", {}, {"causal": False}),

@@ -128,6 +128,95 @@ def test_gradient(with_shift):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+def _recurrence(a, b, c, decay, sums, segment_ids):
+    """S_t = exp(d_t) S_{t-1} + b_t (x) c_t, token by token: o and the last sums."""
+    outputs, last = [], segment_ids
+    for t in range(L):
+        segment = SEGMENTS[:, t]
+        real = jnp.asarray(segment != 0)[:, None, None, None]
+        sums = jnp.where(
+            jnp.asarray((segment != last) & (segment != 0))[:, None, None, None],
+            0,
+            sums,
+        )
+        new = jnp.exp(decay[:, t])[..., None, None] * sums
+        new = new + b[:, t][..., None] * c[:, t][:, :, None]
+        sums = jnp.where(real, new, sums)
+        outputs.append(
+            jnp.where(real[..., 0], jnp.einsum("bhr,bhrf->bhf", a[:, t], sums), 0)
+        )
+        last = np.where(segment != 0, segment, last)
+    return jnp.stack(outputs, axis=1), sums
+
+
+@pytest.mark.parametrize("chunk_size", [4, 64])
+def test_decay_is_the_recurrence(chunk_size):
+    """In float64, to 1e-12: both outputs, and the gradient to every input with a state before it.
+
+    The rows' first documents: another than the state's; the same one, after padding. Mutations:
+    the decay of padding kept; `_next_backwards` that does not move it; no state in the gradient
+    of the decay; a shift that is carried from chunk to chunk.
+    """
+    rng = np.random.default_rng(2)
+    shapes = [(B, L, H, R), (B, L, H, R), (B, L, H, F), (B, L, H), (B, H, R, F)]
+    before, weights = np.array([4, 7]), (rng.normal(size=(B, L, H, F)), 1)
+    inputs = [rng.normal(size=shape) for shape in shapes]
+    inputs[3] = -np.exp(inputs[3])
+
+    def ours(a, b, c, decay, sums):
+        segments = jnp.asarray(SEGMENTS, jnp.int32)
+        state = prefix.PrefixState(
+            sums, jnp.asarray(before, jnp.int32), jnp.zeros((B, H))
+        )
+        o, state = prefix.prefix(
+            a, b, c, segments, state, decay=decay, chunk_size=chunk_size
+        )
+        assert o.dtype == state.shift.dtype == jnp.float64
+        return o, state.sums
+
+    def theirs(*inputs):
+        return _recurrence(*inputs, before)
+
+    def outputs_and_gradients(function, *inputs):
+        def loss(*inputs):
+            outputs = function(*inputs)
+            return sum(
+                jnp.sum(w * x**2) for w, x in zip(weights, outputs, strict=True)
+            ), outputs
+
+        return jax.grad(loss, argnums=tuple(range(5)), has_aux=True)(*inputs)
+
+    with jax.enable_x64(True):
+        got, want = (
+            jax.jit(functools.partial(outputs_and_gradients, function))(*inputs)
+            for function in (ours, theirs)
+        )
+        for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * (1 + np.abs(y).max()))
+    with pytest.raises(ValueError, match="a shift or a decay, not both"):
+        _, _, c, shift = _inputs(True)
+        segments = jnp.asarray(SEGMENTS, jnp.int32)
+        prefix.prefix(c, c, c, segments, shift=shift, decay=-shift)
+
+
+def test_decay_of_a_long_row():
+    """Nothing is summed over the row: float32 stays exact, where what is forgotten adds up.
+
+    One token is read 2 tokens later, near the end of a row that forgets 8192 e-folds.
+    Mutation: one cumulative sum of the decays of the row.
+    """
+    length, decay = 8192, np.float32(-0.3)
+    decays = np.full((1, length, 1), -1.0, np.float32)
+    decays[:, -2:] = decay
+    ones = np.ones((1, length, 1, 1), np.float32)
+    b = ones * (np.arange(length) == length - 3)[None, :, None, None]
+    segments = np.ones((1, length), np.int32)
+    o, _ = jax.jit(lambda *x: prefix.prefix(*x[:4], decay=x[4]))(
+        ones, b, ones, segments, decays
+    )
+    np.testing.assert_allclose(o[0, -1, 0, 0], np.exp(2 * np.float64(decay)), rtol=1e-5)
+
+
 def test_no_sum_is_stored_for_every_token():
     """Red without the custom gradient: autodiff keeps [.., R, F] for every chunk."""
     length, width = 512, 64

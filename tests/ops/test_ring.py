@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import sharding
 from memoryformer.model import mixers, transformer
-from memoryformer.model.mixers import conv_luna
-from memoryformer.ops import attention, document_max, prefix, ring
+from memoryformer.ops import attention, document_max, prefix, ring, window
 
 B, L, H, E = 2, 32, 2, 4
 SPEC = P(None, "sequence")
@@ -187,7 +186,7 @@ def test_states_of_earlier_parts(with_shift):
 def test_tails_of_earlier_parts():
     """What a filter sees of the parts before its own, whatever their padding.
 
-    Mutations: `_later_tail` that returns the right tail, or whose places count from 0.
+    Mutations: `later_tail` that returns the right tail, or whose places count from 0.
     """
     rng = np.random.default_rng(2)
     rows = rng.normal(size=(B, 12, 1)).astype(np.float32)
@@ -200,15 +199,15 @@ def test_tails_of_earlier_parts():
             if real:
                 kept[0][i, -len(real) :] = rows[i, real]
                 kept[1][i, -len(real) :] = segments[i, real]
-        return kept
+        return window.Tail(*kept)
 
     for cut, last in ((4, 7), (6, 12), (3, 11), (7, 7), (0, 5)):
-        whole = conv_luna._later_tail(tail(0, cut), tail(cut, last))
+        whole = window.later_tail(tail(0, cut), tail(cut, last))
         for x, y in zip(whole, tail(0, last), strict=True):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "conv_luna", "performer"])
+@pytest.mark.parametrize("mixer", ["softmax", "conv_luna", "performer", "mamba2"])
 def test_two_devices_are_several(mixer):
     """What looks along a row looks at the other half too, as on one device.
 

@@ -58,7 +58,7 @@ def memorise(
     source = source_lib.load(pathlib.Path(origin), config)
     steps = options.steps(source.run.model)
     batches = _Batches(source, options)
-    teacher, subject = source.subject, _prepared(source.subject, options)
+    teacher, subject = source.subject, source_lib.prepared(source.subject, options)
     folder = target / FOLDER
     _check_settings(folder, _settings(source, options))
     before = _loss(subject, batches, "loss before")
@@ -185,27 +185,6 @@ def _sample(observe, batches):
         if sum(len(inputs) for inputs, _ in seen) >= SAMPLE_TOKENS:
             break
     return [np.concatenate(arrays) for arrays in zip(*seen, strict=True)]
-
-
-def _prepared(subject: Subject, options: Options) -> Subject:
-    """The model with the score and the bias of the layers to come."""
-    config, params = subject
-    blocks = {i: parts.of_layer(config, i) for i in range(config.num_layers)}
-    mixed = parts.mixed(config, blocks)
-    if not parts.has_tables(config):
-        fields = dataclasses.asdict(mixed.projection_options) | {"memory_bias": True}
-        mixed = dataclasses.replace(
-            mixed, score=options.score, projection_options=fields
-        )
-        return Subject(mixed, params)
-    biased = config.projection_options.memory_bias
-    if not biased or config.score != options.score:
-        raise ConfigError(
-            f"--score={options.score}: the model has memory layers with model.score="
-            f"{config.score!r} and memory_bias={biased}; those to come need the same "
-            "score, and a bias."
-        )
-    return Subject(mixed, params)
 
 
 def _installed(

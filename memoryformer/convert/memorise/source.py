@@ -15,8 +15,10 @@ from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer.convert import export, folders, gpt_neox, transfer
 from memoryformer.convert.memorise.activations import Subject
+from memoryformer.convert.memorise.options import Options
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
+from memoryformer.model import parts
 from memoryformer.runs import old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
@@ -77,3 +79,24 @@ def _with_config(
 
 def _source(run, params, dataset) -> Source:
     return Source(run, Subject(run.model, jax.tree.map(np.asarray, params)), dataset)
+
+
+def prepared(subject: Subject, options: Options) -> Subject:
+    """The model with the score and the bias of the layers to come."""
+    config, params = subject
+    blocks = {i: parts.of_layer(config, i) for i in range(config.num_layers)}
+    mixed = parts.mixed(config, blocks)
+    if not parts.has_tables(config):
+        fields = dataclasses.asdict(mixed.projection_options) | {"memory_bias": True}
+        mixed = dataclasses.replace(
+            mixed, score=options.score, projection_options=fields
+        )
+        return Subject(mixed, params)
+    biased = config.projection_options.memory_bias
+    if not biased or config.score != options.score:
+        raise ConfigError(
+            f"--score={options.score}: the model has memory layers with model.score="
+            f"{config.score!r} and memory_bias={biased}; those to come need the same "
+            "score, and a bias."
+        )
+    return Subject(mixed, params)

@@ -16,6 +16,8 @@ from memoryformer.model.mixers.cosformer import CosFormer
 from memoryformer.model.mixers.kernel import Linear, Performer
 from memoryformer.model.mixers.linformer import Linformer
 from memoryformer.model.mixers.luna import Luna
+from memoryformer.model.mixers.mamba2 import Mamba2
+from memoryformer.model.mixers.recurformer import Recurformer
 from memoryformer.model.mixers.softmax import Softmax
 from memoryformer.model.mixers.trained_kernel import TrainedKernel
 from memoryformer.notation import Array, Params
@@ -32,6 +34,8 @@ MIXERS = {
     "linformer": Linformer,  # the causal prefix form
     "luna": Luna,
     "conv_luna": ConvLuna,
+    "mamba2": Mamba2,
+    "recurformer": Recurformer,
 }
 
 
@@ -72,6 +76,16 @@ def takes_any_order(config: "ModelConfig") -> bool:
 def max_length(config: "ModelConfig") -> int:
     """Return the most tokens that the mixer has positions for; 0 if there is no limit."""
     return MIXERS[config.mixer].max_length(config)
+
+
+def of_layer(config: "ModelConfig", layer: int) -> "ModelConfig":
+    """Return the config of a model whose layers all have the mixer that this one has."""
+    return MIXERS[config.mixer].of_layer(config, layer)
+
+
+def projections(config: "ModelConfig") -> dict[str, tuple[int, int]]:
+    """Return {name: (inputs, outputs)} of the projections of the mixer of one block."""
+    return MIXERS[config.mixer].projections(config)
 
 
 def cost(config: "ModelConfig", length: int) -> Cost:
@@ -123,6 +137,8 @@ __all__ = [
     "check_sequence",
     "cost",
     "max_length",
+    "of_layer",
+    "projections",
     "redraw",
     "settings",
     "table",

@@ -65,6 +65,12 @@ class Cost:
     parameters: int = 0
     shared_parameters: int = 0  # of all layers together
     state_value_bytes: int = 0  # 4 for sums, kept in float32; 0: as values are stored
+    sums: int = 0  # values kept in float32 beside those
+
+    def state_bytes(self, value_bytes: int) -> int:
+        """Bytes of the state, where values are stored in so many."""
+        stored = (self.state_value_bytes or value_bytes) * self.state_values
+        return stored + 4 * self.sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,18 @@ class SequenceMixer(nnx.Module):
     def init_state(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> State:
         """Return the state that has seen nothing and may see `max_len` tokens."""
         raise NotImplementedError
+
+    @classmethod
+    def of_layer(cls, config: "ModelConfig", layer: int) -> "ModelConfig":
+        """Return the config of a model whose layers are all like this one."""
+        return config
+
+    @classmethod
+    def projections(cls, config: "ModelConfig") -> dict[str, tuple[int, int]]:
+        """Return {name: (inputs, outputs)} of what `project` makes in one block."""
+        width = config.embed_dim
+        layers = {"qkv": (width, cls.num_projections(config) * width)}
+        return layers | ({"out": (width, width)} if config.output_projection else {})
 
     @classmethod
     def cost(cls, config: "ModelConfig", length: int) -> Cost:
@@ -267,12 +285,6 @@ def by_chunks(
 
     parts = jax.lax.map(checkpointed, tuple(split(x) for x in arrays))
     return jax.tree.map(join, parts)
-
-
-def take_rows(x: Array, index: Int[Array, "B N"]) -> Array:
-    """Rows of each batch entry: [B, L, ..], [B, N] -> [B, N, ..]."""
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
 
 
 def at_least(options: Any, bound: int, *names: str) -> None:

@@ -1,6 +1,7 @@
 """ConvLuna (after Yorsh et al. 2024, causal): Luna behind a filter over a few tokens."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -11,7 +12,7 @@ from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.model.mixers import base, luna
 from memoryformer.notation import Array
-from memoryformer.ops import collectives
+from memoryformer.ops import window
 
 if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
@@ -88,72 +89,30 @@ class ConvLuna(luna.Luna):
     ) -> tuple[Array, Array, tuple[Array, Array]]:
         """Filter both over the last W tokens of the document."""
         rows = jnp.stack([c, pack], axis=2)  # [B, L, 2, H, E]
-        batch_size, length, _, *heads = rows.shape
-        if state is None:
-            tail = jnp.zeros((batch_size, self.tail_length, 2, *heads), rows.dtype)
-            tail_segments = jnp.zeros((batch_size, self.tail_length), jnp.int32)
-        else:
-            tail = state.tail.reshape(batch_size, -1, 2, *heads).astype(rows.dtype)
-            tail_segments = state.tail_segments
-        # Padding may stand between two calls of one document, so it takes no place here.
-        real = seq.segment_ids != 0
-        order = jnp.argsort(~real, axis=1, stable=True)
-        place = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-        kept = jnp.sum(real, axis=1, keepdims=True)  # the last W - 1 after these
-        kept = kept + jnp.arange(self.tail_length)[None]
-        new = base.take_rows(rows, order), base.take_rows(seq.segment_ids, order)
-        tails = tail, tail_segments
-        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            empty = jax.tree.map(jnp.zeros_like, tails)
-            here = (jnp.concatenate(both, 1) for both in zip(empty, new, strict=True))
-            last = tuple(base.take_rows(x, kept) for x in here)
-            axis = collectives.SEQUENCE_AXIS
-            tails = _later_tail(tails, collectives.scan_before(_later_tail, last, axis))
-        rows, segments = (
-            jnp.concatenate(both, 1) for both in zip(tails, new, strict=True)
-        )
-        filtered = base.take_rows(self._over_window(rows, segments, length), place)
+        tail = None
         if state is not None:
-            flat = rows.reshape(*rows.shape[:2], 2, -1)
-            tails = base.take_rows(flat, kept), base.take_rows(segments, kept)
-        return filtered[:, :, 0], filtered[:, :, 1], tails
+            shape = (rows.shape[0], self.tail_length, *rows.shape[2:])
+            tail = window.Tail(state.tail.reshape(shape), state.tail_segments)
+        ahead = 0 if self.causal else self.filter_width // 2
+        filtered, tail = window.slide(self._over_window, rows, seq.segment_ids, tail,
+                                      width=self.filter_width, ahead=ahead)  # fmt: skip
+        flat = tail.rows.reshape(*tail.rows.shape[:2], 2, -1)
+        return filtered[:, :, 0], filtered[:, :, 1], (flat, tail.segment_ids)
 
-    def _over_window(self, rows, segments, length):
-        width, total = self.filter_width, None
-        own = segments[:, width - 1 :]
-        # The window of a token ends at it, or `ahead` tokens after it.
-        ahead = 0 if self.causal else width // 2
-        rows = jnp.pad(rows, [(0, 0), (0, ahead)] + [(0, 0)] * (rows.ndim - 2))
-        segments = jnp.pad(segments, [(0, 0), (0, ahead)])
-        for i in range(width):
-            first = i + ahead
-            window = jax.lax.slice_in_dim(rows, first, first + length, axis=1)
-            inside = segments[:, first : first + length] == own
+    def _over_window(self, taps: window.Taps) -> Array:
+        terms = []
+        for i, (rows, inside) in enumerate(taps):
             inside = inside[..., None, None, None]
             if self.kind == "conv":
-                weight = self.kernel[...][i].astype(rows.dtype)[
-                    None, None, None, :, None
-                ]
-                term = jnp.where(inside, window * weight, 0)
-                total = term if total is None else total + term
+                weight = self.kernel[...][i].astype(rows.dtype)
+                weight = weight[None, None, None, :, None]
+                terms.append(jnp.where(inside, rows * weight, 0))
             else:
-                term = jnp.where(inside, window, -jnp.inf)
-                total = term if total is None else jnp.maximum(total, term)
-        return total
+                terms.append(jnp.where(inside, rows, -jnp.inf))
+        add = jnp.add if self.kind == "conv" else jnp.maximum
+        return functools.reduce(add, terms)
 
     @property
     def tail_length(self) -> int:
         """W - 1."""
         return self.filter_width - 1
-
-
-def _later_tail(left, right):
-    """Tail of two runs of tokens, from those of each alone; empty places stand first."""
-    (rows, segments), (right_rows, right_segments) = left, right
-    size = segments.shape[1]
-    count = jnp.sum(right_segments != 0, axis=1, keepdims=True)
-    place = jnp.arange(size)[None]
-    index = jnp.where(place < size - count, place + count, place + size)
-    rows = jnp.concatenate([rows, right_rows], axis=1)
-    segments = jnp.concatenate([segments, right_segments], axis=1)
-    return base.take_rows(rows, index), base.take_rows(segments, index)

@@ -13,7 +13,7 @@ from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.model.mixers import base, dape
 from memoryformer.notation import Activations, Array
-from memoryformer.ops import attention, collectives, ring
+from memoryformer.ops import attention, collectives, ring, window
 
 if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
@@ -112,23 +112,30 @@ class Softmax(base.MultiHead):
             )
 
     def __call__(
-        self, x: Activations, seq: base.SeqInfo, state: KVCache | None = None
-    ) -> tuple[Activations, KVCache | None]:
+        self, x: Activations, seq: base.SeqInfo, state: base.State | None = None
+    ) -> tuple[Activations, base.State | None]:
         """[B, L, D] -> [B, L, D]; with a cache, the new tokens follow the stored ones."""
-        batch_size, seq_len = x.shape[:2]
-        q, k, v = self.split(x)  # [B, L, H, E]
+        q, k, v = self.split(x)
+        y, state = self.read(q, k, v, seq, state)
+        if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
+            return self.join_kept(y, x.dtype), state
+        return self.join(y, x.dtype), state
+
+    def read(
+        self, q: Array, k: Array, v: Array, seq: base.SeqInfo, state: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        """Return what every head reads, [B, L, H, E], and the cache after it."""
+        batch_size, seq_len = q.shape[:2]
         q, k = self.rotary(q, k, seq)
         if not self.causal:
             base.refuse_state(state)
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
-            y = self._around(q, k, v, seq, state)
-            return self.join_kept(y, x.dtype), None
+            return self._around(q, k, v, seq, state), None
         if state is None and self.implementation != "xla":
             y = attention.fused(q, k, v, seq.segment_ids, self.implementation)
-            return self.join(y, x.dtype), None
+            return y, None
         if state is not None and self.transform is None:
-            y, state = self._continue(q, k, v, seq, state)
-            return self.join(y, x.dtype), state
+            return self._continue(q, k, v, seq, state)
         start: Array | int = 0
         if state is None:
             keys, values, key_segments = k, v, seq.segment_ids
@@ -150,7 +157,7 @@ class Softmax(base.MultiHead):
             past = key_index[:, None] <= query_index[:, :, None]
             place = jnp.sum(past & real[:, None], axis=-1) - 1
             keys, values, key_segments, key_index = (
-                base.take_rows(x, order)
+                window.take_rows(x, order)
                 for x in (keys, values, key_segments, key_index)
             )
         key_place = _indices(keys.shape[1], batch_size)
@@ -167,8 +174,7 @@ class Softmax(base.MultiHead):
             return attention.softmax(q, keys, values, mask, transform)
 
         queries = (q, query_index, seq.segment_ids, place)
-        y = base.by_chunks(attend, queries, self.sequence_chunk)
-        return self.join(y, x.dtype), state
+        return base.by_chunks(attend, queries, self.sequence_chunk), state
 
     def _continue(self, q, k, v, seq, state):
         """Append [B, L, H, E] to the cache, and read what it then holds."""
@@ -198,7 +204,7 @@ class Softmax(base.MultiHead):
 
     def init_state(
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
-    ) -> KVCache:
+    ) -> base.State:
         """Return an empty cache for `max_len` tokens."""
         max_len += -max_len % attention.CACHE_BLOCK
         shape = (batch_size, self.local_heads, max_len, self.head_dim)

@@ -16,7 +16,7 @@ phi have few values, so that a step of the network is a row of a table (`table`)
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ def draw(c: NetworkConfig, seed: int) -> Params:
     }
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     glorot = jax.nn.initializers.glorot_uniform()
-    params = {
+    params: dict[str, Any] = {
         name: {"kernel": glorot(key, shape), "bias": jnp.zeros(shape[1])}
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
