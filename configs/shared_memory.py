@@ -9,9 +9,9 @@ The argument is a task: `texts` (which package of the standard library 64 bytes 
 `pathfinder` (16 x 16 pixels) or `listops` (expressions of at most 64 tokens). Two-sided trunks of
 two layers and width 32, one memory through depth, 2,048 held-out examples. Sweeps, to be
 multiplied: `memory` (seven cells: softmax, luna and conv_luna of 1 and 16 slots, both at 16 slots
-with temperatures that stay 1) and `seed` (three). 21 runs a task, some 50 s of one core each. After
-a run was stopped or killed, the same command goes on. docs/shared_memory.md has the hypotheses
-and what came out.
+with temperatures that stay 1) and `seed` (three). 21 runs a task: 25 s of one core each for `texts`,
+minutes for `pathfinder`. After a run was stopped or killed, the same command goes on.
+docs/shared_memory.md has the hypotheses and what came out.
 """
 
 from collections.abc import Iterator

@@ -67,6 +67,7 @@ BASES = {
         ("curves", "{folder}/run", "--output={folder}/plots"),
         ("utilisation", "--workdir={folder}/run", "--output={folder}/plots"),
         ("flops", "{folder}/none"),
+        ("slots", "{folder}/run", "--output={folder}/plots"),
         ("quickstart", "--workdir={folder}/run"),
     ],
     "memoryformer.sweep": [(word, *SWEEP) for word in ("list", "print", "collect")],
@@ -76,7 +77,8 @@ BASES = {
     ],
     "memoryformer.tasks.memorised": [("--workdir={folder}/run",)],
     "memoryformer.tasks": [
-        ("--config=configs/listops.py:nope", "--workdir={folder}/listops")
+        ("--config=configs/listops.py:nope", "--workdir={folder}/listops"),
+        ("mqar", "--config=listops", "--workdir={folder}/listops"),
     ],
 }
 # Of the environment, each more nonsense than the last.

@@ -116,10 +116,12 @@ def variant_table(
     if not by_variant:
         return [f"{metric}: no point has it yet."]
     summaries = [summarise(v, values) for v, values in by_variant.items()]
-    if baseline and baseline not in by_variant:
-        known = ", ".join(by_variant)
+    variants = dict.fromkeys(row["variant"] for row in done)
+    if baseline and baseline not in variants:
+        known = ", ".join(variants)
         raise ConfigError(f"--baseline={baseline!r}: no such variant; known: {known}.")
-    base = next(s for s in summaries if not baseline or s.variant == baseline)
+    # Not every variant has every metric: softmax has no slots.
+    base = next((s for s in summaries if s.variant == baseline), summaries[0])
     pooled = pooled_deviation(summaries)
     lines = [
         f"| {metric} | seeds | mean ± s.d. | difference ± s.e. | |",
