@@ -65,18 +65,17 @@ class PMI(Slots):
         M_w <- sigmoid(i + b_i) tanh(M~) + sigmoid(f + b_f) M_w
 
     att(q, kv; k) keeps the k largest weights of each query. Its projections are the same for
-    tokens and slots, for reading and writing, and in all blocks. Beside looking back only,
-    four things differ from the published model: logits are divided by sqrt(E); what is read
-    from both memories is averaged, because U_l asking U_w would let a token see later ones;
-    memories start at trained values and slots are hashed through a norm, because a padded
-    identity and values in [0, 1) have the same signs everywhere; f and G_w are shared by slots.
+    tokens and slots, for reading and writing, and in all blocks. Beside looking back only, this
+    differs from the published model:
+
+    * What is read from both memories is averaged. U_l asking U_w would let a token see later ones.
+    * Logits are divided by sqrt(E), f is applied once, the slots share G_w, and G_y reads a mean
+      of either sign.
+    * Memories start at trained values, and slots are projected behind a norm: a padded identity
+      and values in [0, 1) have the same signs everywhere, so that a hash could not tell them apart.
     """
 
-    of_memory = (
-        "hidden",
-        "gate_chunk",
-        "gate_slots",
-    )  # projections that read no tokens
+    of_memory = ("hidden", "gate_chunk", "gate_slots")
 
     @dataclasses.dataclass(frozen=True)
     class Options(base.Recurrence.Options):
@@ -202,9 +201,9 @@ class PMI(Slots):
         long_term = self.long_term_norm(long_term)
         gates = wide(self.gate_slots(self.slot_norm(working)))
         gates += wide(self.gate_chunk(self.chunk_norm(_mean(y, real))))
-        working = jax.nn.sigmoid(gates[:, :, 0] + self.input_bias[...]) * jnp.tanh(
-            wide(update)
-        ) + jax.nn.sigmoid(gates[:, :, 1] + self.forget_bias[...]) * wide(working)
+        enter = jax.nn.sigmoid(gates[:, :, 0] + self.input_bias[...])
+        keep = jax.nn.sigmoid(gates[:, :, 1] + self.forget_bias[...])
+        working = enter * jnp.tanh(wide(update)) + keep * wide(working)
         flat = long_term.reshape(len(memory), -1, memory.shape[-1])
         return jnp.concatenate([working.astype(memory.dtype), flat], axis=1)
 
