@@ -106,24 +106,23 @@ def _flips(axes, rows, settings, kinds):
 def _energies(axes, models, names, batch):
     """A bar for each model and place of its tables, on a few technologies."""
     bars = []
-    for name, config in models.items():
-        bars.append((names[name], config, "rows"))
+    for colour, (name, config) in zip(drawing.COLOURS, models.items(), strict=False):
+        bars.append((names[name], config, "rows", {"color": colour}))
         if parts_lib.has_tables(config):
-            bars.append((f"{names[name]}, tables in crossbars", config, "crossbar"))
+            hatched = {"facecolor": "none", "edgecolor": colour, "hatch": "///"}
+            label = f"{names[name]}, tables in crossbars"
+            bars.append((label, config, "crossbar", hatched))
     place = np.arange(len(SHOWN))
     width = 0.8 / len(bars)
-    for index, (label, config, where) in enumerate(bars):
+    for index, (label, config, where, style) in enumerate(bars):
         totals = [
             energy_lib.total(energy_lib.per_token(config, technology, batch, where))
-            / 1e3
             if where == "rows" or not isinstance(TECHNOLOGIES[technology], Memory)
             else np.nan
             for technology in SHOWN
         ]
-        style = drawing.series_style(index)
-        axes.bar(
-            place + index * width, totals, width, label=label, color=style["color"]
-        )
+        heights = np.divide(totals, 1e3)  # nJ
+        axes.bar(place + index * width, heights, width, label=label, **style)
     axes.set_xticks(
         place + 0.4 - width / 2, SHOWN, rotation=30, ha="right", fontsize="small"
     )
