@@ -55,7 +55,7 @@ def test_it_is_least_squares(ridge):
 
 def test_conjugate_gradients_find_the_same():
     """To their tolerance, and they say how far they are. Mutations: the rank-one term of the means
-    left out of `times`; the ridge left out of it; one step for all columns.
+    left out of `times`; the ridge left out of it.
     """
     seen = observations(300)
     options = {"ridges": [1e-1, 1e-2], "tolerance": 1e-6}
@@ -115,8 +115,7 @@ def test_rows_that_no_token_reads():
 def test_white_inputs_and_a_linear_map(score, expected):
     """What a sign says of a Gaussian value, and its size of the others. No training.
 
-    Mutations: the score left out of the design; codes of another bit order do no harm, and
-    chunks of 7 values do.
+    Mutation: the score left out of the design.
     """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120_000, 16))
