@@ -72,7 +72,7 @@ def test_every_field_can_be_overridden(path):
         if value is None and "_options." in name:
             section, _, option = name.rpartition(".")
             options = operator.attrgetter(section)(first)
-            assert options.get_type(option) in (bool, int, float, str), name
+            assert options.get_type(option) in (bool, int, float, str, tuple), name
         else:
             assert isinstance(value, bool | int | float | str | tuple), (name, value)
 

@@ -18,12 +18,11 @@ from memoryformer.dryrun import examine as dryrun
 from memoryformer.training import experiment
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TASKS = {
-    "listops",
-    "mqar",
-    "hashhop",
-    "shared_memory",
-}  # no train step of `training.loop`'s
+TASKS = {  # no train step of `training.loop`'s
+    path.stem
+    for path in CONFIGS.glob("*.py")
+    if "from memoryformer.tasks import" in path.read_text(encoding="utf-8")
+}
 OTHERS = {"studies"} | TASKS  # sweeps over several
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

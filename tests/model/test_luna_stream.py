@@ -13,6 +13,8 @@ from memoryformer.model import mixers
 
 SEGMENTS = np.array([[1] * 12, [1] * 7 + [0] * 5, [0] * 2 + [3] * 10], np.int32)
 
+UNBIASED = {"memory_bias": False, "bias_std": 0.0}
+
 
 def made(mixer="luna", projection="dense", **options):
     """A two-sided model with one memory for its two layers, its parameters, and rows."""
@@ -21,8 +23,7 @@ def made(mixer="luna", projection="dense", **options):
         mixer=mixer,
         mixer_options={"num_slots": 3, "stream": True} | options,
         causal=False,
-        memory_bias=False,
-        bias_std=0.0,
+        projection_options=UNBIASED if projection == "memory" else {},
     )
     params = model.init(config, 0)
     noise = np.random.default_rng(1)

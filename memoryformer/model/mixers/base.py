@@ -187,8 +187,7 @@ class MultiHead(SequenceMixer):
     """
 
     def __init__(self, config: "ModelConfig", project: Project):
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_heads
+        self.head_dim, self.num_heads = config.head_dim, config.num_heads
         width = config.embed_dim
         self.parts = self.num_projections(config)
         self.qkv = project(width, (self.parts, width))
