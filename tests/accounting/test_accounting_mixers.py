@@ -86,6 +86,21 @@ def test_table_2(name):
         assert ours == pytest.approx(paper, abs=0.05)
 
 
+def test_products_one_by_one():
+    """By hand, per token: 2 E D of linear attention, 2 L D of softmax; a pool costs nothing.
+
+    Mutations: one product more anywhere; a convolution's taps for a pool.
+    """
+    names = ("linear", "softmax", "luna", "conv_luna", "conv_luna_pool")
+    configs = {name: model.ModelConfig(**SMALL, **SETTINGS[name]) for name in names}
+    products = {name: mixers.cost(c, 24).multiply_adds for name, c in configs.items()}
+    taps = configs["conv_luna"].mixer_options.width
+    assert products["linear"] == 24 * 2 * 8 * 32
+    assert products["softmax"] == 24 * 2 * 24 * 32
+    assert products["conv_luna_pool"] == products["luna"]
+    assert products["conv_luna"] == products["luna"] + 24 * 2 * taps * 32
+
+
 def test_linear_mixers_keep_float32_sums_of_any_length():
     """Red if their state grows with the length, or is counted in 2 bytes."""
     section = config.load(f"{CONFIGS}/memoryformer_tiny.py:performer").model

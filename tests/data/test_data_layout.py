@@ -77,11 +77,13 @@ def test_presets_align(name):
     assert run.data.align_documents == 512 and run.model.recurrence == name
 
 
-def test_rows_must_hold_whole_chunks(dataset):
-    """Red if a chunk crosses rows."""
-    split = dataclasses.replace(dataset.train, align=8)
-    with pytest.raises(errors.ConfigError, match="align_documents=8 does not divide"):
-        split.batches(12, 2, 0)
+@pytest.mark.parametrize("align, seq_len", [(8, 12), (2, 5)])
+def test_rows_must_hold_whole_chunks(dataset, align, seq_len):
+    """Red if a chunk crosses rows, the shortest that there are too."""
+    split = dataclasses.replace(dataset.train, align=align)
+    words = f"align_documents={align} does not divide"
+    with pytest.raises(errors.ConfigError, match=words):
+        split.batches(seq_len, 2, 0)
 
 
 def test_a_long_stream_is_looked_at_in_parts(monkeypatch):

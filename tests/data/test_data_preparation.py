@@ -390,6 +390,12 @@ def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
         data.cache_root(data.DataConfig())
 
 
+def test_a_cache_is_made_with_the_folders_above_it(config, tmp_path):
+    """Mutation: `parents` left out."""
+    nested = dataclasses.replace(config, data_dir=str(tmp_path / "a" / "b" / "c"))
+    assert data.prepare(nested).is_dir()
+
+
 def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     config = data_helpers.config(tmp_path, data_helpers.texts(10))

@@ -268,6 +268,13 @@ OTHER_JSON = {
 }
 
 
+def test_a_damaged_or_empty_file_is_not_called_settings(tmp_path):
+    """`is_other_json` answers, and reading the file says what is wrong. Mutation: None."""
+    for content in (b"", b"\n \n"):
+        (tmp_path / "x.json").write_bytes(content)
+        assert jsonlines.is_other_json(tmp_path / "x.json", "text") is False
+
+
 @pytest.mark.parametrize("source", ["text", "c4"])
 def test_settings_in_json_are_no_corpus(tmp_path, capsys, source):
     """Left out with a note; JSON lines that are damaged or of other fields stay errors.

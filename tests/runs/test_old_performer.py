@@ -11,9 +11,11 @@ import tarfile
 
 import numpy as np
 import pytest
+import toy
 
 from memoryformer.convert import export, safetensors_file, transfer
 from memoryformer.errors import ConfigError
+from memoryformer.model import older
 from memoryformer.runs import manifest, metrics
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop
@@ -90,6 +92,26 @@ def test_training_goes_on_as_if_it_had_been_stored(old):
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-6)
     leaves = run_steps.facts(old / "performer")["leaves"]
     assert any(path[-1] == "random_rows" for path, _, _ in leaves)
+
+
+def test_features_are_redrawn_before_the_batch_that_begins_a_period():
+    """Every 5 steps: batches 0 to 4 saw the first draw, so 5 steps have one, and 6 two.
+
+    Mutation: a step counted before it is done, or after.
+    """
+    config = toy.model_config(
+        mixer="performer", mixer_options={"num_features": 4, "redraw_every": 5}
+    )
+    stored = {"performer_seed": 0, "performer_draw": 0}
+
+    def rows(step):
+        params = older.random_features(config, stored, seed=1, step=step)
+        return np.asarray(params["blocks"]["0"]["mixer"]["random_rows"])
+
+    first = rows(0)
+    for step, same in ((1, True), (5, True), (6, False), (10, False)):
+        assert (rows(step) == first).all() == same, step
+    assert (rows(6) == rows(10)).all() and (rows(11) != rows(10)).any()
 
 
 def test_an_export_of_old_is_read_with_its_draw(old, tmp_path):
