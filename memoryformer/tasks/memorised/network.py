@@ -16,7 +16,7 @@ phi have few values, so that a step of the network is a row of a table (`table`)
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,12 +195,12 @@ def draw(c: NetworkConfig, seed: int) -> Params:
     }
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     glorot = jax.nn.initializers.glorot_uniform()
-    params = {
+    params: Params = {
         name: {"kernel": glorot(key, shape), "bias": jnp.zeros(shape[1])}
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    params["W6"]["bias"] += 0.5
-    return params
+    half: Any = params["W6"]
+    return params | {"W6": half | {"bias": half["bias"] + 0.5}}
 
 
 class Memorised(base.Task):

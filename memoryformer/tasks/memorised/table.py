@@ -134,7 +134,7 @@ class Nearest:
     @functools.cached_property
     def _own_rows(self):
         """(key, row) of every row of the image that the key is of."""
-        return np.nonzero(self.images[:, None] == self.table.images)
+        return np.nonzero(np.asarray(self.images)[:, None] == self.table.images)
 
     def __call__(self, keys: Float[np.ndarray, "B W"]) -> tuple[Values, float]:
         """Return the values of the nearest rows."""
