@@ -199,8 +199,8 @@ def draw(c: NetworkConfig, seed: int) -> Params:
         name: {"kernel": glorot(key, shape), "bias": jnp.zeros(shape[1])}
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    params["W6"]["bias"] += 0.5
-    return params
+    half: Any = params["W6"]
+    return params | {"W6": half | {"bias": half["bias"] + 0.5}}
 
 
 class Memorised(base.Task):
