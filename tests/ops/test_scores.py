@@ -92,7 +92,7 @@ def by_reader(x, tables, kind, learned):
     params = {"layer.tables": tables}
     if learned:
         params |= {"layer.beta": learned[0], "layer.gamma": learned[1]}
-    return reference_reader.Model(config, params)._project("layer", x[None], 2)[0]
+    return reference_reader.Model(config, params)._project("layer", x[None])[0]
 
 
 WAYS = {

@@ -189,8 +189,7 @@ class MultiHead(SequenceMixer):
     def __init__(self, config: "ModelConfig", project: Project):
         self.head_dim, self.num_heads = config.head_dim, config.num_heads
         width = config.embed_dim
-        self.parts = self.num_projections(config)
-        self.qkv = project(width, (self.parts, width))
+        self.qkv = project(width, (self.num_projections(config), width))
         needs_out = config.output_projection
         self.out = project(width, width, output=True) if needs_out else None
 
@@ -202,8 +201,8 @@ class MultiHead(SequenceMixer):
     def split(self, x: Activations) -> tuple[Array, ...]:
         """[B, L, D] -> three of [B, L, H, E], or as many as `num_projections`."""
         qkv = self.qkv(x)  # [B, L, 3, D]
-        qkv = qkv.reshape(*x.shape[:2], self.parts, -1, self.head_dim)
-        return tuple(qkv[:, :, i] for i in range(self.parts))
+        qkv = qkv.reshape(*qkv.shape[:3], -1, self.head_dim)
+        return tuple(qkv[:, :, i] for i in range(qkv.shape[2]))
 
     def join(self, y: Float[Array, "B L H E"], dtype: jnp.dtype) -> Activations:
         """[B, L, H, E], what the heads read, -> [B, L, D]."""
