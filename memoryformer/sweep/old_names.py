@@ -20,10 +20,23 @@ def spellings(named: Mapping[str, Any]) -> list[dict[str, Any]]:
     First with the options of mixers and recurrences alone, then with none.
     """
     others = old_configs.CHOOSERS.keys() - set(_NESTED_FIRST)
-    newer = _flattened(named, others)
+    newer = _flattened(_without_later_options(named), others)
     oldest = _flattened(newer, _NESTED_FIRST)
     oldest |= dict.fromkeys((f"model.{name}" for name in old_configs.RETIRED), 0)
     return [newer, oldest]
+
+
+def _without_later_options(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out options that older code had not, where they are as it was without them."""
+    fields = dict(named)
+    for key, (_, moved) in old_configs.CHOOSERS.items():
+        kind = _kinds(key).get(named[key], config_lib.NoOptions)
+        then = {option for _, option in moved.values()}
+        for field in dataclasses.fields(config_lib.options_class(kind)):
+            name = f"{key}_options.{field.name}"
+            if field.name not in then and fields.get(name) == field.default:
+                del fields[name]
+    return fields
 
 
 def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str, Any]:
@@ -35,9 +48,7 @@ def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str,
     new = old_configs.NEW_CHOOSERS.keys() & set(choosers)
     old = {k: v for k, v in named.items() if not k.startswith(nested) and k not in new}
     for key in choosers:
-        section, _, chooser = key.partition(".")
-        fields: Any = experiment.Experiment.__dataclass_fields__[section].type
-        kinds = fields.__dataclass_fields__[f"{chooser}_options"].metadata["options"]
+        section, kinds = key.partition(".")[0], _kinds(key)
         for name, (owners, option) in old_configs.CHOOSERS[key][1].items():
             field = _field(config_lib.options_class(kinds[owners[0]]), option)
             now = f"{key}_options.{option}"
@@ -46,6 +57,13 @@ def _flattened(named: Mapping[str, Any], choosers: Collection[str]) -> dict[str,
             elif field.metadata["changes"] == "numbers":
                 old[f"{section}.{name}"] = old_configs.PLAIN.get(name, field.default)
     return old
+
+
+def _kinds(key: str) -> Mapping[str, Any]:
+    """The choices of the field 'section.X' that have options."""
+    section, _, chooser = key.partition(".")
+    fields: Any = experiment.Experiment.__dataclass_fields__[section].type
+    return fields.__dataclass_fields__[f"{chooser}_options"].metadata["options"]
 
 
 def _field(cls: type, name: str) -> dataclasses.Field:

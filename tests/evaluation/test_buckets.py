@@ -142,7 +142,9 @@ def test_collect_on_a_mesh(mesh):
 
 def test_a_dense_model_has_nothing_to_count():
     """Red: the check left out (it would say that there is no batch)."""
-    dense = dataclasses.replace(CONFIG, projection="dense")
+    dense = dataclasses.replace(
+        CONFIG, projection="dense", projection_options={}, ffn_activation="gelu"
+    )
     with pytest.raises(errors.ConfigError, match="has no tables"):
         buckets.collect(dense, model.init(dense), [batch(0)])
 

@@ -87,10 +87,12 @@ def test_what_a_run_was_told_is_kept(old):
         "logit_transform": "dape_v2",
         "conv_luna_filter": "pool",
     }
-    for mixer, cls in model.mixers.MIXERS.items():
+    then = {option for _, option in old_configs.MIXER_OPTIONS.values()}
+    for mixer in model.mixers.MIXERS.keys() - {"mamba2", "recurformer"}:
+        cls = model.mixers.MIXERS[mixer]
         section = old_configs.upgraded_model({"mixer": mixer} | flat)
         assert section.keys() == {"mixer", "mixer_options"}
-        known = {item.name for item in cls.Options.__dataclass_fields__.values()}
+        known = cls.Options.__dataclass_fields__.keys() & then
         assert section["mixer_options"].keys() == known
     for kind in ("rmt", "memformer"):  # those that there were
         cls = model.recurrence.KINDS[kind]
