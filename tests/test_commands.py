@@ -238,7 +238,11 @@ def test_console_script(monkeypatch, capsys):
     assert modules == commands().keys() - {"memoryformer.report.quickstart"}
     for words, code, said in (
         (["accounting", "--config=quickstart:dense"], 0, "589,824"),
-        (["accounting", "--config=quickstrat"], 2, "memoryformer_tiny, pythia_160m"),
+        (
+            ["accounting", "--config=quickstrat"],
+            2,
+            "memoryformer_tiny, mqar, pmi, pythia_160m",
+        ),
         (["trian"], 2, "'trian': no such command; did you mean 'train'?"),
         (["--version"], 0, memoryformer.__version__),
     ):
