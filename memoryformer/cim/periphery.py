@@ -133,7 +133,7 @@ class ConvertedMemoryLayer(_Converted, layers.MemoryLayer):
     """A `MemoryLayer` between converters."""
 
     def _unit(self, x, ndim):
-        chunks = hashing.split_chunks(x, self.code_bits)
+        chunks = hashing.split_chunks(self.hashed(x), self.code_bits)
         scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
         largest = jnp.max(scores, axis=-1)
         columns = jnp.max(jnp.abs(self.tables[...]), axis=(0, 1))

@@ -217,7 +217,7 @@ class _Watched(layers.MemoryLayer):
     watch: Callable[[tuple[Array, Array]], None]
 
     def __call__(self, x):
-        chunks = hashing.split_chunks(x, self.code_bits)
+        chunks = hashing.split_chunks(self.hashed(x), self.code_bits)
         scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
         self.watch((hashing.hash_codes(chunks), scores))
         return super().__call__(x)

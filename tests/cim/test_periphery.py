@@ -41,8 +41,9 @@ def layer_of(kind, score="softmax"):
         layer = layers.Dense(16, (3, 8), kernel_std=0.5, rngs=rngs)
         layer.bias = nnx.Param(jnp.linspace(-1, 1, 24).reshape(3, 8))
         return layer
+    mix = "orthogonal" if kind == "rotated" else "none"
     return layers.MemoryLayer(
-        *(16, (3, 8)), code_bits=4, score=score, use_bias=True, table_std=0.5,
+        *(16, (3, 8)), code_bits=4, score=score, use_bias=True, table_std=0.5, mix=mix,
         bias_std=0.5, implementation="reference", rngs=rngs,
     )  # fmt: skip
 
@@ -52,11 +53,11 @@ class Holder(nnx.Module):
         self.layer = layer
 
 
-@pytest.mark.parametrize("kind", ["dense", "memory"])
+@pytest.mark.parametrize("kind", ["dense", "memory", "rotated"])
 def test_a_layer_between_converters_is_the_equation(kind):
     """Inputs over their own largest, outputs without the bias over theirs or a bound in units
     of one full cell. Mutations: the bias converted too; w_max of all columns; one bound for
-    all vectors of a batch."""
+    all vectors of a batch; scores of x where a rotation of it is hashed."""
     x = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
     for settings in (
         Periphery(4, 5),
@@ -73,7 +74,8 @@ def test_a_layer_between_converters_is_the_equation(kind):
             largest = np.abs(rounded).max(-1)
         else:
             unit = np.abs(np.asarray(layer.tables[...])).max((0, 1))
-            z = np.abs(rounded.reshape(5, 4, 4))
+            z = rounded if kind == "memory" else np.asarray(layer.hashed(rounded))
+            z = np.abs(z.reshape(5, 4, 4))
             largest = (1 / (1 + np.exp(-2 * z))).prod(-1).max(-1)
         top = np.abs(plain).max((1, 2), keepdims=True) * np.ones_like(plain)
         if settings.output_bound:

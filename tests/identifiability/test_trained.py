@@ -95,13 +95,33 @@ def test_models_without_a_certificate_are_refused(fields, said):
         trained.check(toy.model_config("dense", **fields))
 
 
+def test_what_is_hashed_is_watched():
+    """Codes of a layer with thresholds and a mix. Mutation: the codes of its input."""
+    options = {"parts": "ffn=memory_block,bits=4,mix=hadamard,thresholds"}
+    config = trained.eager(
+        toy.model_config("mixed", num_layers=1, projection_options=options)
+    )
+    params, batch = drawn(config), toy.batch(config, 0)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+    says = codes_lib.of_tokens(model.merge(config, params), batch["inputs"], seq)
+    ((name, (codes, _, _)),) = trained.reads(config, params, [batch]).items()
+    np.testing.assert_array_equal(
+        codes, np.asarray(says[name])[batch["segment_ids"] > 0]
+    )
+
+
 def test_layers_are_watched_as_they_read():
     """Codes are those that the model says it reads, padding left out; scores as their equation.
 
     Mutations: padding kept; scores of another temperature; a layer that reads slots, watched;
     the certificate without the model's bias.
     """
-    config = toy.model_config(temperature=0.7, mixer="luna", num_layers=1, remat="full")
+    config = toy.model_config(
+        mixer="luna",
+        num_layers=1,
+        remat="full",
+        projection_options={"temperature": 0.7},
+    )
     config = trained.eager(config)
     params = drawn(config)
     batches = [toy.batch(config, seed) for seed in (0, 1)]
