@@ -110,8 +110,6 @@ def token_ids(world):
     file = next(p for p in broken.iterdir() if "train" in p.name)
     np.memmap(file, "<u2", "r+")[:] = 60000
     fields = {"data.source": "prepared", "data.path": str(broken)}
-    fields |= {"data.source_options.max_documents": 0}
-    fields |= {"data.source_options.validation_every": 20}  # of preparing
     world.run(world.workdir(), 46, **fields)
 
 
