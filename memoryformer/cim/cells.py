@@ -38,7 +38,9 @@ class Device:
         if not 0 <= seconds < math.inf:
             raise ConfigError(f"--seconds={seconds}: must be a time, 0 or more.")
 
-    def held(self, weights: Cells, largest: Cells, seconds: float, rng) -> Cells:
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """Return weights [K, C, F] or [D, F], float32, as they are read after `seconds`."""
         raise NotImplementedError
 
@@ -69,7 +71,9 @@ class Gaussian(Device):
         """Without noise."""
         return self.sigma == 0
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """One draw for each weight."""
         return weights + np.float32(self.sigma) * largest * normal(rng, weights.shape)
 
@@ -81,7 +85,9 @@ class InPairs(Device):
         """Shares of the largest conductance -> what is read after `seconds`."""
         raise NotImplementedError
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """w_max times the difference of the two cells."""
         plus, minus = shares(weights, largest)
         return largest * (

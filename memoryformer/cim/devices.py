@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from memoryformer.cim.cells import (
+    Cells,
     Device,
     Gaussian,
     Ideal,
@@ -53,12 +54,14 @@ class Pcm(InPairs):
     START: ClassVar[float] = 20.0  # s, from writing to the first reading
     READ: ClassVar[float] = 250e-9  # s, of one reading
 
-    def cells(self, r, seconds, rng):
+    def cells(self, r: Cells, seconds: float, rng: np.random.Generator) -> Cells:
         """Programmed, drifted and read."""
         programmed, nu = self._programmed(r, rng)
         return self._read(programmed, nu, seconds, rng)
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """The same of both cells, times the compensation."""
         pairs = [self._programmed(r, rng) for r in shares(weights, largest)]
 
@@ -109,7 +112,9 @@ class AfmPcm(Device):
     LOW: ClassVar = (2.940e-5, -3.716e-3, 0.22420, 2.5797)  # of g^3 .. 1
     HIGH: ClassVar = (1.233e-5, -3.055e-3, 0.24535, 2.1103)
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """One draw for each weight."""
         unit = np.where(largest > 0, largest, 1) / np.float32(self.G_MAX)
         g = np.abs(weights) / unit
@@ -146,7 +151,7 @@ class ReRam(InPairs):
                 "between 1 and 172800."
             )
 
-    def cells(self, r, seconds, rng):
+    def cells(self, r: Cells, seconds: float, rng: np.random.Generator) -> Cells:
         """Programmed and read at `seconds`."""
         logs = np.log(self.TIMES)
         spreads = [
@@ -156,7 +161,9 @@ class ReRam(InPairs):
         spread = np.polyval(spreads[::-1], r) / self.G_MAX
         return np.maximum(r + spread.astype(np.float32) * normal(rng, r.shape), 0)
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """Both cells, and the noise of reading the weight."""
         read = np.float32(self.read_noise) * largest * normal(rng, weights.shape)
         return super().held(weights, largest, seconds, rng) + read
@@ -173,7 +180,7 @@ class Stuck(InPairs):
         super().__post_init__()
         check_range("share", self.share, 1.0)
 
-    def cells(self, r, seconds, rng):
+    def cells(self, r: Cells, seconds: float, rng: np.random.Generator) -> Cells:
         """Which are stuck does not depend on the share: a larger one adds more."""
         draw = rng.random(r.shape, np.float32)
         stuck = np.where(
@@ -181,7 +188,9 @@ class Stuck(InPairs):
         )
         return np.where(draw < self.share, stuck, r)
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """Weights without a stuck cell stay as they are, to the bit."""
         plus, minus = shares(weights, largest)
         read = self.cells(plus, seconds, rng), self.cells(minus, seconds, rng)
@@ -204,7 +213,9 @@ class Flips(Device):
         super().__post_init__()
         check_range("rate", self.rate, 1.0)
 
-    def held(self, weights, largest, seconds, rng):
+    def held(
+        self, weights: Cells, largest: Cells, seconds: float, rng: np.random.Generator
+    ) -> Cells:
         """Rounded, flipped, and scaled back."""
         by_row = weights if weights.ndim == 3 else weights.T
         values, scales = narrow_rows.round_rows(by_row)

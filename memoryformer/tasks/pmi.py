@@ -283,7 +283,7 @@ def positions(length: int, width: int) -> Float[Array, "T D"]:
 
 
 def dense(
-    config: PMIConfig, inputs: int, features: Any, *, std=0.0, rngs: nnx.Rngs
+    config: PMIConfig, inputs: int, features: Any, *, std: float = 0.0, rngs: nnx.Rngs
 ) -> layers.Dense:
     """Make a dense layer whose kernel has variance 1 / (3 inputs), as PyTorch's has, or std."""
     return layers.Dense(

@@ -11,6 +11,7 @@ for recurrent heads elsewhere too (recurformer.py). Start at `Mamba2`.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
@@ -101,7 +102,9 @@ def filter_params(
     return kernel, nnx.Param(uniform(*shape), spec=spec, decay=False)
 
 
-def gated_norm(y: Array, z: Array, scale: Array, mean_square) -> Array:
+def gated_norm(
+    y: Array, z: Array, scale: Array, mean_square: Callable[[Array], Array]
+) -> Array:
     """norm(y * silu(z)): divided by the root of `mean_square` and multiplied by `scale`."""
     y = y * jax.nn.silu(z)
     return y * jax.lax.rsqrt(mean_square(y**2) + NORM_EPS) * scale.astype(y.dtype)
