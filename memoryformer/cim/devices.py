@@ -143,7 +143,7 @@ class ReRam(InPairs):
         (0.782, 20.274, -43.507, 37.062, -11.934),
     )
 
-    def check(self, seconds):
+    def check(self, seconds: float) -> None:
         """Only what was measured: 1 s to 2 days."""
         if not self.TIMES[0] <= seconds <= self.TIMES[-1]:
             raise ConfigError(
