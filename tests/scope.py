@@ -304,6 +304,7 @@ _TESTS = {
         "ops/test_scores.py",
     ),
     "model/narrow_layers": (
+        "model/test_parts.py",
         "model/test_narrow.py",
         "ops/test_scores.py",
         "generation/test_generation.py",
@@ -347,6 +348,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/recurrence/rmt": (
+        "model/test_codes.py",
         "model/test_recurrence.py",
         "training/test_recurrence_runs.py",
         "test_fields.py",

@@ -27,10 +27,15 @@ EXTRA = {
 SETTINGS = presets.mixer_settings() | EXTRA
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_parameters_and_state_are_those_of_the_module(name):
-    """Red if a mixer gains an array that its formula does not know."""
-    settings = model.ModelConfig(**SMALL, **SETTINGS[name])
+@pytest.mark.parametrize(
+    "name, heads", [*((n, 4) for n in SETTINGS), ("trained_kernel", 8)]
+)
+def test_parameters_and_state_are_those_of_the_module(name, heads):
+    """Red if a mixer gains an array that its formula does not know.
+
+    Of 8 heads each is 4 wide, and a trained kernel's gate has one hidden value.
+    """
+    settings = model.ModelConfig(**SMALL | {"num_heads": heads}, **SETTINGS[name])
     counted = mixers.cost(settings, SMALL["seq_len"])
 
     def shapes():
@@ -87,15 +92,17 @@ def test_table_2(name):
 
 
 def test_products_one_by_one():
-    """By hand, per token: 2 E D of linear attention, 2 L D of softmax; a pool costs nothing.
+    """By hand, per token: 2 E D of linear attention, 4 M D of M random features, 2 L D of
+    softmax; a pool costs nothing.
 
     Mutations: one product more anywhere; a convolution's taps for a pool.
     """
-    names = ("linear", "softmax", "luna", "conv_luna", "conv_luna_pool")
+    names = ("linear", "performer", "softmax", "luna", "conv_luna", "conv_luna_pool")
     configs = {name: model.ModelConfig(**SMALL, **SETTINGS[name]) for name in names}
     products = {name: mixers.cost(c, 24).multiply_adds for name, c in configs.items()}
     taps = configs["conv_luna"].mixer_options.width
     assert products["linear"] == 24 * 2 * 8 * 32
+    assert products["performer"] == 24 * 4 * 256 * 32
     assert products["softmax"] == 24 * 2 * 24 * 32
     assert products["conv_luna_pool"] == products["luna"]
     assert products["conv_luna"] == products["luna"] + 24 * 2 * taps * 32

@@ -68,3 +68,19 @@ def test_what_is_taken_is_gone():
     batch = toy.batch(config, batch_size=2)
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     assert codes.of_tokens(network, batch["inputs"], seq) and not codes.taken(network)
+
+
+def test_codes_beside_memory_tokens_are_those_of_the_text():
+    """The first layer hashes each token alone, with a memory before the chunk or none.
+
+    Mutation: `before` of `recurrence.rmt` left at 0.
+    """
+    options = {"chunk_size": 4, "num_slots": 3}
+    config = toy.model_config(recurrence="rmt", recurrence_options=options)
+    plain, name = toy.model_config(), "blocks.0.mixer.qkv"
+    params, batch = model.init(config), toy.batch(config, batch_size=2)
+    read = buckets.codes(config, params, batch)[name]
+    trunk = {key: part for key, part in params.items() if key != "recurrence"}
+    real = batch["segment_ids"] > 0
+    expected = buckets.codes(plain, trunk, batch)[name]
+    np.testing.assert_array_equal(np.asarray(read)[real], np.asarray(expected)[real])

@@ -186,10 +186,13 @@ def test_lowers_for_cuda(sharded):
 
 
 def test_mistakes_are_named():
-    """Mutation: no `_check` in `forward`."""
-    tables, codes, scores, _ = operands(N=1, K=1, C=2, F=128)
-    with pytest.raises(TypeError, match="float32 or bfloat16 tables and float32"):
-        lookup_gpu.gpu(tables.astype(jnp.float16), codes, scores)
+    """Mutation: no `_check` in `forward`, or in `backward`."""
+    tables, codes, scores, dy = operands(N=1, K=1, C=2, F=128)
+    half, words = tables.astype(jnp.float16), "float32 or bfloat16 tables and float32"
+    with pytest.raises(TypeError, match=words):
+        lookup_gpu.gpu(half, codes, scores)
+    with pytest.raises(TypeError, match=words):
+        lookup_gpu.backward(half, codes, scores, dy)
     assert "float16" in lookup_gpu.why_not(tables.astype(jnp.float16), scores)
     with pytest.raises(ValueError, match="3000000 tokens of 1024 codes"):
         jax.eval_shape(
