@@ -115,7 +115,9 @@ def test_no_head_replaced(projection):
     np.testing.assert_array_equal(logits(same, moved), logits(config, params))
 
 
-@pytest.mark.parametrize("projection", ["memory", "dense"])
+@pytest.mark.parametrize(
+    "projection", ["memory", pytest.param("dense", marks=pytest.mark.slow)]
+)
 def test_heads_in_another_order(projection):
     """Stored in another order and put back: no logit changes.
 
@@ -136,7 +138,9 @@ def test_heads_in_another_order(projection):
     np.testing.assert_array_equal(logits(permuted, moved), logits(config, params))
 
 
-@pytest.mark.parametrize("projection", ["memory", "dense"])
+@pytest.mark.parametrize(
+    "projection", ["memory", pytest.param("dense", marks=pytest.mark.slow)]
+)
 def test_kept_heads_are_as_they_were(projection):
     """A silenced head says the same in both: with V of 0 there, and with a scale of 0 here.
 

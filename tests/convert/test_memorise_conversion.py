@@ -153,6 +153,7 @@ def test_a_stopped_conversion_goes_on(dense, converted, tmp_path, monkeypatch):
         conversion.memorise(dense, tmp_path / "run", ALL)
 
 
+@pytest.mark.slow
 def test_from_gpt_neox_to_ten_more_steps(dense, tmp_path):
     """A folder as transformers writes it, half converted, trained on, exported.
 
