@@ -561,7 +561,9 @@ def test_restore_refuses_another_config_or_other_data(tmp_path, capfd):
             run.restore_latest(make_state(0))
     with open_run(tmp_path, run_config=other, allow={"model.*"}) as run:
         assert run.restore_latest(make_state(0))[0] == 1
-    assert "model.embed_dim: 8 -> 9" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "checkpoint 1: going on under a changed config:\n" in told
+    assert "  model.embed_dim: 8 -> 9" in told
 
 
 def test_preflight_gives_the_numbers(tmp_path, monkeypatch):
