@@ -121,15 +121,19 @@ def _seen(state, context):
     if isinstance(state, recurrence.RecurrentState):
         return state
 
-    def block(state):
-        if not isinstance(state, softmax.KVCache):
-            return state
-        return state._replace(
-            segment_ids=jnp.ones_like(state.segment_ids),
-            length=jnp.full_like(state.length, context),
+    def filled(cache):
+        if not isinstance(cache, softmax.KVCache):
+            return cache
+        return cache._replace(
+            segment_ids=jnp.ones_like(cache.segment_ids),
+            length=jnp.full_like(cache.length, context),
         )
 
-    return tuple(block(b) for b in state)
+    def is_cache(node):
+        return isinstance(node, softmax.KVCache)
+
+    # A cache may lie inside of a mixer's state, as the one of recurformer does.
+    return jax.tree.map(filled, state, is_leaf=is_cache)
 
 
 def plot(rows: list[dict], path: str) -> None:

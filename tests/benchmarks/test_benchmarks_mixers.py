@@ -3,8 +3,12 @@
 import importlib.util
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 import toy
+
+from memoryformer import model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -58,3 +62,13 @@ def test_decode_length(tmp_path):
     assert by_mixer[1][0] == by_mixer[1][1] and by_mixer[2][0] == by_mixer[2][1]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_cache_inside_a_state_is_filled_too():
+    """Recurformer's lies beside its recurrent heads. Mutation: only a block's own is filled."""
+    benchmark = _load("decode_length")
+    config = toy.model_config(mixer="recurformer", num_layers=1)
+    state = model.merge(config, model.init(config)).init_state(1, 64)
+    (block,) = benchmark._seen(state, 40)
+    assert (block.cache.length == 40).all() and (block.cache.segment_ids == 1).all()
+    jax.tree.map(np.testing.assert_array_equal, block.recurrent, state[0].recurrent)
