@@ -14,6 +14,7 @@ from memoryformer.model.params import (
     param_roles,
     param_specs,
     partition_specs,
+    split_groups,
     split_trained,
     with_tables_as_read,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "param_roles",
     "param_specs",
     "partition_specs",
+    "split_groups",
     "split_trained",
     "with_tables_as_read",
 ]

@@ -50,11 +50,16 @@ def merge(model_config: ModelConfig, params: Params) -> transformer.Transformer:
 
 def split_trained(model_config: ModelConfig, tree: Any) -> tuple[Any, Any]:
     """Part a tree like the parameters into what is trained and what is not."""
-    groups = traverse_util.flatten_dict(param_groups(model_config))
+    return split_groups(param_groups(model_config), tree)
+
+
+def split_groups(groups: Any, tree: Any) -> tuple[Any, Any]:
+    """The same by the group of each parameter, as `param_groups` names it."""
+    flat = traverse_util.flatten_dict(groups)
     trained: dict[tuple[str, ...], Any] = {}
     fixed: dict[tuple[str, ...], Any] = {}
     for path, leaf in traverse_util.flatten_dict(tree).items():
-        (fixed if groups[path] == "fixed" else trained)[path] = leaf
+        (fixed if flat[path] == "fixed" else trained)[path] = leaf
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(fixed)
 
 

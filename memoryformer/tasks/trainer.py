@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 
 from memoryformer import model as model_lib
 from memoryformer.cluster import signals
@@ -200,8 +199,9 @@ def make_programs(task: base.Task) -> Programs:
 
     def parts(params):
         groups = task.groups(params)
-        trained, fixed = _split(groups, params)
-        tx = optimizer.make(recipe, task.options.num_steps, _split(groups, groups)[0])
+        trained, fixed = model_lib.split_groups(groups, params)
+        kinds, _ = model_lib.split_groups(groups, groups)
+        tx = optimizer.make(recipe, task.options.num_steps, kinds)
         return trained, fixed, tx
 
     def new_state(params):
@@ -222,16 +222,6 @@ def make_programs(task: base.Task) -> Programs:
         return TrainState(state.step + 1, params, opt_state), sums
 
     return Programs(jax.jit(new_state), jax.jit(train_step), jax.jit(task.sums))
-
-
-def _split(groups, tree):
-    """Part a tree like the parameters into what is trained and what is not."""
-    flat = traverse_util.flatten_dict(groups)
-    trained: dict[Any, Any] = {}
-    fixed: dict[Any, Any] = {}
-    for path, leaf in traverse_util.flatten_dict(tree).items():
-        (fixed if flat[path] == "fixed" else trained)[path] = leaf
-    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(fixed)
 
 
 def _quotients(batches):
