@@ -26,7 +26,6 @@ from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import Transformer, layers
 from memoryformer.notation import Activations, Array
-from memoryformer.ops import hashing
 
 LEVELS = ("mid_tread", "mid_rise")
 MAX_BITS = 16
@@ -133,8 +132,7 @@ class ConvertedMemoryLayer(_Converted, layers.MemoryLayer):
     """A `MemoryLayer` between converters."""
 
     def _unit(self, x, ndim):
-        chunks = hashing.split_chunks(self.hashed(x), self.code_bits)
-        scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
+        _, scores = self.addresses(x)
         largest = jnp.max(scores, axis=-1)
         columns = jnp.max(jnp.abs(self.tables[...]), axis=(0, 1))
         largest = largest.reshape(*largest.shape, *(1,) * columns.ndim)
@@ -159,8 +157,7 @@ def attach(model: Transformer, periphery: Periphery, seed: int | Array = 0) -> N
         converted = _CONVERTED.get(type(module))
         if converted is None:
             continue
-        # The same fields behind another `__call__`; flax's own setattr is for fields.
-        object.__setattr__(module, "__class__", converted)
+        layers.become(module, converted)
         layer: Any = module
         layer.periphery = periphery
         name = ".".join(map(str, path)).encode()

@@ -28,7 +28,6 @@ from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
 from memoryformer.model import implementations, layers, mixers
 from memoryformer.notation import Array, Float, Params
-from memoryformer.ops import hashing
 from memoryformer.training import experiment
 
 Batches = Iterable[Mapping[str, Any]]
@@ -201,8 +200,7 @@ def _reader(config):
             if isinstance(layer, layers.MemoryLayer) and layer.keeps_codes:
                 told: list[tuple[Array, Array]] = []
                 kept[".".join(map(str, path))] = told
-                # The same fields behind another `__call__`; flax's own setattr is for fields.
-                object.__setattr__(layer, "__class__", _Watched)
+                layers.become(layer, _Watched)
                 object.__setattr__(layer, "watch", told.append)
                 layer.keeps_codes = False
         model.features(tokens, seq)
@@ -217,9 +215,7 @@ class _Watched(layers.MemoryLayer):
     watch: Callable[[tuple[Array, Array]], None]
 
     def __call__(self, x):
-        chunks = hashing.split_chunks(self.hashed(x), self.code_bits)
-        scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
-        self.watch((hashing.hash_codes(chunks), scores))
+        self.watch(self.addresses(x))
         return super().__call__(x)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.model import front as front_lib
-from memoryformer.notation import Activations, Array, Tokens
+from memoryformer.notation import Activations, Array, Codes, Scores, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
 
@@ -67,12 +67,9 @@ class MemoryLayer(nnx.Module):
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        z = self.hashed(x)
-        chunks = hashing.split_chunks(z, self.code_bits)  # [.., K / n, tau]
-        codes = hashing.hash_codes(chunks)
+        codes, scores = self.addresses(x)
         if self.keeps_codes:
             self.codes = nnx.Intermediate(codes)  # [.., K / n]
-        scores = hashing.scores(chunks, self.score, self.temperature, self.learned())
         codes, scores = self._from_all_devices(codes, scores)  # [.., K]
         scores = remat_lib.name(scores, "scores")
         tables = self.tables[...].astype(self.dtype)
@@ -87,6 +84,16 @@ class MemoryLayer(nnx.Module):
         if self.bias is not None:
             y = y + align(self.bias[...], y.ndim)
         return remat_lib.name(y.astype(self.dtype), "projected")
+
+    def addresses(self, x: Activations) -> tuple[Codes, Scores]:
+        """Codes and scores of this device's part of x: [.., K / n] each."""
+        chunks = hashing.split_chunks(
+            self.hashed(x), self.code_bits
+        )  # [.., K / n, tau]
+        codes = hashing.hash_codes(chunks)
+        return codes, hashing.scores(
+            chunks, self.score, self.temperature, self.learned()
+        )
 
     def hashed(self, x: Activations) -> Activations:
         """z, what is hashed: x itself, or what the layer's front makes of it."""
@@ -270,6 +277,11 @@ def _bias(rngs, features, use_bias, std):
         return None
     value = _normal(rngs, features, std) if std else jnp.zeros(features)
     return nnx.Param(value, spec="last_axis", decay=False)
+
+
+def become(module: nnx.Module, cls: type[nnx.Module]) -> None:
+    """Give a module another class of the same fields, for its `__call__`."""
+    object.__setattr__(module, "__class__", cls)  # flax's own setattr is for fields
 
 
 def align(vector: Array, ndim: int) -> Array:

@@ -65,5 +65,4 @@ def swap_in(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model, graph=False):
         name, narrow = _NARROW.get(type(module), ("", None))
         if narrow and isinstance(getattr(module, name).get_value(), _PACKED):
-            # The same fields behind another `__call__`; flax's own setattr is for fields.
-            object.__setattr__(module, "__class__", narrow)
+            layers.become(module, narrow)
