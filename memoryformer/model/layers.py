@@ -9,6 +9,8 @@ weight decay shrinks it (`decay=`): weights do, scales, biases and scalars do no
 kernels also say what they are (`role=`, see `params.param_roles`). Start at `MemoryLayer`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -279,7 +281,7 @@ def _bias(rngs, features, use_bias, std):
     return nnx.Param(value, spec="last_axis", decay=False)
 
 
-def become(module: nnx.Module, cls: type[nnx.Module]) -> None:
+def become(module: nnx.Module, cls: Any) -> None:
     """Give a module another class of the same fields, for its `__call__`."""
     object.__setattr__(module, "__class__", cls)  # flax's own setattr is for fields
 
