@@ -16,7 +16,6 @@ place: a conversion that replaces no head changes no logit. Start at `convert_ru
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryformer import model as model_lib
-from memoryformer.convert import folders
+from memoryformer.convert import folders, transfer
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError
 from memoryformer.files import atomic
@@ -33,10 +32,8 @@ from memoryformer.model import mixers
 from memoryformer.model.mixers import mamba2
 from memoryformer.notation import Array, Params
 from memoryformer.ops import attention
-from memoryformer.runs import checkpoint
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
-from memoryformer.training import step as step_lib
 
 REPORT = "recency.json"
 STEP, OPEN_GATE = 0.1, 1.2785  # dt of a head at first; silu(1.2785) = 1
@@ -71,7 +68,7 @@ def convert_run(
     run, params, facts = experiment.load(workdir, step)
     check(run.model)
     if output is not None:
-        _check_output(workdir, output)
+        transfer.check_target(workdir, output)
     dataset = run_tokenizer.dataset(workdir, run.data, facts, run.model.vocab_size)
     source = dataset.train.batches(
         run.model.seq_len, run.train.batch_size, run.train.seed
@@ -92,29 +89,10 @@ def convert_run(
             **{name: value.tolist() for name, value in recency._asdict().items()},
         }
         with folders.fill(output, last=run_steps.FOLDER) as folder:
-            _write(folder, run, params, dataset, report)
+            atomic.write_json(folder / REPORT, report, indent=2)
+            about = (dataset.fingerprint, dataset.tokenizer)
+            transfer.begin_run(folder, run, params, *about)
     return table(recency, chosen, window)
-
-
-def _check_output(workdir, output):
-    target = folders.check_free(output).resolve()
-    if target.is_relative_to(pathlib.Path(workdir, run_steps.FOLDER).resolve()):
-        raise ConfigError(f"{target}: lies among the run's checkpoints; name another.")
-
-
-def _write(folder, run, params, dataset, report):
-    """Fill a folder with step 0 of a run."""
-    atomic.write_json(folder / REPORT, report, indent=2)
-    run_tokenizer.keep(folder, dataset.tokenizer, begun=False)
-    with checkpoint.Checkpointer(
-        folder,
-        run.checkpoint,
-        run_config=experiment.as_dict(run),
-        data_fingerprint=dataset.fingerprint,
-        tokenizer=run_tokenizer.identity(dataset.tokenizer),
-    ) as checkpointer:
-        state = step_lib.new_state(run, jax.tree.map(jnp.asarray, params))
-        checkpointer.save(0, state, wait=True)
 
 
 def check(config: model_lib.ModelConfig) -> None:

@@ -41,10 +41,7 @@ def export_run(
     `directory` must be new or empty. Raises `ConfigError` for a model that the format
     cannot hold.
     """
-    target = folders.check_free(directory)
-    checkpoints = pathlib.Path(workdir, run_steps.FOLDER).resolve()
-    if target.resolve().is_relative_to(checkpoints):
-        raise ConfigError(f"{target}: lies among the run's checkpoints; name another.")
+    check_target(workdir, directory)
     run, params, facts = experiment.load(workdir, step)
     tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     if form == "gpt_neox":
@@ -99,6 +96,14 @@ def import_run(
         data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
         check_same_tokens(export.tokenizer_of(directory), tokenizer, directory)
     begin_run(workdir, run, params, data_fingerprint, tokenizer)
+
+
+def check_target(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Raise `ConfigError` unless `directory` is new or empty, and none of a run's checkpoints."""
+    target = folders.check_free(directory)
+    checkpoints = pathlib.Path(workdir, run_steps.FOLDER).resolve()
+    if target.resolve().is_relative_to(checkpoints):
+        raise ConfigError(f"{target}: lies among the run's checkpoints; name another.")
 
 
 def begin_run(

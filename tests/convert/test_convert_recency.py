@@ -16,7 +16,7 @@ import toy
 
 from memoryformer import model
 from memoryformer.convert import __main__ as command
-from memoryformer.convert import recency
+from memoryformer.convert import recency, transfer
 from memoryformer.errors import ConfigError
 from memoryformer.model import mixers
 from memoryformer.runs import metrics
@@ -186,7 +186,7 @@ def test_the_command(tmp_path, capsys):
         command.main(words)
     assert capsys.readouterr().out.count("| softmax |") == 1 and not out.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recency.step_lib, "new_state", lambda *_: 1 / 0)
+        patch.setattr(transfer.step_lib, "new_state", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             recency.convert_run(workdir, out, window=3, batches=1)
     assert not out.exists()
