@@ -16,7 +16,7 @@ from memoryformer.data import parts as parts_lib
 from memoryformer.data import token_files
 from memoryformer.files import atomic
 
-_DTYPE = (
+DTYPE = (
     "S16"  # NumPy drops zeros at the end: of two texts that differ there, never mind
 )
 
@@ -30,7 +30,7 @@ def paths(work: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Path]:
 def write(work: pathlib.Path, part: parts_lib.Part, texts: Iterable[str]) -> None:
     """Read a part and write what it holds."""
     read = b"".join(map(token_files.digest, texts))
-    unique, first = np.unique(np.frombuffer(read, _DTYPE), return_index=True)
+    unique, first = np.unique(np.frombuffer(read, DTYPE), return_index=True)
     whole, where = paths(work, part.number)
     for path, values in ((where, first), (whole, unique)):
         with atomic.replacing(path) as temporary, temporary.open("wb") as stream:
@@ -50,7 +50,7 @@ class Known:
 
     def is_new(self, digests: Sequence[bytes], start: int) -> np.ndarray:
         """Whether texts `start, start + 1, ..` of the part come first: bool [N]."""
-        wanted = np.array(digests, _DTYPE)
+        wanted = np.array(digests, DTYPE)
         here = self._first[np.searchsorted(self._whole, wanted)]
         new = here == start + np.arange(len(wanted))
         for known in self._earlier:

@@ -204,7 +204,7 @@ class _Worker:
         of_validation = np.zeros(len(texts), bool)
         if self._part.split == "train":
             of_validation = digests.contains(
-                self._rules.held_out, np.array(short, "S16")
+                self._rules.held_out, np.array(short, digests.DTYPE)
             )
         every = self._rules.corpus.validation_every
         for text, digest, is_new, is_held_out in zip(

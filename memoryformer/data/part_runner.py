@@ -199,7 +199,7 @@ class Job:
             texts = itertools.chain.from_iterable(map(self.corpus.texts, units))
             found = {token_files.digest(t) for t in self.progress.watched(texts) if t}
             with atomic.replacing(path) as temporary, temporary.open("wb") as stream:
-                np.save(stream, np.array(sorted(found), "S16"))
+                np.save(stream, np.array(sorted(found), digests.DTYPE))
         return np.load(path)
 
     def _tokenizer(self) -> tokenizer.Tokenizer:
@@ -231,7 +231,7 @@ class Job:
             budget = int(unit.size * scale) + 1
             for text in self.progress.watched(self.corpus.texts(unit)):
                 if self.corpus.held_out:
-                    digest = np.array([token_files.digest(text)], "S16")
+                    digest = np.array([token_files.digest(text)], digests.DTYPE)
                     is_held_out = bool(digests.contains(held_out, digest)[0])
                 else:
                     is_held_out = local_files.in_validation(text, every)
