@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryformer import model
+from memoryformer import model, presets
 from memoryformer import sharding as sharding_lib
 from memoryformer.config import field
 from memoryformer.convert import recency
@@ -158,22 +158,10 @@ def _variant(args, run, params, data, seed, name, chosen, rms):
 def config(steps, seed, **fields):
     """The experiment: a dense model of two blocks of four heads."""
     config = experiment.default_config()
+    presets.set_recall_trunk(config.model)
     values = {
         "model.vocab_size": VOCAB,
-        "model.embed_dim": 64,
-        "model.num_layers": 2,
-        "model.num_heads": 4,
         "model.seq_len": LENGTH,
-        "model.projection": "dense",
-        "model.ffn_activation": "gelu",
-        "model.output_projection": True,
-        "model.rotary_fraction": 1.0,
-        "model.norm": "layernorm",
-        "model.norm_eps": 1e-5,
-        "model.embed_std": 1.0,
-        "model.mixer_std": 0.1,  # as configs/mqar.py: attention is not uniform at first
-        "model.ffn_std": 0.1,
-        "model.output_std": 0.1,
         "train.num_steps": steps,
         "train.batch_size": ROWS,
         "train.seed": seed,

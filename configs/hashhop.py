@@ -17,20 +17,9 @@ def get_config(mixer: str = "softmax") -> ml_collections.ConfigDict:
     """Return the experiment of one mixer, a name of `presets.mixer_settings`."""
     config = experiment.default_config("hashhop")
 
-    model = config.model
-    model.vocab_size = 72
-    model.embed_dim = 64
-    model.num_layers = 2
-    model.num_heads = 4
-    model.seq_len = 64
-    model.projection = "dense"
-    model.norm = "layernorm"
-    model.norm_eps = 1e-5
-    model.ffn_activation = "gelu"
-    model.output_projection = True
-    model.rotary_fraction = 1.0
-    model.embed_std = 1.0
-    model.mixer_std = model.ffn_std = model.output_std = 0.1
+    presets.set_recall_trunk(config.model)
+    config.model.vocab_size = 72
+    config.model.seq_len = 64
 
     task = config.task
     task.num_steps = 2000

@@ -77,6 +77,24 @@ def pythia(size: str) -> ml_collections.ConfigDict:
     return config
 
 
+def set_recall_trunk(model: ml_collections.ConfigDict) -> None:
+    """Make a model the small dense trunk that tasks of recall are tried on.
+
+    Weights are large enough that attention is not uniform at first.
+    """
+    model.embed_dim = 64
+    model.num_layers = 2
+    model.num_heads = 4
+    model.projection = "dense"
+    model.norm = "layernorm"
+    model.norm_eps = 1e-5
+    model.ffn_activation = "gelu"
+    model.output_projection = True
+    model.rotary_fraction = 1.0
+    model.embed_std = 1.0
+    model.mixer_std = model.ffn_std = model.output_std = 0.1
+
+
 def mixer_settings() -> dict[str, dict[str, Any]]:
     """Return what `with_mixer` knows by name: the examples of mixers and recurrences."""
     return mixers.settings() | recurrence.settings()
