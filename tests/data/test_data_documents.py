@@ -317,6 +317,24 @@ def test_quiet_work_beside_this_thread(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_work_beside_this_thread_is_shown_every_five_seconds(monkeypatch, capsys):
+    """At five and at ten seconds. Mutation: `>` for `>=`."""
+    done = threading.Event()
+    seconds = iter([100.0, 104.9, 105.0, 109.9, 110.0])
+
+    def clock():
+        now = next(seconds, 110.0)
+        if now == 110.0:
+            done.set()
+        return now
+
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    line = progress.Progress("x")
+    assert line.during("training", lambda: done.wait(60)) is True
+    shown = capsys.readouterr().err
+    assert shown == "x, training: 5s\nx, training: 10s\n"
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [
@@ -353,6 +371,14 @@ def test_what_is_a_fair_sample_of_whole_texts():
     told = []
     corpus(["b" * 900, "c" * 100]).sample(100, yes, told.append)
     assert told == [900, 1000]
+
+
+def test_a_large_text_is_no_sample_of_every_second_one():
+    """Of every second text too; of all texts it may be one. Mutation: `stride > 2`."""
+    second = corpus(["a" * 60, "b" * 60, "c" * 40, "d" * 40])
+    assert second.num_bytes == 200
+    assert second._every_few(100, yes) is None and second._every_few(120, yes) is None
+    assert second._every_few(200, yes) == ["a" * 60, "b" * 60, "c" * 40, "d" * 40]
 
 
 def test_records_are_read_together_or_alone():

@@ -380,6 +380,17 @@ def test_what_is_looked_at(tmp_path, monkeypatch):
     read.clear()
     assert yardsticks._split_bytes(split, dataset.tokenizer, first) == text[:first]
     assert read == [0]
+    begins = []
+
+    class Pieces:  # of a tokenizer that puts a blank in front of every document
+        eot_id = int(dataset.train.tokens[99])
+
+        def decode_bytes(self, ids, start):
+            begins.append(start)
+            return b"."
+
+    yardsticks._split_bytes(split, Pieces(), 3)
+    assert begins == [True, True, int(dataset.train.tokens[199]) == Pieces.eot_id]
     limits = yardsticks.TRAIN_LIMIT, yardsticks.VALIDATION_LIMIT
     assert limits == (32 << 20, 16 << 20)
     path = dataset.directory / "yardsticks.json"

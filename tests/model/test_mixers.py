@@ -491,3 +491,19 @@ def test_how_many_positions_a_mixer_has():
         assert mixers.takes_any_order(toy.model_config(mixer=name)) == (
             name == "softmax"
         )
+
+
+def test_short_names_keep_their_sizes():
+    """A sweep's point is named by them: another size is another name."""
+    sizes = {
+        name: made["mixer_options"]
+        for name, made in mixers.settings().items()
+        if made["mixer_options"]
+    }
+    slots = {key: {"num_slots": 64} for key in ("linformer", "luna", "conv_luna")}
+    assert sizes == slots | {
+        "linformer_matched": {"num_slots": 40},
+        "performer": {"num_features": 256, "redraw_every": 1000},
+        "performer_matched": {"num_features": 112, "redraw_every": 1000},
+        "dape_v2": {"logit_transform": "dape_v2"},
+    }

@@ -444,3 +444,12 @@ def test_how_memories_begin():
             assert abs(np.std(made.long_term[...]) - 1) < 0.1
             np.testing.assert_array_equal(made.initial()[:60], own)
             np.testing.assert_array_equal(made.initial()[-60:], made.long_term[4])
+
+
+def test_short_names_keep_their_sizes():
+    """A sweep's point is named by them: another size is another name."""
+    slots = {"rmt": 16, "memformer": 64, "pmi": 8}
+    assert recurrence.settings() == {
+        name: {"recurrence": name, "recurrence_options": {"num_slots": count}}
+        for name, count in slots.items()
+    }

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import toy
 
 from memoryformer import data, evaluation, sharding
 from memoryformer.cluster import processes, signals, watchdog
+from memoryformer.data import tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
@@ -485,3 +487,20 @@ def test_a_new_figure_is_one_class_and_one_line(folder, monkeypatch):
     rows = metrics.read(toy.trained(folder, "figure", **fields))
     measured = {r["step"]: "val/loss" in r for r in rows if "largest" in r}
     assert measured == {2: False, 4: True, 5: True}
+
+
+def test_one_process_writes_the_config(tmp_path, monkeypatch):
+    """The others share its folder. Mutation: `return` taken out."""
+    chief = types.SimpleNamespace(
+        workdir=tmp_path,
+        checkpointer=types.SimpleNamespace(steps=lambda: []),
+        dataset=types.SimpleNamespace(tokenizer=tokenizer.load("bytes")),
+        run_config={"model": {}},
+    )
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    loop._Loop._write_config(chief)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    loop._Loop._write_config(chief)
+    assert json.loads((tmp_path / "config.json").read_text()) == chief.run_config
+    assert (tmp_path / "tokenizer.json").exists()
