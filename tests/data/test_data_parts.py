@@ -238,6 +238,17 @@ def test_held_out_files(texts, tmp_path):
     assert dataset.train.facts.duplicates_of_validation_dropped == 5
 
 
+def test_a_split_without_text_is_one_line(tmp_path):
+    """And nothing is there to be read. Red if `finish` skips the check."""
+    kept = [text for text in map("text {}".format, range(60)) if not held_out(text)]
+    data_helpers.jsonl_gz(tmp_path / "corpus" / "a.jsonl.gz", kept)
+    with pytest.raises(
+        errors.DataError, match="validation: no document holds any text"
+    ):
+        data.load(config(tmp_path / "corpus", tmp_path / "c", part_bytes=50))
+    assert not list((tmp_path / "c").rglob("manifest.json"))
+
+
 def test_a_trained_vocabulary_sees_no_held_out_text(texts, tmp_path, monkeypatch):
     """And something of every file. Red if `_sample` skips the check."""
     seen = []

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoryformer
-from memoryformer.ops import lookup
+from memoryformer.ops import jax_private, lookup
 from memoryformer.ops.lookup import gpu as lookup_gpu
 from memoryformer.ops.lookup import gpu_kernels, gpu_order, xla
 
@@ -206,6 +206,15 @@ def test_one_module_names_what_jax_keeps_private():
     root = pathlib.Path(memoryformer.__file__).parent
     private = [path for path in root.rglob("*.py") if "jax._src" in path.read_text()]
     assert private == [root / "ops" / "jax_private.py"]
+
+
+def test_a_public_name_is_taken_where_jax_has_it(monkeypatch):
+    """Mutation: None, which would compile for a GPU."""
+    public = object()
+    monkeypatch.setattr(
+        jax_private.plgpu, "InterpretGPUParams", lambda: public, raising=False
+    )
+    assert jax_private.gpu_interpreter() is public
 
 
 def test_auto_leaves_more_keys_than_sort_fits_to_the_scan():
