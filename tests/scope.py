@@ -18,10 +18,12 @@ _TESTS = {
         "data/test_data_batches.py",
         "data/test_data_corpora.py",
         "data/test_data_yardsticks.py",
+        "data/test_data_megatron.py",
     ),
     "data/batches": (
         "data/test_data_batches.py",
         "data/test_data_layout.py",
+        "data/test_data_megatron.py",
     ),
     "data/blocks": (
         "data/test_local_files.py",
@@ -42,6 +44,7 @@ _TESTS = {
     "data/jsonlines": (
         "data/test_local_files.py",
         "data/test_data_fuzz.py",
+        "data/test_data_parts.py",
     ),
     "data/layout": (
         "data/test_data_layout.py",
@@ -56,14 +59,20 @@ _TESTS = {
         "data/test_local_files.py",
         "data/test_data_corpora.py",
         "data/test_data_fuzz.py",
+        "data/test_data_parts.py",
     ),
     "data/manifest": (
         "data/test_data_preparation.py",
         "data/test_data_batches.py",
         "data/test_data_bytes.py",
         "data/test_data_fuzz.py",
+        "data/test_data_documents.py",
+        "data/test_data_parts.py",
     ),
-    "data/export": ("data/test_data_megatron.py",),
+    "data/export": (
+        "data/test_data_megatron.py",
+        "data/test_data_parts.py",
+    ),
     "data/megatron": ("data/test_data_megatron.py",),
     "data/megatron_index": ("data/test_data_megatron.py",),
     "data/streams": (
@@ -95,6 +104,7 @@ _TESTS = {
         "data/test_data_corpora.py",
         "test_fields.py",
         "data/test_data_bytes.py",
+        "test_config.py",
     ),
     "data/preparation": (
         "data/test_data_preparation.py",
@@ -132,6 +142,7 @@ _TESTS = {
         "data/test_data_documents.py",
         "data/test_data_fuzz.py",
         "data/test_data_bytes.py",
+        "data/test_run_tokenizer.py",
     ),
     "data/vocabulary": (
         "data/test_data_tokenizer.py",
@@ -166,17 +177,20 @@ _TESTS = {
         "training/test_mixers_training.py",
         "model/test_recurrence.py",
         "test_fields.py",
+        "model/test_implementations.py",
     ),
     "model/__init__": ("model/test_model.py",),
     "model/codes": (
         "model/test_codes.py",
         "model/test_recurrence.py",
+        "model/test_layers.py",
     ),
     "model/config": (
         "test_config.py",
         "model/test_model.py",
         "model/test_mixers.py",
         "test_fields.py",
+        "model/test_parts.py",
     ),
     "model/implementations": ("model/test_implementations.py",),
     "model/front": (
@@ -194,6 +208,7 @@ _TESTS = {
         "evaluation/test_evaluation.py",
         "test_sharding.py",
         "training/test_mixers_training.py",
+        "model/test_codes.py",
     ),
     "model/mixers/__init__": (
         "model/test_mixers.py",
@@ -205,6 +220,9 @@ _TESTS = {
         "model/test_recurrence.py",
         "test_sharding.py",
         "evaluation/test_slots.py",
+        "accounting/test_accounting_mixers.py",
+        "model/test_made_up_mixer.py",
+        "model/test_luna_stream.py",
     ),
     "model/mixers/base": (
         "model/test_mixers.py",
@@ -346,6 +364,7 @@ _TESTS = {
         "training/test_recurrence_runs.py",
         "test_fields.py",
         "training/test_optimizer.py",
+        "tasks/test_pmi.py",
     ),
     "model/recurrence/rmt": (
         "model/test_codes.py",
@@ -370,6 +389,7 @@ _TESTS = {
         "test_config.py",
         "training/test_optimizer.py",
         "model/test_mixers.py",
+        "model/test_recurrence.py",
     ),
     "ops/attention": (
         "ops/test_attention.py",
@@ -377,6 +397,7 @@ _TESTS = {
         "model/test_mixers.py",
         "ops/test_ring.py",
         "training/test_mixers_training.py",
+        "model/test_layers.py",
     ),
     "ops/collectives": (
         "model/test_layers.py",
@@ -394,6 +415,7 @@ _TESTS = {
         "ops/test_lookup.py",
         "model/test_layers.py",
         "ops/test_scores.py",
+        "ops/test_narrow_rows.py",
     ),
     "ops/jax_private": ("ops/test_lookup_gpu.py",),
     "ops/lookup/__init__": (
@@ -478,6 +500,7 @@ _TESTS = {
         "runs/test_checkpoint.py",
         "training/test_loop.py",
         "files/test_paths.py",
+        "data/test_run_tokenizer.py",
     ),
     "runs/orbax_files": (
         "runs/test_checkpoint.py",
@@ -502,6 +525,7 @@ _TESTS = {
         "runs/test_ledger.py",
         "files/test_paths.py",
         "test_endings.py",
+        "training/test_loop.py",
     ),
     "sharding/mesh": (
         "test_sharding_mesh.py",
@@ -523,6 +547,7 @@ _TESTS = {
         "training/test_mixers_training.py",
         "test_endings.py",
         "training/test_compilations.py",
+        "data/test_run_tokenizer.py",
     ),
     "training/optimizer": (
         "training/test_optimizer.py",
