@@ -226,6 +226,7 @@ _TESTS = {
     ),
     "model/mixers/base": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
         "model/test_made_up_mixer.py",
         "test_fields.py",
@@ -241,18 +242,21 @@ _TESTS = {
     ),
     "model/mixers/mamba2": (
         "model/test_mamba2.py",
+        "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
         "test_fields.py",
         "training/test_optimizer.py",
     ),
     "model/mixers/recurformer": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
         "test_fields.py",
         "training/test_optimizer.py",
     ),
     "model/mixers/recurrent_head": (
         "model/test_mixers.py",
+        "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
     ),
     "model/mixers/cosformer": (

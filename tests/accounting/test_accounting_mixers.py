@@ -93,11 +93,13 @@ def test_table_2(name):
 
 def test_products_one_by_one():
     """By hand, per token: 2 E D of linear attention, 4 M D of M random features, 2 L D of
-    softmax; a pool costs nothing.
+    softmax, 2 N I and the filter's W (I + 2 N) of Mamba-2; a pool costs nothing. RecurFormer:
+    2 L E for a kept head, 2 E^2 + 3 W E for another.
 
     Mutations: one product more anywhere; a convolution's taps for a pool.
     """
     names = ("linear", "performer", "softmax", "luna", "conv_luna", "conv_luna_pool")
+    names += ("mamba2", "recurformer")
     configs = {name: model.ModelConfig(**SMALL, **SETTINGS[name]) for name in names}
     products = {name: mixers.cost(c, 24).multiply_adds for name, c in configs.items()}
     taps = configs["conv_luna"].mixer_options.width
@@ -106,6 +108,13 @@ def test_products_one_by_one():
     assert products["softmax"] == 24 * 2 * 24 * 32
     assert products["conv_luna_pool"] == products["luna"]
     assert products["conv_luna"] == products["luna"] + 24 * 2 * taps * 32
+    N, W = (
+        getattr(configs["mamba2"].mixer_options, k) for k in ("state_size", "width")
+    )
+    assert products["mamba2"] == 24 * (2 * N * 64 + W * (64 + 2 * N))
+    W = configs["recurformer"].mixer_options.width
+    kept, recurrent = 2 * 24 * 8, 2 * 8 * 8 + 3 * W * 8
+    assert products["recurformer"] == 24 * (2 * kept + 2 * recurrent)
 
 
 def test_linear_mixers_keep_float32_sums_of_any_length():

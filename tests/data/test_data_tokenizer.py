@@ -489,6 +489,18 @@ def test_merges_as_text_and_as_pairs():
     assert vocabulary._makes("a b c", {"b c": "x"})
 
 
+def test_a_merge_that_makes_a_special_token_is_left_out():
+    """Text that spells one stays text. Mutation: merges left as they are, which is no file."""
+    vocab = {token: i for i, token in enumerate(("a", "b", "c", "ab", "bc"))}
+    special = {"id": 3, "content": "ab", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["b", "c"]]}
+    spec = {"version": "1.0", "model": model, "added_tokens": [special | flags]}
+    text = vocabulary.for_text(spec, "ab")
+    assert json.loads(text)["model"]["merges"] == [["b", "c"]]
+    assert tokenizers.Tokenizer.from_str(text).encode("abbc").ids == [0, 1, 4]
+
+
 def test_a_file_is_written_whole_or_not_at_all(three, tmp_path, monkeypatch):
     """Mutations: the rest of a failed write stays; the error is swallowed."""
     path = tmp_path / "tokenizer.json"
