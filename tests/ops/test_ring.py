@@ -161,11 +161,11 @@ def test_states_of_earlier_parts(with_shift):
 
     Documents begin at the edges of parts, inside them and cover several; a part is
     padding only. Mutations: `_combine` without `keep`, or without `empty`; `_larger`
-    without `same`; `scan_before` that stops one round early.
+    without `same`; `scan_before` that stops one round early; padding numbered 1.
     """
     q, k, v, dy, _, _ = inputs()
     segments = np.array(
-        [[1] * 4 + [2] * 17 + [3] * 1 + [0] * 2 + [3] * 8,
+        [[2] * 4 + [1] * 17 + [3] * 1 + [0] * 2 + [3] * 8,
          [0] * 3 + [4] * 5 + [0] * 6 + [4] * 2 + [5] * 16], np.int32
     )  # fmt: skip
     level = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H)), jnp.float32)
