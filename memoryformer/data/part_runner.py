@@ -179,7 +179,6 @@ class Job:
         with self.locked(self._lock, True):
             if self.finished:
                 raise FileNotFoundError(self.work)
-            self.work.mkdir(exist_ok=True)
             held_out = self._held_out()
             self._make_tokenizer(held_out)
         return part_files.Rules(

@@ -30,16 +30,15 @@ class Front(nnx.Module):
 
     def __init__(self, width: int, mix: str, thresholds: bool, *, rngs: nnx.Rngs):
         self.mix = mix
-        fixed = {"decay": False, "trained": False}
         if mix == "hadamard":
             signs = jax.random.rademacher(rngs.params(), (width,), jnp.float32)
-            self.signs = nnx.Param(signs, spec="last_axis", **fixed)
+            self.signs = nnx.Param(signs, spec="last_axis", trained=False)
         elif mix == "orthogonal":
             rotation = jax.random.orthogonal(rngs.params(), width)
-            self.rotation = nnx.Param(rotation, spec="columns", **fixed)
+            self.rotation = nnx.Param(rotation, spec="columns", trained=False)
         elif mix == "grouped":  # whole numbers, exact in float32 up to 2^24
             order = jax.random.permutation(rngs.params(), width).astype(jnp.float32)
-            self.order = nnx.Param(order, spec="last_axis", **fixed)
+            self.order = nnx.Param(order, spec="last_axis", trained=False)
         start = jnp.zeros((width,))
         self.thresholds = (
             nnx.Param(start, spec="last_axis", decay=False) if thresholds else None

@@ -152,12 +152,12 @@ def _abstract(
     )
 
 
-def _group(spec, decay, trained=True, **unused_metadata):
+def _group(spec, decay=None, trained=True, **unused_metadata):
     if not trained:
         return "fixed"
     if spec == "tables":
         return "tables"
-    return "decayed" if decay else "undecayed"
+    return {True: "decayed", False: "undecayed"}[decay]  # which has to be said
 
 
 def _rekey(tree: Any, key: Callable[[Any], Any]) -> Any:

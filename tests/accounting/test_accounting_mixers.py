@@ -1,10 +1,12 @@
 """What a mixer costs, against its own arrays and the paper's figures."""
 
+import collections
 import dataclasses
 import math
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -56,6 +58,27 @@ def test_parameters_and_state_are_those_of_the_module(name, heads):
         and (".shift" not in jax.tree_util.keystr(path) or "performer" in name)
     ]
     assert _size(kept) == counted.state_values + counted.sums
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_projections_are_those_of_the_module(name, with_output):
+    """And the one back to the stream begins as such. Red if either differs by anything."""
+    fields = SMALL | SETTINGS[name] | {"output_projection": with_output}
+    settings = model.ModelConfig(**fields)
+    made = collections.Counter()
+
+    def project(width, features, output=False):
+        made[width, math.prod(np.atleast_1d(features)), output] += 1
+
+    def make(rngs):
+        mixers.MIXERS[settings.mixer](settings, project, rngs=rngs, layer=0)
+
+    nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    counted = mixers.projections(settings)
+    assert made == collections.Counter(
+        (*shape, key == "out") for key, shape in counted.items()
+    )
 
 
 def _is_trained(path, variable):

@@ -249,6 +249,19 @@ def test_a_split_without_text_is_one_line(tmp_path):
     assert not list((tmp_path / "c").rglob("manifest.json"))
 
 
+def test_what_is_odd_about_a_corpus_is_said_once(tmp_path, monkeypatch, capsys):
+    """Of all parts together. Red if `finish` says nothing, or a part by itself does."""
+    texts = [f"text {n}{'<|endoftext|>' * (n % 4 == 0)}" for n in range(60)]
+    data_helpers.jsonl_gz(tmp_path / "corpus" / "a.jsonl.gz", texts)
+    monkeypatch.setattr(
+        part_runner.manifest, "byte_note", lambda whole: "bytes are lost"
+    )
+    data.load(config(tmp_path / "corpus", tmp_path / "c", part_bytes=50))
+    shown = capsys.readouterr().err
+    assert shown.count("note: bytes are lost\n") == 1
+    assert shown.count("documents with <|endoftext|> as plain text: 15; ") == 1
+
+
 def test_a_trained_vocabulary_sees_no_held_out_text(texts, tmp_path, monkeypatch):
     """And something of every file. Red if `_sample` skips the check."""
     seen = []

@@ -354,6 +354,29 @@ def test_eight_devices(case):
         np.testing.assert_allclose(got, one, atol=1e-4 * (1 + np.abs(one).max()))
 
 
+@dense_causal_mixers
+def test_a_state_is_the_devices_share_of_the_heads(case):
+    """Red if `init_state` has another size than what one step returns, over `model`."""
+    shards = sharding.make("tensor:model=2")
+    specs = shards.param_specs(case.names, case.params)
+    act, rows = P("data", None, "model"), P("data", None)
+    sizes = []
+
+    def per_device(params, x, positions, segments):
+        module = nnx.merge(case.graphdef, params)
+        state = module.init_state(len(x), L, jnp.float32)
+        y, after = module(x, mixers.SeqInfo(positions, segments), state)
+        sizes.extend(jax.tree.map(jnp.shape, (state, after)))
+        return y
+
+    in_specs = (specs, act, rows, rows)
+    args = (case.params, case.x, POSITIONS, SEGMENTS)
+    with shards.activate():
+        function = shards.shard_map(per_device, in_specs, act)
+        y = jax.eval_shape(function, *shards.put(args, in_specs))
+    assert y.shape == case.x.shape and sizes[0] == sizes[1]
+
+
 def made(name, **fields):
     """A mixer of a dense model of H heads of width 4."""
     config = toy.model_config("dense", mixer=name, num_heads=4, **fields)

@@ -220,7 +220,7 @@ class Performer(KernelAttention):
         # The key itself, and none of its stream: whatever else is drawn stays the same.
         key = _row_key(rngs.params.key[...], layer, 0)
         rows = random_features.draw(key, self.num_features, self.head_dim)
-        self.random_rows = nnx.Param(rows, spec="whole", decay=False, trained=False)
+        self.random_rows = nnx.Param(rows, spec="whole", trained=False)
 
     def features(
         self, q: Array, k: Array, seq: base.SeqInfo, state: prefix.PrefixState | None
