@@ -250,6 +250,32 @@ def test_what_one_device_computes_stays_in_its_type():
         assert gathered["a"] is grads["a"]
 
 
+@pytest.mark.parametrize(
+    ("mesh", "spec", "dtype"),
+    [
+        ("data", P(), "float32"),
+        ("fsdp", P("data"), "float32"),
+        ("tensor:model=8", P("model"), "bfloat16"),
+        ("tensor:model=8", P(), "float32"),
+    ],
+)
+def test_what_devices_add_up_is_float32(mesh, spec, dtype):
+    """Also where each keeps its part. Mutation: `!=` for `==`, for FSDP's axis."""
+    made = sharding.make(mesh)
+    specs = {"a": spec}
+
+    def total(grads):
+        return sharding.sum_gradients(grads, specs)
+
+    whole = {"a": P()} if mesh != "tensor:model=8" else specs
+    with made.activate():
+        function = made.shard_map(total, (whole,), specs)
+        summed = jax.eval_shape(
+            function, made.put({"a": np.ones((8, 2), "bfloat16")}, whole)
+        )
+    assert summed["a"].dtype == dtype
+
+
 def test_a_long_reason_is_cut(monkeypatch):
     """Mutation: 201."""
 

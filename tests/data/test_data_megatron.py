@@ -291,6 +291,17 @@ def test_a_prefix_that_ends_inside_a_document_gets_an_end(tmp_path):
     assert dataset.train.tokens[:].tolist() == expected
 
 
+def test_every_held_out_token_counts_once(tmp_path):
+    """However many prefixes hold them. Red if they are mixed by weights."""
+    write_mmididx(tmp_path / "a", documents(12))
+    write_mmididx(tmp_path / "b", [[1, END], [2, 3, END]])
+    held_out = f"{tmp_path / 'b'},{tmp_path / 'a'}"
+    dataset = data.load(config(tmp_path / "a", validation_path=held_out))
+    assert not dataset.validation.mixture
+    expected = [END, 1, END, 2, 3, *stream_of(documents(12))]
+    assert dataset.validation.tokens[:].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "message"),
     [

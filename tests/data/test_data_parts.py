@@ -442,6 +442,19 @@ def test_the_plan_deals_every_document_once(tmp_path):
         assert len(planned) <= parts.MOST + len(files)
 
 
+def test_a_part_is_full_at_its_size(tmp_path):
+    """And the next begins at nothing. Mutations: `>` for `>=`; one byte held."""
+    files = [(f"{n}.jsonl", tmp_path / f"{n}.jsonl") for n in range(5)]
+    for (_, path), size in zip(files, (10, 10, 19, 1, 5), strict=True):
+        path.write_bytes(b"x" * size)
+    planned = parts.plan(files, 20)
+    assert [[unit.size for unit in part] for part in planned] == [
+        [10, 10],
+        [19, 1],
+        [5],
+    ]
+
+
 @pytest.mark.parametrize("source", ["whole", "parts", "megatron", "weights"])
 def test_an_epoch_visits_every_window_once(texts, tmp_path, source):
     """Counted, for 1, 2 and 3 processes; and a run that goes on with another number of them.

@@ -326,6 +326,13 @@ def test_why_not(implementation, dtype, platform, capability, reason):
     assert found == reason
 
 
+@pytest.mark.parametrize("reason", ["", "no compiler"])
+def test_why_the_native_library_is_not_there(monkeypatch, reason):
+    """Mutation: None for the reason."""
+    monkeypatch.setattr(lookup_native, "why_not_built", lambda: reason)
+    assert lookup.why_not("native", jnp.dtype("float32"), "cpu", None) == reason
+
+
 def test_a_layer_as_in_the_paper_unless_asked_otherwise():
     """Score, temperature and implementation. Mutations: any default of `memory_layer`."""
     rng = np.random.default_rng(0)

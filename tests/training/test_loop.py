@@ -167,6 +167,7 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
     keeper = checkpoint.Checkpointer
     noted(keeper, "preflight", lambda self, state: "space")
     noted(keeper, "check", lambda self: "check")
+
     noted(
         keeper,
         "save",
@@ -219,6 +220,21 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
     assert ("first_step", 0) not in seen and ("save", 3, True) in seen
     with pytest.raises(ConfigError, match=r"num_steps=2: .* is at step 3; raise it"):
         toy.trained(folder, "asked", **fields | {"train.num_steps": 2})
+
+
+def test_a_row_is_written_before_its_state(folder, monkeypatch):
+    """So that no state is on disk whose step nobody has heard of. Mutation: no `drain`."""
+    rows, save = {}, checkpoint.Checkpointer.save
+
+    def read_and_save(self, step, *arguments, **options):
+        rows[step] = [row["step"] for row in metrics.read(folder / "rows")]
+        save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", read_and_save)
+    fields = {"train.num_steps": 3, "train.log_every": 1, "eval.num_batches": 2}
+    fields |= {"eval.every_steps": 3, "checkpoint.every_steps": 2}
+    toy.trained(folder, "rows", **fields)
+    assert rows.keys() == {2, 3} and set(rows[2]) == {1, 2}
 
 
 def test_another_config_is_refused(folder, straight):
