@@ -68,9 +68,7 @@ def write(
         for name, path in paths.items():
             temporary = stack.enter_context(atomic.replacing(path))
             stream = stack.enter_context(temporary.open("wb"))
-            splits[name] = _Split(
-                token_files.Writer(stream, rules.tokenizer, _BATCH_CHARS)
-            )
+            splits[name] = _Split(token_files.Writer(stream, rules.tokenizer))
         worker = _Worker(work, part, rules, splits, progress)
         worker.run()
     facts: dict[str, Any] = {
@@ -135,7 +133,7 @@ class _Split:
     def append(self, text: str) -> None:
         if len(text) > 2 * _BATCH_CHARS:
             self.flush()
-            self.writer.append_long(text)
+            self.writer.append_long(text, _BATCH_CHARS)
         else:
             self._short.append(text)
 

@@ -90,16 +90,11 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 class Writer:
-    """Appends documents to one token file and counts what it writes.
+    """Appends documents to one token file and counts what it writes."""
 
-    piece_chars: longer texts are encoded in pieces of about so many characters, cut at line
-    ends (0: whole), for encoding takes a hundred times a text's memory.
-    """
-
-    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer, piece_chars: int = 0):
+    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer):
         self._stream = stream
         self._tokenizer = tokenizer
-        self._piece_chars = piece_chars
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size)).newbyteorder("<")
         self._sha256 = hashlib.sha256()
         self.documents = self.tokens = self.ends = 0
@@ -117,11 +112,14 @@ class Writer:
             self._begin(text)
             self._ids(encoding, [self._tokenizer.eot_id])
 
-    def append_long(self, text: str) -> None:
-        """`append` of one text, encoded in pieces."""
+    def append_long(self, text: str, piece_chars: int) -> None:
+        """`append` of one text, in pieces of about so many characters, cut at line ends.
+
+        Encoding takes a hundred times a text's memory.
+        """
         self._begin(text)
         start = [self._tokenizer.eot_id]
-        for piece in local_files.cut([text], self._piece_chars):
+        for piece in local_files.cut([text], piece_chars):
             self._ids(self._tokenizer.encode(piece), start)
             start = []
 
