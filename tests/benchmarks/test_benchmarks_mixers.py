@@ -20,6 +20,7 @@ def _load(name):
     return module
 
 
+@pytest.mark.slow
 def test_quality_table_resumes(tmp_path, monkeypatch):
     """Red if a finished run is trained again, or softmax is not what speed is against."""
     toy.corpus(tmp_path / "corpus")
@@ -44,6 +45,7 @@ def test_quality_table_resumes(tmp_path, monkeypatch):
     assert "| - |" in benchmark.table(again).splitlines()[2]
 
 
+@pytest.mark.slow
 def test_decode_length(tmp_path):
     """Red if a linear mixer's state grows, or the cache of softmax does not."""
     benchmark = _load("decode_length")

@@ -26,7 +26,15 @@ from memoryformer.training import programs as programs_lib
 from memoryformer.training import step as step_lib
 
 B, L = 16, 64
-MESHES = ("single", "data", "fsdp", "tensor:model=4", "fsdp_tensor:model=4", "sequence")
+MESHES = (
+    "single",
+    "fsdp_tensor:model=4",
+    "sequence",
+    *(
+        pytest.param(mesh, marks=pytest.mark.slow)
+        for mesh in ("data", "fsdp", "tensor:model=4")
+    ),
+)
 
 
 @functools.cache

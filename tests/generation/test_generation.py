@@ -59,8 +59,15 @@ def test_greedy_equals_the_argmax_of_the_full_forward_pass():
         assert list(generator.stream(prompt, sampling)) == expected
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("projection", ["memory", "dense"])
+@pytest.mark.parametrize(
+    ("projection", "streams"),
+    [
+        ("memory", 2),
+        ("dense", 1),
+        pytest.param("memory", 1, marks=pytest.mark.slow),
+        pytest.param("dense", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_in_bfloat16_decodes(projection, streams):
     """XLA CPU compiles some products of bfloat16 operands and cannot run them."""
     fields = {"lookup": "auto"} if projection == "memory" else {}
@@ -102,7 +109,9 @@ def test_a_cache_is_written_in_place():
     assert program.splitlines()[0].count("may-alias") >= len(jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "cosformer"])
+@pytest.mark.parametrize(
+    "mixer", ["softmax", pytest.param("cosformer", marks=pytest.mark.slow)]
+)
 def test_rows_together_are_rows_alone(mixer):
     """Row i of a batch with seed s is the prompt alone with seed s + i.
 
