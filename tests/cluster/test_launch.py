@@ -10,7 +10,7 @@ import sys
 import pytest
 import toy
 
-from memoryformer.sweep import commands, points
+from memoryformer.sweep import points
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -182,7 +182,7 @@ def test_slurm_array_runs_its_point(machine, folder, code):
     )
     assert ended == code, output
     sweep = points.expand(config, ["rate"], root, {"train.batch_size": 16})
-    wanted = commands.command(sweep, sweep.points[1])
+    wanted = points.command(sweep, sweep.points[1])
     assert calls[0] == [
         "srun",
         "--kill-on-bad-exit=0",
@@ -402,5 +402,5 @@ def test_gke_sweep(machine, folder):
     sweep = points.expand(config, ["rate"], root)
     for index, (call, point) in enumerate(zip(calls, sweep.points, strict=True)):
         assert f"--workload=rates-{index}" in call
-        line = commands.command(sweep, point)
+        line = points.command(sweep, point)
         assert f" TERM; {line} & run=$!; " in call[-1]
