@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 PROJECTION ?= memory
 PROMPT := def read_lines(path):
 
-.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers mutants mutants-sampled golden golden-add golden-configs lint docs clean
+.PHONY: quickstart quickstart-dense test test-core test-slow test-optimised test-peers test-slurm mutants mutants-sampled golden golden-add golden-configs lint docs clean
 
 # Large pages spare the step some 35,000 page faults (glibc >= 2.35; ignored elsewhere).
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -49,6 +49,15 @@ test-optimised: $(VENV)/.dev
 test-peers: $(VENV)/.peers
 	$(RUN) -m pytest tests/convert tests/harness tests/data/test_run_tokenizer.py \
 	    tests/test_names.py tests/model/test_mamba2.py
+
+# The launch scripts and sweeps under a real SLURM, started in a temporary folder.
+test-slurm: $(VENV)/.dev
+	@for program in munged slurmctld slurmd sbatch; do \
+	    PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $$program > /dev/null || \
+	    { echo "$$program is missing; on Debian, as root:" \
+	      "apt-get install -y --no-install-recommends slurm-wlm munge"; exit 1; }; \
+	done
+	$(RUN) -m pytest -m slow tests/slurm
 
 # Every promise of reliability, and a mistake that its test must notice.
 mutants: $(VENV)/.dev

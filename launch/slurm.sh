@@ -14,16 +14,29 @@
 #SBATCH --requeue --open-mode=append --signal=TERM@300
 #SBATCH --output=%x-%j.log
 
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+# Settings: change them here, or set them in the environment of sbatch.
+PYTHON=${PYTHON:-python}                  # /path/to/.venv/bin/python
+PREAMBLE=${PREAMBLE:-}                    # 'module load cuda; source .venv/bin/activate'
+CONTAINER=${CONTAINER:-}                  # 'apptainer exec --nv image.sif': before PYTHON
+SRUN_OPTIONS=${SRUN_OPTIONS:-}            # '--container-image=image.sqsh': of Pyxis
+MAX_RESTARTS=${MAX_RESTARTS:-100}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${SCRATCH:-$HOME}/jax_cache}
 
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+eval "$PREAMBLE" || exit 2
+# Since SLURM 22.05 the processes of srun have one core each, whatever the job has.
+[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 # No "B:" in --signal and no trap here: the signal goes to the processes that srun started.
-srun --kill-on-bad-exit=1 python -m memoryformer.training "$@"
+# They end each other, with one exit code. Were srun to do it, at the first that ends, its
+# code would be 143 for those that it ended; it does where one hangs.
+# shellcheck disable=SC2086  # settings of several words
+srun --kill-on-bad-exit=0 --wait=300 $SRUN_OPTIONS $CONTAINER "$PYTHON" -m memoryformer.training "$@"
 code=$?
 
 case $code in
   42 | 43 | 143)
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
       echo "exit code $code: back into the queue"
       scontrol requeue "$SLURM_JOB_ID"
     else

@@ -8,6 +8,7 @@ environment is left alone: `make test-optimised` sets an empty one and compiles 
 import os
 import pathlib
 import signal
+import subprocess
 
 from runner import XLA_FLAGS
 
@@ -50,3 +51,15 @@ def world(tmp_path_factory):
 
     with World(tmp_path_factory.mktemp("world")) as made:
         yield made
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB of its own."""
+    if os.geteuid():
+        pytest.skip("mounting needs root; a limit on file size is tested instead")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine forbids mounting")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)

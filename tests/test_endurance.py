@@ -1,10 +1,8 @@
 """Many random kills of one run, and a file system that is full to the last byte."""
 
-import os
 import random
 import re
 import shutil
-import subprocess
 import time
 
 import pytest
@@ -51,18 +49,6 @@ def test_fifty_random_kills(world):
         finished += 1
         shutil.rmtree(workdir)
     print(f"{kills} kills, {finished} runs ended, each equal")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB of its own."""
-    if os.geteuid():
-        pytest.skip("mounting needs root; a limit on file size is tested instead")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine forbids mounting")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_full_disk(world, small_disk):

@@ -17,11 +17,13 @@ names a point, and is no override. `metrics()` may name the columns to tabulate.
     ... check      resolve every point, build its shapes, estimate its memory
     ... print      one shell command per point (--index=N: of that point)
     ... run        train all here, --parallel=N at a time; go on where it was left
-    ... status     what is done, under way, failed or missing; reads files only
+    ... submit     give a scheduler what is not done, --launcher=slurm (local: `run`)
+    ... status     what is done, running, queued, failed or missing; asks the scheduler
     ... collect    a table with mean and s.d. over seeds, one of each side at its own best
                    learning rate (--best_over=FIELD), and points.csv; reads files only
 
 A point lives in ROOT/CONFIG/SWEEP/SLUG-HASH, HASH being that of its resolved config.
 Modules: `points` (what there is), `commands` (the words above), `runner` and `worker`
-(processes), `tables` and `best` (files to text).
+(processes), `launchers` (a file for each scheduler), `jobs` (which has what), `statistics`
+and `best` (files to text).
 """

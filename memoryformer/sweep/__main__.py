@@ -14,8 +14,9 @@ ROOT = "runs/sweeps"
 LOOKED_AT = {
     "list": (),
     "check": (),
-    "print": ("index", "todo"),
+    "print": ("index", "todo", "retry_failed"),
     "run": ("parallel", "retry_failed"),
+    "submit": ("parallel", "retry_failed", "launcher", "launcher_options", "script"),
     "collect": ("baseline", "best_over"),
 }
 
@@ -27,8 +28,18 @@ def define_flags() -> None:
     cli.define_path_flag("root", "Where sweeps live; runs/sweeps if not given.")
     flags.DEFINE_integer("index", -1, "print: this point alone.")
     flags.DEFINE_bool("todo", False, "print: leave out what is done or has failed.")
-    flags.DEFINE_integer("parallel", 1, "run: processes at a time.", lower_bound=1)
-    flags.DEFINE_bool("retry_failed", False, "run: points that failed, too.")
+    flags.DEFINE_integer(
+        "parallel",
+        None,
+        "run: processes at a time (1); submit: points at a time (all).",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool(
+        "retry_failed", False, "run, submit, print --todo: points that failed, too."
+    )
+    flags.DEFINE_string("launcher", "local", "submit: local (this machine) or slurm.")
+    flags.DEFINE_string("launcher_options", "", "submit: options for sbatch, quoted.")
+    cli.define_path_flag("script", "submit: what sbatch is given, slurm_array.sh.")
     flags.DEFINE_string("baseline", "", "collect: variant to compare with.")
     flags.DEFINE_string(
         "best_over",

@@ -1,8 +1,10 @@
 """The words of the command line, each a function of a sweep. Start at `COMMANDS`."""
 
 import dataclasses
+import pathlib
 import shlex
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +15,8 @@ from memoryformer.dryrun import lowering
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
 from memoryformer.runs import console
-from memoryformer.sweep import best, files, kinds, points, runner, statistics
+from memoryformer.sweep import best, files, jobs, kinds, launchers, points, statistics
+from memoryformer.sweep.launchers import base
 from memoryformer.sweep.points import Point, Sweep
 from memoryformer.training import programs
 
@@ -24,8 +27,11 @@ class Options:
 
     index: int = -1  # print: this point alone
     todo: bool = False  # print: neither done nor failed points
-    parallel: int = 1  # run: processes
-    retry_failed: bool = False  # run: failed points too
+    parallel: int | None = None  # run: processes, 1; submit: array tasks at a time, all
+    retry_failed: bool = False  # run, submit, print --todo: failed points too
+    launcher: str = "local"  # submit
+    launcher_options: str = ""  # submit: words for sbatch
+    script: pathlib.Path | None = None  # submit: for sbatch; None: the launcher's own
     baseline: str = ""  # collect: a variant; '' = the first
     best_over: str = ""  # collect: a field; '' = the learning rate, where it varies
 
@@ -97,45 +103,98 @@ def show_commands(sweep: Sweep, options: Options) -> int:
         chosen = chosen[options.index : options.index + 1]
     files.write_manifest(sweep)
     for point in chosen:
-        ended = options.todo and files.state(point).name in ("done", "failed")
-        if not ended:
-            print(command(sweep, point))
+        if not options.todo or _to_do(files.state(point).name, options):
+            print(points.command(sweep, point))
     return 0
 
 
-def command(sweep: Sweep, point: Point) -> str:
-    """The line of a shell that trains a point."""
-    overrides = dict(sweep.base) | dict(point.overrides)
-    words = ["python", "-m", kinds.command(point.run), f"--config={sweep.config}"]
-    words += [f"--workdir={point.workdir}"]
-    words += [f"--config.{key}={value}" for key, value in overrides.items()]
-    return shlex.join(words)
+def _to_do(state: str, options: Options) -> bool:
+    """Whether a point in this state, by its files, is to be trained."""
+    return state not in ("done", *(() if options.retry_failed else ("failed",)))
 
 
 def run(sweep: Sweep, options: Options) -> int:
-    """Train the points here; see `runner.run`."""
-    with console.unbroken():
-        return runner.run(
-            sweep, parallel=options.parallel, retry_failed=options.retry_failed
-        )
+    """Train the points here: `submit --launcher=local`."""
+    return submit(sweep, dataclasses.replace(options, launcher="local"))
+
+
+def submit(sweep: Sweep, options: Options) -> int:
+    """Give a launcher the points that are neither done nor with a scheduler already."""
+    launcher = launchers.choose(options.launcher)
+    try:
+        words = shlex.split(options.launcher_options)
+    except ValueError as error:
+        raise ConfigError(f"--launcher_options: {error}.") from error
+    if not launcher.queues:
+        request = _request(sweep, sweep.points, options, words)
+        return launcher.submit(request).exit_code
+    files.write_manifest(sweep)
+    with jobs.alone(sweep):
+        seen = jobs.look(sweep)
+        chosen, left_out = [], []
+        for point in sweep.points:
+            by_files = files.state(point).name
+            name = jobs.state(by_files, seen.get(point.index))
+            queued = name in (base.QUEUED, base.RUNNING)
+            if not queued and _to_do(by_files, options):
+                chosen.append(point)
+            else:
+                left_out.append(name)
+        others = _counted(left_out) if left_out else "no others"
+        if not chosen:
+            print(f"nothing to submit: {others}")
+            return 0
+        done = launcher.submit(_request(sweep, chosen, options, words))
+        if done.job:
+            jobs.remember(sweep, options.launcher, done.job, chosen)
+    print(f"submitted as job {done.job}: {len(chosen)} points; {others}")
+    return done.exit_code
+
+
+def _request(
+    sweep: Sweep, chosen: Sequence[Point], options: Options, words: Sequence[str]
+) -> base.Request:
+    return base.Request(
+        sweep,
+        chosen,
+        parallel=options.parallel or 0,
+        retry_failed=options.retry_failed,
+        options=words,
+        script=options.script,
+    )
 
 
 def status(sweep: Sweep, unused_options: Options) -> int:
-    """Say how far every point is."""
-    states = [files.state(point) for point in sweep.points]
-    lines = []
-    for point, state in zip(sweep.points, states, strict=True):
-        facts = state.error and f"{state.exit_code}: {state.error}"
+    """Say how far every point is, by its files and by the schedulers of its jobs."""
+    try:
+        seen = jobs.look(sweep)
+    except ConfigError as error:
+        print(f"what follows is by files alone: {error}", file=sys.stderr)
+        seen = {}
+    names, lines = [], []
+    for point in sweep.points:
+        state = files.state(point)
+        facts = [f"{state.exit_code}: {state.error}"] if state.error else []
         if state.age is not None:
-            facts = f"last row {console.short_time(state.age)} ago"
+            facts.append(f"last row {console.short_time(state.age)} ago")
+        job = seen.get(point.index)
+        if job and state.name != "done":
+            facts.append(job.text)
+        names.append(jobs.state(state.name, job))
         steps = f"{state.step}/{point.run.train.num_steps}"
         loss = "" if state.loss is None else f"{state.loss:.3f}"
-        name = point.workdir.name
-        lines.append((point.index, name, state.name, steps, loss, facts))
+        line = (point.index, point.workdir.name, names[-1], steps, loss)
+        lines.append((*line, "; ".join(facts)))
     print(statistics.text_table(("index", "point", "state", "step", "loss", ""), lines))
-    names = [state.name for state in states]
-    print(", ".join(f"{names.count(name)} {name}" for name in files.STATES))
+    print(_counted(names))
     return 0
+
+
+def _counted(names: Sequence[str]) -> str:
+    """'3 done, 1 failed, 0 partial, 0 new', and before them what a scheduler has."""
+    scheduled = [name for name in (base.RUNNING, base.QUEUED) if name in names]
+    every = (*scheduled, *files.STATES)
+    return ", ".join(f"{names.count(name)} {name}" for name in every)
 
 
 def collect(sweep: Sweep, options: Options) -> int:
@@ -151,6 +210,7 @@ COMMANDS: dict[str, Callable[[Sweep, Options], int]] = {
     "check": check,
     "print": show_commands,
     "run": run,
+    "submit": submit,
     "status": status,
     "collect": collect,
 }

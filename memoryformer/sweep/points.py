@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import re
+import shlex
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -144,6 +145,15 @@ def available(config: str) -> dict[str, str]:
 def describe(overrides: Mapping[str, Any]) -> str:
     """'learning_rate=0.003, seed=1': the fields by their last names."""
     return ", ".join(f"{k.split('.')[-1]}={_value(v)}" for k, v in overrides.items())
+
+
+def command(sweep: Sweep, point: Point) -> str:
+    """Return the line of a shell that trains a point."""
+    overrides = dict(sweep.base) | dict(point.overrides)
+    words = ["python", "-m", kinds.command(point.run), f"--config={sweep.config}"]
+    words += [f"--workdir={point.workdir}"]
+    words += [f"--config.{key}={value}" for key, value in overrides.items()]
+    return shlex.join(words)
 
 
 def _all(module: types.ModuleType) -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import toy
 
-from memoryformer.sweep import commands, points
+from memoryformer.sweep import points
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -97,8 +97,33 @@ def test_slurm_requeues_by_exit_code(machine, code):
     )
     assert ended == code
     train = ["python", "-m", "memoryformer.training", "--config=a b.py", "--workdir=w"]
-    assert calls[0] == ["srun", "--kill-on-bad-exit=1", *train]
+    assert calls[0] == ["srun", "--kill-on-bad-exit=0", "--wait=300", *train]
     assert calls[1:] == ([["scontrol", "requeue", "17"]] if code in AGAIN else [])
+
+
+SETTINGS = {
+    "PYTHON": "/a venv/bin/python",
+    "PREAMBLE": "LOADED=yes; export LOADED",
+    "CONTAINER": "apptainer exec image.sif",
+    "SRUN_OPTIONS": "--container-image=image --label",
+    "SLURM_CPUS_PER_TASK": "32",
+}
+
+
+def test_slurm_settings(machine):
+    """Words for srun, a container and a python, after a preamble; a core for each that the
+    job has; a preamble that fails ends the job before srun.
+
+    Mutations: `$PYTHON` without its quotes; no SRUN_CPUS_PER_TASK; no `|| exit` at `eval`.
+    """
+    machine.fake("srun", body='echo "$LOADED $SRUN_CPUS_PER_TASK"')
+    ended, [call], output = machine.run("slurm.sh", "--config=a b.py", **SETTINGS)
+    container = [*SETTINGS["SRUN_OPTIONS"].split(), *SETTINGS["CONTAINER"].split()]
+    train = [SETTINGS["PYTHON"], "-m", "memoryformer.training", "--config=a b.py"]
+    assert call == ["srun", "--kill-on-bad-exit=0", "--wait=300", *container, *train]
+    assert (ended, output) == (0, "yes 32\n")
+    ended, calls, _ = machine.run("slurm.sh", PREAMBLE="module load x || false")
+    assert (ended, len(calls)) == (2, 1)
 
 
 def test_slurm_gives_up_after_many_restarts(machine):
@@ -157,10 +182,45 @@ def test_slurm_array_runs_its_point(machine, folder, code):
     )
     assert ended == code, output
     sweep = points.expand(config, ["rate"], root, {"train.batch_size": 16})
-    wanted = commands.command(sweep, sweep.points[1])
-    assert calls[0] == ["srun", "--kill-on-bad-exit=1", "bash", "-c", wanted]
+    wanted = points.command(sweep, sweep.points[1])
+    assert calls[0] == [
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--wait=300",
+        "bash",
+        "-c",
+        wanted,
+    ]
     requeue = [["scontrol", "requeue", "17_1"]]
     assert calls[1:] == (requeue if code in AGAIN else [])
+
+
+def test_slurm_array_settings(machine):
+    """The point's command is asked for and run in the container, by one python; Pyxis has
+    its container in steps only, so that asking is a step too.
+
+    Mutations: `$command` as it is printed; no `$alone` before what prints it.
+    """
+    command = "python -m memoryformer.training --label='a b'"
+    machine.fake(
+        "my python", body=f'[ "$2" != memoryformer.sweep ] || echo "{command}"'
+    )
+    step = 'while [[ $1 == --* ]]; do shift; done; "$@"'
+    machine.fake("srun", body=step)
+    machine.fake("inside", body='"$@"')
+    python = str(machine.bin / "my python")
+    settings = {"PYTHON": python, "CONTAINER": "inside", "SRUN_OPTIONS": "--image=x"}
+    ended, calls, output = machine.run(
+        "slurm_array.sh", "--sweep=a b", SLURM_ARRAY_TASK_ID="1", **settings
+    )
+    assert ended == 0, output
+    asking = ["-m", "memoryformer.sweep", "--sweep=a b", "--index=1", "--todo", "print"]
+    alone = ["srun", "--nodes=1", "--ntasks=1", "--image=x", "inside", python, *asking]
+    line = python.replace(" ", "\\ ") + command.removeprefix("python")
+    step = ["srun", "--kill-on-bad-exit=0", "--wait=300", "--image=x"]
+    train = ["my", "python", "-m", "memoryformer.training", "--label=a b"]
+    assert [calls[0], calls[3]] == [alone, [*step, "inside", "bash", "-c", line]]
+    assert calls[-1] == train
 
 
 @pytest.mark.parametrize(
@@ -342,5 +402,5 @@ def test_gke_sweep(machine, folder):
     sweep = points.expand(config, ["rate"], root)
     for index, (call, point) in enumerate(zip(calls, sweep.points, strict=True)):
         assert f"--workload=rates-{index}" in call
-        line = commands.command(sweep, point)
+        line = points.command(sweep, point)
         assert f" TERM; {line} & run=$!; " in call[-1]

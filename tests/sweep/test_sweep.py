@@ -287,7 +287,7 @@ def test_options_of_the_command_line_stay_with_a_mixer_of_a_point(folder):
     sweep = expand(folder, "mixers", **{"model.mixer_options.num_slots": 5})
     assert [p.run.model.mixer_options.num_slots for p in sweep.points] == [5, 5]
     for point in sweep.points:
-        words = shlex.split(commands.command(sweep, point))
+        words = shlex.split(points.command(sweep, point))
         overrides = [word for word in words if word.startswith("--config.")]
         read = as_read(["train", f"--config={sweep.config}", *overrides])
         assert experiment.resolve(read) == point.run

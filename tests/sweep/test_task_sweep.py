@@ -67,7 +67,7 @@ def test_points_of_a_task_are_trained_and_tabulated(sweep):
     chosen = best.table(sweep)
     assert any("at the best learning_rate" in line for line in chosen)
     assert any("| 0.1 (highest tried)" in line for line in chosen)
-    line = commands.command(sweep, sweep.points[0])
+    line = points.command(sweep, sweep.points[0])
     assert " -m memoryformer.tasks --config=" in line
     assert line.endswith("--config.task.learning_rate=0.1 --config.task.seed=0")
 
