@@ -81,8 +81,7 @@ def test_the_largest_logits_are_the_int8_heads(instructions):
 
 
 @needs_compiler
-@pytest.mark.parametrize("count", [5, narrow.MAX_VECTORS + 1])
-def test_ragged_shapes(count):
+def test_ragged_shapes():
     """Widths below a block and above a group, one row; and more vectors than are screened.
 
     Mutation: the columns after the last whole block, or the last group, left out.
@@ -97,38 +96,49 @@ def test_ragged_shapes(count):
     ):
         matrix, basis = head(outputs, width)
         stored = screened.pack(matrix)
-        check(states(count, basis), stored, min(2, outputs), most_rows=1.0)
+        check(states(5, basis), stored, min(2, outputs), most_rows=1.0)
+    check(states(narrow.MAX_VECTORS + 1, basis), stored)
 
 
 def upper_bounds(x, stored):
-    """The bound of `screen_native.h` once more, in float64: [N, V], without S |x|."""
+    """The bound of `screen_native.h` once more, in float64: q . A and its width, without S |x|."""
     rotation = np.asarray(narrow.widen_matrix(stored.rotation), np.float64)  # B
     z = x.astype(np.float64) @ rotation
     outputs, width = stored.exact.values.shape
     lead, tiles = stored.lead, np.asarray(stored.tiles)
     blocks = -(-(width - lead) // 16)
-    sizes = np.cumsum([16 * lead, 16 * -(-blocks // 4) * 4])
-    first, norms, floats = np.split(tiles, sizes, axis=1)
+    sizes = np.cumsum([16 * lead, 64 * blocks, 16 * -(-blocks // 4) * 4])
+    first, rest, norms, floats = np.split(tiles, sizes, axis=1)
 
-    def rows(part):
-        quads = part.reshape(len(tiles), -1, 16, 4).astype(np.float64) - 128
-        return quads.swapaxes(1, 2).reshape(len(tiles) * 16, -1)[:outputs]
+    def rows(part, bits=8):
+        part = part.reshape(len(tiles), -1, 16, 4)
+        part = np.stack([part >> m & 2**bits - 1 for m in range(0, 8, bits)], 2)
+        part = part.reshape(len(tiles), -1, 16, 4).swapaxes(1, 2)
+        return part.reshape(len(tiles) * 16, -1)[:outputs].astype(np.float64)
 
-    floats = np.ascontiguousarray(floats).view(np.float32).reshape(-1, 4, 16)
-    scale, norm_scale, a, e = floats.swapaxes(0, 1).reshape(4, -1)[:, :outputs]
-    q, r = np.zeros((len(x), lead)), np.zeros((len(x), lead))
-    for start in range(0, lead, 64):
-        part = np.s_[:, start : min(start + 64, lead)]
-        step = np.abs(z[part]).max(1, keepdims=True) / 127
-        q[part] = np.rint(z[part] / step) * step
-        r[part] = z[part] - q[part]
-    bound = np.linalg.norm(r, axis=1)[:, None] * a
-    bound += np.linalg.norm(z[:, :lead], axis=1)[:, None] * e
-    of_rows = rows(norms) * norm_scale[:, None]
+    floats = np.ascontiguousarray(floats).view(np.float32).reshape(-1, 6, 16)
+    floats = floats.swapaxes(0, 1).reshape(6, -1)[:, :outputs]
+    scale, step, norm_scale, a, e, c = floats[..., None].astype(np.float64)
+    stored_rows = np.concatenate(
+        [(rows(first) - 128) * scale, (2 * rows(rest, 2) - 3) * step], axis=1
+    )[:, :width]
+    q = np.zeros_like(z)
+    groups = [*range(0, lead, 64), *range(lead, width, 64)]
+    for start, end in zip(groups, [*groups[1:], width], strict=True):
+        part = z[:, start:end]
+        unit = np.abs(part).max(1, keepdims=True) / 127
+        q[:, start:end] = np.rint(part / unit) * unit
+    lengths = (
+        np.linalg.norm((z - q)[:, :lead], axis=1),
+        np.linalg.norm(z[:, :lead], axis=1),
+    )
+    bound = np.outer(lengths[0], a) + np.outer(lengths[1], e)
+    bound += np.outer(np.linalg.norm((z - q)[:, lead:], axis=1), c)
+    of_rows = (rows(norms) - 128) * norm_scale
     for b in range(blocks):
         block = z[:, lead + 16 * b : min(width, lead + 16 * (b + 1))]
-        bound += np.linalg.norm(block, axis=1)[:, None] * of_rows[:, b]
-    return q @ (rows(first) * scale[:, None]).T, bound
+        bound += np.outer(np.linalg.norm(block, axis=1), of_rows[:, b])
+    return q @ stored_rows.T, bound
 
 
 def test_what_is_stored_bounds_every_product():
@@ -142,7 +152,7 @@ def test_what_is_stored_bounds_every_product():
     y = x.astype(np.float64) @ np.asarray(narrow.widen_matrix(stored.exact), np.float64)
     middle, bound = upper_bounds(x, stored)
     assert (np.abs(y - middle) <= bound + 1e-9).all()
-    assert (np.abs(y - middle) > bound / 2).any()
+    assert (np.abs(y - middle) > bound / 3).any()
 
 
 def aligned(stored, matrix):
@@ -200,24 +210,25 @@ def test_adversarial_logits():
 
 @needs_compiler
 def test_all_rows_are_read_where_nothing_is_gained():
-    """Decided at a part of the rows: bytes of all, and of a tenth of the tiles.
+    """Decided at a part of the rows, for each vector: bytes of all, and of a tenth of the tiles.
 
-    Mutations: no decision before the end; all vectors leave with the first.
+    Mutations: no decision before the end; all vectors leave with the first; those that stay
+    are given the integers of those that left.
     """
     outputs = 16 * 64 * 12
-    random = np.random.default_rng(0)
-    stored = screened.pack(random.standard_normal((D, outputs)).astype(np.float32))
-    x = random.standard_normal((3, D)).astype(np.float32)
-    read = check(x, stored)
-    assert read["whole"] == 3
-    tiles, rows = np.asarray(stored.tiles).nbytes, outputs * (D + 4)
-    assert rows < read["bytes"] < rows + 0.1 * tiles + 2 * D * D + 20 * D
     matrix, basis = head(outputs)
     stored = screened.pack(matrix)
-    mixed = states(3, basis)
-    mixed[1] = random.standard_normal(30) @ basis[-30:]  # where the lead says nothing
-    read = check(mixed, stored)
-    assert read["whole"] == 1
+    random = np.random.default_rng(0)
+    x = states(5, basis)
+    x[[1, 2, 4]] = (
+        random.standard_normal((3, 30)) @ basis[-30:]
+    )  # the lead says nothing
+    read = check(x, stored)
+    assert read["whole"] == 3 and read["rows"] < 3 * outputs + 100
+    read = check(x[[1, 2, 4]], stored)
+    assert read["whole"] == 3
+    tiles, rows = np.asarray(stored.tiles).nbytes, outputs * (D + 4)
+    assert rows < read["bytes"] < rows + 0.1 * tiles + 2 * D * D
 
 
 @needs_compiler

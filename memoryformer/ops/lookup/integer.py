@@ -63,15 +63,16 @@ def pack(matrix: Float[np.ndarray, "D V"], kind: str) -> IntegerMatrix:
     eights = (values + 8).astype(np.uint8).reshape(len(by_output), -1, 2, 4)
     pairs = (eights[:, :, 0] | eights[:, :, 1] << 4).reshape(len(by_output), -1)
     scales = scales.reshape(-1, TILE_ROWS, scales.shape[1]).swapaxes(1, 2)
-    return IntegerMatrix(_tiled(pairs), np.ascontiguousarray(scales), width, outputs)
+    return IntegerMatrix(tiled(pairs), np.ascontiguousarray(scales), width, outputs)
 
 
 def to_tiles(values: Int[np.ndarray, "V D"]) -> np.ndarray:
     """Lay int8 rows side by side, sixteen to a tile, plus 128: V of 16s and D of 4s."""
-    return _tiled((values.astype(np.int16) + 128).astype(np.uint8))
+    return tiled((values.astype(np.int16) + 128).astype(np.uint8))
 
 
-def _tiled(values):
+def tiled(values: np.ndarray) -> np.ndarray:
+    """Lay bytes [V, Q * 4] side by side, four of each of sixteen rows: [V / 16, Q, 16, 4]."""
     shape = (len(values) // TILE_ROWS, TILE_ROWS, values.shape[1] // 4, 4)
     tiles = values.reshape(shape)
     return np.ascontiguousarray(tiles.swapaxes(1, 2))
@@ -79,7 +80,7 @@ def _tiled(values):
 
 def round_activations(
     x: Float[Array, "N D"],
-) -> tuple[Int[Array, "N D"], Float[Array, "N"]]:
+) -> tuple[Int[Array, "N D"], Float[Array, " N"]]:
     """Round vectors to int8 times a scale each; what is not finite gives NaN and zeros."""
     scales = jnp.max(jnp.abs(x), axis=-1, initial=0) / 127
     scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)

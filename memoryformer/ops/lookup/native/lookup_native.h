@@ -71,10 +71,10 @@ constexpr int kTileRows = 16;
 constexpr int64_t kMaxIntegerWidth = 1 << 17;
 
 struct IntegerKernels {
-  // Of 8-bit and of 4-bit weights: (tile, columns, x, stride, totals, tokens, sums)
+  // (tile, columns, x, stride, totals, tokens, sums)
   using Sums = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*,
                         int64_t, int32_t*);
-  Sums eight_bits, four_bits;
+  Sums eight_bits, four_bits, two_bits;
   void (*add_scaled)(const int32_t*, const float*, float*);
   void (*add_times)(const int32_t*, float, float*);
   void (*combine)(const float*, const float*, const float*, float, const float*, float,

@@ -49,15 +49,17 @@ class Search {
     const Scratch rotated_memory(N * D * sizeof(float));
     auto* rotated = rotated_memory.template As<float>();
     MatrixProduct(screen_.rotation, x_, N, rotated, pool_);
-    const int64_t groups = screen_.Groups(), blocks = screen_.Blocks();
-    leads_.resize(N * screen_.lead), norms_.resize(N * blocks + 1);  // data() is no null
+    const int64_t groups = screen_.Groups(), norms = screen_.Norms();
+    const int64_t columns = screen_.Columns();
+    integers_.resize(N * columns), norms_.resize(N * norms + 1);  // data() is no null
     scales_.resize(N * groups), totals_.resize(N * (groups + 1));
     queries_.clear();
     std::vector<int64_t> kept;
     for (int64_t n = 0; n < N; ++n) {
       const int64_t i = kept.size();
-      Query query{leads_.data() + i * screen_.lead, norms_.data() + i * blocks,
-                  scales_.data() + i * groups, totals_.data() + i * (groups + 1), 0, 0, 0, 0};
+      Query query{integers_.data() + i * columns, norms_.data() + i * norms,
+                  scales_.data() + i * groups, totals_.data() + i * (groups + 1),
+                  0, 0, 0, 0, 0};
       const bool usable = k_ + kExtra < tiles_ &&
                           query.Prepare(screen_, x_ + n * D, rotated + n * D);
       (usable ? kept : whole_).push_back(n);
@@ -148,13 +150,15 @@ class Search {
   void Move(size_t from, size_t to) {
     std::memcpy(Upper(to), Upper(from), tiles_ * kTileRows * sizeof(float));
     std::memcpy(Highest(to), Highest(from), tiles_ * sizeof(float));
-    Query &target = queries_[to], &source = queries_[from];
-    std::memcpy(target.lead, source.lead, screen_.lead);
-    std::memcpy(target.norms, source.norms, screen_.Blocks());
+    Query target = queries_[to];
+    const Query source = queries_[from];
+    std::memcpy(target.integers, source.integers, screen_.Columns());
+    std::memcpy(target.norms, source.norms, screen_.Norms());
     std::memcpy(target.scales, source.scales, screen_.Groups() * sizeof(float));
     std::memcpy(target.totals, source.totals, (screen_.Groups() + 1) * sizeof(int32_t));
-    target.norm_scale = source.norm_scale, target.rounding = source.rounding;
-    target.length = source.length, target.slack = source.slack;
+    queries_[to] = source;
+    queries_[to].integers = target.integers, queries_[to].norms = target.norms;
+    queries_[to].scales = target.scales, queries_[to].totals = target.totals;
   }
 
   void Finish(float* values, int32_t* indices) {
@@ -185,7 +189,7 @@ class Search {
   std::vector<std::vector<int32_t>> survivors_;
   int64_t tiles_;
   Scratch upper_, highest_;
-  std::vector<int8_t> leads_, norms_;
+  std::vector<int8_t> integers_, norms_;
   std::vector<float> scales_;
   std::vector<int32_t> totals_;
 };
