@@ -8,6 +8,7 @@
 
 #include "decode_native.h"
 #include "lookup_native.h"
+#include "screen_search_native.h"
 
 using namespace memoryformer;
 
@@ -155,6 +156,81 @@ bool CheckProduct(int64_t V, int64_t D, int64_t N, std::mt19937& random) {
   return worst < 1e-5;
 }
 
+// Integers of `bits` bits, against plain sums.
+bool CheckIntegers(int64_t V, int64_t D, int64_t N, bool four_bits, std::mt19937& random) {
+  D = CeilDivide(D, four_bits ? kInt4Group : 4) * (four_bits ? kInt4Group : 4);
+  const int64_t tiles = CeilDivide(V, kTileRows), bits = four_bits ? 4 : 8;
+  const int64_t num_scales = tiles * kTileRows * (four_bits ? D / kInt4Group : 1);
+  std::normal_distribution<float> normal;
+  auto weights = Exactly<uint8_t>(tiles * kTileRows * D * bits / 8);
+  auto scales = Exactly<float>(num_scales);
+  auto x = Exactly<float>(N * D), y = Exactly<float>(N * V);
+  auto q = Exactly<int8_t>(D);
+  const auto nibble = [&] { return 1 + random() % 15; };
+  for (int64_t i = 0; i < tiles * kTileRows * D * bits / 8; ++i)
+    weights[i] = static_cast<uint8_t>(four_bits ? nibble() | nibble() << 4 : 1 + random() % 255);
+  for (int64_t i = 0; i < num_scales; ++i) scales[i] = normal(random);
+  for (int64_t i = 0; i < N * D; ++i) x[i] = normal(random);
+  {
+    ThreadPerTask pool;
+    IntegerProduct(IntegerMatrix{V, D, four_bits, weights.get(), scales.get()}, x.get(), N,
+                   y.get(), pool);
+  }
+  double worst = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    const double scale = RoundVector(x.get() + n * D, D, q.get());
+    for (int64_t v = 0; v < V; ++v) {
+      const int64_t tile = v / kTileRows, r = v % kTileRows;
+      double sum = 0, size = 1;
+      for (int64_t d = 0; d < D; ++d) {
+        const int64_t column = four_bits ? d / 8 * 4 + d % 4 : d, stored = D * bits / 8;
+        const int byte = weights[tile * kTileRows * stored + column / 4 * 64 + 4 * r + column % 4];
+        const int weight = !four_bits ? byte - 128 : (d % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+        const int64_t group = four_bits ? tile * (D / kInt4Group) + d / kInt4Group : tile;
+        const double term = scale * q[d] * weight * scales[group * kTileRows + r];
+        sum += term, size += std::abs(term);
+      }
+      worst = std::max(worst, std::abs(sum - y[n * V + v]) / size);
+    }
+  }
+  return worst < 1e-5;
+}
+
+// The search on rows whose tiles say nothing (all zero, and a slack that keeps every row or
+// that keeps some), against a sort of the plain product.
+bool CheckScreen(int64_t V, int64_t D, int64_t N, int64_t k, std::mt19937& random) {
+  auto rows = Exactly<int8_t>(V * D), rotation = Exactly<int8_t>(D * D);
+  auto scales = Exactly<float>(V), rotation_scales = Exactly<float>(D);
+  auto x = Exactly<float>(N * D), y = Exactly<float>(N * V), values = Exactly<float>(N * k);
+  auto indices = Exactly<int32_t>(N * k);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < V * D; ++i) rows[i] = static_cast<int8_t>(random() % 3) - 1;
+  for (int64_t i = 0; i < D * D; ++i) rotation[i] = i % (D + 1) == 0 ? 1 : 0;
+  for (int64_t i = 0; i < V; ++i) scales[i] = 1;
+  for (int64_t i = 0; i < D; ++i) rotation_scales[i] = 1;
+  for (int64_t i = 0; i < N * D; ++i) x[i] = normal(random);
+  bool right = true;
+  for (const float most_rows : {0.0f, 1.0f}) {
+    Screen screen{{V, D, rows.get(), scales.get()}, {D, D, rotation.get(), rotation_scales.get()},
+                  4 * CeilDivide(D, 32), nullptr, 2 * std::sqrt(float(D)), most_rows};
+    const int64_t size = CeilDivide(V, kTileRows) * screen.TileBytes();
+    auto tiles = Exactly<uint8_t>(size);
+    std::fill_n(tiles.get(), size, 0);
+    screen.tiles = tiles.get();
+    ThreadPerTask pool;
+    ScreenedTop(screen, x.get(), N, k, values.get(), indices.get(), pool);
+    MatrixProduct(screen.rows, x.get(), N, y.get(), pool);
+    for (int64_t n = 0; n < N; ++n) {
+      std::vector<Found> all(V);
+      for (int64_t v = 0; v < V; ++v) all[v] = {y[n * V + v], static_cast<int32_t>(v)};
+      std::sort(all.begin(), all.end());
+      for (int64_t i = 0; i < k; ++i)
+        right = right && values[n * k + i] == all[i].value && indices[n * k + i] == all[i].index;
+    }
+  }
+  return right;
+}
+
 // Every type of weights, on one ragged shape.
 bool CheckDecode(int64_t a, int64_t b, int64_t c, std::mt19937& random) {
   const int64_t bits = 1 + a % 11, whole_groups = kInt4Group * (1 + b % 3);
@@ -163,7 +239,9 @@ bool CheckDecode(int64_t a, int64_t b, int64_t c, std::mt19937& random) {
          CheckLayer<int8_t>(c, a, bits, b, random) &&
          CheckProduct<float>(a, b, c, random) && CheckProduct<BFloat16>(a, b, c, random) &&
          CheckProduct<int8_t>(a, b, c, random) &&
-         CheckProduct<Int4Pair>(a, whole_groups, c, random);
+         CheckProduct<Int4Pair>(a, whole_groups, c, random) &&
+         CheckIntegers(a, b, c, false, random) && CheckIntegers(a, b, c, true, random) &&
+         CheckScreen(a, b, c, 1, random) && CheckScreen(70 * a, b, c, 3, random);
 }
 
 // Every type of tables, on one shape; says which shape is wrong.

@@ -322,12 +322,14 @@ _TESTS = {
     ),
     "model/narrow": (
         "model/test_narrow.py",
+        "generation/test_screened_head.py",
         "ops/test_narrow_rows.py",
         "ops/test_scores.py",
     ),
     "model/narrow_layers": (
         "model/test_parts.py",
         "model/test_narrow.py",
+        "generation/test_screened_head.py",
         "ops/test_scores.py",
         "generation/test_generation.py",
     ),
@@ -440,6 +442,11 @@ _TESTS = {
         "ops/test_lookup_gpu.py",
         "ops/test_scores.py",
     ),
+    "ops/lookup/integer": (
+        "ops/test_integer_products.py",
+        "ops/test_screened.py",
+        "generation/test_screened_head.py",
+    ),
     "ops/lookup/narrow": (
         "ops/test_narrow_rows.py",
         "model/test_narrow.py",
@@ -450,6 +457,10 @@ _TESTS = {
         "ops/test_narrow_rows.py",
         "ops/test_scores.py",
         "model/test_implementations.py",
+    ),
+    "ops/lookup/screened": (
+        "ops/test_screened.py",
+        "generation/test_screened_head.py",
     ),
     "ops/lookup/xla": (
         "ops/test_lookup.py",

@@ -21,6 +21,7 @@ from memoryformer.generation import prompts as prompts_lib
 from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
 from memoryformer.model import narrow
+from memoryformer.ops.lookup import screened
 from memoryformer.runs import console
 from memoryformer.runs import directory as directory_lib
 
@@ -33,8 +34,10 @@ def define_flags() -> None:
     cli.define_path_flag("prompts", "File of prompts, lines or JSONL.")
     cli.define_path_flag("output", "JSONL file for --prompts.")
     flags.DEFINE_string("tables", "float32", "float32, bfloat16 or int8.")
-    flags.DEFINE_string("head", "float32", "The same, or int4.")
-    flags.DEFINE_string("dense", "float32", "Other dense layers; as --head.")
+    flags.DEFINE_string(
+        "head", "float32", "The same, int4, w8a8, w4a8 or int8-screened."
+    )
+    flags.DEFINE_string("dense", "float32", "Other dense layers: not screened.")
     flags.DEFINE_bool("repl", False, "Continue each line that is typed.")
     flags.DEFINE_multi_string(
         "stop", [], "Stop before this text (\\n: a line end); repeatable."
@@ -137,7 +140,23 @@ def _run_prompt(generator, tokenizer, prompt, sampling, stop):
             f", {console.short_number(rate)} tokens/s after the first {sampler.LOOP}"
         )
     print(
-        f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}]", file=sys.stderr
+        f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}{_of_head()}]",
+        file=sys.stderr,
+    )
+
+
+def _of_head():
+    """What greedy decoding has read of a screened head, since the beginning."""
+    if flags.FLAGS.head != narrow.SCREENED:
+        return ""
+    counts = screened.counts()
+    if not counts.vectors:
+        return "; head: screened for temperature 0 only, all rows read"
+    rows, size = counts.rows / counts.vectors, counts.bytes / counts.vectors
+    return (
+        f"; head, for each token: {console.short_number(rows)} rows read whole, "
+        f"{console.short_number(size)} bytes; all rows for {counts.whole} of "
+        f"{counts.vectors} tokens"
     )
 
 
@@ -155,7 +174,10 @@ def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size)
             out.flush()
             count += row["num_tokens"]
     rate = console.short_number(count / (time.perf_counter() - started))
-    print(f"[{count} tokens, {rate} tokens/s with compilation]", file=sys.stderr)
+    print(
+        f"[{count} tokens, {rate} tokens/s with compilation{_of_head()}]",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

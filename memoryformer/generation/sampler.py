@@ -12,6 +12,7 @@ an entry in `harness.encoding`.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,15 +110,34 @@ class Generator:
         if kinds is not None or jax.default_backend() == "cpu":
             kinds = kinds or narrow.WeightKinds()
             params = narrow.prepare(model_config, params, kinds)
+        self._screened = kinds is not None and kinds.head == narrow.SCREENED
         self._params = jax.tree.map(jnp.asarray, params)
         self._prefill = jax.jit(self._read, donate_argnums=1)
         self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
 
     def _read(self, params, state, tokens, seq):
-        """Read tokens [B, L]: the logits that follow them [B, V], and the state."""
+        """Read tokens [B, L]: the logits that follow them [B, V], and the state.
+
+        Of a screened head, what it reads, [B, D]: `_choose` reads the head.
+        """
         model = model_lib.merge(self.model_config, params)
         x, state = model.features(tokens, seq, state)
-        return model.logits(x[:, -1]), state
+        return x[:, -1] if self._screened else model.logits(x[:, -1]), state
+
+    def _choose(self, params, logits, keys, temperature, top_p):
+        """Choose from what `_read` gives: int32 [B, 1]."""
+        choose_each = jax.vmap(choose, (0, 0, None, None))
+        if not self._screened:
+            return choose_each(logits[:, None], keys, temperature, top_p)
+        head: Any = model_lib.merge(self.model_config, params).head
+
+        def sampled(x):
+            return choose_each(head(x)[:, None], keys, temperature, top_p)
+
+        def greedy(x):
+            return head.most_likely(x)[:, None]
+
+        return jax.lax.cond(temperature > 0, sampled, greedy, logits)
 
     def _sample_and_read(
         self, params, state, logits, position, keys, count, temperature, top_p
@@ -127,8 +147,7 @@ class Generator:
         def next_token(i, carry):
             state, logits, position, keys, tokens = carry
             keys, draws = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-            choose_each = jax.vmap(choose, (0, 0, None, None))
-            token = choose_each(logits[:, None], draws, temperature, top_p)  # [B, 1]
+            token = self._choose(params, logits, draws, temperature, top_p)  # [B, 1]
             seq = mixers.SeqInfo(position[:, None], jnp.ones_like(token))
             logits, state = self._read(params, state, token, seq)
             tokens = tokens.at[i].set(token[:, 0])

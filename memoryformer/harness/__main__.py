@@ -37,8 +37,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("task_batch_size", 64, "Rows at a time.", 1)
     flags.DEFINE_bool("add_bos", False, "End-of-text token before contexts.")
     flags.DEFINE_string("tables", "float32", "Round to bfloat16 or int8.")
-    flags.DEFINE_string("head", "float32", "The same, or int4.")
-    flags.DEFINE_string("dense", "float32", "The same, of other dense layers.")
+    flags.DEFINE_string("head", "float32", "The same, int4 or int8-screened.")
+    flags.DEFINE_string("dense", "float32", "Other dense layers; float32 to int4.")
     flags.DEFINE_float("density", 1.0, "Prune dense layers to this share.")
 
 

@@ -5,8 +5,11 @@
     bfloat16   2                 2
     int8       1, a scale a row  1, a scale for each output
     int4       -                 1/2, a scale for 64 weights
+    w8a8       -                 1, and activations are rounded to int8 too
+    w4a8       -                 1/2, the same
 
-What is rounded, and by how much, is in `ops.lookup.narrow`. The result takes the place of the
+A head may also be int8-screened: the int8 head, of which greedy decoding reads about a third.
+What is rounded, and by how much, is in `ops.lookup.narrow`, `.integer` and `.screened`. The result takes the place of the
 parameters in `model.merge` and has no gradients. Start at `prepare`; `round_weights` and
 `prune` give ordinary parameters of the same values, to measure what they cost.
 """
@@ -23,7 +26,18 @@ from memoryformer.errors import ConfigError
 from memoryformer.model import params as params_lib
 from memoryformer.model import transformer as model
 from memoryformer.notation import Array, Params
+from memoryformer.ops.lookup import integer, screened
 from memoryformer.ops.lookup import narrow as narrow_rows
+
+DENSE_KINDS = (*narrow_rows.MATRIX_KINDS, *integer.KINDS)
+SCREENED = "int8-screened"
+HEAD_KINDS = (*DENSE_KINDS, SCREENED)
+PACKED = (
+    narrow_rows.PackedTables,
+    narrow_rows.PackedMatrix,
+    integer.IntegerMatrix,
+    screened.ScreenedMatrix,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +50,8 @@ class WeightKinds:
 
     def __post_init__(self):
         config_lib.choose(self.tables, narrow_rows.TABLE_KINDS, "--tables")
-        config_lib.choose(self.head, narrow_rows.MATRIX_KINDS, "--head")
-        config_lib.choose(self.dense, narrow_rows.MATRIX_KINDS, "--dense")
+        config_lib.choose(self.head, HEAD_KINDS, "--head")
+        config_lib.choose(self.dense, DENSE_KINDS, "--dense")
 
 
 def prepare(
@@ -59,8 +73,19 @@ def prepare(
 def round_weights(
     model_config: model.ModelConfig, params: Params, kinds: WeightKinds
 ) -> Params:
-    """Return float32 parameters with the values that `prepare` would store."""
+    """Return float32 parameters with the values that `prepare` would store.
+
+    A screened head has those of int8. Raises `ConfigError` for kinds that round activations.
+    """
     _check_head(model_config, kinds)
+    for name in ("head", "dense"):
+        if (kind := getattr(kinds, name)) in integer.KINDS:
+            raise ConfigError(
+                f"--{name}={kind}: rounds activations too, which are not weights; evaluate "
+                "with int8 or int4, and see docs/performance.md for what they cost."
+            )
+    if kinds.head == SCREENED:
+        kinds = dataclasses.replace(kinds, head="int8")
 
     def rounded(role, path, leaf):
         weights = _pack(role, leaf, kinds)
@@ -127,7 +152,7 @@ def map_weights(
     """
 
     def walk(node, role, path):
-        if isinstance(node, narrow_rows.PackedTables | narrow_rows.PackedMatrix):
+        if isinstance(node, PACKED):
             return node
         if isinstance(node, dict):
             return {key: walk(node[key], role[key], (*path, key)) for key in node}
@@ -148,6 +173,9 @@ def _pack(role, leaf, kinds):
     leaf = np.asarray(leaf)
     if role == "tables":
         return narrow_rows.pack_tables(leaf, kinds.tables)
-    return narrow_rows.pack_matrix(
-        leaf.reshape(leaf.shape[0], -1), getattr(kinds, role)
-    )
+    kind, matrix = getattr(kinds, role), leaf.reshape(leaf.shape[0], -1)
+    if kind == SCREENED:
+        return screened.pack(matrix)
+    if kind in integer.KINDS:
+        return integer.pack(matrix, kind)
+    return narrow_rows.pack_matrix(matrix, kind)

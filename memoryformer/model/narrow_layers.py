@@ -10,7 +10,19 @@ from flax import nnx
 
 from memoryformer.model import layers
 from memoryformer.notation import Activations, Array
+from memoryformer.ops.lookup import integer, screened
 from memoryformer.ops.lookup import narrow as narrow_rows
+
+_PRODUCTS = {
+    narrow_rows.PackedMatrix: narrow_rows.product,
+    integer.IntegerMatrix: integer.product,
+    screened.ScreenedMatrix: screened.product,
+}
+
+
+def _product(x, matrix):
+    """[.., D] -> float32 [.., V], as the matrix is stored."""
+    return _PRODUCTS[type(matrix)](x, matrix)
 
 
 class NarrowMemoryLayer(layers.MemoryLayer):
@@ -32,24 +44,29 @@ class NarrowMemoryLayer(layers.MemoryLayer):
 
 
 class NarrowDense(layers.Dense):
-    """A `Dense` with a `PackedMatrix`."""
+    """A `Dense` with a packed matrix."""
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> [.., *features], in the layer's dtype."""
-        kernel: Any = self.kernel.get_value()  # a `PackedMatrix`, see `swap_in`
-        y = narrow_rows.product(x, kernel).astype(self.dtype)
+        kernel: Any = self.kernel.get_value()  # packed, see `swap_in`
+        y = _product(x, kernel).astype(self.dtype)
         y = y.reshape(*x.shape[:-1], *self.features)
         bias = None if self.bias is None else self.bias[...]
         return y if bias is None else y + layers.align(bias, y.ndim)
 
 
 class NarrowHead(layers.Head):
-    """A `Head` with a `PackedMatrix`."""
+    """A `Head` with a packed matrix."""
 
     def __call__(self, x: Activations) -> Array:
         """[.., D] -> float32 [.., V]."""
-        kernel: Any = self.kernel.get_value()  # a `PackedMatrix`, see `swap_in`
-        return narrow_rows.product(x, kernel)
+        kernel: Any = self.kernel.get_value()  # packed, see `swap_in`
+        return _product(x, kernel)
+
+    def most_likely(self, x: Activations) -> Array:
+        """The argmax of the logits, [.., D] -> int32 [..], where they are screened."""
+        kernel: Any = self.kernel.get_value()  # a `ScreenedMatrix`
+        return screened.top(x, kernel)[1][..., 0]
 
 
 _NARROW = {
@@ -57,7 +74,7 @@ _NARROW = {
     layers.Dense: ("kernel", NarrowDense),
     layers.Head: ("kernel", NarrowHead),
 }
-_PACKED = (narrow_rows.PackedTables, narrow_rows.PackedMatrix)
+_PACKED = (narrow_rows.PackedTables, *_PRODUCTS)
 
 
 def swap_in(model: nnx.Module) -> None:

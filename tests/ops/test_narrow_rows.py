@@ -209,8 +209,8 @@ def test_many_vectors_are_multiplied_in_xla(monkeypatch):
         offered.append(native)
         return in_xla
 
-    whole = narrow_rows._on_cpu
-    monkeypatch.setattr(narrow_rows, "_on_cpu", on_cpu)
+    whole = narrow_rows.on_cpu
+    monkeypatch.setattr(narrow_rows, "on_cpu", on_cpu)
     matrix = narrow_rows.pack_matrix(np.ones((4, 2), np.float32), "float32")
     for count, offers in ((32, 1), (33, 1), (1, 2)):
         y = narrow_rows.product(np.ones((count, 4), np.float32), matrix)

@@ -13,6 +13,8 @@ elsewhere, and where it cannot be built, they are widened in XLA. Start at `pack
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ MATRIX_KINDS = (*TABLE_KINDS, "int4")
 # every four vectors.
 MAX_VECTORS = 32
 _HUGE_PAGE = 2 << 20
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +145,7 @@ def memory_layer(
         y = lookup.lookup(values, codes, scores, "xla")
         return y if bias is None else y + bias[None]
 
-    function = _on_cpu(native, in_xla) if power in lookup_native.POWERS else in_xla
+    function = on_cpu(native, in_xla) if power in lookup_native.POWERS else in_xla
     operands = (rows, values, tables.scales, bias)
     y = function(*jax.tree.map(jnp.asarray, operands))
     return y.reshape(*x.shape[:-1], -1)
@@ -161,7 +164,7 @@ def product(x: Float[AnyArray, "*B D"], matrix: PackedMatrix) -> Float[Array, "*
         return x @ widen_matrix(PackedMatrix(values, scales, matrix.width))
 
     few = rows.shape[0] <= MAX_VECTORS
-    function = _on_cpu(native, in_xla) if few else in_xla
+    function = on_cpu(native, in_xla) if few else in_xla
     operands = (rows, matrix.values, matrix.scales)
     y = function(*jax.tree.map(jnp.asarray, operands))
     return y.reshape(*x.shape[:-1], -1)
@@ -185,8 +188,8 @@ def in_huge_pages(array: AnyArray) -> Array:
     return jax.device_put(aligned.view(array.dtype).reshape(array.shape))
 
 
-def _on_cpu(native, in_xla):
-    """Take `native` where it is built and runs, `in_xla` elsewhere."""
+def on_cpu(native: Callable[..., T], in_xla: Callable[..., T]) -> Callable[..., T]:
+    """Return `native` where it is built and runs, `in_xla` elsewhere."""
     if jax.default_backend() != "cpu" or not lookup_native.available():
         return in_xla
 

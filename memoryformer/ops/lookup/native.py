@@ -33,13 +33,25 @@ SOURCES = (
     "lookup_native_machine.h",
     "decode_native.h",
     "decode_native_kernel.h",
+    "integer_native.h",
+    "integer_native_calls.h",
+    "integer_native_kernel.h",
+    "screen_native.h",
+    "screen_search_native.h",
 )
 FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
 ).split()
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300  # a compiler that hangs must not hang the run
-TARGETS = ("lookup_forward", "lookup_backward", "memory_layer", "matrix_product")
+TARGETS = (
+    "lookup_forward",
+    "lookup_backward",
+    "memory_layer",
+    "matrix_product",
+    "integer_product",
+    "screened_top",
+)
 INT4_GROUP = 64  # 4-bit weights that share a scale
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 POWERS = (0, 1)  # of ||z||_1 in a score, that `memory_layer` computes
@@ -108,6 +120,12 @@ def matrix_product(
     y = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("memoryformer_matrix_product", y, vmap_method="sequential")
     return call(x.astype(jnp.float32), weights, _float32_or_empty(scales))
+
+
+def read_counts(counts: ctypes.Array) -> None:
+    """Copy what `screened.top` has counted into four int64; leave them where nothing is built."""
+    if _load()[0] is not None:
+        _load()[0].memoryformer_screen_counts(counts)
 
 
 def _float32_or_empty(array):

@@ -1,9 +1,10 @@
 // XLA's side of the native code: the FFI handlers and the settings, over the plain C++ of
-// lookup_native.h and decode_native.h. ops/lookup/native.py compiles this file on first use and
-// loads it.
+// lookup_native.h, decode_native.h and integer_native.h. ops/lookup/native.py compiles this file
+// on first use and loads it.
 
 #include "decode_native.h"
 #include "lookup_native.h"
+#include "screen_search_native.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -207,6 +208,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_lookup_backward, BackwardCall,
                                   .Arg<Floats>()             // dy [N, F]
                                   .Ret<ffi::AnyBuffer>()     // dtables [K, C, F]
                                   .Ret<Floats>());           // dscores [N, K]
+
+#include "integer_native_calls.h"
 
 extern "C" void memoryformer_configure(int threads, int instructions, int64_t reuse) {
   memoryformer::max_threads = threads;

@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -65,6 +66,21 @@ struct MatrixKernels {
   Dots four_rows, one_row, four_tokens;  // 4 x 1, 1 x 1 and 1 x 4
 };
 
+// Inner loops of integer_native.h, over tiles of 16 rows.
+constexpr int kTileRows = 16;
+constexpr int64_t kMaxIntegerWidth = 1 << 17;
+
+struct IntegerKernels {
+  // (tile, columns, x, stride, totals, tokens, sums)
+  using Sums = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*,
+                        int64_t, int32_t*);
+  Sums eight_bits, four_bits, two_bits;
+  void (*add_scaled)(const int32_t*, const float*, float*);
+  void (*add_times)(const int32_t*, float, float*);
+  void (*combine)(const float*, const float*, const float*, float, const float*, float,
+                  float, float*);
+};
+
 using OnePlusExpKernel = void (*)(const float*, int64_t, float, float*);
 
 constexpr int kAhead = 16;  // tokens
@@ -110,6 +126,19 @@ MatrixKernels<T> ChooseMatrixKernels() {
   }
 #endif
   return portable::MakeMatrixKernels<T>();
+}
+
+inline IntegerKernels ChooseIntegerKernels() {
+#if defined(__x86_64__)
+  switch (InstructionSet()) {
+    case 2:
+      if (__builtin_cpu_supports("avx512vnni")) return avx512::MakeIntegerKernels();
+      return avx2::MakeIntegerKernels();
+    case 1:
+      return avx2::MakeIntegerKernels();
+  }
+#endif
+  return portable::MakeIntegerKernels();
 }
 
 inline OnePlusExpKernel ChooseOnePlusExp() {

@@ -263,6 +263,7 @@ Kernels<T> MakeKernels() {
 }
 
 #include "decode_native_kernel.h"
+#include "integer_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 

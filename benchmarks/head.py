@@ -1,0 +1,233 @@
+"""The head at base shape: today's int8, screened, and integer products, 1 to 16 vectors.
+
+    python -m benchmarks.head --cores=1 --clock=cpu              # times, in turns
+    python -m benchmarks.head --workdir=DIR                      # rows left on a trained model
+    python -m benchmarks.head --outputs=4096 --width=128 --rounds=3
+
+A time is one greedy choice for --streams vectors: product and argmax, or the screened search.
+Nobody has a trained model of base's size here, so the head and the states are drawn: `steep`
+with the spectrum of the quickstart's trained head and of the states it reads, stretched to
+--width, and one row in the direction of each state that stands 9 nats above the mean, as the
+best does there; `flat` with none, where screening gives up. Bytes are counted by the native code.
+
+With --workdir, validation text of that run instead: how many rows are read whole for a token,
+bytes, and what rounding activations costs in nats. Every choice is compared with the int8 head's
+argmax before anything is timed. Writes head.json. Results: docs/performance.md.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from memoryformer import model
+from memoryformer.data import run_tokenizer
+from memoryformer.model import mixers
+from memoryformer.ops.lookup import integer, narrow, screened
+from memoryformer.training import experiment
+
+KINDS = ("int8", "int8-screened", "w8a8", "int4", "w4a8")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print, write and return."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", default="", help="a run with an untied head")
+    parser.add_argument("--outputs", type=int, default=50304)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--streams", default="1,16", help="comma-separated")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=1600, help="of --workdir")
+    parser.add_argument("--cores", type=int, default=0, help="0: all")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--output", type=pathlib.Path, default="head.json")
+    args = parser.parse_args(argv)
+    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    facts = {"cores": len(cores), "clock": args.clock, "load": os.getloadavg()[0]}
+    result = facts | (trained(args) if args.workdir else times(args))
+    print(json.dumps(facts))
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def pack(matrix: np.ndarray, kind: str) -> Any:
+    """Store a head [D, V] as `kind`, in huge pages."""
+    if kind == "int8-screened":
+        stored: Any = screened.pack(matrix)
+    elif kind in integer.KINDS:
+        stored = integer.pack(matrix, kind)
+    else:
+        stored = narrow.pack_matrix(matrix, kind)
+    return jax.tree.map(narrow.in_huge_pages, stored)
+
+
+@jax.jit
+def choose(x, stored):
+    """The likeliest outputs: [N, D] -> [N]."""
+    if isinstance(stored, screened.ScreenedMatrix):
+        return screened.top(x, stored)[1][:, 0]
+    return jnp.argmax(logits(x, stored), axis=-1)
+
+
+def logits(x, stored):
+    """[N, D] -> float32 [N, V]."""
+    whole = integer if isinstance(stored, integer.IntegerMatrix) else narrow
+    return whole.product(x, stored)
+
+
+# --- Times. --------------------------------------------------------------------------
+
+
+def drawn(name: str, outputs: int, width: int, count: int) -> tuple[Any, Any]:
+    """A head [D, V] and states [count, D]: `steep` or `flat` (see above)."""
+    random = np.random.default_rng(0)
+    share = (np.arange(width) + 0.5) / width
+    # Standard deviations along the head's own directions, of rows and of states.
+    of_rows, of_states = np.exp(-2.5 * share), np.exp(-2.2 * share)
+    if name == "flat":
+        of_rows, of_states = np.ones(width), np.ones(width)
+    basis = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
+    of_rows = (of_rows / np.linalg.norm(of_rows)).astype(np.float32)
+    rows = random.standard_normal((outputs, width), np.float32) * of_rows
+    z = random.standard_normal((count, width)) * of_states
+    z *= np.sqrt(width) / np.linalg.norm(z, axis=1, keepdims=True)
+    rows /= (rows[:1000] @ z.T).std() / 2.2  # logits' standard deviation, in nats
+    if name == "steep":
+        best = rng_rows = random.choice(outputs, count, replace=False)
+        along = z * of_rows**2
+        along *= (9.2 / np.sum(along * z, axis=1))[:, None]
+        rows[best] = along + 0.3 * rows[rng_rows]
+    return np.ascontiguousarray((rows @ basis).T), (z @ basis).astype(np.float32)
+
+
+def times(args) -> dict[str, Any]:
+    """Milliseconds of one choice, in turns, and their ratio to today's int8 head."""
+    clock, kinds = timing.CLOCKS[args.clock], args.kinds.split(",")
+    result: dict[str, Any] = {"outputs": args.outputs, "width": args.width}
+    for name in ("steep", "flat"):
+        matrix, states = drawn(name, args.outputs, args.width, 64)
+        heads = {k: pack(matrix, k) for k in kinds if name == "steep" or "int8" in k}
+        for count in map(int, args.streams.split(",")):
+            rows = result[f"{name}, {count}"] = _in_turns(
+                heads, states, count, args.rounds, clock
+            )
+            for kind, row in rows.items():
+                print(f"{name:6}{count:4} {kind:14}" + _shown(row), flush=True)
+    return result
+
+
+def _in_turns(heads, states, count, rounds, clock):
+    parts = [states[i : i + count] for i in range(0, len(states) - count + 1, count)]
+    parts = parts[: max(1, 16 // count)]
+    expected = [np.asarray(choose(x, heads["int8"])) for x in parts]
+    reads = {}
+    for kind, head in heads.items():
+        before = screened.counts()
+        chosen = [np.asarray(choose(x, head)) for x in parts]
+        after = screened.counts()
+        if kind == "int8-screened":
+            np.testing.assert_array_equal(chosen, expected)
+            reads = {k: getattr(after, k) - getattr(before, k) for k in vars(after)}
+    seconds: dict[str, list[float]] = {kind: [] for kind in heads}
+    for _ in range(rounds):
+        for kind, head in heads.items():
+            started = clock()
+            for x in parts:
+                choose(x, head).block_until_ready()
+            seconds[kind].append((clock() - started) / len(parts))
+    rows = {}
+    for kind, series in seconds.items():
+        ratio = [a / b for a, b in zip(seconds["int8"], series, strict=True)]
+        leaves = jax.tree.leaves(heads[kind])
+        num_bytes = sum(leaf.nbytes for leaf in leaves)
+        rows[kind] = {
+            "ms": timing.quartiles(1e3 * s for s in series),
+            "times_as_fast_as_int8": timing.quartiles(ratio),
+            "megabytes": num_bytes / 1e6,
+        }
+        if kind == "int8-screened":
+            rows[kind]["megabytes"] = reads["bytes"] / len(parts) / 1e6
+            rows[kind] |= {"rows": reads["rows"] / reads["vectors"]}
+            rows[kind] |= {"whole": reads["whole"] / reads["vectors"]}
+    return rows
+
+
+def _shown(row):
+    low, middle, high = row["ms"]
+    low_ratio, ratio, high_ratio = row["times_as_fast_as_int8"]
+    text = f"{middle:8.2f} ms [{low:.2f}, {high:.2f}] {row['megabytes']:7.1f} MB "
+    text += f"{ratio:6.2f} [{low_ratio:.2f}, {high_ratio:.2f}]"
+    if "rows" in row:
+        text += f" {row['rows']:8.0f} rows, all for {row['whole']:.0%}"
+    return text
+
+
+# --- A trained model. ----------------------------------------------------------------
+
+
+def trained(args) -> dict[str, Any]:
+    """Rows read for each token of a run's validation text, and nats of each kind."""
+    run, params, facts = experiment.load(args.workdir)
+    x, targets = _read_text(args, run, params, facts)
+    matrix = np.asarray(params["head"]["kernel"], np.float32)
+    result: dict[str, Any] = {"outputs": matrix.shape[1], "width": matrix.shape[0]}
+    result["tokens"] = len(x)
+    entropy = functools.partial(_nats, targets=targets)
+    float32 = result["nats float32"] = entropy(x @ matrix)
+    for kind in args.kinds.split(","):
+        if kind != "int8-screened":
+            stored = pack(matrix, kind)
+            parts = [logits(x[i : i + 16], stored) for i in range(0, len(x), 16)]
+            result[f"nats {kind}"] = entropy(np.concatenate(parts)) - float32
+    head = pack(matrix, "int8-screened")
+    rows, sizes, start = [], [], screened.counts()
+    before = start
+    for vector in x:
+        chosen = choose(vector[None], head)
+        assert chosen == choose(vector[None], head.exact)
+        now = screened.counts()
+        rows.append(now.rows - before.rows)
+        sizes.append(now.bytes - before.bytes)
+        before = now
+    levels = (50, 75, 90, 99, 100)
+    result["rows"] = dict(
+        zip(levels, np.percentile(rows, levels).tolist(), strict=True)
+    )
+    result["whole"] = (before.whole - start.whole) / len(x)
+    result["bytes"] = np.mean(sizes).item()
+    result["bytes of int8"] = matrix.shape[1] * (matrix.shape[0] + 4)
+    for name, value in result.items():
+        print(f"{name:16} {value}")
+    return result
+
+
+def _read_text(args, run, params, facts):
+    dataset = run_tokenizer.dataset(args.workdir, run.data, facts, run.model.vocab_size)
+    rows = 1 + args.tokens // run.model.seq_len
+    batch = next(iter(dataset.validation.eval_batches(run.model.seq_len, rows)))
+    seq = mixers.SeqInfo(*(jnp.asarray(batch[k]) for k in ("positions", "segment_ids")))
+    merged = model.merge(run.model, params)
+    x = merged.features(jnp.asarray(batch["inputs"]), seq)[0]
+    kept = np.asarray(batch["weights"]).reshape(-1) > 0
+    x = np.asarray(x, np.float32).reshape(len(kept), -1)[kept][: args.tokens]
+    return x, np.asarray(batch["targets"]).reshape(-1)[kept][: args.tokens]
+
+
+def _nats(values, targets):
+    values = np.asarray(values, np.float64)
+    largest = values.max(-1, keepdims=True)
+    total = np.log(np.exp(values - largest).sum(-1)) + largest[:, 0]
+    return float(np.mean(total - values[np.arange(len(targets)), targets]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The screened head: the int8 head's largest logits, whatever they are, bit for bit."""
+
+import jax
+import numpy as np
+import pytest
+
+from memoryformer.ops.lookup import narrow, screened
+from memoryformer.ops.lookup import native as lookup_native
+
+needs_compiler = pytest.mark.skipif(
+    not lookup_native.available(), reason="no C++ compiler"
+)
+V, D = 1500, 72
+
+
+@pytest.fixture(autouse=True)
+def default_settings():
+    yield
+    if lookup_native.available():
+        lookup_native.configure()
+
+
+def head(outputs=V, width=D, decay=0.85, seed=0):
+    """Rows that lie mostly in a few directions, as those of trained heads do: [D, V]."""
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.standard_normal((width, width)))[0]
+    spectrum = decay ** np.arange(width)
+    rows = random.standard_normal((outputs, width)) * spectrum @ basis
+    rows *= random.uniform(0.5, 2, (outputs, 1))
+    return np.ascontiguousarray(rows.T, np.float32), basis
+
+
+def states(count, basis, decay=0.85, seed=1):
+    random = np.random.default_rng(seed)
+    spectrum = decay ** np.arange(len(basis))
+    x = random.standard_normal((count, len(basis))) * spectrum @ basis
+    return (30 * x).astype(np.float32)
+
+
+def largest(logits, k):
+    """A stable sort: of equals the lower place."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    return np.take_along_axis(logits, order, axis=-1), order
+
+
+def check(x, stored, k=1, **options):
+    """`top` against all logits of the int8 head, and what it read."""
+    y = np.asarray(narrow.product(x, stored.exact))
+    before = screened.counts()
+    values, places = screened.top(x, stored, k, **options)
+    after = screened.counts()
+    wanted = largest(y, k)
+    np.testing.assert_array_equal(np.asarray(values), wanted[0])
+    np.testing.assert_array_equal(np.asarray(places), wanted[1])
+    if k == 1:
+        np.testing.assert_array_equal(np.asarray(places)[:, 0], y.argmax(-1))
+    return {name: getattr(after, name) - getattr(before, name) for name in vars(after)}
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", lookup_native.INSTRUCTION_SETS)
+def test_the_largest_logits_are_the_int8_heads(instructions):
+    """1 to 17 vectors, the largest and the 12 largest, at every threshold; most rows stay unread.
+
+    Mutations: half of any of the three parts of the bound (the next tests have the smallest);
+    `>` for `>=` at the threshold; the last tile left out.
+    """
+    lookup_native.configure(instruction_set=instructions)
+    matrix, basis = head()
+    stored = screened.pack(matrix)
+    x = states(17, basis)
+    for k in (1, 12):
+        read = check(x, stored, k)
+        assert read["vectors"] == 17
+        assert read["rows"] < 17 * 0.2 * V and read["whole"] < 3
+    for share in (0.0, 0.01, 0.2, 1.0):
+        read = check(x, stored, most_rows=share)
+        assert read["whole"] == 17 or share > 0
+    for count in (1, 2, 16):
+        check(x[:count], stored)
+
+
+@needs_compiler
+def test_ragged_shapes():
+    """Widths below a block and above a group, one row; and more vectors than are screened.
+
+    Mutation: the columns after the last whole block, or the last group, left out.
+    """
+    for outputs, width in (
+        (1217, 41),
+        (1100, 300),
+        (100, 16),
+        (5, 3),
+        (900, 4),
+        (1, 1),
+    ):
+        matrix, basis = head(outputs, width)
+        stored = screened.pack(matrix)
+        check(states(5, basis), stored, min(2, outputs), most_rows=1.0)
+    check(states(narrow.MAX_VECTORS + 1, basis), stored)
+
+
+def upper_bounds(x, stored):
+    """The bound of `screen_native.h` once more, in float64: q . A and its width, without S |x|."""
+    rotation = np.asarray(narrow.widen_matrix(stored.rotation), np.float64)  # B
+    z = x.astype(np.float64) @ rotation
+    outputs, width = stored.exact.values.shape
+    lead, tiles = stored.lead, np.asarray(stored.tiles)
+    blocks = -(-(width - lead) // 16)
+    sizes = np.cumsum([16 * lead, 64 * blocks, 16 * -(-blocks // 4) * 4])
+    first, rest, norms, floats = np.split(tiles, sizes, axis=1)
+
+    def rows(part, bits=8):
+        part = part.reshape(len(tiles), -1, 16, 4)
+        part = np.stack([part >> m & 2**bits - 1 for m in range(0, 8, bits)], 2)
+        part = part.reshape(len(tiles), -1, 16, 4).swapaxes(1, 2)
+        return part.reshape(len(tiles) * 16, -1)[:outputs].astype(np.float64)
+
+    floats = np.ascontiguousarray(floats).view(np.float32).reshape(-1, 6, 16)
+    floats = floats.swapaxes(0, 1).reshape(6, -1)[:, :outputs]
+    scale, step, norm_scale, a, e, c = floats[..., None].astype(np.float64)
+    stored_rows = np.concatenate(
+        [(rows(first) - 128) * scale, (2 * rows(rest, 2) - 3) * step], axis=1
+    )[:, :width]
+    q = np.zeros_like(z)
+    groups = [*range(0, lead, 64), *range(lead, width, 64)]
+    for start, end in zip(groups, [*groups[1:], width], strict=True):
+        part = z[:, start:end]
+        unit = np.abs(part).max(1, keepdims=True) / 127
+        q[:, start:end] = np.rint(part / unit) * unit
+    lengths = (
+        np.linalg.norm((z - q)[:, :lead], axis=1),
+        np.linalg.norm(z[:, :lead], axis=1),
+    )
+    bound = np.outer(lengths[0], a) + np.outer(lengths[1], e)
+    bound += np.outer(np.linalg.norm((z - q)[:, lead:], axis=1), c)
+    of_rows = (rows(norms) - 128) * norm_scale
+    for b in range(blocks):
+        block = z[:, lead + 16 * b : min(width, lead + 16 * (b + 1))]
+        bound += np.outer(np.linalg.norm(block, axis=1), of_rows[:, b])
+    return q @ stored_rows.T, bound
+
+
+def test_what_is_stored_bounds_every_product():
+    """|y - q . A| <= the bound, in float64, and it is not much too wide: its halves fail.
+
+    Red if a norm or a_v is rounded down, or if B's rounding is not in W'.
+    """
+    matrix, basis = head()
+    stored = screened.pack(matrix)
+    x = states(200, basis)
+    y = x.astype(np.float64) @ np.asarray(narrow.widen_matrix(stored.exact), np.float64)
+    middle, bound = upper_bounds(x, stored)
+    assert (np.abs(y - middle) <= bound + 1e-9).all()
+    assert (np.abs(y - middle) > bound / 3).any()
+
+
+def aligned(stored, matrix):
+    """States along what the lead leaves of some rows: the bound is met there."""
+    rotation = np.asarray(narrow.widen_matrix(stored.rotation), np.float64)
+    wide = np.asarray(narrow.widen_matrix(stored.exact), np.float64).T
+    rotated = wide @ np.linalg.inv(rotation).T
+    rows = rotated[::50].copy()
+    rows[:, : stored.lead] *= 0.2
+    return (30 * rows @ np.linalg.inv(rotation)).astype(np.float32)
+
+
+@needs_compiler
+def test_states_that_meet_the_bound():
+    """Of one block of columns too. Mutation: half the bound, in any of its places."""
+    matrix, _ = head(decay=0.97)
+    stored = screened.pack(matrix)
+    x = aligned(stored, matrix)
+    check(x, stored, most_rows=1.0)
+    check(x, stored, k=3, most_rows=1.0)
+
+
+@needs_compiler
+def test_adversarial_logits():
+    """Ties, one huge row, all equal, zeros, extremes and what is no number.
+
+    Mutations: of equals the higher place; a vector of zeros screened; NaN below numbers.
+    """
+    matrix, basis = head()
+    x = states(6, basis)
+    x[1], x[2] = 0, x[2] * 1e-25
+    x[3] *= 1e25
+    twins = matrix.copy()
+    twins[:, 700:1400] = twins[:, :700]
+    check(x, screened.pack(twins), k=1)
+    check(x, screened.pack(twins), k=4)
+    huge = matrix.copy()
+    huge[:, 901] *= 1e6
+    check(x, screened.pack(huge), k=2)
+    check(x, screened.pack(np.repeat(matrix[:, :1], V, axis=1)), k=2)
+    check(x, screened.pack(np.zeros_like(matrix)), k=2)
+    check(x, screened.pack(1e-30 * matrix), k=2)
+    stored = screened.pack(matrix)
+    for value in (np.nan, np.inf):
+        x[0, 3] = value
+        y = np.asarray(narrow.product(x, stored.exact))
+        _, places = screened.top(x, stored)
+        np.testing.assert_array_equal(np.asarray(places)[:, 0], y.argmax(-1))
+    with pytest.raises(ValueError, match="has weights that are not finite"):
+        screened.pack(np.full((D, 20), np.inf, np.float32))
+    for k in (0, V + 1):
+        with pytest.raises(ValueError, match=f"k={k}: must be in"):
+            screened.top(x, stored, k)
+
+
+@needs_compiler
+def test_all_rows_are_read_where_nothing_is_gained():
+    """Decided at a part of the rows, for each vector: bytes of all, and of a tenth of the tiles.
+
+    Mutations: no decision before the end; all vectors leave with the first; those that stay
+    are given the integers of those that left.
+    """
+    outputs = 16 * 64 * 12
+    matrix, basis = head(outputs)
+    stored = screened.pack(matrix)
+    random = np.random.default_rng(0)
+    x = states(5, basis)
+    x[[1, 2, 4]] = (
+        random.standard_normal((3, 30)) @ basis[-30:]
+    )  # the lead says nothing
+    read = check(x, stored)
+    assert read["whole"] == 3 and read["rows"] < 3 * outputs + 100
+    read = check(x[[1, 2, 4]], stored)
+    assert read["whole"] == 3
+    tiles, rows = np.asarray(stored.tiles).nbytes, outputs * (D + 4)
+    assert rows < read["bytes"] < rows + 0.1 * tiles + 2 * D * D
+
+
+@needs_compiler
+def test_inside_jit_and_without_a_compiler(monkeypatch):
+    """Leading axes are kept. Mutation: a sort that is not stable, in XLA."""
+    matrix, basis = head(200)
+    matrix[:, 100:] = matrix[:, :100]
+    stored = screened.pack(matrix)
+    x = states(6, basis).reshape(2, 3, D)
+    native = jax.jit(screened.top, static_argnums=2)(x, stored, 3)
+    for k in (1, 3):
+        monkeypatch.setattr(lookup_native, "available", lambda: False)
+        in_xla = screened.top(x, stored, k)
+        for one, two in zip(native, in_xla, strict=True):
+            assert two.shape == (2, 3, k)
+            np.testing.assert_allclose(one[..., :k], two, rtol=1e-5)
