@@ -49,16 +49,37 @@ def scores(chunks, kind, temperature=1.0, beta=2.0, gamma=1.0):
     raise ValueError(kind)
 
 
-def memory_layer(x, tables, bias, kind, temperature=1.0, beta=2.0, gamma=1.0):
+def second_bucket(chunk, kind, temperature=1.0, beta=2.0, gamma=1.0):
+    """Of one chunk [tau]: the most probable bucket one bit away, and p' / p, to gamma.
+
+    The learned score's probability is that of t = 2 / beta.
+    """
+    if kind == "learned":
+        temperature = 2 / beta
+    signs = patterns(len(chunk))
+    p = np.exp(signs @ np.asarray(chunk, np.float64) / temperature)
+    here = codes(chunk[None])[0]
+    away = [c for c in range(len(p)) if (signs[c] != signs[here]).sum() == 1]
+    code = max(away, key=lambda c: p[c])
+    return code, (p[code] / p[here]) ** (gamma if kind == "learned" else 1)
+
+
+def memory_layer(
+    x, tables, bias, kind, temperature=1.0, beta=2.0, gamma=1.0, rows_read=1
+):
     """y = sum_k s(z_k) * T_k[h(z_k)] + b: [N, K tau] -> [N, *features]."""
     num_tables, num_buckets, *features = tables.shape
     chunks = x.reshape(len(x), num_tables, -1)
     assert 2 ** chunks.shape[-1] == num_buckets
-    h, s = codes(chunks), scores(chunks, kind, temperature, beta, gamma)
+    knobs = kind, temperature, beta, gamma
+    h, s = codes(chunks), scores(chunks, *knobs)
     y = np.zeros((len(x), *features))
     for n in range(len(x)):
         for k in range(num_tables):
             y[n] += s[n, k] * tables[k, h[n, k]]
+            if rows_read == 2:
+                code, ratio = second_bucket(chunks[n, k], *knobs)
+                y[n] += s[n, k] * ratio * tables[k, code]
     return y if bias is None else y + bias
 
 
@@ -195,6 +216,7 @@ def projection(config, params, x):
         params.get("bias"),
         config.score,
         config.projection_options.temperature,
+        rows_read=config.projection_options.rows_read,
         **learned,
     )
     return y.reshape(*x.shape[:-1], *y.shape[1:])

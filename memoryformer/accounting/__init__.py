@@ -76,6 +76,7 @@ class Accounting:
     table_bytes_read_per_token: int  # the rows gathered in the blocks
     dense_bytes: int  # kernels and head, read whole by every forward pass
     decode_state_bytes: int  # per sequence at context L
+    decode_bytes_per_token: int  # all that one token reads: rows, dense, head, state
 
 
 def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
@@ -98,6 +99,9 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     sequence += model.seq_len * head
     per_token = sequence // model.seq_len
     rows = sum(layer.values_read for block in layers for layer in block)
+    dense = parameters.dense + head
+    state_bytes = sum(state.state_bytes(value_bytes) for state in states)
+    state_bytes += value_bytes * memory.state_values
     return Accounting(
         parameters=parameters,
         block=_mean(blocks),
@@ -109,9 +113,9 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
         value_bytes=value_bytes,
         table_bytes=value_bytes * parameters.tables,
         table_bytes_read_per_token=value_bytes * rows,
-        dense_bytes=value_bytes * (parameters.dense + head),
-        decode_state_bytes=sum(state.state_bytes(value_bytes) for state in states)
-        + value_bytes * memory.state_values,
+        dense_bytes=value_bytes * dense,
+        decode_state_bytes=state_bytes,
+        decode_bytes_per_token=value_bytes * (rows + dense) + state_bytes,
     )
 
 
@@ -132,6 +136,7 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
         shapes = mixers.projections(model).values()
         paper = PAPER_FEED_FORWARD * model.num_tables * length * model.embed_dim
         paper += sum(length * (d // model.code_bits) * f for d, f in shapes)
+        paper *= model.projection_options.rows_read
     return Block(
         projections_exact=exact,
         projections_paper=paper,

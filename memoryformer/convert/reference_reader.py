@@ -128,14 +128,23 @@ class Model:
             bit_weights = 1 << np.arange(code_bits)[::-1]  # first value: high bit
             codes = ((chunks >= 0) * bit_weights).sum(-1)  # h(z): [B, L, K]
             scores = self._scores(name, chunks)  # s(z): [B, L, K]
-            y = 0.0
-            for k, table in enumerate(p[name + ".tables"]):  # [C, ..]
-                rows = table[codes[..., k]]
-                weight = scores[..., k].reshape(
-                    codes.shape[:2] + (1,) * (table.ndim - 1)
+            y = self._read(p[name + ".tables"], codes, scores)
+            if self.config.get("rows_read", 1) == 2:  # across the least certain bit
+                least = np.abs(chunks).argmin(-1)
+                beta, gamma = self._beta_and_gamma(name)
+                second = np.exp(-gamma * beta * np.abs(chunks).min(-1))
+                y = y + self._read(
+                    p[name + ".tables"], codes ^ bit_weights[least], scores * second
                 )
-                y = y + weight * rows
         return y + p[name + ".bias"] if name + ".bias" in p else y
+
+    def _read(self, tables, codes, scores):
+        """sum_k s_k T_k[h_k]: [B, L, K] twice -> [B, L, ..]."""
+        y: np.ndarray | float = 0.0
+        for k, table in enumerate(tables):  # [C, ..]
+            shape = codes.shape[:2] + (1,) * (table.ndim - 1)
+            y = y + scores[..., k].reshape(shape) * table[codes[..., k]]
+        return y
 
     def _front(self, name, x):
         """mix(x) - t; the mix is whichever there is: signs and Hadamard, rotation, order."""
@@ -150,13 +159,17 @@ class Model:
 
     def _scores(self, name, chunks):
         """||z||^a exp(gamma sum_i log sigmoid(beta |z_i|))."""
-        kind, beta, gamma = self.config["score"], 2.0 / self.config["temperature"], 1.0
-        if kind == "learned":
-            beta, gamma = self.params[name + ".beta"], self.params[name + ".gamma"]
+        kind = self.config["score"]
+        beta, gamma = self._beta_and_gamma(name)
         size = np.abs(chunks)
         confidence = np.exp(gamma * -np.log1p(np.exp(-beta * size)).sum(-1))
         length = size.sum(-1)
         return _SCORES[kind](length, confidence).astype(np.float32)
+
+    def _beta_and_gamma(self, name):
+        if self.config["score"] == "learned":
+            return self.params[name + ".beta"], self.params[name + ".gamma"]
+        return np.float32(2.0 / self.config["temperature"]), np.float32(1.0)
 
     def _attention(self, name, x):
         c = self.config

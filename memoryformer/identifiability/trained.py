@@ -26,7 +26,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
-from memoryformer.model import implementations, layers, mixers
+from memoryformer.model import implementations, layers, mixers, parts
 from memoryformer.notation import Array, Float, Params
 from memoryformer.training import experiment
 
@@ -156,6 +156,7 @@ def of_tables(
     config: model_lib.ModelConfig, params: Params, batches: Batches, max_unknowns: int
 ) -> dict[str, moments.Certificate | str]:
     """Return the certificate of the tables of every memory layer, by its path."""
+    parts.check_one_row(config, "the certificate of tables")
     found: dict[str, moments.Certificate | str] = {}
     for name, (codes, scores, num_buckets) in reads(config, params, batches).items():
         _, _, visited = tables.features(codes, scores, num_buckets)

@@ -73,6 +73,7 @@ def make_projection(
         bias_std=options.bias_std,
         mix=part.mix,
         thresholds=part.thresholds,
+        rows_read=options.rows_read,
         dtype=dtype,
         rngs=rngs,
     )
