@@ -154,6 +154,15 @@ def transformer(config, params, tokens, positions, segments):
     """[B, L] -> logits [B, L, V]; `config` has the fields of a model's config."""
     params = _float64(params)
     x = params["embed"]["embedding"][tokens]
+    if "ngrams" in params:
+        options = config.projection_options
+        for n in range(2, options.ngram_order + 1):
+            first = (n - 2) * options.ngram_rows
+            for b, i in np.ndindex(*tokens.shape):
+                if positions[b, i] >= n - 1 and i >= n - 1:
+                    words = [int(t) for t in tokens[b, i - n + 1 : i + 1]]
+                    row = first + ngram_bucket(words, options.ngram_rows)
+                    x[b, i] += params["ngrams"]["rows"][row]
     for i in range(config.num_layers):
         x = block(config, params["blocks"][str(i)], x, positions, segments)
     x = norm(config, params["final_norm"], x)
@@ -163,6 +172,16 @@ def transformer(config, params, tokens, positions, segments):
         else params["head"]["kernel"]
     )
     return x @ head
+
+
+def ngram_bucket(words, num_rows):
+    """FNV-1a by words from 2166136261 + n, MurmurHash3's end, modulo: Python's whole numbers."""
+    h = (2166136261 + len(words)) % 2**32
+    for word in words:
+        h = (h ^ word) * 16777619 % 2**32
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return (h ^ h >> 16) % num_rows
 
 
 def block(config, params, x, positions, segments):

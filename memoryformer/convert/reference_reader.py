@@ -85,7 +85,11 @@ class Model:
     def logits(self, tokens: np.ndarray | list[list[int]]) -> np.ndarray:
         """Int [B, L] -> float32 [B, L, V]."""
         c, p = self.config, self.params
-        x = p["embed.embedding"][np.asarray(tokens)]  # [B, L, D]
+        tokens = np.asarray(tokens)
+        x = p["embed.embedding"][tokens]  # [B, L, D]
+        for n in range(2, c.get("ngram_order", 1) + 1) if c.get("ngram_rows") else ():
+            rows = p["ngrams.rows"].reshape(-1, c["ngram_rows"], x.shape[-1])[n - 2]
+            x[:, n - 1 :] += rows[ngram_buckets(tokens, n, len(rows))]
         for i in range(c["num_layers"]):
             block = f"blocks.{i}."
             normed = self._norm(block + "norm1", x)
@@ -219,6 +223,17 @@ def layer_norm(
     x = x - x.mean(-1, keepdims=True)
     variance = np.mean(x * x, -1, keepdims=True)
     return x / np.sqrt(variance + np.float32(eps)) * scale + bias
+
+
+def ngram_buckets(tokens: np.ndarray, order: int, num_rows: int) -> np.ndarray:
+    """The row of each `order` tokens of [B, L]: [B, L - order + 1]; 32 bits, no sign."""
+    length = max(tokens.shape[1] - order + 1, 0)
+    h = np.full((len(tokens), length), 2_166_136_261 + order, np.uint32)
+    for i in range(order):
+        h = (h ^ tokens[:, i : i + length].astype(np.uint32)) * np.uint32(16_777_619)
+    h = (h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    return (h ^ h >> np.uint32(16)) % np.uint32(num_rows)
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:

@@ -133,7 +133,8 @@ def _first_inputs(config, params, batches):
     """[norm1(x); 1] in float64 [B, L, D + 1], and which document each token is of."""
     model = model_lib.merge(config, params)
     for batch in batches:
-        x = model.blocks[0].norm1(model.embed(batch["inputs"]))
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+        x = model.blocks[0].norm1(model.embedded(batch["inputs"], seq))
         x = np.asarray(x, np.float64)
         ones = np.ones((*x.shape[:2], 1))
         yield np.concatenate([x, ones], axis=-1), np.asarray(batch["segment_ids"])
@@ -183,8 +184,8 @@ def reads(
             codes, scores = (np.asarray(array)[real] for array in pair)
             kept.setdefault(name, []).append((codes, scores))
     found = {}
-    for name, parts in kept.items():
-        codes, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    for name, pieces in kept.items():
+        codes, scores = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
         found[name] = codes, scores, _num_buckets(params, name)
     return found
 

@@ -26,7 +26,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryOptions:
+class TokenOptions:
+    """Rows that tokens alone address, beside any projection: see `model.ngrams`."""
+
+    ngram_rows: int = field(
+        "numbers",
+        0,
+        doc="Rows of hashed n-grams added to the embedding, for each n; 0: none.",
+    )
+    ngram_order: int = field("numbers", 3, doc="The largest n; the smallest is 2.")
+
+    def __post_init__(self):
+        config_lib.at_least(self, "model.projection_options", 0, "ngram_rows")
+        config_lib.at_least(self, "model.projection_options", 2, "ngram_order")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions(TokenOptions):
     """Memory layers."""
 
     extra_bits: int = field(
@@ -46,6 +62,7 @@ class MemoryOptions:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rows_read not in (1, 2):
             raise ConfigError(
                 f"model.projection_options.rows_read={self.rows_read}: must be 1 or 2."
@@ -57,7 +74,7 @@ class MemoryOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseOptions:
+class DenseOptions(TokenOptions):
     """Dense layers, as Pythia's."""
 
     ffn_multiple: int = field(
