@@ -12,7 +12,7 @@ import toy
 from memoryformer import accounting, convert, errors, model
 from memoryformer.cim import energy
 from memoryformer.convert import reference_reader
-from memoryformer.model import mixers, narrow, ngrams, parts
+from memoryformer.model import mixers, narrow, parts
 from memoryformer.ops import ngrams as ngrams_ops
 
 BOTH = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3}
@@ -156,8 +156,8 @@ def test_mistakes_are_one_line(fields, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_knows_one_row_refuses_two(tmp_path):
-    """Energy, certificates, released files; a score without a probability; a `sequence` axis.
+def test_what_knows_one_row_refuses_two():
+    """And a score without a probability has none to weigh it by.
 
     Mutation: any refusal left out.
     """
@@ -169,7 +169,3 @@ def test_what_knows_one_row_refuses_two(tmp_path):
     parts.check_one_row(toy.model_config("dense"), "memorise")
     with pytest.raises(errors.ConfigError, match="'l1' has no probability"):
         dataclasses.replace(two, score="l1")
-    rows = toy.model_config(projection_options={"ngram_rows": 5})
-    with pytest.raises(errors.ConfigError, match="border of two devices"):
-        ngrams.check_sequence(rows, 2)
-    ngrams.check_sequence(two, 2)
