@@ -88,28 +88,25 @@ def differ(placed: Sequence[Spot]) -> bool:
 
 @drawing.page_style()
 def scatter(placed: Sequence[Spot], x_label: str, y_label: str) -> plt.Figure:
-    """Draw a dot for each variant, seeds as a whisker, and the front as a line of steps."""
+    """Draw a dot for each variant, seeds as a whisker, and the front as a line of steps.
+
+    More than `MAX_NAMES` variants are coloured by kind, what is before the comma of a name, each
+    kind with its own front.
+    """
     figure, axes = plt.subplots(figsize=(4.6, 3.0))
-    best = front(placed)
-    costs, means = ([getattr(s, name) for s in best] for name in ("cost", "mean"))
-    axes.step(costs, means, where="post", color=drawing.FAINT, linewidth=1, zorder=1)
-    for spot in placed:
-        colour = drawing.series_style(spot.index)["color"]
-        marker = MARKERS[spot.index // len(drawing.COLOURS) % len(MARKERS)]
-        if spot.high > spot.low:
-            whisker = [spot.low, spot.high]
-            axes.plot([spot.cost] * 2, whisker, color=colour, linewidth=1.2)
-        axes.plot(
-            [spot.cost],
-            [spot.mean],
-            marker=marker,
-            color=colour,
-            markersize=5,
-            linestyle="",
-            label=spot.name,
-        )
-    if len(placed) <= MAX_NAMES:
+    groups = _groups(placed)
+    for index, (kind, spots_of_kind) in enumerate(groups.items()):
+        best = front(spots_of_kind)
+        costs, means = ([getattr(s, name) for s in best] for name in ("cost", "mean"))
+        style = drawing.series_style(index) if kind else {"color": drawing.FAINT}
+        label = {"label": kind} if kind else {}
+        axes.step(costs, means, where="post", linewidth=1, zorder=1, **style, **label)
+        for spot in spots_of_kind:
+            _dot(axes, spot, index if kind else spot.index)
+    if "" in groups and len(placed) <= MAX_NAMES:
         _write_names(axes, placed)
+    elif "" not in groups:
+        axes.legend(fontsize=7)
     low, high = min(s.low for s in placed), max(s.high for s in placed)
     margin = 0.08 * (high - low) or 0.05
     # Room above for the name of the highest.
@@ -122,6 +119,26 @@ def scatter(placed: Sequence[Spot], x_label: str, y_label: str) -> plt.Figure:
         axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     return figure
+
+
+def _groups(placed) -> dict[str, list[Spot]]:
+    """The spots by kind; all under '' where they are few or of no kind."""
+    groups: dict[str, list[Spot]] = {}
+    for spot in placed:
+        kind, comma, _ = spot.name.partition(",")
+        groups.setdefault(kind if comma else "", []).append(spot)
+    if len(placed) <= MAX_NAMES or "" in groups:
+        return {"": list(placed)}
+    return groups
+
+
+def _dot(axes, spot, index):
+    colour = drawing.series_style(index)["color"]
+    marker = MARKERS[index // len(drawing.COLOURS) % len(MARKERS)]
+    if spot.high > spot.low:
+        axes.plot([spot.cost] * 2, [spot.low, spot.high], color=colour, linewidth=1.2)
+    look = {"marker": marker, "color": colour, "markersize": 5, "linestyle": ""}
+    axes.plot([spot.cost], [spot.mean], **look)
 
 
 def _write_names(axes, placed):

@@ -90,7 +90,13 @@ def test_costs_and_the_front(sweep):
     [axes] = pareto.scatter(dots, "x", "y").axes
     steps, *drawn = axes.get_lines()
     np.testing.assert_array_equal(steps.get_data(), [[1, 2, 4], [4, 3, 2]])
-    assert [line.get_label() for line in drawn] == list("abcde")
+    dot_data = [tuple(np.ravel(line.get_data())) for line in drawn]
+    assert dot_data == [(s.cost, s.mean) for s in dots]
+    assert [text.get_text() for text in axes.texts] == list("abcde")
+    placed = pareto.spots(study, studies.BITS, "flops")
+    [axes] = pareto.scatter(placed, "x", "y").axes
+    kinds = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert kinds == ["memory", "dense"] and not axes.texts
 
 
 def test_the_law_is_found(sweep):
