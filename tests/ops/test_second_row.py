@@ -10,7 +10,12 @@ from memoryformer.ops import hashing, lookup
 from memoryformer.ops.lookup import narrow as narrow_rows
 from memoryformer.ops.lookup import native as lookup_native
 
-WITH_ROWS = [name for name in hashing.SCORES if hashing.has_probability(name)]
+# The learned score has every number that the others fix.
+WITH_ROWS = [
+    pytest.param(name, marks=() if name == "learned" else pytest.mark.slow)
+    for name in hashing.SCORES
+    if hashing.has_probability(name)
+]
 TRAINED = (1.7, 0.6)
 
 
