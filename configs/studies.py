@@ -4,7 +4,11 @@
     python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=table3,seed collect
 
 Sweeps, each to be multiplied by `seed`: table3 table4 table5 table6 (the paper's), score,
-equal_flops, equal_parameters; `rate` is the search before them. Points that several of them
+equal_flops, equal_parameters; `rate` is the search before them. `variants` has what is not in the
+paper, beside the published layer at equal bytes read; `isoflop` is four sizes of memory and dense
+models at four budgets, of which the report draws loss over FLOPs, time and bytes, and fits a law;
+`rule` checks its learning rates; `table3_tokens` and `score_tokens` go on for ten times as long.
+Points that several of them
 have are trained once. After a run was stopped or killed, the same command goes on.
 
 True size: MemoryFormer-tiny, 8,000 steps of 2.1M tokens as in the paper's ablations; not run.
@@ -26,7 +30,7 @@ from typing import Any
 
 import ml_collections
 
-from memoryformer import presets
+from memoryformer import accounting, presets
 from memoryformer.training import experiment
 
 # size: steps, peak learning rate
@@ -49,6 +53,22 @@ EQUAL_FLOPS = {"": (384, 6, 6), "mini": (40, 2, 1)}
 # a dense model of as many parameters would cost sixty times as much).
 EQUAL_PARAMETERS = {"": (1280, 17, 20), "mini": (128, 2, 2)}
 CODE_BITS = {"": 8, "mini": 4}
+
+# Variants against the published layer: bits of both, that read as many rows, of n-grams, ..
+TWO_ROW_BITS = {"": (4, 8), "mini": (4, 8)}
+NGRAM_ROWS = {"": 1 << 16, "mini": 1 << 12}
+VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}  # parts of the default one
+# .. and curves: widths, layers and heads; training FLOPs; the rate at a width of the memory
+# model and of the dense one, from which others follow as 1 / width.
+CURVE_SIZES = {
+    "": ((256, 4, 4), (384, 6, 6), (512, 8, 8), (768, 12, 12)),
+    "mini": ((40, 2, 1), (56, 2, 2), (80, 2, 2), (120, 2, 3)),
+}
+CURVE_FLOPS = {"": (1e17, 3e17, 1e18, 3e18), "mini": (2e10, 4e10, 8e10, 16e10)}
+CURVE_RATES = {
+    "": {"memory": (512, 3e-3), "dense": (512, 1e-3)},
+    "mini": {"memory": (80, 21.3e-3), "dense": (40, 5e-3)},
+}
 
 Points = Iterator[dict[str, Any]]
 
@@ -176,3 +196,94 @@ def _against_dense(
             rate = float(f"{rate:.3g}")
             label = f"{kind}, lr={rate:g}"
             yield {"label": label, "optimizer.learning_rate": rate, **fields}
+
+
+def sweep_variants(size: str) -> Points:
+    """Two rows and n-grams against the published layer, at equal bytes read a token."""
+    few, many = TWO_ROW_BITS[size]
+    rows = {"model.projection_options.ngram_rows": NGRAM_ROWS[size]}
+    published = {"model.code_bits": few}
+    two = {"model.code_bits": many, "model.projection_options.rows_read": 2}
+    kinds = {
+        "published": published,
+        "n-grams": published | rows,
+        "two rows": two,
+        "two rows and n-grams": two | rows,
+    }
+    for part in VARIANT_RATES[size]:
+        rate = float(f"{SIZES[size][1] * part:.3g}")
+        for kind, fields in kinds.items():
+            bits = fields["model.code_bits"]
+            label = f"{kind}, {bits} bits, lr={rate:g}"
+            yield {"label": label, "optimizer.learning_rate": rate, **fields}
+
+
+def sweep_isoflop(size: str) -> Points:
+    """Memory and dense models of four sizes at four budgets of training FLOPs."""
+    for flops in CURVE_FLOPS[size]:
+        for kind in ("memory", "dense"):
+            for shape in CURVE_SIZES[size]:
+                fields = _of_shape(size, kind, shape)
+                steps = max(1, round(flops / _flops_per_step(size, fields)))
+                yield {
+                    "label": f"{kind}, D={shape[0]}, {steps} steps",
+                    "train.num_steps": steps,
+                    "optimizer.warmup_steps": max(1, steps // 50),
+                    **fields,
+                }
+
+
+def sweep_rule(size: str) -> Points:
+    """Half and twice the learning rate of the rule, at the smallest and the largest size."""
+    for kind in ("memory", "dense"):
+        for shape in (CURVE_SIZES[size][0], CURVE_SIZES[size][-1]):
+            fields = _of_shape(size, kind, shape)
+            for part in (1, 0.5, 2):
+                rate = float(f"{fields['optimizer.learning_rate'] * part:.3g}")
+                label = f"{kind}, D={shape[0]}, lr={rate:g}"
+                yield fields | {"label": label, "optimizer.learning_rate": rate}
+
+
+def sweep_table3_tokens(size: str) -> Points:
+    """Bits per code over ten times the tokens of Table 3."""
+    for fields in sweep_table3(size):
+        yield fields | _longer(size, 10)
+
+
+def sweep_score_tokens(size: str) -> Points:
+    """Both scores over forty times the tokens, each at the best rate of `score`."""
+    for score, part in (("softmax", 1), ("l1_softmax", 1 if size == "" else 0.125)):
+        yield {
+            "model.score": score,
+            "optimizer.learning_rate": float(f"{SIZES[size][1] * part:.3g}"),
+            **_longer(size, 40 if size else 1),
+        }
+
+
+def _of_shape(size, kind, shape):
+    width, layers, heads = shape
+    at, rate = CURVE_RATES[size][kind]
+    fields = {
+        "model.embed_dim": width,
+        "model.num_layers": layers,
+        "model.num_heads": heads,
+        "optimizer.learning_rate": float(f"{rate * at / width:.3g}"),
+    }
+    if kind == "dense":
+        return DENSE | {"model.output_std": 0.02 / (2 * layers) ** 0.5} | fields
+    return fields | {"model.code_bits": CODE_BITS[size]}
+
+
+def _flops_per_step(size, fields):
+    config = get_config(size)
+    if fields.get("model.projection") == "dense":
+        config.model.projection_options = {}  # which the memory model's are not
+    config.update_from_flattened_dict(fields)
+    run = experiment.resolve(config)
+    cost = accounting.count(run.model).training_flops_per_token
+    return cost * run.train.batch_size * run.model.seq_len
+
+
+def _longer(size, times):
+    steps = times * SIZES[size][0]
+    return {"train.num_steps": steps, "optimizer.warmup_steps": steps // 50}

@@ -49,16 +49,37 @@ def scores(chunks, kind, temperature=1.0, beta=2.0, gamma=1.0):
     raise ValueError(kind)
 
 
-def memory_layer(x, tables, bias, kind, temperature=1.0, beta=2.0, gamma=1.0):
+def second_bucket(chunk, kind, temperature=1.0, beta=2.0, gamma=1.0):
+    """Of one chunk [tau]: the most probable bucket one bit away, and p' / p, to gamma.
+
+    The learned score's probability is that of t = 2 / beta.
+    """
+    if kind == "learned":
+        temperature = 2 / beta
+    signs = patterns(len(chunk))
+    p = np.exp(signs @ np.asarray(chunk, np.float64) / temperature)
+    here = codes(chunk[None])[0]
+    away = [c for c in range(len(p)) if (signs[c] != signs[here]).sum() == 1]
+    code = max(away, key=lambda c: p[c])
+    return code, (p[code] / p[here]) ** (gamma if kind == "learned" else 1)
+
+
+def memory_layer(
+    x, tables, bias, kind, temperature=1.0, beta=2.0, gamma=1.0, rows_read=1
+):
     """y = sum_k s(z_k) * T_k[h(z_k)] + b: [N, K tau] -> [N, *features]."""
     num_tables, num_buckets, *features = tables.shape
     chunks = x.reshape(len(x), num_tables, -1)
     assert 2 ** chunks.shape[-1] == num_buckets
-    h, s = codes(chunks), scores(chunks, kind, temperature, beta, gamma)
+    knobs = kind, temperature, beta, gamma
+    h, s = codes(chunks), scores(chunks, *knobs)
     y = np.zeros((len(x), *features))
     for n in range(len(x)):
         for k in range(num_tables):
             y[n] += s[n, k] * tables[k, h[n, k]]
+            if rows_read == 2:
+                code, ratio = second_bucket(chunks[n, k], *knobs)
+                y[n] += s[n, k] * ratio * tables[k, code]
     return y if bias is None else y + bias
 
 
@@ -133,6 +154,15 @@ def transformer(config, params, tokens, positions, segments):
     """[B, L] -> logits [B, L, V]; `config` has the fields of a model's config."""
     params = _float64(params)
     x = params["embed"]["embedding"][tokens]
+    if "ngrams" in params:
+        options = config.projection_options
+        for n in range(2, options.ngram_order + 1):
+            first = (n - 2) * options.ngram_rows
+            for b, i in np.ndindex(*tokens.shape):
+                if positions[b, i] >= n - 1 and i >= n - 1:
+                    words = [int(t) for t in tokens[b, i - n + 1 : i + 1]]
+                    row = first + ngram_bucket(words, options.ngram_rows)
+                    x[b, i] += params["ngrams"]["rows"][row]
     for i in range(config.num_layers):
         x = block(config, params["blocks"][str(i)], x, positions, segments)
     x = norm(config, params["final_norm"], x)
@@ -142,6 +172,16 @@ def transformer(config, params, tokens, positions, segments):
         else params["head"]["kernel"]
     )
     return x @ head
+
+
+def ngram_bucket(words, num_rows):
+    """FNV-1a by words from 2166136261 + n, MurmurHash3's end, modulo: Python's whole numbers."""
+    h = (2166136261 + len(words)) % 2**32
+    for word in words:
+        h = (h ^ word) * 16777619 % 2**32
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return (h ^ h >> 16) % num_rows
 
 
 def block(config, params, x, positions, segments):
@@ -195,6 +235,7 @@ def projection(config, params, x):
         params.get("bias"),
         config.score,
         config.projection_options.temperature,
+        rows_read=config.projection_options.rows_read,
         **learned,
     )
     return y.reshape(*x.shape[:-1], *y.shape[1:])

@@ -203,6 +203,10 @@ _TESTS = {
         "test_sharding.py",
         "training/test_optimizer.py",
     ),
+    "model/ngrams": (
+        "model/test_variants.py",
+        "test_sharding.py",
+    ),
     "model/losses": (
         "model/test_layers.py",
         "evaluation/test_evaluation.py",
@@ -422,6 +426,7 @@ _TESTS = {
         "model/test_layers.py",
         "ops/test_scores.py",
         "ops/test_narrow_rows.py",
+        "ops/test_second_row.py",
     ),
     "ops/jax_private": ("ops/test_lookup_gpu.py",),
     "ops/lookup/__init__": (
@@ -467,6 +472,7 @@ _TESTS = {
         "ops/test_lookup_native.py",
         "ops/test_scores.py",
     ),
+    "ops/ngrams": ("model/test_variants.py",),
     "ops/only_on": (
         "model/test_implementations.py",
         "ops/test_lookup.py",

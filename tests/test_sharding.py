@@ -28,6 +28,10 @@ MODELS = {
     },
     "tied": {"tie_embeddings": True, "norm": "layernorm"},
     "dense": {"projection": "dense"},
+    "variants": {
+        "lookup": "xla",
+        "projection_options": {"rows_read": 2, "ngram_rows": 20},
+    },
     "parts": {
         "projection": "mixed",
         "projection_options": {
@@ -63,6 +67,7 @@ CASES = [
     ("dense", "fsdp:sequence=4", 2),
     pytest.param("dense", "tensor:model=4", 1, marks=slow),
     pytest.param("parts", "fsdp_tensor:model=2", 1, marks=slow),
+    pytest.param("variants", "fsdp_tensor:model=2", 1, marks=slow),
     pytest.param("memory", "fsdp_tensor:model=2,sequence=2", 2, marks=slow),
     pytest.param("memory", "sequence:sequence=4", 1, marks=slow),
     pytest.param("dense", "sequence", 1, marks=slow),
@@ -363,6 +368,7 @@ def test_what_does_not_divide_is_named(fields, mesh, message):
         ),
         ({"mixer": "luna", "causal": False}, "causal=False sums over whole rows"),
         ({"recurrence": "rmt"}, "model.recurrence='rmt' carries a memory"),
+        ({"projection_options": {"ngram_rows": 4}}, "the border of two devices"),
     ],
 )
 def test_what_cannot_run_over_a_sequence_axis_is_refused(fields, message):

@@ -4,6 +4,7 @@
     mix before it   D x D, or D log2 n additions:     D^2 or D log2 n multiply-adds         (`model.front`)
     dense layer     D x F:                            D F multiply-adds per token           (Eq. 1)
     softmax mixer   scores and weighted values:       2 L^2 D multiply-adds per sequence    (section 2.4)
+    n-grams         N - 1 rows of D added:            (N - 1) D per token                   (`model.ngrams`)
     other mixers    `cost` of each in model/mixers:      linear in L
     a memory        `cost` of each in model/recurrence:  beside the blocks, which mix over chunks
 
@@ -25,7 +26,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from memoryformer.accounting.layers import Layer, project, projections
-from memoryformer.model import ModelConfig, mixers, parts, recurrence
+from memoryformer.model import ModelConfig, mixers, ngrams, parts, recurrence
 from memoryformer.ops import hashing
 
 PAPER_FEED_FORWARD = 3  # the paper's rounded 2.25 beside Q, K and V, in units of K L D
@@ -73,9 +74,10 @@ class Accounting:
     training_flops_per_token: int  # forward, and twice as much backward
     value_bytes: int
     table_bytes: int
-    table_bytes_read_per_token: int  # the rows gathered in the blocks
+    table_bytes_read_per_token: int  # the rows gathered: in the blocks, of n-grams
     dense_bytes: int  # kernels and head, read whole by every forward pass
     decode_state_bytes: int  # per sequence at context L
+    decode_bytes_per_token: int  # all that one token reads: rows, dense, head, state
 
 
 def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
@@ -95,9 +97,13 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     parameters = _parameters(configs, layers, memory)
     head = model.embed_dim * model.vocab_size
     sequence = sum(block.total_exact for block in blocks) + memory.multiply_adds
-    sequence += model.seq_len * head
+    of_tokens = ngrams.num_values(model)
+    sequence += model.seq_len * (head + of_tokens)
     per_token = sequence // model.seq_len
-    rows = sum(layer.values_read for block in layers for layer in block)
+    rows = sum(layer.values_read for block in layers for layer in block) + of_tokens
+    dense = parameters.dense + head
+    state_bytes = sum(state.state_bytes(value_bytes) for state in states)
+    state_bytes += value_bytes * memory.state_values
     return Accounting(
         parameters=parameters,
         block=_mean(blocks),
@@ -109,9 +115,9 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
         value_bytes=value_bytes,
         table_bytes=value_bytes * parameters.tables,
         table_bytes_read_per_token=value_bytes * rows,
-        dense_bytes=value_bytes * (parameters.dense + head),
-        decode_state_bytes=sum(state.state_bytes(value_bytes) for state in states)
-        + value_bytes * memory.state_values,
+        dense_bytes=value_bytes * dense,
+        decode_state_bytes=state_bytes,
+        decode_bytes_per_token=value_bytes * (rows + dense) + state_bytes,
     )
 
 
@@ -132,6 +138,7 @@ def _block(model: ModelConfig, layers: Sequence[Layer]) -> Block:
         shapes = mixers.projections(model).values()
         paper = PAPER_FEED_FORWARD * model.num_tables * length * model.embed_dim
         paper += sum(length * (d // model.code_bits) * f for d, f in shapes)
+        paper *= model.projection_options.rows_read
     return Block(
         projections_exact=exact,
         projections_paper=paper,
@@ -164,7 +171,8 @@ def _parameters(
     biases = sum(layer.biases for layer in every)
     mixing = [mixers.cost(c, model.seq_len) for c in configs]
     groups = {
-        "embedding": model.vocab_size * width,
+        "embedding": model.vocab_size * width
+        + ngrams.num_values(model) * model.projection_options.ngram_rows,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),
         "norms_and_biases": all_norms + inner + biases + scalars,

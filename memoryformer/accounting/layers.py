@@ -31,22 +31,27 @@ def memory_layer(
     bias: bool = False,
     mix: str = "none",
     thresholds: bool = False,
+    rows_read: int = 1,
 ) -> Layer:
     """Cost of `y = sum_k s(z_k) T_k[h(z_k)]` with tables [K, 2^tau, F] (Eqs. 7 and 11).
 
-    A rotation before the hash counts as dense, what else stands there with the biases.
+    A rotation before the hash counts as dense, what else stands there with the biases. A
+    second row costs one more product for its score.
     """
     width = num_tables * code_bits
     rotation = width**2 if mix == "orthogonal" else 0
     additions = width * (hadamard.block_size(width).bit_length() - 1)
     vectors = thresholds + (mix in ("hadamard", "grouped"))
     return Layer(
-        hashing=width + rotation + (additions if mix == "hadamard" else 0),
-        products=num_tables * features,
+        hashing=width
+        + rotation
+        + (additions if mix == "hadamard" else 0)
+        + num_tables * (rows_read - 1),
+        products=rows_read * num_tables * features,
         tables=num_tables * 2**code_bits * features,
         dense=rotation,
         biases=(features if bias else 0) + vectors * width,
-        values_read=num_tables * features,
+        values_read=rows_read * num_tables * features,
     )
 
 
@@ -111,4 +116,5 @@ def project(
         bias=model.projection_options.memory_bias,
         mix=part.mix,
         thresholds=part.thresholds,
+        rows_read=model.projection_options.rows_read,
     )

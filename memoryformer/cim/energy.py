@@ -25,7 +25,7 @@ from memoryformer.cim import technologies
 from memoryformer.cim.constants import CONSTANTS
 from memoryformer.cim.technologies import TECHNOLOGIES, VALUE_BITS, Work
 from memoryformer.errors import ConfigError
-from memoryformer.model import layers
+from memoryformer.model import layers, parts
 
 MAPPINGS = ("rows", "crossbar")
 
@@ -79,6 +79,7 @@ def per_token(
     config_lib.choose(tables, MAPPINGS, "--tables")
     if batch < 1:
         raise ConfigError(f"--batch={batch}: must be >= 1.")
+    parts.check_one_row(model_config, "the energy of a token")
     machine = TECHNOLOGIES[technology]
     if tables == "crossbar" and isinstance(machine, technologies.Memory):
         raise ConfigError(

@@ -133,6 +133,8 @@ class ConvertedMemoryLayer(_Converted, layers.MemoryLayer):
 
     def _unit(self, x, ndim):
         _, scores = self.addresses(x)
+        if self.rows_read > 1:
+            scores = scores[0]  # those across weigh no more
         largest = jnp.max(scores, axis=-1)
         columns = jnp.max(jnp.abs(self.tables[...]), axis=(0, 1))
         largest = largest.reshape(*largest.shape, *(1,) * columns.ndim)

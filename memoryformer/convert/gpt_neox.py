@@ -152,6 +152,7 @@ def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any
         "recurrence": "none",
         "norm": "layernorm",
         "output_projection": True,
+        "projection_options.ngram_rows": 0,
     }
     trees.check_holds(config, wanted, "a GPT-NeoX checkpoint holds")
     activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}

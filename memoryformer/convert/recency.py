@@ -142,7 +142,7 @@ def _sums(config, params, batch, window):
     """Sums over a batch of what `measure` divides."""
     transformer = model_lib.merge(config, params)
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-    x = transformer.embed(batch["inputs"])
+    x = transformer.embedded(batch["inputs"], seq)
     rows = []
     for block in transformer.blocks:
         mixer: Any = block.mixer  # `Softmax`, by `check`

@@ -85,7 +85,11 @@ class Model:
     def logits(self, tokens: np.ndarray | list[list[int]]) -> np.ndarray:
         """Int [B, L] -> float32 [B, L, V]."""
         c, p = self.config, self.params
-        x = p["embed.embedding"][np.asarray(tokens)]  # [B, L, D]
+        tokens = np.asarray(tokens)
+        x = p["embed.embedding"][tokens]  # [B, L, D]
+        for n in range(2, c.get("ngram_order", 1) + 1) if c.get("ngram_rows") else ():
+            rows = p["ngrams.rows"].reshape(-1, c["ngram_rows"], x.shape[-1])[n - 2]
+            x[:, n - 1 :] += rows[ngram_buckets(tokens, n, len(rows))]
         for i in range(c["num_layers"]):
             block = f"blocks.{i}."
             normed = self._norm(block + "norm1", x)
@@ -128,14 +132,23 @@ class Model:
             bit_weights = 1 << np.arange(code_bits)[::-1]  # first value: high bit
             codes = ((chunks >= 0) * bit_weights).sum(-1)  # h(z): [B, L, K]
             scores = self._scores(name, chunks)  # s(z): [B, L, K]
-            y = 0.0
-            for k, table in enumerate(p[name + ".tables"]):  # [C, ..]
-                rows = table[codes[..., k]]
-                weight = scores[..., k].reshape(
-                    codes.shape[:2] + (1,) * (table.ndim - 1)
+            y = self._read(p[name + ".tables"], codes, scores)
+            if self.config.get("rows_read", 1) == 2:  # across the least certain bit
+                least = np.abs(chunks).argmin(-1)
+                beta, gamma = self._beta_and_gamma(name)
+                second = np.exp(-gamma * beta * np.abs(chunks).min(-1))
+                y = y + self._read(
+                    p[name + ".tables"], codes ^ bit_weights[least], scores * second
                 )
-                y = y + weight * rows
         return y + p[name + ".bias"] if name + ".bias" in p else y
+
+    def _read(self, tables, codes, scores):
+        """sum_k s_k T_k[h_k]: [B, L, K] twice -> [B, L, ..]."""
+        y: np.ndarray | float = 0.0
+        for k, table in enumerate(tables):  # [C, ..]
+            shape = codes.shape[:2] + (1,) * (table.ndim - 1)
+            y = y + scores[..., k].reshape(shape) * table[codes[..., k]]
+        return y
 
     def _front(self, name, x):
         """mix(x) - t; the mix is whichever there is: signs and Hadamard, rotation, order."""
@@ -150,13 +163,17 @@ class Model:
 
     def _scores(self, name, chunks):
         """||z||^a exp(gamma sum_i log sigmoid(beta |z_i|))."""
-        kind, beta, gamma = self.config["score"], 2.0 / self.config["temperature"], 1.0
-        if kind == "learned":
-            beta, gamma = self.params[name + ".beta"], self.params[name + ".gamma"]
+        kind = self.config["score"]
+        beta, gamma = self._beta_and_gamma(name)
         size = np.abs(chunks)
         confidence = np.exp(gamma * -np.log1p(np.exp(-beta * size)).sum(-1))
         length = size.sum(-1)
         return _SCORES[kind](length, confidence).astype(np.float32)
+
+    def _beta_and_gamma(self, name):
+        if self.config["score"] == "learned":
+            return self.params[name + ".beta"], self.params[name + ".gamma"]
+        return np.float32(2.0 / self.config["temperature"]), np.float32(1.0)
 
     def _attention(self, name, x):
         c = self.config
@@ -206,6 +223,17 @@ def layer_norm(
     x = x - x.mean(-1, keepdims=True)
     variance = np.mean(x * x, -1, keepdims=True)
     return x / np.sqrt(variance + np.float32(eps)) * scale + bias
+
+
+def ngram_buckets(tokens: np.ndarray, order: int, num_rows: int) -> np.ndarray:
+    """The row of each `order` tokens of [B, L]: [B, L - order + 1]; 32 bits, no sign."""
+    length = max(tokens.shape[1] - order + 1, 0)
+    h = np.full((len(tokens), length), 2_166_136_261 + order, np.uint32)
+    for i in range(order):
+        h = (h ^ tokens[:, i : i + length].astype(np.uint32)) * np.uint32(16_777_619)
+    h = (h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    return (h ^ h >> np.uint32(16)) % np.uint32(num_rows)
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:

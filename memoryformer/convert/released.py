@@ -161,6 +161,8 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
         "score": "l1_softmax",
         "projection_options.temperature": 1.0,
         "projection_options.memory_bias": True,
+        "projection_options.rows_read": 1,
+        "projection_options.ngram_rows": 0,
         "norm": "rmsnorm",
         "residual": "sequential",
         "ffn_activation": "none",

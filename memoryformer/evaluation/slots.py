@@ -84,7 +84,7 @@ def make_step(
     def per_device(params, batch):
         model = model_lib.merge(model_config, sharding_lib.gather_params(params, specs))
         seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-        sums = figures(model, model.embed(batch["inputs"]), seq)
+        sums = figures(model, model.embedded(batch["inputs"], seq), seq)
         tokens = collectives.TOKEN_AXES
         return jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
@@ -117,7 +117,7 @@ def _memories(model, x, seq):
         real = jnp.ones(x.shape[:1], bool)
         return real, {"recurrence": rows.astype(jnp.float32)}
     if model.blocks[0].mixer.causal:
-        _, state = model.run_blocks(x, seq, model.init_state(*x.shape[:2]))
+        _, state = model.run_blocks(x, seq, model.init_blocks(*x.shape[:2]))
         slots = [jnp.moveaxis(block.memory.sums.mT, 1, 2) for block in state]
         real = state[0].memory.segment_ids != 0
     else:

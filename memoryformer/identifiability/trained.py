@@ -26,7 +26,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
-from memoryformer.model import implementations, layers, mixers
+from memoryformer.model import implementations, layers, mixers, parts
 from memoryformer.notation import Array, Float, Params
 from memoryformer.training import experiment
 
@@ -133,7 +133,8 @@ def _first_inputs(config, params, batches):
     """[norm1(x); 1] in float64 [B, L, D + 1], and which document each token is of."""
     model = model_lib.merge(config, params)
     for batch in batches:
-        x = model.blocks[0].norm1(model.embed(batch["inputs"]))
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+        x = model.blocks[0].norm1(model.embedded(batch["inputs"], seq))
         x = np.asarray(x, np.float64)
         ones = np.ones((*x.shape[:2], 1))
         yield np.concatenate([x, ones], axis=-1), np.asarray(batch["segment_ids"])
@@ -156,6 +157,7 @@ def of_tables(
     config: model_lib.ModelConfig, params: Params, batches: Batches, max_unknowns: int
 ) -> dict[str, moments.Certificate | str]:
     """Return the certificate of the tables of every memory layer, by its path."""
+    parts.check_one_row(config, "the certificate of tables")
     found: dict[str, moments.Certificate | str] = {}
     for name, (codes, scores, num_buckets) in reads(config, params, batches).items():
         _, _, visited = tables.features(codes, scores, num_buckets)
@@ -182,8 +184,8 @@ def reads(
             codes, scores = (np.asarray(array)[real] for array in pair)
             kept.setdefault(name, []).append((codes, scores))
     found = {}
-    for name, parts in kept.items():
-        codes, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    for name, pieces in kept.items():
+        codes, scores = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
         found[name] = codes, scores, _num_buckets(params, name)
     return found
 

@@ -26,7 +26,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryOptions:
+class TokenOptions:
+    """Rows that tokens alone address, beside any projection: see `model.ngrams`."""
+
+    ngram_rows: int = field(
+        "numbers",
+        0,
+        doc="Rows of hashed n-grams added to the embedding, for each n; 0: none.",
+    )
+    ngram_order: int = field("numbers", 3, doc="The largest n; the smallest is 2.")
+
+    def __post_init__(self):
+        config_lib.at_least(self, "model.projection_options", 0, "ngram_rows")
+        config_lib.at_least(self, "model.projection_options", 2, "ngram_order")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions(TokenOptions):
     """Memory layers."""
 
     extra_bits: int = field(
@@ -39,8 +55,18 @@ class MemoryOptions:
         doc="A bias for each memory layer; paper: none, released code: one.",
     )
     bias_std: float = field("numbers", 0.0, doc="Of these biases at first.")
+    rows_read: int = field(
+        "numbers",
+        1,
+        doc="Rows read of each table; 2: also that across the least certain bit.",
+    )
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.rows_read not in (1, 2):
+            raise ConfigError(
+                f"model.projection_options.rows_read={self.rows_read}: must be 1 or 2."
+            )
         if self.temperature <= 0:
             raise ConfigError(
                 f"model.projection_options.temperature={self.temperature}: must be > 0."
@@ -48,7 +74,7 @@ class MemoryOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseOptions:
+class DenseOptions(TokenOptions):
     """Dense layers, as Pythia's."""
 
     ffn_multiple: int = field(
@@ -196,6 +222,7 @@ class ModelConfig:
             )
         if self.projection == "memory":
             self._check_memory()
+        self._check_rows_read()
         parts.check(self)
         mixers.check(self)
         stack.validate_stack(self)
@@ -214,6 +241,15 @@ class ModelConfig:
                 f"model.embed_dim={self.embed_dim} is not a multiple of "
                 f"model.code_bits={bits}: chunks of {bits} values cannot cover it; "
                 f"try embed_dim={below or bits} or {below + bits}."
+            )
+
+    def _check_rows_read(self):
+        rows = getattr(self.projection_options, "rows_read", 1)
+        if rows > 1 and not hashing.has_probability(self.score):
+            able = [name for name in hashing.SCORES if hashing.has_probability(name)]
+            raise ConfigError(
+                f"model.projection_options.rows_read={rows}: model.score={self.score!r} has "
+                f"no probability to weigh a second row by; use {', '.join(able)}."
             )
 
     @classmethod

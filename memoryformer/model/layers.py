@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.model import front as front_lib
-from memoryformer.notation import Activations, Array, Codes, Scores, Tokens
+from memoryformer.notation import Activations, Array, Float, Int, Tokens
 from memoryformer.ops import collectives, hashing, lookup
 from memoryformer.ops import remat as remat_lib
 
@@ -26,7 +26,8 @@ class MemoryLayer(nnx.Module):
 
     1. Split x into K = D / tau chunks z_k; `model.front` may mix it first.
     2. The signs of a chunk are its code h(z_k); its score s(z_k) is `hashing.scores`.
-    3. Sum the K rows that the codes select, weighted by their scores.
+    3. Sum the K rows that the codes select, weighted by their scores; with `rows_read` of 2
+       also those across the least certain bits (`hashing.second_bucket`).
 
     `features` may be several axes, such as (3, D) for Q, K and V: they share one hash and
     one pass of row reads.
@@ -46,6 +47,7 @@ class MemoryLayer(nnx.Module):
         bias_std: float = 0.0,
         mix: str = "none",
         thresholds: bool = False,
+        rows_read: int = 1,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -55,6 +57,7 @@ class MemoryLayer(nnx.Module):
         self.score = score
         self.temperature = temperature
         self.implementation = implementation
+        self.rows_read = rows_read
         self.dtype = dtype
         self.keeps_codes = False  # see `model.codes`
         self.tables = nnx.Param(
@@ -71,7 +74,8 @@ class MemoryLayer(nnx.Module):
         """[.., D] -> [.., *features], in the layer's dtype."""
         codes, scores = self.addresses(x)
         if self.keeps_codes:
-            self.codes = nnx.Intermediate(codes)  # [.., K / n]
+            first = codes if self.rows_read == 1 else codes[0]
+            self.codes = nnx.Intermediate(first)  # [.., K / n]
         codes, scores = self._from_all_devices(codes, scores)  # [.., K]
         scores = remat_lib.name(scores, "scores")
         tables = self.tables[...].astype(self.dtype)
@@ -82,19 +86,19 @@ class MemoryLayer(nnx.Module):
             scores,
             self.implementation,
         )
+        y = y if self.rows_read == 1 else jnp.sum(y, axis=0)
         y = y.reshape(*x.shape[:-1], *features)
         if self.bias is not None:
             y = y + align(self.bias[...], y.ndim)
         return remat_lib.name(y.astype(self.dtype), "projected")
 
-    def addresses(self, x: Activations) -> tuple[Codes, Scores]:
-        """Codes and scores of this device's part of x: [.., K / n] each."""
-        chunks = hashing.split_chunks(
-            self.hashed(x), self.code_bits
-        )  # [.., K / n, tau]
-        codes = hashing.hash_codes(chunks)
-        return codes, hashing.scores(
-            chunks, self.score, self.temperature, self.learned()
+    def addresses(
+        self, x: Activations
+    ) -> tuple[Int[Array, "*R K"], Float[Array, "*R K"]]:
+        """Codes and scores of this device's part of x: [.., K / n], or [2, .., K / n], each."""
+        chunks = hashing.split_chunks(self.hashed(x), self.code_bits)
+        return hashing.addresses(
+            chunks, self.score, self.temperature, self.learned(), self.rows_read
         )
 
     def hashed(self, x: Activations) -> Activations:

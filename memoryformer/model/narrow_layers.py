@@ -39,6 +39,7 @@ class NarrowMemoryLayer(layers.MemoryLayer):
             self.score,
             self.temperature,
             self.learned(),
+            self.rows_read,
         )
         return y.reshape(*x.shape[:-1], *tables.values.shape[2:]).astype(self.dtype)
 

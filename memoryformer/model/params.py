@@ -17,6 +17,7 @@ from flax import nnx, traverse_util
 from memoryformer.model import (
     mixers,
     narrow_layers,
+    ngrams,
     transformer,
 )
 from memoryformer.model.config import ModelConfig
@@ -119,7 +120,9 @@ def partition_specs(model_config: ModelConfig, sharding: Any) -> Any:
 
     Raises `ConfigError` for a mixer or a length that its `sequence` axis cannot split.
     """
-    mixers.check_sequence(model_config, sharding.axis_size(collectives.SEQUENCE_AXIS))
+    num_devices = sharding.axis_size(collectives.SEQUENCE_AXIS)
+    mixers.check_sequence(model_config, num_devices)
+    ngrams.check_sequence(model_config, num_devices)
     shapes = jax.eval_shape(lambda: init(model_config))
     return sharding.param_specs(param_specs(model_config), shapes)
 

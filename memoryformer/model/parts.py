@@ -114,6 +114,16 @@ def check(config: "ModelConfig") -> None:
             )
 
 
+def check_one_row(config: "ModelConfig", what: str) -> None:
+    """Raise `ConfigError` for a model that reads two rows of each table, which `what` cannot."""
+    rows = getattr(config.projection_options, "rows_read", 1)
+    if rows > 1:
+        raise ConfigError(
+            f"model.projection_options.rows_read={rows}: {what} knows layers that read one "
+            "row of each table; use a model with rows_read=1."
+        )
+
+
 def _clauses(config: "ModelConfig") -> list[tuple[str, list[int], dict]]:
     """[(part, layers in order, fields of a `Part`)]; raises `ConfigError`."""
     return [_clause(c, config) for c in _text(config).split(";") if c.strip()]

@@ -17,7 +17,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from memoryformer.model import codes, layers, mixers, parts, recurrence, stack
+from memoryformer.model import (
+    codes,
+    layers,
+    mixers,
+    ngrams,
+    parts,
+    recurrence,
+    stack,
+)
 from memoryformer.model.config import ACTIVATIONS, NORMS, ModelConfig
 from memoryformer.notation import Activations, Array, Float, Tokens
 
@@ -73,6 +81,7 @@ def make_projection(
         bias_std=options.bias_std,
         mix=part.mix,
         thresholds=part.thresholds,
+        rows_read=options.rows_read,
         dtype=dtype,
         rngs=rngs,
     )
@@ -195,6 +204,7 @@ class Transformer(nnx.Module):
         project = functools.partial(make_projection, config, rngs=rngs)
         norm = functools.partial(make_norm, config)
         self.recurrence = recurrence.make(config, project, norm, rngs=rngs)
+        self.ngrams = ngrams.make(config, rngs=rngs)
 
     def __call__(
         self, tokens: Tokens, seq: mixers.SeqInfo, state: mixers.State | None = None
@@ -207,10 +217,20 @@ class Transformer(nnx.Module):
         self, tokens: Tokens, seq: mixers.SeqInfo, state: mixers.State | None = None
     ) -> tuple[Activations, mixers.State | None]:
         """[B, L] -> normed [B, L, D], what the head reads."""
-        x = self.embed(tokens)
+        run = self.run_blocks
         if self.recurrence is not None:
-            return self.recurrence(self, x, seq, state)
-        return self.run_blocks(x, seq, state)
+            run = functools.partial(self.recurrence, self)
+        if self.ngrams is None or state is None:
+            return run(self.embedded(tokens, seq), seq, state)
+        before, inner = state
+        rows, before = self.ngrams(tokens, seq, before)
+        x, inner = run(self.embed(tokens) + rows, seq, inner)
+        return x, (before, inner)
+
+    def embedded(self, tokens: Tokens, seq: mixers.SeqInfo) -> Activations:
+        """[B, L] -> [B, L, D], what the first block reads of whole rows."""
+        x = self.embed(tokens)
+        return x if self.ngrams is None else x + self.ngrams(tokens, seq)[0]
 
     def run_blocks(
         self,
@@ -246,8 +266,12 @@ class Transformer(nnx.Module):
     ) -> mixers.State:
         """Return the state before any token; a recurrence has one of any length."""
         if self.recurrence is not None:
-            return self.recurrence.init_state(self, batch_size, dtype)
-        return self.init_blocks(batch_size, max_len, dtype)
+            inner = self.recurrence.init_state(self, batch_size, dtype)
+        else:
+            inner = self.init_blocks(batch_size, max_len, dtype)
+        if self.ngrams is None:
+            return inner
+        return self.ngrams.init_state(batch_size), inner
 
     def init_blocks(
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32

@@ -17,9 +17,17 @@ The index has no gradient and no straight-through estimator; the score has
 
     ds/dz_i = sign(z_i) * q * (a ||z||_1^(a-1) + ||z||_1^a * gamma * beta * sigmoid(-beta |z_i|)),
 
-with q the exponential above. A new row works wherever a memory layer is computed: what has
+with q the exponential above.
+
+A layer may read a second row of each table, that of the bucket across the least certain bit
+j = argmin_i |z_i|. It weighs s'(z) = s(z) exp(-gamma beta |z_j|): for `softmax` the probability
+of that bucket. Both weigh the same where z_j = 0, so their sum does not jump there, and the
+gradient of z_j has the difference of the two rows. A score without an exponential has no such
+weight. Izhikevich (arXiv:2512.11843) takes a gradient over the same bit.
+
+A new row of the table works wherever a memory layer is computed: what has
 the formula in another language (`native.memory_layer`) serves the powers a that it
-lists, and XLA computes the rest. Start at `hash_codes` and `scores`.
+lists, and XLA computes the rest. Start at `addresses`.
 """
 
 import functools
@@ -28,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from memoryformer.notation import Array, Chunks, Codes, Float, Scores
+from memoryformer.notation import Array, Chunks, Codes, Float, Int, Scores
 
 Learned = tuple[ArrayLike, ArrayLike]  # (beta, gamma)
 
@@ -64,6 +72,48 @@ def hash_codes(chunks: Chunks) -> Codes:
     bit_weights = 1 << jnp.arange(code_bits - 1, -1, -1, dtype=jnp.int32)
     bits = (chunks >= 0).astype(jnp.int32)
     return jnp.einsum("...i,i->...", bits, bit_weights)
+
+
+def addresses(
+    chunks: Chunks,
+    kind: str = "softmax",
+    temperature: float = 1.0,
+    learned: Learned | None = None,
+    rows_read: int = 1,
+) -> tuple[Int[Array, "*R K"], Float[Array, "*R K"]]:
+    """Codes and scores of the rows to read of each table: [.., K, tau] -> [.., K] each.
+
+    With `rows_read` of 2 they are [2, .., K], the second row being that of `second_bucket`.
+    """
+    codes, weights = hash_codes(chunks), scores(chunks, kind, temperature, learned)
+    if rows_read == 1:
+        return codes, weights
+    _, beta, gamma = constants(kind, temperature, learned)
+    second = second_bucket(chunks, codes, weights, beta, gamma)
+    return jnp.stack([codes, second[0]]), jnp.stack([weights, second[1]])
+
+
+def second_bucket(
+    chunks: Chunks, codes: Codes, scores: Scores, beta: ArrayLike, gamma: ArrayLike
+) -> tuple[Codes, Scores]:
+    """Flip the least certain bit j: h with bit j flipped, s exp(-gamma beta |z_j|); [.., K] each.
+
+    Of equal ones the first is flipped. beta and gamma are differentiated.
+    """
+    magnitude = jnp.abs(chunks.astype(scores.dtype))
+    least = jnp.argmin(magnitude, axis=-1)
+    code_bits = chunks.shape[-1]
+    flipped = jnp.left_shift(1, code_bits - 1 - least).astype(codes.dtype)
+    # A mask, not a gather: its gradient is a product, not a scatter.
+    mask = jax.nn.one_hot(least, code_bits, dtype=jnp.bool_)
+    smallest = jnp.sum(jnp.where(mask, magnitude, 0), axis=-1)
+    factor = jnp.asarray(beta, scores.dtype) * jnp.asarray(gamma, scores.dtype)
+    return codes ^ flipped, scores * jnp.exp(-factor * smallest)
+
+
+def has_probability(kind: str) -> bool:
+    """Whether a score has an exponential, which a second row needs."""
+    return SCORES[kind][1] != 0
 
 
 def is_learned(kind: str) -> bool:

@@ -9,6 +9,7 @@
 
 The page reads files only, needs no server and stands alone; it goes to the first directory
 unless `--output` says otherwise. So do the pictures, into DIR/plots. Each path is printed.
-Modules: `studies` (files to runs and groups of them), `page` and `charts` (to HTML), `pictures`,
-`curves` and `slots`; `drawing` holds colours and smoothing.
+Modules: `studies` (files to runs and groups of them), `page`, `markup` and `charts` (to HTML),
+`costs` with `pareto` (loss over what it costs) and `scaling` (a law over sizes and tokens), `about`
+(what a person wrote of runs), `pictures`, `curves` and `slots`; `drawing` holds colours and smoothing.
 """

@@ -4,18 +4,16 @@ Light or dark as the reader's device is, one column on a phone, white on paper. 
 `render`.
 """
 
-import html
 import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from matplotlib import pyplot as plt
-
-from memoryformer.report import charts, drawing
+from memoryformer.report import about as about_lib
+from memoryformer.report import charts, costs, markup
 from memoryformer.report import studies as studies_lib
-from memoryformer.report.studies import BITS, LOSS, SPEED, VALIDATION, Run, Study
+from memoryformer.report.studies import LOSS, NAMES, SPEED, Run, Study
 from memoryformer.runs import console
 from memoryformer.sweep import points
 from memoryformer.sweep import statistics as statistics_lib
@@ -27,19 +25,15 @@ MEASURES = (
     ("flip_rate", "flip rate"),
     ("max_over_mean", "most read / mean"),
 )
-NAMES = {
-    BITS: "validation, bits per byte",
-    VALIDATION: "validation loss, nats per token",
-    LOSS: "training loss, nats per token",
-    SPEED: "tokens per second",
-}
 
 
-def render(studies: Sequence[Study]) -> str:
-    """Return the page of these studies."""
-    title = " · ".join(study.name for study in studies)
+def render(studies: Sequence[Study], about: about_lib.About = about_lib.NOTHING) -> str:
+    """Return the page of these studies; `about` is what a person wrote of all of them."""
+    title = about.title or " and ".join(study.title for study in studies[:2])
+    if not about.title and len(studies) > 2:
+        title = f"{len(studies)} studies"
     links = "".join(
-        f'<li><a href="#s{i}">{_text(study.name)}</a></li>'
+        f'<li><a href="#s{i}">{markup.text(study.title)}</a></li>'
         for i, study in enumerate(studies)
     )
     contents = f"<nav><ul>{links}</ul></nav>" if len(studies) > 1 else ""
@@ -48,12 +42,17 @@ def render(studies: Sequence[Study]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_text(title)}</title><style>{STYLE.read_text('utf-8')}</style></head>"
-        f"<body><header><h1>{_text(title)}</h1>"
+        f"<title>{markup.text(title)}</title><style>{STYLE.read_text('utf-8')}</style></head>"
+        f"<body><header><h1>{markup.text(title)}</h1>"
         f"<p>{sum(len(study.runs) for study in studies)} runs in {len(studies)} "
         f"{'studies' if len(studies) > 1 else 'study'}. {_how_to_read(studies)}</p>"
-        f"{contents}</header><main>{body}</main></body></html>\n"
+        f"{_paragraphs(about)}{contents}</header><main>{body}</main></body></html>\n"
     )
+
+
+def _paragraphs(about):
+    written = "".join(f"<p>{markup.text(p)}</p>" for p in about.paragraphs)
+    return f'<div class="about">{written}</div>' if written else ""
 
 
 def _how_to_read(studies: Sequence[Study]) -> str:
@@ -69,13 +68,13 @@ def _how_to_read(studies: Sequence[Study]) -> str:
 
 def _section(index: int, study: Study) -> str:
     metric = study.headline
-    charts = [_curves(study, metric, "tokens"), _curves(study, metric, "flops")]
-    charts += [_curves(study, LOSS, "tokens"), _throughput(study)]
-    figures = "".join(chart for chart in charts if chart)
+    figures = _curves(study, metric, "tokens") + _curves(study, metric, "flops")
+    figures += _curves(study, LOSS, "tokens") + _throughput(study)
     return (
-        f'<section id="s{index}"><h2>{_text(study.name)}</h2>'
-        f"{_results(study, metric)}{_legend(study.variants)}"
-        f'<div class="charts">{figures}</div>'
+        f'<section id="s{index}"><h2>{markup.text(study.title)}</h2>'
+        f"{_paragraphs(study.about)}"
+        f"{_results(study, metric)}{markup.legend(study.variants)}"
+        f'<div class="charts">{figures}</div>{costs.section(study, metric)}'
         f"{_utilisation(study)}{_differences(study)}{_runs(study)}</section>"
     )
 
@@ -90,13 +89,16 @@ def _results(study: Study, metric: str) -> str:
         apart = statistics_lib.difference(summary, summaries[0], pooled)
         against, verdict = "", "baseline"
         if summary is not summaries[0]:
-            against, verdict = _plus_minus(apart.value, apart.error, "+"), apart.verdict
+            against, verdict = (
+                markup.plus_minus(apart.value, apart.error, "+"),
+                apart.verdict,
+            )
         tokens = float(run.series(metric)[0][-1])
         rows.append(
             (
                 summary.variant,
                 summary.count,
-                _plus_minus(summary.mean, summary.deviation),
+                markup.plus_minus(summary.mean, summary.deviation),
                 against,
                 verdict,
                 console.short_number(tokens),
@@ -121,7 +123,7 @@ def _results(study: Study, metric: str) -> str:
             f'<p class="note">Noise floor: {pooled:.2g}, the standard deviation over seeds '
             f"pooled over variants ({degrees} degrees of freedom).</p>"
         )
-    return (_table(header, rows) if rows else "") + floor + _not_done(study)
+    return (markup.table(header, rows) if rows else "") + floor + _not_done(study)
 
 
 def _not_done(study: Study) -> str:
@@ -136,7 +138,7 @@ def _not_done(study: Study) -> str:
     ]
     if not names:
         return ""
-    listed = _text("; ".join(names))
+    listed = markup.text("; ".join(names))
     return f'<p class="note">Not done, and in no mean: {listed}.</p>'
 
 
@@ -157,7 +159,7 @@ def _curves(study: Study, metric: str, against: str) -> str:
     label = {"flops": "training FLOPs", "tokens": "training tokens"}[against]
     chart = charts.lines(bands, label, NAMES[metric], log_x=wide)
     note = " (logarithmic)" if wide else ""
-    return _figure(f"{NAMES[metric]} against {label}{note}", chart)
+    return markup.figure(f"{NAMES[metric]} against {label}{note}", chart)
 
 
 def _throughput(study: Study) -> str:
@@ -170,7 +172,7 @@ def _throughput(study: Study) -> str:
     if not names:
         return ""
     title = "tokens per second while training (median of a run; bars: mean over seeds)"
-    return _figure(title, charts.bars(names, values))
+    return markup.figure(title, charts.bars(names, values))
 
 
 def _utilisation(study: Study) -> str:
@@ -196,8 +198,8 @@ def _utilisation(study: Study) -> str:
         '<p class="note">At the last evaluation, over validation text: mean over blocks '
         "and seeds (lowest to highest). Uniform use is 1, 1, 0.5 and 1.</p>"
     )
-    body = _table(header, rows) + note
-    return f"<details open><summary>Use of the buckets</summary>{body}</details>"
+    body = markup.table(header, rows) + note
+    return markup.folded("Use of the buckets", body)
 
 
 def _over(runs: Iterable[Run], layers: Iterable[str], measure: str) -> str:
@@ -217,8 +219,8 @@ def _differences(study: Study) -> str:
         (label, *(_value(runs[0].config.get(field)) for field in study.varying))
         for label, runs in study.variants.items()
     ]
-    body = _table(header, rows)
-    return f"<details open><summary>Where configs differ</summary>{body}</details>"
+    body = markup.table(header, rows)
+    return markup.folded("Where configs differ", body)
 
 
 def _runs(study: Study) -> str:
@@ -231,63 +233,12 @@ def _runs(study: Study) -> str:
             rows.append((*facts, *shown, str(run.workdir)))
     names = (NAMES[study.headline], NAMES[LOSS], NAMES[SPEED])
     header = ("variant", "seed", "state", "step", *names, "directory")
-    body = _table(header, rows)
-    return f"<details><summary>All {len(rows)} runs</summary>{body}</details>"
-
-
-def _figure(caption: str, chart: plt.Figure) -> str:
-    text = drawing.svg(chart, caption)
-    return f"<figure><figcaption>{_text(caption)}</figcaption>{text}</figure>"
-
-
-def _legend(names: Iterable[str]) -> str:
-    """List the series, each with a piece of its line."""
-    items = ""
-    for index, name in enumerate(names):
-        style = drawing.series_style(index)
-        line = "solid" if style["linestyle"] == "-" else "dashed"
-        colour = drawing.VARIABLES[style["color"]]
-        items += f'<li><i style="border-top: 3px {line} var({colour})"></i>{_text(name)}</li>'
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_breakable(_text(cell))}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _cell(value: Any) -> str:
-    text = _text(value)
-    kind = ' class="number"' if text[:1].isdigit() or text[:1] in "+-" else ""
-    if text in VERDICTS:
-        kind, text = "", f'<span class="verdict">{text}</span>'
-    return f"<td{kind}>{text}</td>"
-
-
-def _breakable(text: str) -> str:
-    return text.replace(".", ".<wbr>").replace("_", "_<wbr>")
-
-
-VERDICTS = ("lower", "higher", "within noise", "one seed", "baseline")
-
-
-def _plus_minus(value: float, spread: float, sign: str = "") -> str:
-    shown = f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.0f}"
-    return shown if math.isnan(spread) else f"{shown} ± {spread:.2g}"
+    body = markup.table(header, rows)
+    return markup.folded(f"All {len(rows)} runs", body, is_open=False)
 
 
 def _value(value: Any) -> str:
     return points.describe({"": value}).removeprefix("=") if value != "" else "''"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def write(
@@ -296,5 +247,8 @@ def write(
     """Write the page of all runs below `directories`; return the size of each study."""
     studies = studies_lib.load(directories)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(studies), encoding="utf-8")
+    about = about_lib.NOTHING
+    if len(studies) > 1:  # of one, its own text is the page's
+        about = about_lib.read(directories[0])
+    output.write_text(render(studies, about), encoding="utf-8")
     return {study.name: len(study.runs) for study in studies}

@@ -14,6 +14,7 @@ from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, DataError, StorageError
 from memoryformer.model import ModelConfig
+from memoryformer.report import about as about_lib
 from memoryformer.runs import compatibility, outcome
 from memoryformer.runs import directory as directory_lib
 from memoryformer.sweep import files, points
@@ -22,6 +23,12 @@ from memoryformer.training import experiment
 
 LOSS, BITS, VALIDATION = "train/loss", "val/bits_per_byte", "val/loss"
 SPEED = "train/tokens_per_second"
+NAMES = {
+    BITS: "validation, bits per byte",
+    VALIDATION: "validation loss, nats per token",
+    LOSS: "training loss, nats per token",
+    SPEED: "tokens per second",
+}
 MAX_DEPTH = 4  # folders below a named one in which runs are looked for
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -82,6 +89,12 @@ class Study:
 
     name: str
     runs: Sequence[Run]
+    about: about_lib.About = about_lib.NOTHING
+
+    @property
+    def title(self) -> str:
+        """What a person called it, else the name of its sweep."""
+        return self.about.title or self.name
 
     @functools.cached_property
     def varying(self) -> list[str]:
@@ -156,7 +169,7 @@ def load(directories: Sequence[pathlib.Path]) -> list[Study]:
             seen |= {(sweep / name).resolve() for name in of_points}
             runs = [run for run in of_points.values() if run]
             if runs:
-                studies.append(Study(sweep.name, runs))
+                studies.append(Study(sweep.name, runs, _about(sweep, damaged)))
         for path in _below(directory, "metrics.jsonl"):
             if path.parent.resolve() not in seen:
                 seen.add(path.parent.resolve())
@@ -172,6 +185,19 @@ def load(directories: Sequence[pathlib.Path]) -> list[Study]:
         listed = ", ".join(map(str, directories))
         raise DataError(f"{listed}: holds no run (config.json and metrics.jsonl).")
     return studies
+
+
+def _about(folder: pathlib.Path, damaged: list[StorageError]) -> about_lib.About:
+    """What a person wrote of a sweep; else the docstring of its function, kept with it."""
+    try:
+        written = about_lib.read(folder)
+        titles = directory_lib.read_json(folder / files.MANIFEST).get("titles", ())
+    except StorageError as error:
+        damaged.append(error)
+        return about_lib.NOTHING
+    if written.title or not titles:
+        return written
+    return about_lib.About(str(titles[0]))
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

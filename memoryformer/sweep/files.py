@@ -75,5 +75,10 @@ def write_manifest(sweep: Sweep) -> None:
         for point in sweep.points
     }
     path = sweep.directory / MANIFEST
-    facts = {"config": sweep.config, "sweeps": sweep.names, "points": points}
+    facts = {
+        "config": sweep.config,
+        "sweeps": sweep.names,
+        "titles": sweep.titles,  # of these sweeps
+        "points": points,
+    }
     atomic.write_json(path, facts, indent=1)

@@ -56,6 +56,7 @@ class Sweep:
     directory: pathlib.Path
     metrics: tuple[str, ...]
     points: tuple[Point, ...]
+    titles: tuple[str, ...] = ()  # first lines of the sweeps' docstrings
 
 
 def expand(
@@ -96,7 +97,8 @@ def expand(
     with config_lib.explained(config):
         metrics = tuple(getattr(module, "metrics", lambda: DEFAULT_METRICS)())
     apart = tuple(_named_apart(points))
-    return Sweep(config, tuple(names), base, directory, metrics, apart)
+    titles = tuple(_first_line(dict(_all(module))[name]).rstrip(".") for name in names)
+    return Sweep(config, tuple(names), base, directory, metrics, apart, titles)
 
 
 def bookkeeping() -> set[str]:
@@ -139,7 +141,11 @@ def _named_apart(points: Sequence[Point]) -> list[Point]:
 def available(config: str) -> dict[str, str]:
     """Return the sweeps of a config file: {name: first line of its docstring}."""
     module, _ = config_lib.load_module(config)
-    return {name: (inspect.getdoc(f) or "").split("\n")[0] for name, f in _all(module)}
+    return {name: _first_line(function) for name, function in _all(module)}
+
+
+def _first_line(function: Any) -> str:
+    return (inspect.getdoc(function) or "").split("\n")[0]
 
 
 def describe(overrides: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ class TrunkTask(base.Task):
         model = model_lib.merge(self.model, _trunk(params))
         seq = mixers.SeqInfo.of_tokens(batch["inputs"])
         seq = seq._replace(segment_ids=jnp.asarray(batch["segment_ids"]))
-        return model, model.embed(batch["inputs"]), seq
+        return model, model.embedded(batch["inputs"], seq), seq
 
     def figures(self, params: Params) -> dict[str, float]:
         """Learned temperatures, and how alike the slots of each layer's memory are."""

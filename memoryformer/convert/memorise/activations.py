@@ -66,7 +66,7 @@ def _part(subject, layer, part, batch):
 def _stream(subject, layer, batch):
     """The residual stream before block `layer`."""
     seq = mixers.SeqInfo(*map(jnp.asarray, (batch["positions"], batch["segment_ids"])))
-    x = _embed(*_one(subject, 0), batch["inputs"])
+    x = _embed(*_one(subject, 0), batch["inputs"], seq)
     for i in range(layer):
         x = _advance(*_one(subject, i), x, seq)
     return x, seq
@@ -82,8 +82,8 @@ def _one(subject: Subject, layer: int) -> tuple[model_lib.ModelConfig, Params]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(config, params, tokens):
-    return model_lib.merge(config, params).embed(tokens)
+def _embed(config, params, tokens, seq):
+    return model_lib.merge(config, params).embedded(tokens, seq)
 
 
 @functools.partial(jax.jit, static_argnums=0)

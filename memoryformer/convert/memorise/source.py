@@ -92,6 +92,7 @@ def prepared(subject: Subject, options: Options) -> Subject:
             mixed, score=options.score, projection_options=fields
         )
         return Subject(mixed, params)
+    parts.check_one_row(config, "memorise")
     biased = config.projection_options.memory_bias
     if not biased or config.score != options.score:
         raise ConfigError(

@@ -45,6 +45,7 @@ def memory_layer(
     temperature: float = 1.0,
     implementation: str = "auto",
     learned: hashing.Learned | None = None,
+    rows_read: int = 1,
 ) -> Float[Array, "*B F"]:
     """Hash x, score it and sum the rows it selects: [.., K*tau] -> [.., F].
 
@@ -56,6 +57,7 @@ def memory_layer(
       temperature: t of the softmax scores.
       implementation: one of `IMPLEMENTATIONS`.
       learned: (beta, gamma) of the learned score.
+      rows_read: of each table, 1 or 2; see `hashing`.
 
     Differentiable in x (through the scores), tables, bias and learned.
     """
@@ -67,9 +69,9 @@ def memory_layer(
             f"take {num_tables} codes of log2({num_buckets}) bits."
         )
     chunks = hashing.split_chunks(x, code_bits)
-    codes = hashing.hash_codes(chunks)
-    weights = hashing.scores(chunks, score, temperature, learned)
-    y = lookup(tables, codes, weights, implementation)
+    read = hashing.addresses(chunks, score, temperature, learned, rows_read)
+    y = lookup(tables, *read, implementation)
+    y = y if rows_read == 1 else jnp.sum(y, axis=0)
     if bias is None:
         return y
     return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

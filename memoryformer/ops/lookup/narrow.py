@@ -125,6 +125,7 @@ def memory_layer(
     score: str,
     temperature: float,
     learned: hashing.Learned | None = None,
+    rows_read: int = 1,
 ) -> Float[Array, "*B F"]:
     """Compute y = sum_k s(z_k) T_k[h(z_k)] + b: [.., D] -> [.., F], axes after C joined."""
     num_tables, num_buckets = tables.values.shape[:2]
@@ -134,21 +135,30 @@ def memory_layer(
     power, beta, gamma = hashing.constants(score, temperature, learned)
 
     def native(x, values, scales, bias):
-        return lookup_native.memory_layer(x, values, scales, bias, power, beta, gamma)
+        knobs = power, beta, gamma, rows_read
+        return lookup_native.memory_layer(x, values, scales, bias, *knobs)
 
     def in_xla(x, values, scales, bias):
         chunks = hashing.split_chunks(x, num_buckets.bit_length() - 1)
-        codes = hashing.hash_codes(chunks)
-        scores = hashing.scores(chunks, score, temperature, learned)
+        codes, scores = hashing.addresses(
+            chunks, score, temperature, learned, rows_read
+        )
         if scales is not None:  # the row's scale goes with its score
-            scores = scores * scales[jnp.arange(num_tables)[None], codes]
+            scores = scores * _scales_of(scales, codes)
         y = lookup.lookup(values, codes, scores, "xla")
+        y = y if rows_read == 1 else jnp.sum(y, axis=0)
         return y if bias is None else y + bias[None]
 
     function = on_cpu(native, in_xla) if power in lookup_native.POWERS else in_xla
     operands = (rows, values, tables.scales, bias)
     y = function(*jax.tree.map(jnp.asarray, operands))
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _scales_of(scales, codes):
+    """The scales [K, C] of the rows that codes [.., K] read: [.., K]."""
+    tables = jnp.arange(scales.shape[0]).reshape((1,) * (codes.ndim - 1) + (-1,))
+    return scales[tables, codes]
 
 
 def product(x: Float[AnyArray, "*B D"], matrix: PackedMatrix) -> Float[Array, "*B V"]:

@@ -88,11 +88,12 @@ def memory_layer(
     power: int,
     beta: ArrayLike,
     gamma: ArrayLike,
+    rows_read: int = 1,
 ) -> Float[Array, "N F"]:
     """Hash, score and sum in one call: sum_k s(z_k) T_k[h(z_k)] + b; not differentiable.
 
     Tables are float32, bfloat16, or int8 with `scales`; `power`, beta and gamma are those of
-    `hashing.SCORES`. Codes equal `hashing.hash_codes` bit for bit, scores to 1e-6.
+    `hashing.SCORES`; `rows_read` of 2 adds the rows of `hashing.second_bucket`. Codes equal `hashing.hash_codes` bit for bit, scores to 1e-6.
     Raises ValueError for a power that is not in `POWERS`.
     """
     if power not in POWERS:
@@ -105,7 +106,9 @@ def memory_layer(
     y = jax.ShapeDtypeStruct((x.shape[0], tables.shape[2]), jnp.float32)
     call = jax.ffi.ffi_call("memoryformer_memory_layer", y, vmap_method="sequential")
     floats = (_float32_or_empty(a) for a in (scales, bias))
-    return call(x.astype(jnp.float32), tables, *floats, knobs, power=bool(power))
+    two = rows_read == 2
+    x = x.astype(jnp.float32)
+    return call(x, tables, *floats, knobs, power=bool(power), two_rows=two)
 
 
 def matrix_product(

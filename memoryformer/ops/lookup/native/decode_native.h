@@ -11,13 +11,14 @@
 
 namespace memoryformer {
 
-// --- A memory layer: y = sum_k s(z_k) T_k[h(z_k)] + b. --------------------------------
+// --- A memory layer: y = sum_k s(z_k) T_k[h(z_k)] + b, and the rows across if asked. ---
 
 // s(z) = ||z||_1^power * exp(gamma * sum_i log sigmoid(beta |z_i|)); see hashing.py.
 struct Hash {
   int64_t code_bits;
   bool power;
   float beta, gamma;
+  bool two_rows;  // also the bucket across the least certain bit
 };
 
 constexpr int64_t kMaxCodeBits = 16;
@@ -36,9 +37,10 @@ inline float Confidence(const float* factors, int64_t count, float gamma) {
 }
 
 // The K codes and scores of one token: the first value of a chunk is the high bit, and
-// zero (of either sign) counts as set.
+// zero (of either sign) counts as set. Those of the second row go `second` further.
 inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num_tables,
-                      const Hash& hash, int32_t* codes, float* scores) {
+                      const Hash& hash, int64_t second, int32_t* codes,
+                      float* scores) {
   constexpr int64_t kBlock = 32;  // chunks
   float factors[kBlock * kMaxCodeBits];
   const int64_t bits = hash.code_bits;
@@ -50,13 +52,20 @@ inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num
       const float* z = block + k * bits;
       int32_t code = 0;
       float length = 0;
+      int64_t least = 0;
       for (int64_t i = 0; i < bits; ++i) {
         code = 2 * code + (z[i] >= 0);
         length += std::abs(z[i]);
+        if (std::abs(z[i]) < std::abs(z[least])) least = i;
       }
       const float confidence = Confidence(factors + k * bits, bits, hash.gamma);
+      const float score = hash.power ? length * confidence : confidence;
       codes[k0 + k] = code;
-      scores[k0 + k] = hash.power ? length * confidence : confidence;
+      scores[k0 + k] = score;
+      if (!hash.two_rows) continue;
+      const float factor = std::exp(-hash.gamma * hash.beta * std::abs(z[least]));
+      codes[second + k0 + k] = code ^ (1 << (bits - 1 - least));
+      scores[second + k0 + k] = score * factor;
     }
   }
 }
@@ -66,8 +75,10 @@ template <class T, class Pool>
 void MemoryLayer(const Shape& shape, const T* tables, const float* scales, const float* x,
                  const float* bias, const Hash& hash, float* y, Pool& pool) {
   const auto [N, K, C, F] = shape;
-  const Scratch codes_memory(N * K * sizeof(int32_t));
-  const Scratch scores_memory(N * K * sizeof(float));
+  const int64_t rows = hash.two_rows ? 2 : 1;
+  const Scratch codes_memory(rows * N * K * sizeof(int32_t));
+  const Scratch scores_memory(rows * N * K * sizeof(float));
+  const Scratch sums_memory(hash.two_rows ? 2 * N * F * sizeof(float) : 0);
   auto* codes = codes_memory.As<int32_t>();
   auto* scores = scores_memory.As<float>();
   const OnePlusExpKernel one_plus_exp = ChooseOnePlusExp();
@@ -75,9 +86,14 @@ void MemoryLayer(const Shape& shape, const T* tables, const float* scales, const
   const int64_t parts = CeilDivide(N, 8);
   ParallelFor(pool, AvailableThreads(), parts, [&](int64_t part) {
     for (int64_t n = 8 * part; n < std::min<int64_t>(N, 8 * part + 8); ++n)
-      HashToken(one_plus_exp, x + n * width, K, hash, codes + n * K, scores + n * K);
+      HashToken(one_plus_exp, x + n * width, K, hash, N * K, codes + n * K,
+                scores + n * K);
   });
-  Forward(Operands<T>{shape, tables, scales, codes, scores}, y, pool);
+  auto* sums = hash.two_rows ? sums_memory.As<float>() : y;
+  const Shape read{rows * N, K, C, F};
+  Forward(Operands<T>{read, tables, scales, codes, scores}, sums, pool);
+  if (hash.two_rows)
+    for (int64_t i = 0; i < N * F; ++i) y[i] = sums[i] + sums[N * F + i];
   if (bias == nullptr) return;
   for (int64_t n = 0; n < N; ++n)
     for (int64_t f = 0; f < F; ++f) y[n * F + f] += bias[f];

@@ -103,7 +103,8 @@ const float* OrNull(const Floats& floats) {
 }
 
 ffi::Error LayerCall(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer tables, Floats scales,
-                     Floats bias, Floats knobs, bool power, ffi::Result<Floats> y) {
+                     Floats bias, Floats knobs, bool power, bool two_rows,
+                     ffi::Result<Floats> y) {
   const auto d = x.dimensions(), t = tables.dimensions(), o = y->dimensions();
   const int64_t rows = t.size() == 3 ? t[0] * t[1] : -1;
   if (t.size() != 3 || d.size() != 2 || o.size() != 2 || o[0] != d[0] || o[1] != t[2] ||
@@ -113,7 +114,8 @@ ffi::Error LayerCall(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer tables, Floa
   const int64_t bits = d[1] / t[0];
   if (bits < 1 || bits > memoryformer::kMaxCodeBits || int64_t{1} << bits != t[1])
     return Invalid("memory layer: tables must have 2^tau rows, tau <= 16");
-  const memoryformer::Hash hash{bits, power, knobs.typed_data()[0], knobs.typed_data()[1]};
+  const float* beta_gamma = knobs.typed_data();
+  const memoryformer::Hash hash{bits, power, beta_gamma[0], beta_gamma[1], two_rows};
   const memoryformer::Shape shape{d[0], t[0], t[1], t[2]};
   const auto run = [&](auto* rows, const float* row_scales) {
     return Guarded([&] {
@@ -180,6 +182,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_memory_layer, LayerCall,
                                   .Arg<Floats>()          // bias [F], or empty
                                   .Arg<Floats>()          // beta, gamma
                                   .Attr<bool>("power")
+                                  .Attr<bool>("two_rows")
                                   .Ret<Floats>());        // y [N, F]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_matrix_product, ProductCall,

@@ -1,0 +1,89 @@
+"""A training step of each variant of `configs/studies.py`, in turns: what a variant costs.
+
+    python -m benchmarks.variants
+    python -m benchmarks.variants --cores=1 --clock=cpu --steps=20    # on a busy machine
+
+Every variant takes a step on the same batch before any takes the next. Ratios are to the first
+variant, the published layer, of the medians of the steps; the first step, which compiles, is
+left out. Bytes and FLOPs are `accounting.count`'s. Losses are finite, or it ends.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import statistics
+
+from benchmarks import timing, train_step
+from memoryformer import accounting
+from memoryformer.sweep import points
+
+CONFIG = "configs/studies.py"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Time the steps in turns; print and write a row for each variant."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="mini", help="argument of configs/studies.py")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--cores", type=int, default=0, help="0: all")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--output", type=pathlib.Path, default="variants.json")
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        raise SystemExit(f"--steps={args.steps}: quartiles need two or more.")
+    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    runs = variants(args.size)
+    steps = {name: train_step.make_step(run, "auto") for name, run in runs.items()}
+    seconds = in_turns(steps, runs, args.steps, timing.CLOCKS[args.clock])
+    first = statistics.median(next(iter(seconds.values())))
+    rows = {name: _row(runs[name], seconds[name], first) for name in runs}
+    facts = {"cores": len(cores), "clock": args.clock, "load": os.getloadavg()[0]}
+    result = {"variants": rows, **facts}
+    print(json.dumps(result, indent=2))
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def variants(size: str) -> dict:
+    """{variant: run} of the sweep `variants`, each at its first learning rate."""
+    path = pathlib.Path(__file__).parent.parent / CONFIG
+    sweep = points.expand(f"{path}:{size}".rstrip(":"), ["variants"], "runs")
+    runs: dict = {}
+    for point in sweep.points:
+        runs.setdefault(point.variant.rpartition(", lr=")[0], point.run)
+    return runs
+
+
+def in_turns(steps, runs, count, clock) -> dict[str, list[float]]:
+    """Seconds of each step of each variant, without the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(count + 1):
+        for name, step in steps.items():
+            run = runs[name]
+            batch = train_step.make_batch(run.model, run.train.batch_size, i)
+            start = clock()
+            loss = float(step(batch))
+            if i:
+                seconds[name].append(clock() - start)
+            if not math.isfinite(loss):
+                raise AssertionError(f"{name}: the loss of step {i} is {loss}")
+    return seconds
+
+
+def _row(run, seconds, first):
+    counted = accounting.count(run.model)
+    return {
+        "milliseconds": [1e3 * q for q in timing.quartiles(seconds)],
+        "times_the_first": round(statistics.median(seconds) / first, 3),
+        "table_bytes_read_per_token": counted.table_bytes_read_per_token,
+        "decode_bytes_per_token": counted.decode_bytes_per_token,
+        "training_flops_per_token": counted.training_flops_per_token,
+        "parameters": counted.parameters.total,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Variants of the published model: two rows read, rows of n-grams; each against the oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import toy
+
+from memoryformer import accounting, convert, errors, model
+from memoryformer.cim import energy
+from memoryformer.convert import reference_reader
+from memoryformer.model import mixers, narrow, parts
+from memoryformer.ops import ngrams as ngrams_ops
+
+BOTH = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3}
+
+
+@pytest.fixture(scope="module")
+def example():
+    """A model with both, its parameters, a packed batch, its logits by the oracle."""
+    config = toy.model_config(projection_options=BOTH, lookup="xla")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: 0.5 * rng.normal(size=x.shape).astype(x.dtype),
+        toy.numpy_params(config),
+    )
+    batch = toy.batch(config, batch_size=4)
+    names = ("inputs", "positions", "segment_ids")
+    expected = oracle.transformer(config, params, *(batch[name] for name in names))
+    return config, params, batch, expected
+
+
+def read(config, params, batch):
+    """Logits of the real tokens."""
+    seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
+    forward = toy.quick_jit(lambda p, t: model.merge(config, p)(t, seq)[0])
+    return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
+
+
+def test_the_model_is_the_oracles(example):
+    """Documents of a packed batch, int8 tables and the count of parameters.
+
+    Mutations: positions left out of `whole`; orders swapped; `rows_read` not passed on to the
+    layers, or to the narrow ones; (N - 1) R left out of `accounting`.
+    """
+    config, params, batch, expected = example
+    wanted = expected[batch["segment_ids"] > 0]
+    np.testing.assert_allclose(read(config, params, batch), wanted, atol=2e-5)
+    kinds = narrow.WeightKinds("int8", "int8", "int8")
+    stored = narrow.prepare(config, params, kinds)
+    rounded = narrow.round_weights(config, params, kinds)
+    np.testing.assert_allclose(
+        read(config, stored, batch), read(config, rounded, batch), atol=2e-5
+    )
+    counted = accounting.count(config)
+    assert counted.parameters.total == sum(x.size for x in jax.tree.leaves(params))
+    plain = accounting.count(toy.model_config())
+    rows = 2 * plain.table_bytes_read_per_token + 2 * 2 * config.embed_dim
+    assert counted.table_bytes_read_per_token == rows
+    assert counted.decode_bytes_per_token == (
+        rows + counted.dense_bytes + counted.decode_state_bytes
+    )
+    assert counted.block.projections_exact == 2 * plain.block.projections_exact
+
+
+def test_decoding_in_pieces_is_one_pass(example):
+    """By 1, 3, 1 and 4 tokens. Mutations: `last` of the new tokens alone; the state's
+    tokens in the wrong order.
+    """
+    config, params, *_ = example
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9), np.int32)
+    one = (np.tile(np.arange(9), (2, 1)), np.ones((2, 9), int))
+    whole = oracle.transformer(config, params, tokens, *one)
+    state, found = model.merge(config, params).init_state(2, 12), []
+    step = toy.quick_jit(lambda tokens, *s: model.merge(config, params)(tokens, *s))
+    for start, size in ((0, 1), (1, 3), (4, 1), (5, 4)):
+        part = jnp.asarray(tokens[:, start : start + size])
+        seq = mixers.SeqInfo.of_tokens(part)
+        logits, state = step(part, seq._replace(positions=seq.positions + start), state)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=2e-5)
+
+
+def test_buckets_are_the_documented_ones():
+    """Of Python's whole numbers; nothing before a document's start.
+
+    Mutations: the order left out of the first value; a shift of 15; the oldest token last.
+    """
+    tokens = np.random.default_rng(0).integers(0, 50_000, (3, 8)).astype(np.int32)
+    nothing = jnp.full((3, 2), ngrams_ops.NOTHING, jnp.int32)
+    for order in (2, 3):
+        found = np.asarray(ngrams_ops.buckets(jnp.asarray(tokens), nothing, order, 97))
+        for b, i in np.ndindex(3, 8 - order + 1):
+            words = [int(t) for t in tokens[b, i : i + order]]
+            assert found[b, i + order - 1] == oracle.ngram_bucket(words, 97)
+        positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3]] * 3)
+        whole = ngrams_ops.whole(jnp.asarray(tokens), nothing, positions, order)
+        assert np.asarray(whole)[0].tolist() == [
+            p >= order - 1 for p in positions[0].tolist()
+        ]
+
+
+def test_an_export_and_its_reader(example, tmp_path):
+    """The same numbers in numpy alone. Mutation: any half of either variant left out there."""
+    config, params, *_ = example
+    convert.save_export(tmp_path, config, params)
+    again, stored = convert.load_export(tmp_path)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, stored, params)
+    tokens = np.arange(12)[None] % 13
+    one = (np.arange(12)[None], np.ones((1, 12), int))
+    expected = oracle.transformer(config, params, tokens, *one)
+    found = reference_reader.load(tmp_path).logits(tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_gradients_reach_what_was_read(example):
+    """And no other row of an n-gram. Mutation: no gradient to the rows."""
+    config, params, batch, _ = example
+    seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
+
+    def total(rows):
+        layer = model.merge(config, params | {"ngrams": {"rows": rows}}).ngrams
+        return jnp.sum(layer(jnp.asarray(batch["inputs"]), seq)[0])
+
+    gradient = np.asarray(jax.grad(total)(jnp.asarray(params["ngrams"]["rows"])))
+    counts = np.zeros(14)
+    for b, i in np.ndindex(*batch["inputs"].shape):
+        for n in (2, 3):
+            if batch["positions"][b, i] >= n - 1 and i >= n - 1:
+                words = [int(t) for t in batch["inputs"][b, i - n + 1 : i + 1]]
+                counts[(n - 2) * 7 + oracle.ngram_bucket(words, 7)] += 1
+    np.testing.assert_allclose(gradient, np.tile(counts[:, None], 16), rtol=1e-6)
+
+
+def test_a_dense_model_may_have_rows_and_has_none_by_itself():
+    """Mutations: an option of memory layers only; rows of order 3 whatever is asked."""
+    assert "ngrams" not in toy.numpy_params(toy.model_config("dense"))
+    options = {"ngram_rows": 5, "ngram_order": 4}
+    params = toy.numpy_params(toy.model_config("dense", projection_options=options))
+    assert params["ngrams"]["rows"].shape == (15, 16)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rows_read": 3}, r"rows_read=3: must be 1 or 2"),
+        ({"ngram_order": 1}, r"ngram_order=1: must be"),
+        ({"ngram_rows": -1}, r"ngram_rows=-1: must be"),
+    ],
+)
+def test_mistakes_are_one_line(fields, message):
+    """Mutation: any check left out."""
+    with pytest.raises(errors.ConfigError, match=message) as caught:
+        toy.model_config(projection_options=fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_knows_one_row_refuses_two():
+    """And a score without a probability has none to weigh it by.
+
+    Mutation: any refusal left out.
+    """
+    two = toy.model_config(projection_options={"rows_read": 2})
+    with pytest.raises(errors.ConfigError, match="rows_read=2: the energy of a token"):
+        energy.per_token(two, "edram")
+    with pytest.raises(errors.ConfigError, match="rows_read"):
+        parts.check_one_row(two, "memorise")
+    parts.check_one_row(toy.model_config("dense"), "memorise")
+    with pytest.raises(errors.ConfigError, match="'l1' has no probability"):
+        dataclasses.replace(two, score="l1")
