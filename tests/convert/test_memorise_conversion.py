@@ -23,9 +23,8 @@ DENSE = {
     "model.output_projection": True,
     "model.ffn_activation": "gelu",
     "model.residual": "parallel",
-    **{
-        f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "output", "head")
-    },
+    **{f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "head")},
+    "model.projection_options.output_std": 0.4,
 }
 ALL = Options(parts="qkv,output,ffn", bits="4", tokens=2048, eval_batches=0)
 
@@ -77,9 +76,10 @@ def test_the_flags_that_train_on(dense, converted):
     workdir, told = converted
     words = [w.removeprefix("--config.") for w in shlex.split(told["go_on_with"])]
     fields = dict(word.split("=", 1) for word in words)
-    fields["model.projection_options.memory_bias"] = (
-        fields["model.projection_options.memory_bias"] == "True"
-    )
+    for name, read in (("memory_bias", bool), ("output_std", float)):
+        fields[f"model.projection_options.{name}"] = read(
+            fields[f"model.projection_options.{name}"]
+        )
     config = toy.run_config(dense.parent, **DENSE)
     config_lib.override(config, fields)
     run, _, _ = experiment.load(workdir)
