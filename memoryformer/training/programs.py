@@ -50,14 +50,16 @@ def program(run: experiment.Experiment) -> Any:
     """Return what a run's compiled functions depend on: equal for runs that share them.
 
     Seed, peak learning rate and weight decay are left out: they are inputs. So is what of
-    `train` changes nothing: it is the loop's, but for the teacher.
+    `train` changes nothing: it is the loop's. Where the teacher lies does not count, that
+    there is one does.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
     loops: dict[str, Any] = {
         item.name: item.default
         for item in dataclasses.fields(run.train)
-        if item.metadata["changes"] == "nothing" and item.name != "teacher"
+        if item.metadata["changes"] == "nothing"
     }
+    loops["teacher"] = run.train.teacher and "some"
     return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 
 
