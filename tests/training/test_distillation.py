@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import toy
 
-from memoryformer import data, model, sharding
+from memoryformer import accounting, data, model, sharding
 from memoryformer.convert import transfer
+from memoryformer.dryrun import examine
 from memoryformer.errors import ConfigError, Preempted, StorageError
 from memoryformer.model import distillation
-from memoryformer.runs import metrics
+from memoryformer.runs import metrics, state_spec
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop, programs, trainable
 from memoryformer.training import step as step_lib
@@ -171,6 +172,24 @@ def test_what_is_not_trained_stays_bit_for_bit(folder, straight):
     assert len(parameters) == len(before)  # and none of the teacher's
 
 
+def test_an_imported_step_begins_a_run(folder):
+    """What is read of it is a fresh state with its parameters.
+
+    Mutations: ones for zeros; the parameters left zero.
+    """
+    run = experiment.resolve(config_of(folder))
+    made = sharding.make("single")
+    _, abstract = programs.init_state(run, made, programs.check_fit(run, made))
+    params = run_steps.load(folder / "stopped", 0)[1]
+    ours = state_spec.begun(abstract, params)
+    wanted = step_lib.new_state(run, jax.tree.map(jnp.asarray, params))
+    assert jax.tree.structure(ours) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+    assert [x.dtype for x in jax.tree.leaves(ours)] == [
+        x.dtype for x in jax.tree.leaves(wanted)
+    ]
+
+
 def test_a_teacher_is_learnt_from(straight):
     """The divergence falls, and is told beside the loss. Mutation: not told."""
     rows = [row for row in metrics.read(straight) if "train/loss" in row]
@@ -298,6 +317,27 @@ def test_paths_that_are_trained(folder):
     trained, _ = trainable.split(run, model.param_specs(run.model))
     assert set(trained["blocks"]["0"]) == {"ffn"}
     assert set(trained["blocks"]["0"]["ffn"]) == {"up", "norm", "down"}
+
+
+def test_what_a_dry_run_counts(folder):
+    """The teacher's parameters and its forward pass; gradients and moments of what is trained.
+
+    Mutations: the teacher three times; gradients of all parameters; no teacher.
+    """
+    run = experiment.resolve(config_of(folder))
+    report = examine.examine(run, "cpu", "none")
+    trained, _ = trainable.split(run, jax.eval_shape(lambda: model.init(run.model)))
+    size = sum(x.size for x in jax.tree.leaves(trained))
+    teacher = teacher_lib.config_of(run)
+    cost, theirs = accounting.count(run.model), accounting.count(teacher)
+    assert report.gradient_bytes == 4 * size
+    history = 4 * (2 * run.train.spikes_options.window + 1)
+    assert report.optimizer_bytes == 8 * size + 4 + history
+    assert report.teacher_bytes == 4 * theirs.parameters.total
+    flops = cost.training_flops_per_token + theirs.flops_per_token
+    assert report.training_flops_per_token == flops
+    with pytest.raises(ConfigError, match="--compile=blocks: the blocks of model"):
+        examine.examine(run, "cpu", "blocks")
 
 
 @pytest.mark.slow
