@@ -1,5 +1,6 @@
 """A teacher in the step: the objective and its gradient, resumed, frozen, refused."""
 
+import json
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import toy
 
 from memoryformer import accounting, data, model, sharding
+from memoryformer.accounting import __main__ as accounting_command
 from memoryformer.convert import transfer
 from memoryformer.dryrun import examine
 from memoryformer.errors import ConfigError, Preempted, StorageError
@@ -319,7 +321,7 @@ def test_paths_that_are_trained(folder):
     assert set(trained["blocks"]["0"]["ffn"]) == {"up", "norm", "down"}
 
 
-def test_what_a_dry_run_counts(folder):
+def test_what_a_dry_run_counts(folder, capsys):
     """The teacher's parameters and its forward pass; gradients and moments of what is trained.
 
     Mutations: the teacher three times; gradients of all parameters; no teacher.
@@ -338,6 +340,14 @@ def test_what_a_dry_run_counts(folder):
     assert report.training_flops_per_token == flops
     with pytest.raises(ConfigError, match="--compile=blocks: the blocks of model"):
         examine.examine(run, "cpu", "blocks")
+    words = [f"--config={toy.config_file(folder)}", "--json"]
+    words += [f"--config.train.teacher={folder / 'teacher'}"]
+    with pytest.raises(SystemExit) as ended:
+        accounting_command.main(["accounting", *words])
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)["teacher"]
+    assert told["parameters"]["total"] == theirs.parameters.total
+    assert told["flops_per_token"] == theirs.flops_per_token
 
 
 @pytest.mark.slow
