@@ -30,7 +30,7 @@ def get_config(projection: str = "memory") -> ml_collections.ConfigDict:
     if projection == "dense":
         model.output_projection = True
         model.ffn_activation = "gelu"
-        model.output_std = 0.02 / (2 * model.num_layers) ** 0.5
+        model.projection_options.output_std = 0.02 / (2 * model.num_layers) ** 0.5
 
     config.data.source = "stdlib"
     config.data.tokenizer = "bpe:4096"

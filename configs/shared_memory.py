@@ -46,7 +46,8 @@ def get_config(task: str = "texts") -> ml_collections.ConfigDict:
     model.ffn_activation = "gelu"
     model.rotary_fraction = 1.0
     model.embed_std = 0.5
-    model.mixer_std = model.ffn_std = model.output_std = 0.1
+    model.mixer_std = model.ffn_std = 0.1
+    model.projection_options.output_std = 0.1
 
     section = config.task
     section.num_steps = num_steps

@@ -187,7 +187,7 @@ def _against_dense(
         "model.embed_dim": width,
         "model.num_layers": layers,
         "model.num_heads": heads,
-        "model.output_std": 0.02 / (2 * layers) ** 0.5,
+        "model.projection_options.output_std": 0.02 / (2 * layers) ** 0.5,
     }
     memory_rates = [SIZES[size][1] * part / 3 for part in (3, 2, 4)]  # as in Table 4
     sides = (("memory", memory, memory_rates), ("dense", dense, DENSE_RATES[size]))

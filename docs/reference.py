@@ -53,7 +53,9 @@ def _table(cls, prefix, metadata):
         for name, choice in (field.metadata.get("options") or {}).items():
             options = config.options_class(choice)
             if dataclasses.fields(options):
-                lines += [f"### `{prefix}.{field.name}` of `{name}`", ""]
+                chooser = field.name.removesuffix("_options")
+                of = f"any `{chooser}`" if name == config.ANY else f"`{name}`"
+                lines += [f"### `{prefix}.{field.name}` of {of}", ""]
                 lines += _table(options, f"{prefix}.{field.name}", {})
     return lines
 

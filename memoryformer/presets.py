@@ -72,7 +72,7 @@ def pythia(size: str) -> ml_collections.ConfigDict:
     model.ffn_activation = "gelu"
     model.output_projection = True
     model.ffn_std = model.mixer_std
-    model.output_std = model.head_std
+    model.projection_options.output_std = model.head_std
     config.optimizer.learning_rate = learning_rate
     return config
 
@@ -92,7 +92,8 @@ def set_recall_trunk(model: ml_collections.ConfigDict) -> None:
     model.output_projection = True
     model.rotary_fraction = 1.0
     model.embed_std = 1.0
-    model.mixer_std = model.ffn_std = model.output_std = 0.1
+    model.mixer_std = model.ffn_std = 0.1
+    model.projection_options.output_std = 0.1
 
 
 def mixer_settings() -> dict[str, dict[str, Any]]:

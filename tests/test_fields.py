@@ -39,7 +39,6 @@ MODEL = {
     "head_std": 0.02,
     "mixer_std": 0.02,
     "ffn_std": 0.02,
-    "output_std": 0.02,
     "causal": True,
     "dtype": "float32",
 }
@@ -50,7 +49,7 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "memory_bias": False,
         "bias_std": 0.0,
     },
-    ("projection", "dense"): {"ffn_multiple": 4},
+    ("projection", "dense"): {"ffn_multiple": 4, "output_std": 0.02},
     ("mixer", "softmax"): {
         "attention": "xla",
         "logit_transform": "none",

@@ -43,15 +43,15 @@ def model_config(projection="memory", **fields):
         "rotary_fraction": 0.5,
         "mixer_std": 0.5,
         "ffn_std": 0.3,
-        "output_std": 0.3,
         "embed_std": 1.0,
         "head_std": 0.5,
     }
     options = {"extra_bits": 1, "memory_bias": True, "bias_std": 0.3}
-    if projection != "memory":
-        sizes |= PYTHIA_BLOCK
     if projection == "dense":
         options = {}
+    if projection != "memory":
+        sizes |= PYTHIA_BLOCK
+        options |= {"output_std": 0.3}
     options |= fields.pop("projection_options", {})
     sizes |= {"projection": projection, "projection_options": options}
     return ModelConfig(**(sizes | fields))

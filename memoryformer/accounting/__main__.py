@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from memoryformer import accounting, cli, errors
+from memoryformer.files import paths
 from memoryformer.model import ModelConfig
+from memoryformer.runs import steps
 
 
 def define_flags() -> None:
@@ -26,17 +28,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str]) -> None:
-    """Print what the model of `--config` costs."""
+    """Print what the model of `--config` costs, and its teacher."""
     cli.check_arguments(argv, config=flags.FLAGS.config)
     section = flags.FLAGS.config.get("model")
     if section is None:
         raise errors.ConfigError("config.model: missing; the config has no model.")
     model = ModelConfig.from_config(section)
     costs = accounting.count(model, value_bytes=flags.FLAGS.value_bytes)
-    if flags.FLAGS.json:
-        print(json.dumps(dataclasses.asdict(costs), indent=2))
-    else:
-        print(accounting.table(costs))
+    fields, text = dataclasses.asdict(costs), accounting.table(costs)
+    if folder := dict(flags.FLAGS.config.get("train", {})).get("teacher"):
+        stored = steps.facts(paths.local(folder, "train.teacher"))["config"]
+        teacher = ModelConfig.from_config(stored["model"])
+        costs = accounting.count(teacher, value_bytes=flags.FLAGS.value_bytes)
+        fields["teacher"] = dataclasses.asdict(costs)
+        text += f"\n\nthe teacher, of which training runs the forward pass: {folder}\n"
+        text += accounting.table(costs)
+    print(json.dumps(fields, indent=2) if flags.FLAGS.json else text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Modules: `sections` (a section is checked), `fields` (what a field says of itsel
 """
 
 from memoryformer.config.fields import (
+    ANY,
     CHANGES,
     NoOptions,
     defaults,
@@ -22,6 +23,7 @@ from memoryformer.config.loading import explained, load, load_module, shipped
 from memoryformer.config.sections import at_least, build, choose, flatten, nest, suggest
 
 __all__ = [
+    "ANY",
     "CHANGES",
     "NoOptions",
     "at_least",

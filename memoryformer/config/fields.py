@@ -1,7 +1,8 @@
 """What a field of a config says of itself, and options that hang on another field.
 
 `source_options: Any = field(.., options=SOURCES)` holds the options of what `source` names.
-`SOURCES` maps each choice to a frozen dataclass, or to a class that has one as `Options`.
+`SOURCES` maps each choice to a frozen dataclass, or to a class that has one as `Options`. Where
+`source` is any text, a name of a file say, `ANY` stands for all but its default.
 Start at `field` and `freeze`.
 """
 
@@ -16,15 +17,19 @@ from ml_collections import config_dict
 from memoryformer.config import sections
 from memoryformer.errors import ConfigError
 
+ANY = "*"
 
-def defaults(cls: type) -> ml_collections.ConfigDict:
+
+def defaults(cls: type, *, hidden: bool = False) -> ml_collections.ConfigDict:
     """Return a section with every field of the dataclass `cls`, so that all can be set.
 
-    A required field is a placeholder: `build` asks for it.
+    A required field is a placeholder: `build` asks for it. hidden: with those that are no keys.
     """
     kinds = typing.get_type_hints(cls)
     section = ml_collections.ConfigDict()
     for field in dataclasses.fields(cls):
+        if not field.metadata.get("key", True) and not hidden:
+            continue
         if choices := field.metadata.get("options"):
             section[field.name] = _no_options(choices)
             continue
@@ -45,17 +50,19 @@ def field(
     *,
     doc: str = "",
     local: bool = False,
+    key: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a dataclass field that says what it means and what a change of it changes.
 
-    local: the processes of one run may differ in it. options: the field, `X_options`, holds
-    the options of one of these choices; which one, the field `X` says (`freeze`).
+    local: the processes of one run may differ in it. key: configs have it from the start (see
+    `defaults`). options: the field, `X_options`, holds the options of one of these choices;
+    which one, the field `X` says (`freeze`).
     """
     if changes not in CHANGES:
         raise ValueError(f"changes={changes!r}: one of {', '.join(CHANGES)}.")
     metadata = {"changes": changes, "local": local, "doc": doc, "options": options}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"key": key})
 
 
 def described(cls: type) -> dict[str, tuple[str, bool]]:
@@ -101,8 +108,12 @@ def freeze(section: Any, name: str) -> None:
     for item in fields.values():
         if kinds := item.metadata.get("options"):
             chooser = item.name.removesuffix("_options")
-            choice, known = getattr(section, chooser), (fields[chooser].default, *kinds)
-            sections.choose(choice, dict.fromkeys(known), f"{name}.{chooser}")
+            choice, default = getattr(section, chooser), fields[chooser].default
+            if ANY not in kinds:
+                known = dict.fromkeys((default, *kinds))
+                sections.choose(choice, known, f"{name}.{chooser}")
+            elif choice != default:
+                kinds = {**kinds, choice: kinds[ANY]}
             values = getattr(section, item.name)
             frozen = _frozen(kinds, choice, values, f"{name}.{item.name}")
             object.__setattr__(section, item.name, frozen)
@@ -131,6 +142,7 @@ def _frozen(kinds: Mapping[str, Any], choice: str, values: Any, name: str) -> An
             near = sections.suggest(key, known) if known else "; it has none"
             having = {k: vars(options_class(kinds[k])) for k in kinds}
             owners = [k for k in kinds if key in having[k]["__dataclass_fields__"]]
+            owners = [f"any {chooser}" if k == ANY else k for k in owners]
             of = f" (an option of {', '.join(owners)})" if owners else ""
             raise ConfigError(
                 f"{name}.{key}: {chooser}={choice!r} has no such option{of}{near}."

@@ -4,7 +4,6 @@ Start at `export_run` and `import_run`.
 """
 
 import dataclasses
-import itertools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -94,7 +93,8 @@ def import_run(
     else:
         dataset = data.load(run.data, expected_vocab_size=run.model.vocab_size)
         data_fingerprint, tokenizer = dataset.fingerprint, dataset.tokenizer
-        check_same_tokens(export.tokenizer_of(directory), tokenizer, directory)
+        theirs = export.tokenizer_of(directory)
+        run_tokenizer.check_same_tokens(theirs, tokenizer, directory)
     begin_run(workdir, run, params, data_fingerprint, tokenizer)
 
 
@@ -124,29 +124,7 @@ def begin_run(
     ) as checkpointer:
         run_tokenizer.keep(workdir, tokenizer, begun=False)
         checkpointer.save(0, state, wait=True)
-
-
-def check_same_tokens(
-    theirs: data.Tokenizer | None, ours: data.Tokenizer, directory: str | os.PathLike
-) -> None:
-    """Raise `ConfigError` if the tokens of a model are not those of the data.
-
-    Published files of one tokenizer differ in what makes no difference here, so bytes and
-    the end of a document are compared, not fingerprints.
-    """
-    if theirs is None:
-        return
-    pairs = enumerate(itertools.zip_longest(theirs.pieces, ours.pieces, fillvalue=b""))
-    differs = next((i for i, (old, new) in pairs if old != new), -1)
-    if differs >= 0 or theirs.eot_id != ours.eot_id:
-        what = f"token {differs} is" if differs >= 0 else "the end of a document is"
-        old, new = (
-            repr(t.piece(differs)) if differs >= 0 else t.eot_id for t in (theirs, ours)
-        )
-        raise ConfigError(
-            f"--config: data.tokenizer is not the tokenizer of {directory}: {what} {new}, "
-            f"there {old}."
-        )
+        checkpointer.amend(0, imported=True)  # no update was made under this config
 
 
 def fetch(source: str, revision: str = "") -> pathlib.Path:

@@ -8,6 +8,7 @@ Start at `load` (to read a run) and `keep` (to train).
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -100,6 +101,29 @@ def dataset(
     """The data that a checkpoint was trained on, wherever its tokenizer lies by now."""
     there = located(data_config, workdir)
     return data.find(there, facts["data_fingerprint"], vocab_size)
+
+
+def check_same_tokens(
+    theirs: data.Tokenizer | None, ours: data.Tokenizer, directory: str | os.PathLike
+) -> None:
+    """Raise `ConfigError` if the tokens of a model are not those of the data.
+
+    Published files of one tokenizer differ in what makes no difference here, so bytes and
+    the end of a document are compared, not fingerprints.
+    """
+    if theirs is None:
+        return
+    pairs = enumerate(itertools.zip_longest(theirs.pieces, ours.pieces, fillvalue=b""))
+    differs = next((i for i, (old, new) in pairs if old != new), -1)
+    if differs >= 0 or theirs.eot_id != ours.eot_id:
+        what = f"token {differs} is" if differs >= 0 else "the end of a document is"
+        old, new = (
+            repr(t.piece(differs)) if differs >= 0 else t.eot_id for t in (theirs, ours)
+        )
+        raise ConfigError(
+            f"--config: data.tokenizer is not the tokenizer of {directory}: {what} {new}, "
+            f"there {old}."
+        )
 
 
 def _is_there(spec: str) -> bool:

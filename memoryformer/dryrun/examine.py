@@ -29,9 +29,12 @@ from memoryformer.accounting import targets as targets_lib
 from memoryformer.accounting.targets import GIB
 from memoryformer.dryrun import advice, hlo_messages, jaxpr_messages, lowering
 from memoryformer.dryrun.report import Fit, Memory, Report, Verdict
+from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
+from memoryformer.model import parts as parts_lib
 from memoryformer.ops import collectives, lookup
-from memoryformer.training import experiment
+from memoryformer.training import experiment, trainable
+from memoryformer.training import teacher as teacher_lib
 
 HEADROOM = 0.95  # of a device's memory; the rest is the runtime's
 COMPILE = ("auto", "full", "blocks", "none")
@@ -78,7 +81,12 @@ def examine(
     with _timed(seconds, "lowering"):
         lowered = lowering.lower(step, sharding)
     if how == "auto":
-        how = "blocks" if run.model.num_layers > FEW_BLOCKS else "full"
+        alike = run.model.projection != "mixed"
+        how = "blocks" if alike and run.model.num_layers > FEW_BLOCKS else "full"
+    elif how == "blocks" and run.model.projection == "mixed":
+        raise ConfigError(
+            "--compile=blocks: the blocks of model.projection='mixed' differ; use full."
+        )
     compiled = Compiled(Verdict(Fit.NOT_COMPILED))
     with _timed(seconds, "compiling"):
         if how == "full":
@@ -132,8 +140,10 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     """What is known before anything is compiled."""
     model, train = run.model, run.train
     counted = accounting.count(model)
+    each = teacher_lib.training_flops_per_token(run)
+    taught = teacher_lib.abstract(teacher_lib.config_of(compiled_run), sharding)
     tokens = train.batch_size * model.seq_len
-    flops = counted.training_flops_per_token * tokens * train.num_steps
+    flops = each * tokens * train.num_steps
     peak = target.chip.matrix_flops
     params = lowering.device_bytes(state.params)
     # Tables are joined, and their gradients kept, in the type that layers read.
@@ -142,8 +152,11 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     )
     parts = sharding.axis_size(collectives.MODEL_AXIS)
     joined = sharding_lib.num_bytes(read) // parts
-    values = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    summed = 4 * values // parts  # over microbatches, in float32
+    trained, _ = trainable.split(run, read)
+    values = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+    gradients = 4 * values  # summed over microbatches in float32
+    if train.num_microbatches == 1:
+        gradients = sharding_lib.num_bytes(trained)
     fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
     mesh = lowering.mesh_shape(sharding)
     unknown: set[str] = set()
@@ -154,15 +167,16 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         mesh=mesh,
         num_devices=target.num_devices,
         parameters=dataclasses.asdict(counted.parameters),
-        training_flops_per_token=counted.training_flops_per_token,
+        training_flops_per_token=each,
         tokens_per_step=tokens,
         total_tokens=tokens * train.num_steps,
         device_hours_at_peak=flops / peak / 3600 if peak else 0.0,
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
+        teacher_bytes=lowering.device_bytes(taught),
         optimizer_bytes=lowering.device_bytes((state.opt_state, state.spikes)),
         gathered_bytes=joined if fsdp else 0,
-        gradient_bytes=joined if train.num_microbatches == 1 else summed,
+        gradient_bytes=gradients // parts,
         activation_bytes=lowering.activation_bytes(compiled_run, sharding),
         messages=messages,
         warnings=_not_counted(unknown),
@@ -201,7 +215,7 @@ def _compile_blocks(
     """Compile the step with one block and with two; extrapolate to all of them."""
     parts, unknown = [], set[str]()
     for layers in (1, 2):
-        model = dataclasses.replace(run.model, num_layers=layers)
+        model = parts_lib.first_layers(run.model, layers)
         small = dataclasses.replace(run, model=model)
         _, step = lowering.trace(small, sharding)
         part = _compile(lowering.lower(step, sharding), sharding)

@@ -4,7 +4,6 @@ The step is the very one that `training.loop` runs, for devices that are there, 
 `targets` that are not, or for an abstract mesh of any number. Start at `trace`.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +15,12 @@ from jax.sharding import NamedSharding
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.evaluation import loss as loss_lib
-from memoryformer.model import losses, mixers
+from memoryformer.model import losses, parts
 from memoryformer.ops import collectives
 from memoryformer.training import experiment
 from memoryformer.training import programs as programs_lib
 from memoryformer.training import step as step_lib
+from memoryformer.training import teacher as teacher_lib
 
 
 def device_sharding(
@@ -31,7 +31,7 @@ def device_sharding(
     A single device that is not this machine's gets a mesh of size 1: without one, jax would
     compile for the default device.
     """
-    striped = mixers.takes_any_order(run.model)
+    striped = teacher_lib.striped(run)
     sharding = sharding_lib.make(run.mesh, devices, striped=striped)
     if sharding.mesh is not None or isinstance(devices, range):
         return sharding
@@ -50,11 +50,13 @@ def trace(
     Raises `ConfigError` where run and mesh do not fit together.
     """
     # Outside the mesh: on devices that are not there, nothing can be computed.
-    programs = programs_lib.make(run, sharding)
+    teacher = teacher_lib.config_of(run)
+    programs = programs_lib.make(run, sharding, teacher=teacher)
     hyper = jax.eval_shape(lambda: step_lib.hyperparams(run))
+    taught = teacher_lib.abstract(teacher, sharding)
     with sharding.activate():
         traced = programs.train_step.trace(
-            programs.abstract, batch(run, sharding), hyper
+            programs.abstract, batch(run, sharding), hyper, *taught
         )
     return programs.abstract, traced
 
@@ -139,7 +141,7 @@ def _kept_bytes(
     run: experiment.Experiment, num_layers: int, batch: dict[str, jax.ShapeDtypeStruct]
 ) -> int:
     """Bytes of what `vjp` closes over, without the parameters themselves."""
-    model = dataclasses.replace(run.model, num_layers=num_layers)
+    model = parts.first_layers(run.model, num_layers)
     params = jax.eval_shape(lambda: model_lib.init(model))
 
     def backward(params, batch):

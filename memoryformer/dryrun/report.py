@@ -72,6 +72,7 @@ class Report:
     device_hours_at_peak: float  # if products alone took time, at the chip's bf16 peak
     checkpoint_bytes: int  # the whole state
     params_bytes: int
+    teacher_bytes: int  # parameters of `train.teacher`; 0 without one
     optimizer_bytes: int
     gathered_bytes: int  # parameters joined from `data` (FSDP), for a step
     gradient_bytes: int  # before they are summed over `data`
@@ -108,7 +109,14 @@ def describe(report: Report) -> str:
         )
         rows.append(("device hours at peak", hours))
     rows.append(("checkpoint", _bytes(report.checkpoint_bytes)))
-    for name in ("params", "optimizer", "gathered", "gradient", "activation"):
+    for name in (
+        "params",
+        "teacher",
+        "optimizer",
+        "gathered",
+        "gradient",
+        "activation",
+    ):
         size = getattr(report, f"{name}_bytes")
         rows.append((f"{name} bytes of a device", _bytes(size)))
     rows.append(("compiled for", report.compiled or "nothing"))

@@ -80,6 +80,11 @@ class DenseOptions(TokenOptions):
     ffn_multiple: int = field(
         "numbers", 4, doc="Hidden width of the feed-forward layer over D."
     )
+    output_std: float = field(
+        "numbers",
+        0.02,
+        doc="Of W_O and of the second feed-forward layer at first.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +181,11 @@ class ModelConfig:
     head_std: float = field("numbers", 0.02, doc="Of the head at first.")
     mixer_std: float = field("numbers", 0.02, doc="Of Q, K and V at first.")
     ffn_std: float = field("numbers", 0.02, doc="Of feed-forward layers at first.")
-    output_std: float = field(
-        "numbers",
-        0.02,
-        doc="Of W_O and of the second dense feed-forward layer at first.",
-    )
     causal: bool = field(
-        "numbers", True, doc="False: every token sees the whole document (encoders)."
+        "numbers",
+        True,
+        key=False,
+        doc="False: every token sees the whole document (encoders, of tasks).",
     )
     projection_options: Any = field(
         "numbers", None, doc="Options of the projection.", options=PROJECTIONS

@@ -22,20 +22,31 @@ def token_nats(
 ) -> Float[Array, "B L"]:
     """Return the nats of each target: float32 [B, L, V], int32 [B, L] -> [B, L]."""
     vocab_size = logits.shape[-1]  # this device's part
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    top = collectives.pmax(top, collectives.MODEL_AXIS)
-    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
-    log_total = jnp.log(collectives.psum(total, collectives.MODEL_AXIS)) + top
+    normalizer = log_total(logits)
 
     local = targets - vocab_size * collectives.axis_index(collectives.MODEL_AXIS)
     here = (local >= 0) & (local < vocab_size)
     index = jnp.clip(local, 0, vocab_size - 1)[..., None]
     chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
     chosen = collectives.psum(jnp.where(here, chosen, 0), collectives.MODEL_AXIS)
-    return log_total - chosen
+    return normalizer - chosen
+
+
+def log_total(logits: Float[Array, "B L V"]) -> Float[Array, "B L"]:
+    """log sum_v exp(logits[v]): float32 [B, L, V] -> [B, L]."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    top = collectives.pmax(top, collectives.MODEL_AXIS)
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    return jnp.log(collectives.psum(total, collectives.MODEL_AXIS)) + top
 
 
 Batch = Mapping[str, Array]
+
+
+def weighted(terms: Float[Array, "B L"], batch: Batch) -> Float[Array, "B L"]:
+    """Times the batch's weights, and 0 where these are 0."""
+    # Not a product: padding must not turn 0 * inf into nan.
+    return jnp.where(batch["weights"] > 0, terms * batch["weights"], 0)
 
 
 def batch_nats(
@@ -51,6 +62,4 @@ def model_nats(model: model_lib.Transformer, batch: Batch) -> Array:
     """The same, of a merged model."""
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     logits, _ = model(batch["inputs"], seq)
-    nats = losses.token_nats(logits, batch["targets"])
-    # Not a product: padding must not turn 0 * inf into nan.
-    return jnp.where(batch["weights"] > 0, nats * batch["weights"], 0)
+    return weighted(losses.token_nats(logits, batch["targets"]), batch)

@@ -174,6 +174,15 @@ def mixed(config: "ModelConfig", blocks: Mapping[int, Parts]) -> "ModelConfig":
     return dataclasses.replace(config, projection="mixed", projection_options=options)
 
 
+def first_layers(config: "ModelConfig", count: int) -> "ModelConfig":
+    """Return the config of a model of the first `count` layers."""
+    options = config.projection_options
+    if config.projection == "mixed":
+        blocks = {i: of_layer(config, i) for i in range(min(count, config.num_layers))}
+        options = dataclasses.replace(options, parts=as_text(blocks, config))
+    return dataclasses.replace(config, num_layers=count, projection_options=options)
+
+
 def as_text(blocks: Mapping[int, Parts], config: "ModelConfig") -> str:
     """Say these parts of these layers; what is dense is left out."""
     layers: dict[tuple[str, Part], list[int]] = {}

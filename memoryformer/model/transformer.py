@@ -52,14 +52,14 @@ def make_projection(
       in_features: D.
       features: F, or several axes such as (3, D), which share one hash.
       output: the projection writes to the residual stream.
-      std: of the weights; 0 takes `mixer_std` (`output_std` if `output` and dense).
+      std: of the weights; 0 takes `mixer_std`, or `output_std` if `output` and dense.
       part: dense or memory, and how; None is as `projection` says.
       rngs: where the weights come from.
     """
     dtype = jnp.dtype(config.dtype)
-    part = part or parts.usual(config)
+    part, options = part or parts.usual(config), config.projection_options
     if part.kind == "dense":
-        default = config.output_std if output else config.mixer_std
+        default = options.output_std if output else config.mixer_std
         return layers.Dense(
             in_features,
             features,
@@ -68,7 +68,6 @@ def make_projection(
             dtype=dtype,
             rngs=rngs,
         )
-    options = config.projection_options
     return layers.MemoryLayer(
         in_features,
         features,

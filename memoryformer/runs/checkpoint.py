@@ -44,7 +44,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 class Checkpointer:
     """Save and restore the training state of one run; a context manager.
 
-    `run_config`, `data_fingerprint` and `tokenizer` are stored with every step, and a step
+    `run_config`, the fingerprints and `tokenizer` are stored with every step, and a step
     written under others is refused unless `allow` names the fields that differ (see
     `compatibility`). `complete` adds to a stored config the fields that are younger than it;
     `absent_params` returns the parameters that a step was written without, by what its
@@ -59,6 +59,7 @@ class Checkpointer:
         *,
         run_config: Mapping[str, Any],
         data_fingerprint: str,
+        teacher_fingerprint: str = "",
         tokenizer: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
@@ -69,6 +70,7 @@ class Checkpointer:
         self._facts = {
             "config": compatibility.plain(run_config),
             "data_fingerprint": data_fingerprint,
+            "teacher_fingerprint": teacher_fingerprint,
             "tokenizer": tokenizer,
             "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
         }
@@ -249,10 +251,15 @@ class Checkpointer:
         if processes.from_chief(bool(problem)):
             self._damaged.add(step)
             raise manifest.DamagedError(problem or f"{target}: found by process 0.")
-        absent = self._absent_params(self.facts(step))
+        facts = self.facts(step)
+        absent = self._absent_params(facts)
         saved_state = state_spec.without(abstract_state, absent)
         self._compare(step, saved_state)
-        state = orbax_files.restore(self._manager, step, saved_state)
+        if facts.get("imported"):
+            params = run_steps.read_params(target, facts)
+            state = state_spec.begun(saved_state, params)
+        else:
+            state = orbax_files.restore(self._manager, step, saved_state)
         self._current = step
         return state_spec.filled(state, absent, abstract_state)
 
@@ -287,4 +294,7 @@ class Checkpointer:
         if changes:
             processes.say(f"checkpoint {step}: going on under a changed config:")
             processes.say(compatibility.describe(changes))
-        state_spec.compare(facts["leaves"], state_spec.describe(abstract_state), step)
+        leaves, wanted = facts["leaves"], state_spec.describe(abstract_state)
+        if facts.get("imported"):
+            leaves, wanted = (state_spec.of_params(x) for x in (leaves, wanted))
+        state_spec.compare(leaves, wanted, step)

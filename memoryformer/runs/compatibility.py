@@ -69,13 +69,20 @@ def check_facts(
 ) -> Drift:
     """Compare what was written beside a step with what this run would write.
 
-    Config, data and tokenizer; returns and raises as `check` and `check_tokenizer`.
+    Config, data, teacher and tokenizer; returns and raises as `check` and `check_tokenizer`.
+    How an imported model is trained is free: no update was made.
     """
     check_tokenizer(saved.get("tokenizer"), new["tokenizer"], step)
     old, now = (
-        {**facts["config"], "data_fingerprint": facts["data_fingerprint"]}
+        {
+            **facts["config"],
+            "data_fingerprint": facts["data_fingerprint"],
+            "teacher_fingerprint": facts.get("teacher_fingerprint", ""),
+        }
         for facts in (saved, new)
     )
+    if saved.get("imported"):
+        allow = {*allow, "train.*", "optimizer.*", "teacher_fingerprint"}
     return check(old, now, allow)
 
 

@@ -51,6 +51,7 @@ PROJECTION_OPTIONS = _moved(
     memory_bias=("memory",),
     bias_std=("memory",),
     ffn_multiple=("dense",),
+    output_std=("dense", "mixed"),
 )
 SOURCE_OPTIONS = _moved(
     name=("tfds",),

@@ -56,6 +56,26 @@ def nested(described: Iterable[Leaf], root: str) -> dict[str, Any]:
     return tree
 
 
+def of_params(described: Iterable[Leaf]) -> list[Leaf]:
+    """Return the leaves that are parameters."""
+    return [leaf for leaf in described if leaf[0][0] == "params"]
+
+
+def begun(abstract_state: Any, params: Params) -> Any:
+    """Return the state of step 0 with these parameters, placed as `abstract_state` says.
+
+    All else is zero then: the step, moments, the history of spikes.
+    """
+
+    def placed(x, value):
+        return jax.device_put(value, orbax_files.abstract(x).sharding)
+
+    zeros = jax.tree.map(
+        lambda x: placed(x, np.zeros(x.shape, x.dtype)), abstract_state
+    )
+    return zeros._replace(params=jax.tree.map(placed, abstract_state.params, params))
+
+
 def without(state: Any, absent: Params) -> Any:
     """Return a state without these parameters; as it is if there are none."""
     if not absent:

@@ -29,9 +29,14 @@ def load(
     """
     target = existing(_folder(workdir), step)
     facts = manifest.verify(target)
+    params = read_params(target, facts)
+    return ml_collections.ConfigDict(_tuples(facts["config"])), params
+
+
+def read_params(target: pathlib.Path, facts: dict[str, Any]) -> Params:
+    """Read the parameters alone of a step's directory, as numpy arrays; facts: its manifest's."""
     abstract = state_spec.nested(facts["leaves"], "params")
-    restored = orbax_files.read(target, abstract, partial_restore=True)
-    return ml_collections.ConfigDict(_tuples(facts["config"])), restored["params"]
+    return orbax_files.read(target, abstract, partial_restore=True)["params"]
 
 
 def facts(workdir: str | os.PathLike, step: int | None = None) -> dict[str, Any]:

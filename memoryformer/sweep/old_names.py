@@ -1,6 +1,7 @@
 """The digests that a point's directory had before fields became options of a choice.
 
-Finished points of older sweeps are found under them. Start at `spellings`.
+Finished points of older sweeps are found under them, and under the digest of today where only
+fields were added (`without_later_fields`). Start at `spellings`.
 """
 
 import dataclasses
@@ -12,6 +13,31 @@ from memoryformer.runs import old_configs
 from memoryformer.training import experiment
 
 _NESTED_FIRST = ("model.mixer", "model.recurrence")
+_NESTED_LAST = "output_std"  # of projection_options
+# What they were before there were such fields.
+_LATER_FIELDS = {
+    "train.teacher": "",
+    "train.teacher_options": {},
+    "train.trainable": "all",
+}
+
+
+def without_later_fields(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out fields that older code had not, where they are as it was without them."""
+    return {
+        key: value
+        for key, value in named.items()
+        if key not in _LATER_FIELDS or value != _LATER_FIELDS[key]
+    }
+
+
+def last_spelling(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that name a point, of a task too, as the code of before had them."""
+    option, fields = f"model.projection_options.{_NESTED_LAST}", dict(named)
+    default = _field(_kinds("model.projection")["dense"], _NESTED_LAST).default
+    if "model.projection" in named:
+        fields[f"model.{_NESTED_LAST}"] = fields.pop(option, default)
+    return fields
 
 
 def spellings(named: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ from memoryformer.training import experiment
 PREFIX = "sweep_"
 LABEL = "label"
 DEFAULT_METRICS = ("val/bits_per_byte", "val/loss", "train/tokens_per_second")
-# Fields that change no number and yet name another experiment: what is measured, where the
-# text lies and what reads it, the only names that they have here.
-NAMING = ("eval.*", "data.path", "data.tokenizer", "data.end_token")
+# Fields that change no number and yet name another experiment: what is measured, where text
+# and teacher lie and what reads the text, the only names that they have here.
+NAMING = ("eval.*", "data.path", "data.tokenizer", "data.end_token", "train.teacher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,9 @@ def _digests(run: kinds.Run, overrides: Mapping[str, Any]) -> list[str]:
     flat = config_lib.flatten(compatibility.plain(kinds.as_dict(run)))
     text = _text(flat, overrides)
     fields = json.loads(text)
-    older = [] if kinds.is_task(run) else old_names.spellings(fields)
+    older = [old_names.last_spelling(fields)]
+    if not kinds.is_task(run):
+        older += old_names.spellings(fields)
     texts = [text, *(json.dumps(each, sort_keys=True) for each in older)]
     return [hashlib.sha256(t.encode()).hexdigest()[:8] for t in texts]
 
@@ -244,7 +246,7 @@ def _text(
 ) -> str:
     unnamed = (bookkeeping() - overrides.keys()) | set(without)
     named = {key: value for key, value in flat.items() if key not in unnamed}
-    return json.dumps(named, sort_keys=True)
+    return json.dumps(old_names.without_later_fields(named), sort_keys=True)
 
 
 def _refuse_twins(points: Sequence[Point]) -> None:

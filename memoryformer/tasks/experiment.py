@@ -49,7 +49,7 @@ def default_config(name: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = config_lib.defaults(cls.Options)
     config.task.name = name
-    config.model = config_lib.defaults(cls.Model)
+    config.model = config_lib.defaults(cls.Model, hidden=True)
     config.checkpoint = config_lib.defaults(CheckpointConfig)
     config.metrics = config_lib.defaults(MetricsConfig)
     return config

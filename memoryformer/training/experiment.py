@@ -30,6 +30,29 @@ from memoryformer.training import spikes as spikes_lib
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherOptions:
+    """What is learnt of a teacher; the equations are those of `model.distillation`."""
+
+    temperature: float = field(
+        "numbers", 1.0, doc="T, that softens both distributions."
+    )
+    weight: float = field(
+        "numbers", 1.0, doc="Of the divergence; the text's nats weigh 1 - weight."
+    )
+    hidden: float = field(
+        "numbers", 0.0, doc="Of the distance of what the head reads; 0: not looked at."
+    )
+
+    def __post_init__(self):
+        name = "train.teacher_options"
+        if self.temperature <= 0:
+            raise ConfigError(f"{name}.temperature={self.temperature}: must be > 0.")
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"{name}.weight={self.weight}: must be in [0, 1].")
+        config_lib.at_least(self, name, 0, "hidden")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long, how much at a time, and what to do about numbers that are not finite."""
 
@@ -59,6 +82,23 @@ class TrainConfig:
     )
     spikes_options: Any = field(
         "numbers", None, doc="What leaps out.", options=spikes_lib.KINDS
+    )
+    # Which teacher it is, its fingerprint says (`training.teacher`).
+    teacher: str = field(
+        "nothing",
+        "",
+        doc="Folder of a run whose outputs are learnt; '': the text alone.",
+    )
+    teacher_options: Any = field(
+        "numbers",
+        None,
+        doc="What is learnt of it.",
+        options={config_lib.ANY: TeacherOptions},
+    )
+    trainable: str = field(
+        "numbers",
+        "all",
+        doc="all | converted (memory layers) | paths such as 'blocks.*.ffn.*,head.*'.",
     )
     compilation_cache: str = field(
         "nothing",

@@ -1,8 +1,9 @@
 """The training loop's log: metrics read one step late, one row every `log_every` steps.
 
-    train/mfu            training FLOPs of `accounting` over the devices' bf16 peak of `targets`
+    train/mfu            training FLOPs, the teacher's too, over the devices' bf16 peak of `targets`
     train/memory_bytes   the most that this process's first device has used so far; on CPU,
                          the most that the process has had in memory
+    train/divergence     from the teacher, where there is one (`model.distillation`)
     train/wall_seconds   since this start of the run, with all that is not a step
 
 The first two where the device is known and says so: a CPU's peak is not.
@@ -20,12 +21,11 @@ from collections.abc import Iterator
 
 import jax
 
-from memoryformer import accounting
 from memoryformer.accounting import targets as targets_lib
 from memoryformer.errors import NumericError
 from memoryformer.notation import Array
 from memoryformer.runs import console, metrics
-from memoryformer.training import experiment, optimizer
+from memoryformer.training import experiment, optimizer, teacher
 
 
 class TrainingLog:
@@ -46,8 +46,7 @@ class TrainingLog:
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._schedule = optimizer.schedule(config.optimizer, config.train.num_steps)
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
-        counted = accounting.count(config.model)
-        self._flops_per_token = counted.training_flops_per_token
+        self._flops_per_token = teacher.training_flops_per_token(config)
         self._peak = _peak_flops() * num_devices  # 0: not known
         self._nonfinite = 0  # in a row
         self._compile_seconds: float | None = None  # of tracing and compiling the step
@@ -90,6 +89,7 @@ class TrainingLog:
         self._check(step, values)
         if values["finite"]:
             self._nats += values["nats"]
+            self._divergence += values.get("divergence", 0.0)
             self._weight += values["weight"]
         self._steps += 1
         if step % self._train.log_every == 0 or step == self._train.num_steps:
@@ -129,10 +129,15 @@ class TrainingLog:
         of_device = {} if mfu is None else {"train/mfu": mfu}
         if memory is not None:
             of_device["train/memory_bytes"] = memory[0]
+        taught = {}
+        if "divergence" in values:
+            apart = self._divergence / self._weight if self._weight else float("nan")
+            taught["train/divergence"] = apart
         self._writer.write(
             step,
             {
                 "train/loss": loss,
+                **taught,
                 "train/grad_norm": values["grad_norm"],
                 "train/learning_rate": learning_rate,
                 "train/skipped": step - updates,
@@ -175,7 +180,8 @@ class TrainingLog:
     def _reset(self, now):
         self._since = now
         self._steps = 0
-        self._nats = self._weight = self._data_seconds = self._away = 0.0
+        self._nats = self._divergence = self._weight = 0.0
+        self._data_seconds = self._away = 0.0
 
 
 def _peak_flops() -> float:

@@ -19,7 +19,7 @@ from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted
 from memoryformer.files import atomic, paths
-from memoryformer.model import mixers
+from memoryformer.notation import Params
 from memoryformer.runs import checkpoint as checkpoint_lib
 from memoryformer.runs import compatibility, console, directory, metrics, outcome
 from memoryformer.training import compilation_cache, experiment
@@ -27,6 +27,7 @@ from memoryformer.training import log as training_log
 from memoryformer.training import programs as programs_lib
 from memoryformer.training import spikes as spikes_lib
 from memoryformer.training import step as step_lib
+from memoryformer.training import teacher as teacher_lib
 
 
 def train(
@@ -64,14 +65,15 @@ def train(
         watchdog.Watchdog(run.train.timeouts) as watch,
     ):
         processes.check_joined(run.mesh)
-        striped = mixers.takes_any_order(run.model)
-        sharding = sharding_lib.make(run.mesh, striped=striped)
+        sharding = sharding_lib.make(run.mesh, striped=teacher_lib.striped(run))
         specs = programs_lib.check_fit(run, sharding)
         corpus = run_tokenizer.located(run.data, workdir)
         dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(signal))
+        teacher = teacher_lib.load(run, dataset.tokenizer)
         common = compatibility.shared(run_config, experiment.may_differ())
         processes.agree("the config", common)
         processes.agree("the data", dataset.fingerprint)
+        processes.agree("the teacher", teacher.fingerprint if teacher else "")
         with (
             sharding.activate(),
             checkpoint_lib.Checkpointer(
@@ -79,6 +81,7 @@ def train(
                 run.checkpoint,
                 run_config=run_config,
                 data_fingerprint=dataset.fingerprint,
+                teacher_fingerprint=teacher.fingerprint if teacher else "",
                 tokenizer=run_tokenizer.identity(dataset.tokenizer),
                 allow={*allow, *experiment.may_change()},
                 complete=experiment.complete,
@@ -91,8 +94,9 @@ def train(
                 workdir=workdir,
                 sharding=sharding,
                 programs=(programs or programs_lib.Cache()).programs(
-                    run, sharding, specs
+                    run, sharding, specs, teacher and teacher.model
                 ),
+                taught=teacher_lib.placed(teacher, sharding),
                 dataset=dataset,
                 batches=dataset.train.batches(
                     run.model.seq_len, run.train.batch_size, run.train.seed
@@ -113,6 +117,7 @@ class _Loop:
     workdir: pathlib.Path
     sharding: sharding_lib.Sharding
     programs: programs_lib.Programs
+    taught: list[Params]  # the teacher's, if there is one
     dataset: data.Dataset
     batches: data.Batches
     checkpointer: checkpoint_lib.Checkpointer
@@ -160,7 +165,9 @@ class _Loop:
                         read = self.batches.batch(step, rows)
                     batch = self.sharding.put_batch(read)
                     with log.section("step"):
-                        state, sums = self.programs.train_step(state, batch, hyper)
+                        state, sums = self.programs.train_step(
+                            state, batch, hyper, *self.taught
+                        )
                     log.push(step + 1, sums)
                 checkpointer.check()
                 if self._due(step + 1):

@@ -12,7 +12,7 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
 from memoryformer.ops import collectives
-from memoryformer.training import experiment, optimizer
+from memoryformer.training import experiment, optimizer, trainable
 from memoryformer.training import step as step_lib
 
 
@@ -33,12 +33,16 @@ class Cache:
         self._programs: Programs | None = None
 
     def programs(
-        self, run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+        self,
+        run: experiment.Experiment,
+        sharding: sharding_lib.Sharding,
+        specs: Any,
+        teacher: model_lib.ModelConfig | None = None,
     ) -> Programs:
         """Return the run's programs, made anew if those of the last run are others."""
-        key = program(run)
+        key = program(run), teacher
         if self._programs is None or key != self._key:
-            self._key, self._programs = key, make(run, sharding, specs)
+            self._key, self._programs = key, make(run, sharding, specs, teacher)
         return self._programs
 
 
@@ -46,7 +50,8 @@ def program(run: experiment.Experiment) -> Any:
     """Return what a run's compiled functions depend on: equal for runs that share them.
 
     Seed, peak learning rate and weight decay are left out: they are inputs. So is what of
-    `train` changes nothing: it is the loop's.
+    `train` changes nothing: it is the loop's. Where the teacher lies does not count, that
+    there is one does.
     """
     recipe = dataclasses.replace(run.optimizer, learning_rate=0.0, weight_decay=0.0)
     loops: dict[str, Any] = {
@@ -54,19 +59,24 @@ def program(run: experiment.Experiment) -> Any:
         for item in dataclasses.fields(run.train)
         if item.metadata["changes"] == "nothing"
     }
+    loops["teacher"] = run.train.teacher and "some"
     return run.model, recipe, dataclasses.replace(run.train, seed=0, **loops), run.mesh
 
 
 def make(
-    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any = None
+    run: experiment.Experiment,
+    sharding: sharding_lib.Sharding,
+    specs: Any = None,
+    teacher: model_lib.ModelConfig | None = None,
 ) -> Programs:
     """Make the run's programs; raises `ConfigError` as `check_fit`.
 
-    `dryrun` compiles them from abstract arrays.
+    teacher: `teacher.config_of(run)`. `dryrun` compiles them from abstract arrays.
     """
     specs = check_fit(run, sharding) if specs is None else specs
     draw, abstract = init_state(run, sharding, specs)
-    return Programs(draw, abstract, step_lib.make_train_step(run, sharding, specs))
+    step = step_lib.make_train_step(run, sharding, specs, teacher)
+    return Programs(draw, abstract, step)
 
 
 def init_state(
@@ -79,7 +89,7 @@ def init_state(
 
     abstract = jax.eval_shape(draw)
     trained, trained_specs = (
-        model_lib.split_trained(run.model, tree)[0] for tree in (abstract.params, specs)
+        trainable.split(run, tree)[0] for tree in (abstract.params, specs)
     )
     opt_specs = optimizer.state_specs(abstract.opt_state, trained, trained_specs)
     whole: Any = P()  # stands, as the specs do, where the state has arrays
@@ -97,6 +107,7 @@ def init_state(
 def check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> Any:
     """Return the specs of the parameters; raises `ConfigError` where run and devices do not fit."""
     implementations.check(run.model, sharding.platform)
+    trainable.groups(run)  # raises where nothing is left to train
     specs = model_lib.partition_specs(run.model, sharding)
     names = model_lib.param_specs(run.model)
     shapes = jax.eval_shape(lambda: model_lib.init(run.model))

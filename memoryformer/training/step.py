@@ -3,6 +3,7 @@
 Start at `make_train_step`.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.model import losses, mixers
+from memoryformer.model import distillation, losses, mixers
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-from memoryformer.training import experiment, optimizer, table_storage
+from memoryformer.training import experiment, optimizer, table_storage, trainable
 from memoryformer.training import spikes as spikes_lib
+from memoryformer.training import teacher as teacher_lib
 
 
 class TrainState(NamedTuple):
@@ -34,7 +36,7 @@ def new_state(run: experiment.Experiment, params: Params) -> TrainState:
     params = table_storage.stored(
         run.optimizer, params, model_lib.param_groups(run.model)
     )
-    trained, _ = model_lib.split_trained(run.model, params)
+    trained, _ = trainable.split(run, params)
     history = spikes_lib.init(run.train.spikes_options.window)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained), history)
 
@@ -45,30 +47,37 @@ def transformation(run: experiment.Experiment) -> optax.GradientTransformationEx
 
 
 def _trained_groups(run):
-    return model_lib.split_trained(run.model, model_lib.param_groups(run.model))[0]
+    return trainable.split(run, trainable.groups(run))[0]
 
 
 def make_train_step(
-    run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
+    run: experiment.Experiment,
+    sharding: sharding_lib.Sharding,
+    specs: Any,
+    teacher: model_lib.ModelConfig | None = None,
 ) -> jax.stages.Wrapped:
     """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
 
-    `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.
+    `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in. With a
+    `teacher` the step takes its parameters, as `teacher.placed`, as a fourth argument.
 
-    loss = sum of nats / sum of weights over the whole batch, whatever its division into
-    devices and microbatches. Gradients cross the devices once a step. A step whose loss or
-    gradient is not finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
+    loss = sum of nats (with a teacher: of `distillation.objective`) / sum of weights over the
+    whole batch, whatever its division into devices and microbatches. Gradients cross the
+    devices once a step. A step whose loss or gradient is not finite, or a spike (`spikes`),
+    leaves parameters and optimizer as they were.
     """
     tx, groups = transformation(run), _trained_groups(run)
-    gradient_sums = _make_gradient_sums(run, sharding, specs)
+    gradient_sums = _make_gradient_sums(run, sharding, specs, teacher)
 
-    def train_step(state, batch, hyper=None):
+    def train_step(state, batch, hyper=None, *taught):
         seed = run.train.seed if hyper is None else hyper["seed"]
-        before, fixed = model_lib.split_trained(run.model, state.params)
+        before, fixed = trainable.split(run, state.params)
         fixed = mixers.redraw(run.model, fixed, seed, state.step)
-        grads, (nats, weight) = gradient_sums(before, fixed, batch)
+        grads, sums = gradient_sums(before, fixed, batch, *taught)
+        weight = sums["weight"]
         grads = jax.tree.map(lambda g: g / weight, grads)
-        loss, grad_norm = nats / weight, optimizer.norm(grads)
+        loss = sums["objective" if teacher else "nats"] / weight
+        grad_norm = optimizer.norm(grads)
         updates, opt_state = tx.update(
             grads, state.opt_state, before, hyperparams=hyper
         )
@@ -85,8 +94,7 @@ def make_train_step(
         params = model_lib.joined(trained, fixed)
         history = spikes_lib.record(state.spikes, loss, grad_norm)
         values = {
-            "nats": nats,
-            "weight": weight,
+            **sums,
             "grad_norm": grad_norm,
             "finite": finite,
             "spike": spike,
@@ -99,27 +107,33 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=donated)
 
 
-def _make_gradient_sums(run, sharding, specs):
-    """`(trained, fixed, batch) -> (gradients of the nats, (nats, weight))`, all of them sums."""
-    trained_specs, fixed_specs = model_lib.split_trained(run.model, specs)
+def _make_gradient_sums(run, sharding, specs, teacher):
+    """`(trained, fixed, batch, [teacher's]) -> (gradients, {'nats', 'weight', ..})`, all sums."""
+    trained_specs, fixed_specs = trainable.split(run, specs)
+    taught_specs = [teacher_lib.specs(teacher, sharding)] if teacher else []
 
-    def gradient_sums(trained, fixed, batch):  # on one device, of its rows
+    def gradient_sums(trained, fixed, batch, *taught):  # on one device, of its rows
         params = model_lib.joined(trained, fixed)
         # Tables are read in the model's type, and so are their gradients: half the bytes.
         params = model_lib.with_tables_as_read(run.model, params)
         params = sharding_lib.gather_params(params, specs)
-        trained, fixed = model_lib.split_trained(run.model, params)
+        trained, fixed = trainable.split(run, params)
+        pairs = zip(taught, taught_specs, strict=True)
+        taught = [sharding_lib.gather_params(*pair) for pair in pairs]
 
-        def objective(trained, batch):
+        def objective(trained, batch, *told):
             params = model_lib.joined(trained, fixed)
-            nats = losses.batch_nats(run.model, params, batch)
-            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
+            terms = _terms(run, params, batch, *told)
+            sums = {name: jnp.sum(term) for name, term in terms.items()}
+            total = sums["objective" if told else "nats"]
+            sums["weight"] = jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
-            return nats / collectives.axis_size(collectives.MODEL_AXIS), (nats, weight)
+            return total / collectives.axis_size(collectives.MODEL_AXIS), sums
 
         def microbatch(_, batch):
+            told = [distillation.output(teacher, params, batch) for params in taught]
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
-                trained, batch
+                trained, batch, *told
             )
             if run.train.num_microbatches > 1:  # many terms: not in bfloat16
                 grads = optax.tree.cast(grads, jnp.float32)
@@ -130,8 +144,17 @@ def _make_gradient_sums(run, sharding, specs):
         tokens = collectives.TOKEN_AXES
         return grads, jax.tree.map(lambda x: collectives.psum(x, tokens), sums)
 
-    in_specs = (trained_specs, fixed_specs, sharding.specs.batch_bl)
+    in_specs = (trained_specs, fixed_specs, sharding.specs.batch_bl, *taught_specs)
     return sharding.shard_map(gradient_sums, in_specs, (trained_specs, P()))
+
+
+def _terms(run, params, batch, told=None):
+    """The weighted terms of every token, by name; the first without a teacher is the loss."""
+    if told is None:
+        return {"nats": losses.batch_nats(run.model, params, batch)}
+    student = distillation.output(run.model, params, batch)
+    options = dataclasses.asdict(run.train.teacher_options)
+    return distillation.objective(student, told, batch, **options)
 
 
 def hyperparams(run: experiment.Experiment) -> dict[str, Array]:

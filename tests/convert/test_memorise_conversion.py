@@ -23,9 +23,8 @@ DENSE = {
     "model.output_projection": True,
     "model.ffn_activation": "gelu",
     "model.residual": "parallel",
-    **{
-        f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "output", "head")
-    },
+    **{f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "head")},
+    "model.projection_options.output_std": 0.4,
 }
 ALL = Options(parts="qkv,output,ffn", bits="4", tokens=2048, eval_batches=0)
 
@@ -77,9 +76,10 @@ def test_the_flags_that_train_on(dense, converted):
     workdir, told = converted
     words = [w.removeprefix("--config.") for w in shlex.split(told["go_on_with"])]
     fields = dict(word.split("=", 1) for word in words)
-    fields["model.projection_options.memory_bias"] = (
-        fields["model.projection_options.memory_bias"] == "True"
-    )
+    for name, read in (("memory_bias", bool), ("output_std", float)):
+        fields[f"model.projection_options.{name}"] = read(
+            fields[f"model.projection_options.{name}"]
+        )
     config = toy.run_config(dense.parent, **DENSE)
     config_lib.override(config, fields)
     run, _, _ = experiment.load(workdir)
@@ -188,6 +188,54 @@ def test_from_gpt_neox_to_ten_more_steps(dense, tmp_path):
     transfer.export_run(tmp_path / "run", tmp_path / "export", tables="int8")
     config, _ = export.load_export(tmp_path / "export")
     assert config == made.model
+
+
+def test_a_model_that_transformers_wrote(dense, tmp_path):
+    """A random GPTNeoXForCausalLM of theirs: half converted, ten steps, exported.
+
+    Part of `make test-peers`. Mutations: the loss told of the model before; W_O of theirs taken
+    for the feed-forward layer; parameters of another layer trained.
+    """
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 16}
+    theirs = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(vocab_size=toy.VOCAB, **sizes)
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    fields = {"train.num_steps": 10, "eval.every_steps": 0, "eval.num_batches": 0}
+    config = toy.run_config(dense.parent, **fields)
+    chosen = Options(parts="ffn", bits="4", tokens=1024, eval_batches=0)
+    told = conversion.memorise(tmp_path / "theirs", tmp_path / "run", chosen, config)
+    source = conversion.source_lib.load(tmp_path / "theirs", config)
+    batch = conversion._Batches(source, chosen).validation[0]
+    keep = (batch["segment_ids"] == batch["segment_ids"][:, :1]).all(1)  # one document
+    assert keep.any()
+    ids, targets = (
+        torch.tensor(batch[name][keep].astype(np.int64))
+        for name in ("inputs", "targets")
+    )
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(
+            theirs(ids).logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+    rows = {name: array[keep] for name, array in batch.items()}
+    ours, weight = activations.nats(source.subject, rows)
+    wanted = (nats.numpy() * rows["weights"].ravel()).sum() / weight
+    assert ours / weight == pytest.approx(wanted, rel=1e-5)
+    made, before, _ = experiment.load(tmp_path / "run")
+    after_config = experiment.as_dict(made)
+    after_config["train"] |= {"trainable": "converted"}
+    loop.train(after_config, tmp_path / "run")
+    _, after, facts = experiment.load(tmp_path / "run")
+    assert facts["step"] == 10 and told["parts"][0]["unexplained"] < 1
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    block = changed["blocks"]["0"]
+    assert block.pop("ffn")["tables"] and not any(jax.tree.leaves(changed))
+    transfer.export_run(tmp_path / "run", tmp_path / "export", tables="int8")
+    assert export.load_export(tmp_path / "export")[0] == made.model
 
 
 def test_the_stream_can_be_what_is_fitted_to(dense):

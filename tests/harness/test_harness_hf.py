@@ -54,8 +54,8 @@ def adapters(tmp_path_factory):
         embed_std=1.0,
         mixer_std=0.4,
         ffn_std=0.3,
-        output_std=0.3,
         head_std=0.4,
+        projection_options={"output_std": 0.3},
     )
     params = jax.tree.map(np.asarray, model.init(config, 1))
     folder = tmp_path_factory.mktemp("neox")

@@ -258,7 +258,7 @@ def test_equals_mamba2_jax():
     Part of `make test-peers`. Mutations: B and C exchanged; z and x exchanged.
     """
     peer = pytest.importorskip("mamba2_jax.modeling", reason="needs mamba2-jax")
-    sizes = {"embed_dim": 32, "output_std": 0.3}
+    sizes = {"embed_dim": 32}
     options = {"state_size": 6, "width": 4, "prefix_chunk": 8}
     ours = battery.made("mamba2", mixer_options=options, **sizes)
     theirs = peer.Mamba2Mixer(

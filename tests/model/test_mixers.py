@@ -124,8 +124,9 @@ class Case:
             rotary_fraction=0.5,
             output_projection=projection == "dense",
             mixer_std=0.25,
-            output_std=0.25,
-            projection_options={"bias_std": 0.2} if projection == "memory" else {},
+            projection_options=(
+                {"bias_std": 0.2} if projection == "memory" else {"output_std": 0.25}
+            ),
             mixer_options=options,
             **fields,
         )

@@ -355,13 +355,14 @@ def test_standard_deviations_at_the_start():
         "head_std": 0.2,
         "mixer_std": 0.3,
         "ffn_std": 0.4,
-        "output_std": 0.5,
     }
     options = {"memory_bias": True, "bias_std": 0.6}
     shape = {"vocab_size": 99, "embed_dim": 32, "num_layers": 1, "num_heads": 2}
     make = functools.partial(ModelConfig, seq_len=8, output_projection=True, **shape)
     memory = model.init(make(code_bits=4, projection_options=options, **stds))
-    dense = model.init(make(projection="dense", ffn_activation="gelu", **stds))
+    options = {"output_std": 0.5}
+    stds |= {"ffn_activation": "gelu", "projection_options": options}
+    dense = model.init(make(projection="dense", **stds))
     memory_block, dense_block = memory["blocks"]["0"], dense["blocks"]["0"]
     expected = [
         (memory["embed"]["embedding"], 0.1),

@@ -209,6 +209,20 @@ def test_mistakes_are_one_line(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_first_layers_of_a_model():
+    """Clauses of the others are left out; more layers than there are, too.
+
+    Mutation: the text as it is, which names layers that are no longer there.
+    """
+    config = mixed()
+    for count in (1, 2, 4):
+        few = parts.first_layers(config, count)
+        assert few.num_layers == count
+        for i in range(min(count, 3)):
+            assert parts.of_layer(few, i) == parts.of_layer(config, i)
+    assert parts.first_layers(toy.model_config(), 1).num_layers == 1
+
+
 def test_no_output_without_a_projection():
     with pytest.raises(errors.ConfigError, match="the model has no W_O"):
         mixed(parts="output=memory", output_projection=False)

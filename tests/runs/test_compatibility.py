@@ -29,6 +29,7 @@ NOTHING = {
     "train.compilation_cache": "off",
     "train.log_every": 1,
     "train.max_skipped": 2,
+    "train.teacher": "a copy",  # tests/training/test_distillation.py
     "train.timeout_scale": 0.5,
 }
 ROUNDING = {
@@ -55,7 +56,8 @@ def test_every_field_that_may_change_is_tried():
         for kind in config.CHANGES
     }
     assert said["nothing"] == NOTHING.keys() and said["rounding"] == ROUNDING.keys()
-    assert set(described) == set(config.flatten(experiment.default_config()))
+    keys = set(config.flatten(experiment.default_config()))
+    assert set(described) == keys | {"model.causal"}
     assert experiment.may_change() == said["nothing"] | said["rounding"]
     assert {"train.seed", "model.score", "optimizer.b1"} <= said["numbers"]
     assert experiment.may_differ() == {
@@ -72,6 +74,8 @@ def test_each_alone_is_accepted_everywhere(name, tmp_path):
     value = (NOTHING | ROUNDING)[name]
     # The built-in tokenizers have an end token of their own.
     given = {"data.tokenizer": "own.json"} if name == "data.end_token" else {}
+    if name == "train.teacher":  # with one and without one is another run
+        given = {name: "there"}
     if name == "model.mixer_options.prefix_chunk":  # which softmax has not
         given = {"model.mixer": "linear"}
     old = toy.run_config(tmp_path, **given)
@@ -111,6 +115,7 @@ def test_nothing_means_not_a_bit(begun):
         "data.path": str(begun / "moved" / "corpus"),
         "data.data_dir": str(begun / "moved" / "cache"),
         "data.tokenizer": str(begun / "begun" / "tokenizer.json"),
+        "train.teacher": "",  # it would be asked for
     }
     got = resumed(begun, "nothing", **NOTHING | places)
     want = experiment.load(begun / "straight")[1]

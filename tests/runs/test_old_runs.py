@@ -194,7 +194,8 @@ def test_a_config_of_old_says_the_same(name):
 def test_points_of_old_configs_are_found(name):
     """The digest of a point is of what older code resolved, field by field.
 
-    Mutation: the defaults of lean tables for those of full ones.
+    Mutations: the defaults of lean tables for those of full ones; fields that came later named
+    at their defaults; the last field that moved left where it is.
     """
     old = OLD_CONFIGS[name]
     unnamed = points.bookkeeping() | {"metrics.tensorboard", "metrics.wandb"}
@@ -202,7 +203,13 @@ def test_points_of_old_configs_are_found(name):
         {k: v for k, v in config_lib.flatten(c).items() if k not in unnamed}
         for c in (compatibility.plain(experiment.complete(old)), old)
     )
+    today = old_names.without_later_fields(today)
     assert old_names.spellings(today)[0] == want
+    moved = "model.projection_options.output_std"
+    last = {k: v for k, v in today.items() if k != moved}
+    assert old_names.last_spelling(today) == last | {
+        "model.output_std": want["model.output_std"]
+    }
 
 
 def test_a_config_of_today_stays_as_it_is(tmp_path):

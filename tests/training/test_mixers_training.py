@@ -168,7 +168,9 @@ def test_seeds_share_a_program_and_no_features(tmp_path):
 
 def test_two_sided_training_of_a_language_model_is_refused(tmp_path):
     """Mutation: no such check; the loss then falls to the loss of copying."""
-    config = toy.run_config(tmp_path, **{"model.causal": False})
+    config = toy.run_config(tmp_path)
+    assert "causal" not in config.model
+    config.model.causal = False
     with pytest.raises(errors.ConfigError, match="would see its targets"):
         experiment.resolve(config)
 

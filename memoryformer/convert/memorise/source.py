@@ -13,7 +13,7 @@ import numpy as np
 
 from memoryformer import data
 from memoryformer import model as model_lib
-from memoryformer.convert import export, folders, gpt_neox, transfer
+from memoryformer.convert import export, folders, gpt_neox
 from memoryformer.convert.memorise.activations import Subject
 from memoryformer.convert.memorise.options import Options
 from memoryformer.data import run_tokenizer
@@ -73,7 +73,7 @@ def _with_config(
         )
     run = experiment.resolve({**config, "model": dataclasses.asdict(model)})
     dataset = data.load(run.data, expected_vocab_size=model.vocab_size)
-    transfer.check_same_tokens(tokenizer, dataset.tokenizer, directory)
+    run_tokenizer.check_same_tokens(tokenizer, dataset.tokenizer, directory)
     return _source(run, params, dataset)
 
 
