@@ -12,6 +12,7 @@ an entry in `harness.encoding`.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,15 @@ def in_nucleus(logits: Array, top_p: Array | float) -> Array:
     return bits >= low
 
 
+class Read(NamedTuple):
+    """What was read so far, and all that goes on from it."""
+
+    state: mixers.State
+    logits: Array  # [B, V], of the next token
+    position: Array  # [B] int32, tokens read of each row
+    keys: Array  # [B], to draw with
+
+
 class Generator:
     """Continue token sequences with one model; compiled steps are kept between calls."""
 
@@ -110,10 +120,17 @@ class Generator:
             kinds = kinds or narrow.WeightKinds()
             params = narrow.prepare(model_config, params, kinds)
         self._params = jax.tree.map(jnp.asarray, params)
-        self._prefill = jax.jit(self._read, donate_argnums=1)
+        self._prefill = jax.jit(self.read_tokens, donate_argnums=1)
         self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
 
-    def _read(self, params, state, tokens, seq):
+    @property
+    def params(self) -> Params:
+        """The parameters as they are read."""
+        return self._params
+
+    def read_tokens(
+        self, params: Params, state: mixers.State, tokens: Array, seq: mixers.SeqInfo
+    ) -> tuple[Array, mixers.State]:
         """Read tokens [B, L]: the logits that follow them [B, V], and the state."""
         model = model_lib.merge(self.model_config, params)
         x, state = model.features(tokens, seq, state)
@@ -130,7 +147,7 @@ class Generator:
             choose_each = jax.vmap(choose, (0, 0, None, None))
             token = choose_each(logits[:, None], draws, temperature, top_p)  # [B, 1]
             seq = mixers.SeqInfo(position[:, None], jnp.ones_like(token))
-            logits, state = self._read(params, state, token, seq)
+            logits, state = self.read_tokens(params, state, token, seq)
             tokens = tokens.at[i].set(token[:, 0])
             return state, logits, position + 1, keys, tokens
 
@@ -156,13 +173,27 @@ class Generator:
         Row i draws with seed + i, so that it gives what it would give alone. LOOP tokens are
         handed out while the next are computed.
         """
+        if self.model_config.recurrence != "none" and len(set(map(len, prompts))) > 1:
+            # Padding would move a row's chunks.
+            yield from self._one_by_one(prompts, sampling)
+            return
+        read = self.begin(prompts, sampling)
+        pending: Sequence[Array] | Array = []
+        for done in range(0, sampling.max_tokens, LOOP):
+            count = min(LOOP, sampling.max_tokens - done)
+            chosen, read = self.decode(read, count, sampling)
+            yield from np.asarray(pending).tolist()
+            pending = chosen[:count]
+        yield from np.asarray(pending).tolist()
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Read:
+        """Read prompts, of one length if there is a recurrence.
+
+        The state has room for `sampling.max_tokens` more.
+        """
         self._check(prompts)
-        longest = max(map(len, prompts))
-        chunk = 0
+        longest, chunk = max(map(len, prompts)), 0
         if self.model_config.recurrence != "none":
-            if len(set(map(len, prompts))) > 1:  # padding would move a row's chunks
-                yield from self._one_by_one(prompts, sampling)
-                return
             chunk = recurrence.chunk_size(self.model_config)
         state = self._init_state(len(prompts), longest + sampling.max_tokens)
         # Prompts end together: what stands before a shorter one is padding.
@@ -181,16 +212,15 @@ class Generator:
             start += size
         position = jnp.asarray(sizes[:, 0], jnp.int32)
         keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
+        return Read(state, logits, position, keys)
+
+    def decode(
+        self, read: Read, count: int, sampling: SamplingConfig
+    ) -> tuple[Array, Read]:
+        """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
         knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        pending: Sequence[Array] | Array = []
-        for done in range(0, sampling.max_tokens, LOOP):
-            count = min(LOOP, sampling.max_tokens - done)
-            chosen, state, logits, position, keys = self._decode(
-                self._params, state, logits, position, keys, count, *knobs
-            )
-            yield from np.asarray(pending).tolist()
-            pending = chosen[:count]
-        yield from np.asarray(pending).tolist()
+        tokens, *after = self._decode(self._params, *read, count, *knobs)
+        return tokens, Read(*after)
 
     def _one_by_one(self, prompts, sampling):
         """The same tokens from a state for each prompt."""
