@@ -13,7 +13,7 @@ of one, or a prompt of --prefill tokens, choice and Python included. All peers t
 process, in another order each round. Of ours only weights are rounded; llama.cpp, CTranslate2 and
 `transformers-int8` (torch's dynamic quantisation) round activations too. Before anything is timed,
 the logits of every engine's float32 form are held against our dense twin's, and the tokens of
-every one of our models against its full forward pass.
+every one of our models against its full forward pass. `--files=DIR` keeps what the engines read.
 
 Peers of packages that are not installed are left out, with a line: `pip install -e
 '.[decode,peers]'` has them all. pip compiles llama.cpp, a quarter of an hour on one core.
@@ -23,11 +23,14 @@ lie in huge pages too. Limits and predictions: docs/performance.md.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import pathlib
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 from benchmarks import timing
 from benchmarks.decode import peers as peers_lib
@@ -42,31 +45,35 @@ Work = tuple[str, int]  # ('decode', streams) or ('prefill', tokens)
 def main(argv: list[str] | None = None) -> dict | None:
     """Measure the peers asked for, or plot files of earlier measurements."""
     args = _parse(argv)
-    if args.files:
-        plots.plot([json.loads(path.read_text()) for path in args.files], args.plot)
+    if args.results:
+        plots.plot([json.loads(p.read_text()) for p in args.results], args.plot)
         return None
     cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
     os.sched_setaffinity(0, cores)  # before any thread pool starts
     names = _installed(args.peers.split(","))
     works = [("decode", int(streams)) for streams in args.batch_size.split(",")]
     works += [("prefill", args.prefill)] if args.prefill else []
-    peers = peers_lib.make(args.size, names)
-    clock = timing.CLOCKS[args.clock]
-    seconds = measure(peers, works, args.tokens, args.rounds, clock)
-    result = {
+    with contextlib.ExitStack() as stack:
+        folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
+        peers = peers_lib.make(args.size, names, pathlib.Path(folder))
+    facts = {
         "size": args.size,
         "tokens": args.tokens,
         "cores": len(cores),
         "clock": args.clock,
-        "load": os.getloadavg()[0],
         "processor": timing.processor(),
         "weight_bytes": {name: peer.weight_bytes for name, peer in peers.items()},
-        "works": [
-            summary(work, args.tokens, series) for work, series in seconds.items()
-        ],
     }
+    rounds = measure(peers, works, args.tokens, timing.CLOCKS[args.clock])
+    next(rounds)  # what is compiled or read for the first time
+    next(rounds)  # quartiles are of two
+    for i in range(2, args.rounds + 1):
+        seconds = next(rounds)
+        series = [summary(work, args.tokens, s) for work, s in seconds.items()]
+        result = facts | {"load": os.getloadavg()[0], "rounds": i, "works": series}
+        # After every round: a run that is cut short has measured what it has.
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
     if args.plot:
         plots.plot([result], args.plot)
     return result
@@ -74,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def _parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=pathlib.Path)
+    parser.add_argument("results", nargs="*", type=pathlib.Path)
     parser.add_argument("--size", choices=("small", "base", "toy"), default="base")
     parser.add_argument("--peers", default=DEFAULT_PEERS, help="comma-separated")
     parser.add_argument("--batch_size", default="1", help="streams; comma-separated")
@@ -83,6 +90,7 @@ def _parse(argv):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cores", type=int, default=0, help="0: all")
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--files", help="folder that keeps the engines' files")
     parser.add_argument("--output", type=pathlib.Path, default="decode.json")
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args(argv)
@@ -110,13 +118,12 @@ def measure(
     peers: dict[str, peers_lib.Peer],
     works: list[Work],
     tokens: int,
-    rounds: int,
     clock: Callable[[], float],
-) -> dict[Work, dict[str, list[float]]]:
-    """Seconds of each work and peer in each round, after one that is not counted."""
+) -> Iterator[dict[Work, dict[str, list[float]]]]:
+    """Yield, after each round, the seconds of each work and peer in all but the first."""
     seconds: dict = {work: {name: [] for name in peers} for work in works}
     shuffled = random.Random(0)
-    for i in range(rounds + 1):
+    for i in itertools.count():
         for kind, size in works:
             for name in shuffled.sample(list(peers), len(peers)):
                 start = clock()
@@ -126,7 +133,7 @@ def measure(
                     peers[name].decode(size, tokens)
                 if i:
                     seconds[kind, size][name].append(clock() - start)
-    return seconds
+        yield seconds
 
 
 def summary(work: Work, tokens: int, seconds: dict[str, list[float]]) -> dict:

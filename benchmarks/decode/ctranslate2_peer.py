@@ -5,9 +5,11 @@ specification is what that loader fills too. Logits of float32 weights are held 
 first. `int8` rounds activations too.
 """
 
+import json
 import os
 import pathlib
-import tempfile
+import shutil
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,17 +17,15 @@ from benchmarks.decode import ours, peers
 from memoryformer import model
 
 
-def make(config: model.ModelConfig, params: dict, kind: str) -> peers.Peer:
+def make(twin: Callable[[], tuple], kind: str, folder: pathlib.Path) -> peers.Peer:
     """The twin's weights in a type of CTranslate2's, such as `int8`."""
-    tokens = peers.long_prompt(24, config.vocab_size)
-    exact, _ = load(config, params, "float32")
-    logits = exact.forward_batch([_named(tokens)], return_log_probs=False)
-    logits = np.asarray(logits)[0]
-    expected = ours.twin_logits(config, params, tokens, config.ffn_activation)
-    ours.check_logits("CTranslate2 in float32", logits, expected, 1e-4)
-    del exact
-    generator, file_bytes = load(config, params, kind)
-    prompt = _named(peers.long_prompt(2048, config.vocab_size))
+    path = folder / f"ctranslate2-{kind}"
+    if not (path / "model.bin").exists():
+        _check_unrounded(folder / "ctranslate2-float32", *twin())
+        _save(path, *twin(), kind)
+    generator = _load(path, kind)
+    vocab_size = len(json.loads((path / "vocabulary.json").read_text()))
+    prompt = _named(peers.long_prompt(2048, vocab_size))
 
     def generate(starts, tokens):
         replies = generator.generate_batch(
@@ -43,23 +43,36 @@ def make(config: model.ModelConfig, params: dict, kind: str) -> peers.Peer:
     def prefill(length):
         return generate([prompt[:length]], 1)
 
-    return peers.Peer(decode, prefill, file_bytes)
+    return peers.Peer(decode, prefill, (path / "model.bin").stat().st_size)
 
 
-def load(config: model.ModelConfig, params: dict, kind: str):
-    """(ctranslate2.Generator, bytes of its file)."""
+def _check_unrounded(path, config, params) -> None:
+    """The logits of float32 weights, which are then removed, are the twin's."""
+    _save(path, config, params, "float32")
+    tokens = peers.long_prompt(24, config.vocab_size)
+    engine = _load(path, "float32")
+    logits = engine.forward_batch([_named(tokens)], return_log_probs=False)
+    shutil.rmtree(path)
+    expected = ours.twin_logits(config, params, tokens, config.ffn_activation)
+    logits = np.asarray(logits)[0]
+    ours.check_logits("CTranslate2 in float32", logits, expected, 1e-4)
+
+
+def _save(path, config, params, kind) -> None:
+    path.mkdir()
+    specification(config, params, kind).save(str(path))
+
+
+def _load(path, kind):
     import ctranslate2
 
-    with tempfile.TemporaryDirectory() as folder:
-        specification(config, params, kind).save(folder)
-        generator = ctranslate2.Generator(
-            folder,
-            device="cpu",
-            compute_type=kind,
-            inter_threads=1,
-            intra_threads=len(os.sched_getaffinity(0)),
-        )
-        return generator, (pathlib.Path(folder) / "model.bin").stat().st_size
+    return ctranslate2.Generator(
+        str(path),
+        device="cpu",
+        compute_type=kind,
+        inter_threads=1,
+        intra_threads=len(os.sched_getaffinity(0)),
+    )
 
 
 def specification(config: model.ModelConfig, params: dict, kind: str):

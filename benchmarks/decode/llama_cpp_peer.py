@@ -2,69 +2,63 @@
 
 Logits of the unrounded file are held against the twin's first. llama.cpp's GELU is a table of
 16-bit values of the form with tanh, so that the twin computes that form then, and the rest of the
-difference is the table's.
+difference is the table's. LLAMA_CPP_LIB_PATH names the folder of another build's libraries.
 """
 
 import ctypes
 import functools
 import os
 import pathlib
-import tempfile
+from collections.abc import Callable
 
 import numpy as np
 
 from benchmarks.decode import ours, peers
-from memoryformer import model
 
 TOLERANCE = 5e-3  # of the largest logit; the table's entries are off by 1e-3
 
 
-def make(config: model.ModelConfig, params: dict, kind: str) -> peers.Peer:
+def make(twin: Callable[[], tuple], kind: str, folder: pathlib.Path) -> peers.Peer:
     """The twin's weights as `q8_0` or `q4_0`."""
     from benchmarks.decode import gguf_file
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "twin.gguf"
-        _check_unrounded(path, config, params)
-        gguf_file.write(path, config, params, kind)
-        engine = Engine(path, config.vocab_size)
-        file_bytes = path.stat().st_size
-    return peers.Peer(engine.decode, engine.prefill, file_bytes)
-
-
-@functools.cache
-def _checked() -> set:
-    return set()
+    path = folder / f"twin-{kind}.gguf"
+    if not path.exists():
+        checked = folder / "llama.cpp-checked"
+        if not checked.exists():
+            _check_unrounded(folder / "twin-f32.gguf", *twin())
+            checked.touch()
+        gguf_file.write(path, *twin(), kind)
+    engine = Engine(path)
+    return peers.Peer(engine.decode, engine.prefill, path.stat().st_size)
 
 
 def _check_unrounded(path, config, params) -> None:
-    """Once for each twin: the float32 file's logits are the twin's."""
+    """The logits of the float32 file, which is then removed, are the twin's."""
     from benchmarks.decode import gguf_file
 
-    if id(params) in _checked():
-        return
     gguf_file.write(path, config, params, "f32")
     tokens = peers.long_prompt(24, config.vocab_size)
-    logits = Engine(path, config.vocab_size).logits(tokens)
+    logits = Engine(path).logits(tokens)
+    path.unlink()
     expected = ours.twin_logits(config, params, tokens, "gelu_tanh")
     ours.check_logits("llama.cpp in float32", logits, expected, TOLERANCE)
-    _checked().add(id(params))
 
 
 class Engine:
     """One loaded file; a context of caches for each number of streams."""
 
-    def __init__(self, path: pathlib.Path, vocab_size: int):
+    def __init__(self, path: pathlib.Path):
         import llama_cpp
 
-        self._library, self._vocab_size = llama_cpp, vocab_size
-        _silence(llama_cpp)
-        llama_cpp.llama_backend_init()
+        self._library = llama_cpp
+        _start(llama_cpp)
         options = llama_cpp.llama_model_default_params()
-        options.use_mmap = False  # the file goes away
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), options)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._contexts: dict = {}
 
     def decode(self, streams: int, tokens: int) -> np.ndarray:
@@ -104,7 +98,8 @@ class Engine:
             options.n_threads = options.n_threads_batch = threads
             if wide:  # a cache of float32, and no fused attention on 16-bit keys
                 options.type_k = options.type_v = self._library.GGML_TYPE_F32
-                options.flash_attn_type = 0
+                options.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+                options.n_outputs_max_per_seq = length
             context = self._library.llama_init_from_model(self._model, options)
             if not context:
                 raise RuntimeError("llama.cpp cannot make a context")
@@ -134,8 +129,13 @@ class Engine:
 
 
 @functools.cache
-def _silence(library):
-    """Take its log away; the callback must live as long as the library."""
+def _start(library):
+    """Load what it computes with, and take its log away."""
+    if folder := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        # A llama.cpp built elsewhere may have a file for each kind of processor.
+        ggml = ctypes.CDLL(os.path.join(folder, "libggml.so"))
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+    library.llama_backend_init()
     callback = library.llama_log_callback(lambda level, text, data: None)
     library.llama_log_set(callback, ctypes.c_void_p(0))
-    return callback
+    return callback  # it must live as long as the library

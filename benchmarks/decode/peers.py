@@ -1,7 +1,9 @@
 """What `benchmarks.decode` times, by name. Start at `make`."""
 
 import dataclasses
+import functools
 import importlib.util
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -50,8 +52,8 @@ def prompts(streams: int) -> list[list[int]]:
 
 
 def long_prompt(length: int, vocab_size: int) -> np.ndarray:
-    """A prompt of random tokens: int32 [length]."""
-    return np.random.default_rng(0).integers(0, vocab_size, length, np.int32)
+    """The first of 2048 random tokens: int32 [length]."""
+    return np.random.default_rng(0).integers(0, vocab_size, 2048, np.int32)[:length]
 
 
 def family(name: str) -> str:
@@ -65,19 +67,31 @@ def absent(name: str) -> list[str]:
     return [p for p in packages if importlib.util.find_spec(p) is None]
 
 
-def make(size: str, names: list[str]) -> dict[str, Peer]:
-    """Build every peer of `names`, checked against another way to compute the same."""
+def make(size: str, names: list[str], folder: pathlib.Path) -> dict[str, Peer]:
+    """Build every peer of `names`, checked against another way to compute the same.
+
+    folder: where the engines' files are kept. Those that lie there were checked when they were
+    written, and are read as they are.
+    """
     from benchmarks.decode import ctranslate2_peer, llama_cpp_peer, ours, their_torch
 
     made: dict[str, Peer] = {}
-    theirs = twin = None
-    families = {family(name) for name in names}
-    if "transformers" in families:
+    theirs = None
+    if any(family(name) == "transformers" for name in names):
         theirs = their_torch.random_model(size)
-        twin = their_torch.twin_of(theirs)
-        their_torch.check_logits(theirs, *twin)
-    elif families - {"memoryformer"}:
-        twin = ours.random_twin(size)
+        folder = folder / f"{size}-of-transformers"
+    else:
+        folder = folder / size
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cache
+    def twin():
+        if theirs is None:
+            return ours.random_twin(size)
+        config, params = their_torch.twin_of(theirs)
+        their_torch.check_logits(theirs, config, params)
+        return config, params
+
     for name in names:
         kind = name.rpartition("-")[2]
         print(f"making {name}", flush=True)
@@ -85,11 +99,12 @@ def make(size: str, names: list[str]) -> dict[str, Peer]:
             case "memoryformer":
                 made[name] = ours.memoryformer(size, kind)
             case "dense":
-                made[name] = ours.dense(*twin, kind)
+                made[name] = ours.dense(*twin(), kind)
             case "llama.cpp":
-                made[name] = llama_cpp_peer.make(*twin, kind)
+                made[name] = llama_cpp_peer.make(twin, kind, folder)
             case "ctranslate2":
-                made[name] = ctranslate2_peer.make(*twin, kind)
+                made[name] = ctranslate2_peer.make(twin, kind, folder)
             case "transformers":
+                twin()  # held against theirs
                 made[name] = their_torch.make(theirs, kind)
     return made

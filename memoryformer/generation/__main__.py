@@ -18,7 +18,7 @@ from memoryformer import cli
 from memoryformer.data import names
 from memoryformer.errors import ConfigError
 from memoryformer.generation import prompts as prompts_lib
-from memoryformer.generation import sampler
+from memoryformer.generation import sampler, speculation
 from memoryformer.generation import text as text_lib
 from memoryformer.model import narrow
 from memoryformer.runs import console
@@ -44,6 +44,13 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
     flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")
     flags.DEFINE_integer("max_tokens", 200, "How many tokens.", upper_bound=2**20)
+    flags.DEFINE_integer(
+        "speculate",
+        0,
+        "Tokens to draft from the text and read in one pass; 0: none. Same text.",
+        0,
+        speculation.MAX_DRAFT,
+    )
     flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**31 - 1)
 
 
@@ -74,10 +81,13 @@ def _run(argv):
     prompts = prompts_lib.read(path) if path else []
     prompts_lib.check_seeds(sampling, prompts)
     if flags.FLAGS.export:
-        generator, tokenizer = text_lib.open_export(flags.FLAGS.export, kinds)
+        loaded, tokenizer = text_lib.open_export(flags.FLAGS.export, kinds)
     else:
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
-        generator, tokenizer, _ = text_lib.open_run(flags.FLAGS.workdir, step, kinds)
+        loaded, tokenizer, _ = text_lib.open_run(flags.FLAGS.workdir, step, kinds)
+    generator: sampler.Streams = loaded
+    if flags.FLAGS.speculate:
+        generator = speculation.Speculator(loaded, flags.FLAGS.speculate)
     # A shell passes \n on as two characters.
     stop = [names.unescaped(string) for string in flags.FLAGS.stop]
     if prompts:
@@ -105,6 +115,11 @@ def _refuse_unused_flags():
         cli.refuse_flags(["prompt", "repl"], "--prompts names a file of prompts")
     else:
         cli.refuse_flags(["output", "batch_size"], "is of --prompts=FILE")
+    if flags.FLAGS.prompts and flags.FLAGS.speculate and flags.FLAGS.batch_size > 1:
+        raise ConfigError(
+            f"--speculate={flags.FLAGS.speculate}: reads one text at a time; with "
+            "--prompts use --batch_size=1."
+        )
     if flags.FLAGS.repl:
         cli.refuse_flags(["prompt"], "with --repl, prompts are typed")
 
@@ -139,6 +154,12 @@ def _run_prompt(generator, tokenizer, prompt, sampling, stop):
     print(
         f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}]", file=sys.stderr
     )
+    _show_speculation(generator)
+
+
+def _show_speculation(generator):
+    if isinstance(generator, speculation.Speculator):
+        print(f"[{generator.report}]", file=sys.stderr)
 
 
 def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size):
@@ -156,6 +177,7 @@ def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size)
             count += row["num_tokens"]
     rate = console.short_number(count / (time.perf_counter() - started))
     print(f"[{count} tokens, {rate} tokens/s with compilation]", file=sys.stderr)
+    _show_speculation(generator)
 
 
 if __name__ == "__main__":

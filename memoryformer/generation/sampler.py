@@ -12,7 +12,7 @@ an entry in `harness.encoding`.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,17 @@ class Read(NamedTuple):
     logits: Array  # [B, V], of the next token
     position: Array  # [B] int32, tokens read of each row
     keys: Array  # [B], to draw with
+
+
+class Streams(Protocol):
+    """Whatever continues prompts by tokens: a `Generator`, or what speculates with one."""
+
+    model_config: model_lib.ModelConfig
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+    ) -> Iterator[list[int]]:
+        """Yield one token for each of `prompts`, `sampling.max_tokens` times."""
 
 
 class Generator:

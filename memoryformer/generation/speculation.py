@@ -98,7 +98,7 @@ class Speculator:
         step = sampler.CACHE_STEP  # so that few programs are compiled, as for caches
         history = np.zeros(-(-(length + left) // step) * step, np.int32)
         history[:length] = prompts[0]
-        exact = self._check_bits(read, history, length, left, sampling)
+        exact = self._check_bits(read, history, left, sampling)
         calls = 0
         while left:
             calls += 1
@@ -146,7 +146,7 @@ class Speculator:
         counts = np.asarray(counts).tolist()
         return np.asarray(tokens)[: counts[0]], counts, sampler.Read(*after)
 
-    def _check_bits(self, read, history, length, left, sampling) -> bool:
+    def _check_bits(self, read, history, left, sampling) -> bool:
         """Whether a pass over right drafts gives what single tokens give, in all bits."""
         width = self._num_drafts + 1
         if len(history) in self._checked or left < width:
@@ -155,12 +155,18 @@ class Speculator:
         for _ in range(width):
             token, plain = self._generator.decode(plain, 1, sampling)
             chosen.append(int(token[0, 0]))
-        # A made-up history, in which the right tokens follow the text's end.
-        last = history[length - 1]
-        made_up = np.array([last, *chosen, last], np.int32)
-        made_up = np.pad(made_up, (0, len(history) - len(made_up)))
-        copy = jax.tree.map(jnp.copy, read)
-        tokens, _, passed = self._run(copy, made_up, width + 2, 1, left, sampling)
+        # A made-up history, in which the right tokens follow what no text holds.
+        mark = [-1] * (drafts.LONGEST - 1)
+        made_up = np.zeros_like(history)
+        made_up[: width + 2 * len(mark)] = [*mark, *chosen, *mark]
+        tokens, _, passed = self._run(
+            jax.tree.map(jnp.copy, read),
+            made_up,
+            width + 2 * len(mark),
+            1,
+            left,
+            sampling,
+        )
         same = tokens.tolist() == chosen and all(
             np.array_equal(_bits(a), _bits(b))
             for a, b in zip(*map(jax.tree.leaves, (plain, passed)), strict=True)
