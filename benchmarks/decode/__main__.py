@@ -12,8 +12,8 @@ weights; every dense peer holds the same ones. A figure is --tokens greedy token
 of one, or a prompt of --prefill tokens, choice and Python included. All peers take turns in one
 process, in another order each round. Of ours only weights are rounded; llama.cpp, CTranslate2 and
 `transformers-int8` (torch's dynamic quantisation) round activations too. Before anything is timed,
-the logits of every engine's float32 form are held against our dense twin's, and the tokens of
-every one of our models against its full forward pass. `--files=DIR` keeps what the engines read.
+the logits of every engine's float32 form are held against our dense twin's (of llama.cpp and
+CTranslate2 two blocks), and the tokens of every one of our models against its full forward pass. `--files=DIR` keeps what the engines read.
 
 Peers of packages that are not installed are left out, with a line: `pip install -e
 '.[decode,peers]'` has them all. pip compiles llama.cpp, a quarter of an hour on one core.

@@ -47,7 +47,8 @@ def make(twin: Callable[[], tuple], kind: str, folder: pathlib.Path) -> peers.Pe
 
 
 def _check_unrounded(path, config, params) -> None:
-    """The logits of float32 weights, which are then removed, are the twin's."""
+    """The logits of float32 weights of two blocks, then removed, are the twin's."""
+    config, params = ours.first_blocks(config, params)
     _save(path, config, params, "float32")
     tokens = peers.long_prompt(24, config.vocab_size)
     engine = _load(path, "float32")

@@ -34,9 +34,10 @@ def make(twin: Callable[[], tuple], kind: str, folder: pathlib.Path) -> peers.Pe
 
 
 def _check_unrounded(path, config, params) -> None:
-    """The logits of the float32 file, which is then removed, are the twin's."""
+    """The logits of a float32 file of two blocks, which is then removed, are the twin's."""
     from benchmarks.decode import gguf_file
 
+    config, params = ours.first_blocks(config, params)
     gguf_file.write(path, config, params, "f32")
     tokens = peers.long_prompt(24, config.vocab_size)
     logits = Engine(path).logits(tokens)

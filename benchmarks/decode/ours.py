@@ -104,9 +104,7 @@ def our_peer(config, params, kinds) -> peers.Peer:
     Not on all of memory layers: a sign that rounding flips reads another row, and the next
     layers' signs follow, so that two exact computations part within a few random layers.
     """
-    first = dataclasses.replace(config, num_layers=2)
-    blocks = {name: params["blocks"][name] for name in ("0", "1")}
-    check_tokens(first, params | {"blocks": blocks}, kinds)
+    check_tokens(*first_blocks(config, params), kinds)
     generator = sampler.Generator(config, params, kinds)
     weights = jax.tree.leaves(narrow.prepare(config, params, kinds))
     prompt = peers.long_prompt(2048, config.vocab_size).tolist()
@@ -116,6 +114,12 @@ def our_peer(config, params, kinds) -> peers.Peer:
         return list(generator.stream_batch([prompt[:length]], sampling))
 
     return peers.Peer(decoder(generator), prefill, sum(x.nbytes for x in weights))
+
+
+def first_blocks(config: model.ModelConfig, params: dict):
+    """(config, params) of the same model with its first two blocks only."""
+    blocks = {name: params["blocks"][name] for name in ("0", "1")}
+    return dataclasses.replace(config, num_layers=2), params | {"blocks": blocks}
 
 
 def decoder(generator: sampler.Generator):

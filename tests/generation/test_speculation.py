@@ -105,8 +105,7 @@ def test_other_bits_are_seen(monkeypatch):
 )
 def test_models_that_cannot(fields, reason):
     """Mutation: a condition of `why_not` left out."""
-    projection = fields.get("projection", "dense")
-    config = toy.model_config(projection, **{"num_layers": 2} | fields)
+    config = toy.model_config(**{"projection": "dense", "num_layers": 2} | fields)
     assert positions.why_not(config).startswith(reason)
     stub = type("Stub", (), {"model_config": config})
     with pytest.raises(errors.ConfigError, match=r"^--speculate=3: .*; leave --specul"):
