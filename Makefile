@@ -45,10 +45,12 @@ test-optimised: export JAX_ENABLE_COMPILATION_CACHE := false
 test-optimised: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# What compares with PyTorch, transformers, the lm-evaluation-harness and mamba2-jax.
+# What compares with PyTorch, transformers, the lm-evaluation-harness and mamba2-jax, and with
+# llama.cpp and CTranslate2 where the extra `decode` is installed.
 test-peers: $(VENV)/.peers
 	$(RUN) -m pytest tests/convert tests/harness tests/data/test_run_tokenizer.py \
-	    tests/test_names.py tests/model/test_mamba2.py
+	    tests/test_names.py tests/model/test_mamba2.py \
+	    tests/benchmarks/test_benchmarks_decode.py -rs
 
 # The launch scripts and sweeps under a real SLURM, started in a temporary folder.
 test-slurm: $(VENV)/.dev

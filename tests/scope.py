@@ -347,6 +347,7 @@ _TESTS = {
         "evaluation/test_evaluation.py",
         "test_sharding.py",
     ),
+    "model/positions": ("generation/test_speculation.py",),
     "model/parts": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",

@@ -14,7 +14,12 @@ from test_layering import ROOT, tree
 
 FILES = sorted(
     path
-    for pattern in ("*.py", "memoryformer/**/*.py", "tests/**/*.py", "benchmarks/*.py")
+    for pattern in (
+        "*.py",
+        "memoryformer/**/*.py",
+        "tests/**/*.py",
+        "benchmarks/**/*.py",
+    )
     for path in ROOT.glob(pattern)
 )
 OURS = {"memoryformer", "benchmarks", "tests"} | {

@@ -30,7 +30,11 @@ TOY_MODEL = {
 
 def test_benchmarks_are_run_as_modules():
     """Mutation: `python benchmarks/X.py`, which does not find the package."""
-    texts = [README, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    texts = [
+        README,
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
     wrong = [
         p.name
         for p in texts

@@ -18,7 +18,7 @@ from memoryformer import cli
 from memoryformer.data import names
 from memoryformer.errors import ConfigError
 from memoryformer.generation import prompts as prompts_lib
-from memoryformer.generation import sampler
+from memoryformer.generation import sampler, speculation
 from memoryformer.generation import text as text_lib
 from memoryformer.model import narrow
 from memoryformer.ops.lookup import screened
@@ -47,6 +47,13 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.8, "0 = most likely token.")
     flags.DEFINE_float("top_p", 0.95, "Mass of the nucleus.")
     flags.DEFINE_integer("max_tokens", 200, "How many tokens.", upper_bound=2**20)
+    flags.DEFINE_integer(
+        "speculate",
+        0,
+        "Tokens to draft from the text and read in one pass; 0: none. Same text.",
+        0,
+        speculation.MAX_DRAFT,
+    )
     flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**31 - 1)
 
 
@@ -77,10 +84,13 @@ def _run(argv):
     prompts = prompts_lib.read(path) if path else []
     prompts_lib.check_seeds(sampling, prompts)
     if flags.FLAGS.export:
-        generator, tokenizer = text_lib.open_export(flags.FLAGS.export, kinds)
+        loaded, tokenizer = text_lib.open_export(flags.FLAGS.export, kinds)
     else:
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
-        generator, tokenizer, _ = text_lib.open_run(flags.FLAGS.workdir, step, kinds)
+        loaded, tokenizer, _ = text_lib.open_run(flags.FLAGS.workdir, step, kinds)
+    generator: sampler.Streams = loaded
+    if flags.FLAGS.speculate:
+        generator = speculation.Speculator(loaded, flags.FLAGS.speculate)
     # A shell passes \n on as two characters.
     stop = [names.unescaped(string) for string in flags.FLAGS.stop]
     if prompts:
@@ -108,6 +118,11 @@ def _refuse_unused_flags():
         cli.refuse_flags(["prompt", "repl"], "--prompts names a file of prompts")
     else:
         cli.refuse_flags(["output", "batch_size"], "is of --prompts=FILE")
+    if flags.FLAGS.prompts and flags.FLAGS.speculate and flags.FLAGS.batch_size > 1:
+        raise ConfigError(
+            f"--speculate={flags.FLAGS.speculate}: reads one text at a time; with "
+            "--prompts use --batch_size=1."
+        )
     if flags.FLAGS.repl:
         cli.refuse_flags(["prompt"], "with --repl, prompts are typed")
 
@@ -143,6 +158,7 @@ def _run_prompt(generator, tokenizer, prompt, sampling, stop):
         f"[{reply.num_tokens} tokens{speed}, ended by {reply.finish}{_of_head()}]",
         file=sys.stderr,
     )
+    _show_speculation(generator)
 
 
 def _of_head():
@@ -158,6 +174,11 @@ def _of_head():
         f"{console.short_number(size)} bytes; all rows for {counts.whole} of "
         f"{counts.vectors} tokens"
     )
+
+
+def _show_speculation(generator):
+    if isinstance(generator, speculation.Speculator):
+        print(f"[{generator.report}]", file=sys.stderr)
 
 
 def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size):
@@ -178,6 +199,7 @@ def _run_file(generator, tokenizer, sampling, stop, prompts, output, batch_size)
         f"[{count} tokens, {rate} tokens/s with compilation{_of_head()}]",
         file=sys.stderr,
     )
+    _show_speculation(generator)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ an entry in `harness.encoding`.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,26 @@ def in_nucleus(logits: Array, top_p: Array | float) -> Array:
     return bits >= low
 
 
+class Read(NamedTuple):
+    """What was read so far, and all that goes on from it."""
+
+    state: mixers.State
+    logits: Array  # [B, V], of the next token
+    position: Array  # [B] int32, tokens read of each row
+    keys: Array  # [B], to draw with
+
+
+class Streams(Protocol):
+    """Whatever continues prompts by tokens: a `Generator`, or what speculates with one."""
+
+    model_config: model_lib.ModelConfig
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+    ) -> Iterator[list[int]]:
+        """Yield one token for each of `prompts`, `sampling.max_tokens` times."""
+
+
 class Generator:
     """Continue token sequences with one model; compiled steps are kept between calls."""
 
@@ -112,23 +132,43 @@ class Generator:
             params = narrow.prepare(model_config, params, kinds)
         self._screened = kinds is not None and kinds.head == narrow.SCREENED
         self._params = jax.tree.map(jnp.asarray, params)
-        self._prefill = jax.jit(self._read, donate_argnums=1)
+        self._prefill = jax.jit(self.read_tokens, donate_argnums=1)
         self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
 
-    def _read(self, params, state, tokens, seq):
-        """Read tokens [B, L]: the logits that follow them [B, V], and the state.
+    @property
+    def params(self) -> Params:
+        """The parameters as they are read."""
+        return self._params
 
-        Of a screened head, what it reads, [B, D]: `_choose` reads the head.
-        """
+    def read_tokens(
+        self, params: Params, state: mixers.State, tokens: Array, seq: mixers.SeqInfo
+    ) -> tuple[Array, mixers.State]:
+        """Read tokens [B, L]: what the next is chosen from (`to_choose`), and the state."""
         model = model_lib.merge(self.model_config, params)
         x, state = model.features(tokens, seq, state)
-        return x[:, -1] if self._screened else model.logits(x[:, -1]), state
+        return self.to_choose(params, x[:, -1]), state
 
-    def _choose(self, params, logits, keys, temperature, top_p):
-        """Choose from what `_read` gives: int32 [B, 1]."""
+    def to_choose(self, params: Params, x: Array) -> Array:
+        """What `choose_tokens` takes of features [B, D]: their logits [B, V].
+
+        Of a screened head the features, for `choose_tokens` reads the head.
+        """
+        if self._screened:
+            return x
+        return model_lib.merge(self.model_config, params).logits(x)
+
+    def choose_tokens(
+        self,
+        params: Params,
+        carried: Array,
+        keys: Array,
+        temperature: Array,
+        top_p: Array,
+    ) -> Array:
+        """Choose a token for each row of what `to_choose` gives: int32 [B, 1]."""
         choose_each = jax.vmap(choose, (0, 0, None, None))
         if not self._screened:
-            return choose_each(logits[:, None], keys, temperature, top_p)
+            return choose_each(carried[:, None], keys, temperature, top_p)
         head: Any = model_lib.merge(self.model_config, params).head
 
         def sampled(x):
@@ -137,7 +177,7 @@ class Generator:
         def greedy(x):
             return head.most_likely(x)[:, None]
 
-        return jax.lax.cond(temperature > 0, sampled, greedy, logits)
+        return jax.lax.cond(temperature > 0, sampled, greedy, carried)
 
     def _sample_and_read(
         self, params, state, logits, position, keys, count, temperature, top_p
@@ -147,9 +187,11 @@ class Generator:
         def next_token(i, carry):
             state, logits, position, keys, tokens = carry
             keys, draws = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-            token = self._choose(params, logits, draws, temperature, top_p)  # [B, 1]
+            token = self.choose_tokens(
+                params, logits, draws, temperature, top_p
+            )  # [B, 1]
             seq = mixers.SeqInfo(position[:, None], jnp.ones_like(token))
-            logits, state = self._read(params, state, token, seq)
+            logits, state = self.read_tokens(params, state, token, seq)
             tokens = tokens.at[i].set(token[:, 0])
             return state, logits, position + 1, keys, tokens
 
@@ -175,13 +217,27 @@ class Generator:
         Row i draws with seed + i, so that it gives what it would give alone. LOOP tokens are
         handed out while the next are computed.
         """
+        if self.model_config.recurrence != "none" and len(set(map(len, prompts))) > 1:
+            # Padding would move a row's chunks.
+            yield from self._one_by_one(prompts, sampling)
+            return
+        read = self.begin(prompts, sampling)
+        pending: Sequence[Array] | Array = []
+        for done in range(0, sampling.max_tokens, LOOP):
+            count = min(LOOP, sampling.max_tokens - done)
+            chosen, read = self.decode(read, count, sampling)
+            yield from np.asarray(pending).tolist()
+            pending = chosen[:count]
+        yield from np.asarray(pending).tolist()
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Read:
+        """Read prompts, of one length if there is a recurrence.
+
+        The state has room for `sampling.max_tokens` more.
+        """
         self._check(prompts)
-        longest = max(map(len, prompts))
-        chunk = 0
+        longest, chunk = max(map(len, prompts)), 0
         if self.model_config.recurrence != "none":
-            if len(set(map(len, prompts))) > 1:  # padding would move a row's chunks
-                yield from self._one_by_one(prompts, sampling)
-                return
             chunk = recurrence.chunk_size(self.model_config)
         state = self._init_state(len(prompts), longest + sampling.max_tokens)
         # Prompts end together: what stands before a shorter one is padding.
@@ -200,16 +256,15 @@ class Generator:
             start += size
         position = jnp.asarray(sizes[:, 0], jnp.int32)
         keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
+        return Read(state, logits, position, keys)
+
+    def decode(
+        self, read: Read, count: int, sampling: SamplingConfig
+    ) -> tuple[Array, Read]:
+        """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
         knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        pending: Sequence[Array] | Array = []
-        for done in range(0, sampling.max_tokens, LOOP):
-            count = min(LOOP, sampling.max_tokens - done)
-            chosen, state, logits, position, keys = self._decode(
-                self._params, state, logits, position, keys, count, *knobs
-            )
-            yield from np.asarray(pending).tolist()
-            pending = chosen[:count]
-        yield from np.asarray(pending).tolist()
+        tokens, *after = self._decode(self._params, *read, count, *knobs)
+        return tokens, Read(*after)
 
     def _one_by_one(self, prompts, sampling):
         """The same tokens from a state for each prompt."""

@@ -92,7 +92,7 @@ def _begun(text: str, stop: str) -> int:
 
 
 def complete(
-    generator: sampler.Generator,
+    generator: sampler.Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[str],
     sampling: sampler.SamplingConfig,
@@ -111,7 +111,7 @@ def complete(
 
 
 def complete_tokens(
-    generator: sampler.Generator,
+    generator: sampler.Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: sampler.SamplingConfig,
@@ -142,7 +142,7 @@ def complete_tokens(
 
 
 def complete_all(
-    generator: sampler.Generator,
+    generator: sampler.Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[str],
     sampling: sampler.SamplingConfig,

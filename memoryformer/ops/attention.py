@@ -27,6 +27,7 @@ PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "auto")
 SPLASH_BLOCK = 128
 CACHE_BLOCK = 32  # keys that `over_cache` reads at a time; caches hold whole blocks
+FEW = 4  # up to so many queries read a cache with the bits of each alone
 
 Transform = Callable[[Float[Array, "B H L M"], Array], Float[Array, "B H L M"]]
 
@@ -83,7 +84,8 @@ def over_cache(
 ) -> Float[Array, "B L H E"]:
     """Attend, by `causal_mask`, to the first `filled` keys; M is whole blocks.
 
-    On CPU the blocks beyond them are not read, and there is no gradient.
+    On CPU the blocks beyond them are not read, there is no gradient, and up to `FEW` queries
+    get the bits that each would get alone.
     """
 
     def all_at_once(q, k, v, query_index, query_segments, key_segments, filled):
@@ -115,20 +117,24 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
         segments = block(key_segments, axis=1)
         index = jnp.broadcast_to(start + jnp.arange(CACHE_BLOCK)[None], segments.shape)
         mask = causal_mask(query_index, query_segments, index, segments)[:, None]
-        # Keys stand first, so that the product reads them as they lie.
-        logits = jnp.einsum("bhme,blhe->bhml", keys, q, preferred_element_type=dtype)
-        logits = jnp.swapaxes(logits, 2, 3)
+
+        def products(q):
+            # Keys stand first, so that the product reads them as they lie.
+            spec = "bhme,blhe->bhml"
+            logits = jnp.einsum(spec, keys, q, preferred_element_type=dtype)
+            return jnp.swapaxes(logits, 2, 3)
+
+        def reads(weights):
+            spec = "bhlm,bhme->bhle"
+            return jnp.einsum(spec, weights, values, preferred_element_type=dtype)
+
+        logits = _each(products, q, axis=1)
         logits = jnp.where(mask, logits * width**-0.5, jnp.finfo(dtype).min)
         new = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.where(mask, jnp.exp(logits - new), 0)
         before = jnp.exp(largest - new)
         total = total * before + jnp.sum(weights, axis=-1, keepdims=True)
-        read = jnp.einsum(
-            "bhlm,bhme->bhle",
-            weights.astype(narrow).astype(dtype),
-            values,
-            preferred_element_type=dtype,
-        )
+        read = _each(reads, weights.astype(narrow).astype(dtype), axis=2)
         return new, total, y * before + read
 
     rows = (batch_size, heads, length)
@@ -138,6 +144,16 @@ def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):
     _, total, y = jax.lax.fori_loop(0, blocks, step, carry)
     y = jnp.where(total > 0, y / jnp.where(total > 0, total, 1), 0)
     return jnp.swapaxes(y, 1, 2).astype(narrow)
+
+
+def _each(product, x, axis):
+    """Product of each query of a few alone: XLA sums one in another order than several."""
+    length = x.shape[axis]
+    if length > FEW:
+        return product(x)
+    return jnp.concatenate(
+        [product(part) for part in jnp.split(x, length, axis)], axis=2
+    )
 
 
 def why_not(

@@ -1,0 +1,1 @@
+"""Whole-model decoding on CPU, ours beside what people would use instead."""

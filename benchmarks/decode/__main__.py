@@ -1,0 +1,181 @@
+"""Whole-model decoding on CPU: MemoryFormer beside llama.cpp, CTranslate2 and transformers.
+
+    python -m benchmarks.decode --size=base                    # every peer, one stream
+    python -m benchmarks.decode --size=base --batch_size=1,4,16 --prefill=512
+    python -m benchmarks.decode --size=small --batch_size=16
+    python -m benchmarks.decode --cores=1 --clock=cpu          # on a busy machine
+    python -m benchmarks.decode --size=base --peers=memoryformer-bfloat16,transformers-float32
+    python -m benchmarks.decode --plot=docs/images/decode.png a.json b.json   # from files
+
+`small` and `base` are MemoryFormer's shapes beside Pythia-160M's and -410M's, with random
+weights; every dense peer holds the same ones. A figure is --tokens greedy tokens after a prompt
+of one, or a prompt of --prefill tokens, choice and Python included. All peers take turns in one
+process, in another order each round. Of ours only weights are rounded; llama.cpp, CTranslate2 and
+`transformers-int8` (torch's dynamic quantisation) round activations too. Before anything is timed,
+the logits of every engine's float32 form are held against our dense twin's (of llama.cpp and
+CTranslate2 two blocks), and the tokens of every one of our models against its full forward pass. `--files=DIR` keeps what the engines read.
+
+Peers of packages that are not installed are left out, with a line: `pip install -e
+'.[decode,peers]'` has them all. pip compiles llama.cpp, a quarter of an hour on one core.
+Memory: 7 GiB for base with int8 tables, 14 with bfloat16, and 5 for its peers. Run with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 and THP_MEM_ALLOC_ENABLE=1, so that torch's weights
+lie in huge pages too. Limits and predictions: docs/performance.md.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+
+from benchmarks import timing
+from benchmarks.decode import peers as peers_lib
+from benchmarks.decode import plots
+
+LEFT_OUT = ("memoryformer-bfloat16",)  # of the default: it takes 14 GiB
+DEFAULT_PEERS = ",".join(p for p in peers_lib.NAMES if p not in LEFT_OUT)
+
+Work = tuple[str, int]  # ('decode', streams) or ('prefill', tokens)
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Measure the peers asked for, or plot files of earlier measurements."""
+    args = _parse(argv)
+    if args.results:
+        plots.plot([json.loads(p.read_text()) for p in args.results], args.plot)
+        return None
+    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    names = _installed(args.peers.split(","))
+    works = [("decode", int(streams)) for streams in args.batch_size.split(",")]
+    works += [("prefill", args.prefill)] if args.prefill else []
+    with contextlib.ExitStack() as stack:
+        folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
+        peers = peers_lib.make(args.size, names, pathlib.Path(folder))
+    facts = {
+        "size": args.size,
+        "tokens": args.tokens,
+        "cores": len(cores),
+        "clock": args.clock,
+        "processor": timing.processor(),
+        "weight_bytes": {name: peer.weight_bytes for name, peer in peers.items()},
+    }
+    rounds = measure(peers, works, args.tokens, timing.CLOCKS[args.clock])
+    next(rounds)  # what is compiled or read for the first time
+    next(rounds)  # quartiles are of two
+    for i in range(2, args.rounds + 1):
+        seconds = next(rounds)
+        series = [summary(work, args.tokens, s) for work, s in seconds.items()]
+        result = facts | {"load": os.getloadavg()[0], "rounds": i, "works": series}
+        # After every round: a run that is cut short has measured what it has.
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print_table(result)
+    if args.plot:
+        plots.plot([result], args.plot)
+    return result
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="*", type=pathlib.Path)
+    parser.add_argument("--size", choices=("small", "base", "toy"), default="base")
+    parser.add_argument("--peers", default=DEFAULT_PEERS, help="comma-separated")
+    parser.add_argument("--batch_size", default="1", help="streams; comma-separated")
+    parser.add_argument("--prefill", type=int, default=0, help="tokens; 0: none")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cores", type=int, default=0, help="0: all")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--files", help="folder that keeps the engines' files")
+    parser.add_argument("--output", type=pathlib.Path, default="decode.json")
+    parser.add_argument("--plot", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    for name in args.peers.split(","):
+        if name not in peers_lib.NAMES:
+            parser.error(f"--peers: {name!r} is none of {', '.join(peers_lib.NAMES)}")
+    if not all(n.isdigit() and int(n) for n in args.batch_size.split(",")):
+        parser.error(f"--batch_size={args.batch_size}: must be numbers of at least 1")
+    if not 0 <= args.prefill <= 2048:
+        parser.error(f"--prefill={args.prefill}: must be in [0, 2048]")
+    if args.tokens < 1 or args.rounds < 2:
+        parser.error("--tokens must be at least 1 and --rounds at least 2")
+    return args
+
+
+def _installed(names: list[str]) -> list[str]:
+    """Leave out, with a line, the peers whose packages are not here."""
+    for name in names:
+        if packages := peers_lib.absent(name):
+            print(f"without {name}: {', '.join(packages)} not installed", flush=True)
+    return [name for name in names if not peers_lib.absent(name)]
+
+
+def measure(
+    peers: dict[str, peers_lib.Peer],
+    works: list[Work],
+    tokens: int,
+    clock: Callable[[], float],
+) -> Iterator[dict[Work, dict[str, list[float]]]]:
+    """Yield, after each round, the seconds of each work and peer in all but the first."""
+    seconds: dict = {work: {name: [] for name in peers} for work in works}
+    shuffled = random.Random(0)
+    for i in itertools.count():
+        for kind, size in works:
+            for name in shuffled.sample(list(peers), len(peers)):
+                start = clock()
+                if kind == "prefill":
+                    peers[name].prefill(size)
+                else:
+                    peers[name].decode(size, tokens)
+                if i:
+                    seconds[kind, size][name].append(clock() - start)
+        yield seconds
+
+
+def summary(work: Work, tokens: int, seconds: dict[str, list[float]]) -> dict:
+    """Quartiles of tokens per second, and of the time over the first peer's of that round."""
+    kind, size = work
+    first = next(iter(seconds))
+    count = size if kind == "prefill" else size * (tokens + 1)
+    return {
+        "work": kind,
+        "streams" if kind == "decode" else "length": size,
+        "tokens_per_second": {
+            name: timing.quartiles(sorted(count / s for s in series))
+            for name, series in seconds.items()
+        },
+        "times_slower_than_" + first: {
+            name: timing.quartiles(
+                [t / f for t, f in zip(series, seconds[first], strict=True)]
+            )
+            for name, series in seconds.items()
+        },
+    }
+
+
+def print_table(result: dict) -> None:
+    """Tokens per second, how many times slower than the first, and bytes of weights."""
+    print(
+        f"\n{result['processor']}, {result['cores']} cores, load {result['load']:.1f}"
+    )
+    for work in result["works"]:
+        title = f"{result['size']}, {plots.title(work)}"
+        print(f"\n{title:24} {'tokens/s':>10} {'quartiles':>18}   times slower")
+        (ratios,) = (v for k, v in work.items() if k.startswith("times_slower"))
+        for name, (low, median, high) in work["tokens_per_second"].items():
+            ratio, spread = ratios[name], f"{low:.1f}..{high:.1f}"
+            print(
+                f"  {name:22} {median:10.1f} {spread:>18}   "
+                f"{ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}]"
+            )
+    print()
+    for name, size in result["weight_bytes"].items():
+        print(f"  {name:22} {size / 1e9:10.2f} GB of weights", flush=True)
+
+
+if __name__ == "__main__":
+    main()
