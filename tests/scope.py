@@ -105,6 +105,7 @@ _TESTS = {
         "test_fields.py",
         "data/test_data_bytes.py",
         "test_config.py",
+        "data/test_data_parts.py",
     ),
     "data/preparation": (
         "data/test_data_preparation.py",

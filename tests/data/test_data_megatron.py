@@ -225,6 +225,19 @@ def test_a_damaged_pair_is_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", range(1, 11))
+def test_every_document_is_looked_at(tmp_path, monkeypatch, place):
+    """Where two swap their beginnings. Mutations: chunks that leave some out, or an edge."""
+    monkeypatch.setattr(megatron_index, "CHUNK", 4)
+    write_mmididx(tmp_path / "d", documents(12))
+    path = tmp_path / "d.idx"
+    head, firsts = path.read_bytes()[: -13 * 8], np.arange(13)
+    firsts[[place, place + 1]] = firsts[[place + 1, place]]
+    path.write_bytes(head + firsts.astype("<i8").tobytes())
+    with pytest.raises(errors.DataError, match="documents do not cover its 12 seq"):
+        data.load(config(tmp_path / "d"))
+
+
 def test_ids_beyond_what_was_looked_at_end_the_step(tmp_path, monkeypatch):
     """What the sample misses is found where it is drawn. Red without the check of a batch."""
     monkeypatch.setattr(megatron, "SAMPLED", 2 * megatron._BLOCK)

@@ -30,6 +30,7 @@ from memoryformer.data import (
     part_processes,
     part_runner,
     parts,
+    token_files,
 )
 from memoryformer.data import manifest as manifest_lib
 
@@ -197,8 +198,11 @@ def test_asked_to_stop_it_keeps_what_is_done(texts, tmp_path):
     data.prepare(here, show_progress=False)
 
 
-def test_equal_texts_are_kept_once(tmp_path):
-    """The first of them stays, across parts. Red if `first` is not compared."""
+def test_equal_texts_are_kept_once(tmp_path, monkeypatch):
+    """The first of them stays, across parts and their batches.
+
+    Red if `first` is not compared, or texts are not counted over batches.
+    """
     again = data_helpers.texts(40, seed=0)[3]
     other = data_helpers.texts(40, seed=1)[7]
     repeats = [(0, again), (2, again), (3, again), (3, other), (3, other)]
@@ -216,6 +220,9 @@ def test_equal_texts_are_kept_once(tmp_path):
     for number in (1, 0):
         directory = data.prepare(shares, share=(number, 2))
     assert contents(directory) == contents(dataset.directory)
+    monkeypatch.setattr(part_files, "_BATCH_CHARS", 300)
+    batched = config(tmp_path / "corpus", tmp_path / "d", deduplicate=True)
+    assert contents(data.load(batched).directory) == contents(dataset.directory)
     one = config(tmp_path / "corpus", tmp_path / "c", deduplicate=True, part_bytes=0)
     found = documents(data.load(one).train)
     in_train = [text for text in every_text if not held_out(text)]
@@ -347,13 +354,24 @@ def test_texts_inside_of_a_table(tmp_path):
 
 
 def test_a_long_text_is_one_document(tmp_path, monkeypatch):
-    """Encoded in pieces, it has the bytes it had. Red if each piece begins a document."""
+    """Encoded in pieces, it has the bytes it had, and no other text is.
+
+    Red if each piece begins a document, or short texts are cut.
+    """
     monkeypatch.setattr(part_files, "_BATCH_CHARS", 100)
+    in_pieces, append_long = set(), token_files.Writer.append_long
+
+    def noted(self, text, piece_chars):
+        in_pieces.add(len(text) > 200)
+        append_long(self, text, piece_chars)
+
+    monkeypatch.setattr(token_files.Writer, "append_long", noted)
     folder = tmp_path / "corpus"
     long = "\n".join(data_helpers.texts(30, seed=9))
     texts = [text for of_file in corpus(folder) for text in of_file]
     (folder / "long.jsonl").write_text(json.dumps({"text": long}) + "\n")
     dataset = data.load(config(folder, tmp_path / "cache"))
+    assert in_pieces == {True} and min(map(len, texts)) <= 200
     found = documents(dataset.train) + documents(dataset.validation)
     assert sorted(found) == sorted([*texts, long])
     bpe = data.load(config(folder, tmp_path / "cache", tokenizer="bpe:300"))

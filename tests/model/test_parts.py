@@ -223,6 +223,15 @@ def test_the_first_layers_of_a_model():
     assert parts.first_layers(toy.model_config(), 1).num_layers == 1
 
 
+@pytest.mark.parametrize("bits", [1, 16])
+def test_bits_at_the_bounds(bits):
+    """Mutations: from 2; to 15."""
+    options = {"parts": f"ffn=memory_block,bits={bits}"}
+    sizes = {"embed_dim": 48, "num_heads": 3}
+    config = toy.model_config("mixed", **sizes, projection_options=options)
+    assert parts.of_layer(config, 0).ffn.code_bits == bits
+
+
 def test_no_output_without_a_projection():
     with pytest.raises(errors.ConfigError, match="the model has no W_O"):
         mixed(parts="output=memory", output_projection=False)

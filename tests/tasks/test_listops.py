@@ -58,6 +58,7 @@ def test_batches_follow_from_seed_step_and_split():
     assert lengths.min() >= TASK.min_len and a["inputs"].max() < len(listops.TOKENS)
 
 
+@pytest.mark.slow
 def test_a_two_sided_trunk_learns(tmp_path):
     """Red if the labels are not those of the inputs, or the head gets no gradient.
 

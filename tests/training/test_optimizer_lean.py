@@ -216,7 +216,11 @@ def test_gradients_of_tables_are_kept_in_the_type_they_are_read_in():
         np.testing.assert_array_equal(a, b.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("fields", [LEAN, LEANEST], ids=["6 bytes", "4 bytes"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(LEAN, marks=pytest.mark.slow), LEANEST],
+    ids=["6 bytes", "4 bytes"],
+)
 def test_a_lean_run_resumes_bit_for_bit(fields, tmp_path):
     """Stopped after 3 of 6 steps, and a lean state is not read as a full one.
 
