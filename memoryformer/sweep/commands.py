@@ -145,9 +145,8 @@ def submit(sweep: Sweep, options: Options) -> int:
             print(f"nothing to submit: {others}")
             return 0
         done = launcher.submit(_request(sweep, chosen, options, words))
-        if done.job:
-            jobs.remember(sweep, options.launcher, done.job, chosen)
-    print(f"submitted as job {done.job}: {len(chosen)} points; {others}")
+        print(f"submitted as job {done.job}: {len(chosen)} points; {others}")
+        jobs.remember(sweep, options.launcher, done.job, chosen)
     return done.exit_code
 
 
