@@ -37,7 +37,7 @@ def expected(x, matrix, kind):
         w, of_w = rounded(by_output, 127)
         sums = q @ w.T
         assert np.abs(sums).max(initial=0) < 2**31
-        return sums.astype(np.float32) * (of_w[None] * of_x[:, None])
+        return (sums.astype(np.float32) * of_w[None]) * of_x[:, None]
     padding = ((0, 0), (0, -matrix.shape[0] % GROUP))
     w, of_w = rounded(np.pad(by_output, padding).reshape(matrix.shape[1], -1, GROUP), 7)
     q = np.pad(q, padding).reshape(len(x), -1, GROUP)

@@ -4,7 +4,7 @@
     w8a8    int8, a scale for each output            int8, a scale for each vector
     w4a8    4 bits, a scale for 64 of an output      the same
 
-    y[n, v] = s_n s_v sum_d q[n, d] w[v, d],   q[n] = round(x[n] / s_n),   s_n = max |x[n]| / 127
+    y[n, v] = s_n (s_v sum_d q[n, d] w[v, d]),  q[n] = round(x[n] / s_n),  s_n = max |x[n]| / 127
 
 Sums are exact integers, so that all instruction sets (VNNI, AVX2, none) give the same bits.
 Rounding goes to the nearest, ties to even. Activations in floats are `narrow`, the reference.
@@ -111,7 +111,7 @@ def product(x: Float[AnyArray, "*B D"], matrix: IntegerMatrix) -> Float[Array, "
             "ngj,vgj->ngv", values, weights, preferred_element_type="int32"
         )
         if not four_bits:
-            y = sums[:, 0] * (scales.reshape(1, -1) * of_x[:, None])
+            y = sums[:, 0] * scales.reshape(1, -1) * of_x[:, None]
             return y[:, : matrix.outputs]
         scales = scales.swapaxes(0, 1).reshape(1, sums.shape[1], -1)
         y = jnp.sum(sums * scales, axis=1) * of_x[:, None]

@@ -20,7 +20,7 @@ inline float RoundVector(const float* x, int64_t count, int8_t* q) {
   }
   const float scale = largest / 127.0f;
   if (!finite || scale == 0) {
-    std::memset(q, 0, count);
+    std::fill_n(q, count, int8_t{0});
     return finite ? 0.0f : NAN;
   }
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -44,7 +44,7 @@ struct IntegerMatrix {
   const float* scales;     // [V / 16, 16], or [V / 16, D / 64, 16]
 };
 
-// y[n, v] = s_n s_v sum_d q[n, d] w[v, d], or with a scale for each 64 columns of 4-bit
+// y[n, v] = s_n (s_v sum_d q[n, d] w[v, d]), or with a scale for each 64 columns of 4-bit
 // weights, summed over them in order. Each step of float32 is one rounding.
 template <class Pool>
 void IntegerProduct(const IntegerMatrix& matrix, const float* x, int64_t N, float* y,
@@ -66,37 +66,23 @@ void IntegerProduct(const IntegerMatrix& matrix, const float* x, int64_t N, floa
   }
   const IntegerKernels kernels = ChooseIntegerKernels();
   const auto sums_of = matrix.four_bits ? kernels.four_bits : kernels.eight_bits;
-  const int64_t group_bytes = kTileRows * group / (matrix.four_bits ? 2 : 1);
+  const int64_t tile_bytes = kTileRows * D / (matrix.four_bits ? 2 : 1);
   const int64_t tiles = CeilDivide(V, kTileRows);
   const int64_t per_item = std::max<int64_t>(1, (128 << 10) / (kTileRows * D + 1));
   constexpr int64_t kTokens = 16;  // at a time
   ParallelFor(pool, AvailableThreads(), CeilDivide(tiles, per_item), [&](int64_t item) {
-    int32_t sums[kTokens * kTileRows];
-    float totals_of_rows[kTokens * kTileRows];
+    float sums[kTokens * kTileRows];
     for (int64_t tile = item * per_item;
          tile < std::min(tiles, (item + 1) * per_item); ++tile) {
-      const uint8_t* bytes = matrix.tiles + tile * groups * group_bytes;
-      const float* scales = matrix.scales + tile * kTileRows * (matrix.four_bits ? groups : 1);
       const int64_t count = std::min<int64_t>(kTileRows, V - tile * kTileRows);
       for (int64_t n0 = 0; n0 < N; n0 += kTokens) {
         const int64_t tokens = std::min(kTokens, N - n0);
-        std::fill_n(totals_of_rows, tokens * kTileRows, 0.0f);
-        for (int64_t g = 0; g < groups; ++g) {
-          sums_of(bytes + g * group_bytes, group, rounded + n0 * D + g * group, D,
-                  totals + g * N + n0, tokens, sums);
-          for (int64_t t = 0; t < tokens && matrix.four_bits; ++t)
-            kernels.add_scaled(sums + t * kTileRows, scales + g * kTileRows,
-                               totals_of_rows + t * kTileRows);
-        }
+        sums_of(matrix.tiles + tile * tile_bytes, D, group, rounded + n0 * D, D, totals + n0,
+                matrix.scales + tile * groups * kTileRows, tokens, N, sums);
         for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t r = 0; r < count; ++r) {
-            const float scale = x_scales[n0 + t];
-            const int64_t i = t * kTileRows + r;
+          for (int64_t r = 0; r < count; ++r)
             y[(n0 + t) * V + tile * kTileRows + r] =
-                matrix.four_bits ? totals_of_rows[i] * scale
-                : groups == 0    ? 0 * scale
-                                 : static_cast<float>(sums[i]) * (scales[r] * scale);
-          }
+                sums[t * kTileRows + r] * x_scales[n0 + t];
       }
     }
   });

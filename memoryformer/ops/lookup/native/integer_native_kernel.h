@@ -14,12 +14,14 @@
 #define INTEGER_TARGET SIMD_TARGET
 #endif
 
-// sums[t * 16 + r] = sum_j weight[r][j] x[t * stride + j], for kTokens vectors of `columns`
-// values (a multiple of 32 / kBits); totals[t] = sum_j x[t * stride + j].
+constexpr int kTileVectors = kTileRows / kLanes;
+
+// sum[t] = sum_j weight[r][j] x[t * stride + j] for 16 rows r, of `columns` values (a
+// multiple of 32 / kBits); totals[t] = sum_j x[t * stride + j].
 template <int kTokens, int kBits>
-INTEGER_TARGET void IntegerSums(const uint8_t* tile, int64_t columns, const int8_t* x,
-                                int64_t stride, [[maybe_unused]] const int32_t* totals,
-                                int32_t* sums) {
+INTEGER_TARGET inline __attribute__((always_inline)) void SumTile(
+    const uint8_t* tile, int64_t columns, const int8_t* x, int64_t stride,
+    [[maybe_unused]] const int32_t* totals, IntVec (*result)[kTileVectors]) {
   constexpr int kParts = 8 / kBits, kColumns = 4 * kParts;  // of 64 bytes
 #if SIMD_LANES == 16
   // Unsigned weights times signed x, four products a lane, without saturation. Their offset
@@ -28,32 +30,27 @@ INTEGER_TARGET void IntegerSums(const uint8_t* tile, int64_t columns, const int8
   const __m512i mask = _mm512_set1_epi8((1 << kBits % 8) - 1);
   __m512i sum[kTokens][2];
   for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
-  const auto add = [&](const uint8_t* bytes, const int8_t* at, int h) INTEGER_TARGET {
-    const __m512i all = _mm512_loadu_si512(bytes);
+  for (int64_t j = 0; j < columns; j += kColumns, tile += 64) {
+    const __m512i all = _mm512_loadu_si512(tile);
+#pragma GCC unroll 4
     for (int m = 0; m < kParts; ++m) {
-      const int chain = (kParts == 1 ? h : m) % kChains;
       const __m512i weights =
           kParts == 1 ? all : _mm512_and_si512(_mm512_srli_epi16(all, m * kBits), mask);
+#pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
         int32_t four;
-        std::memcpy(&four, at + t * stride + 4 * m, sizeof(four));
-        sum[t][chain] =
-            _mm512_dpbusd_epi32(sum[t][chain], weights, _mm512_set1_epi32(four));
+        std::memcpy(&four, x + t * stride + j + 4 * m, sizeof(four));
+        sum[t][m % kChains] =
+            _mm512_dpbusd_epi32(sum[t][m % kChains], weights, _mm512_set1_epi32(four));
       }
     }
-  };
-  int64_t j = 0;
-  for (; j + 2 * kColumns <= columns; j += 2 * kColumns, tile += 128) {
-    add(tile, x + j, 0);
-    add(tile + 64, x + j + kColumns, 1);
   }
-  if (j < columns) add(tile, x + j, 0);
   for (int t = 0; t < kTokens; ++t) {
     __m512i total = _mm512_add_epi32(sum[t][0], sum[t][1]);
     if (kBits == 2) total = _mm512_add_epi32(total, total);
     const int offset = kBits == 8 ? 128 : kBits == 4 ? 8 : 3;
-    total = _mm512_sub_epi32(total, _mm512_set1_epi32(offset * totals[t]));
-    _mm512_storeu_si512(sums + t * kTileRows, total);
+    result[t][0] =
+        (IntVec)_mm512_sub_epi32(total, _mm512_set1_epi32(offset * totals[t]));
   }
 #elif SIMD_LANES == 8
   // Two products are added in 16 bits, which saturate at 32767: |w| |x| of 8 bits make at
@@ -90,9 +87,8 @@ INTEGER_TARGET void IntegerSums(const uint8_t* tile, int64_t columns, const int8
       __m256i total = sum[t][h];
       if (kBits == 2) total = _mm256_add_epi32(total, total);
       const int offset = kBits == 8 ? 0 : kBits == 4 ? 8 : 3;
-      total = _mm256_sub_epi32(total, _mm256_set1_epi32(offset * totals[t]));
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(sums + t * kTileRows + kTileRows / 2 * h), total);
+      result[t][h] =
+          (IntVec)_mm256_sub_epi32(total, _mm256_set1_epi32(offset * totals[t]));
     }
 #else
   for (int t = 0; t < kTokens; ++t)
@@ -104,21 +100,61 @@ INTEGER_TARGET void IntegerSums(const uint8_t* tile, int64_t columns, const int8
         const int weight = kBits == 2 ? 2 * bits - 3 : bits - (1 << (kBits - 1));
         sum += weight * x[t * stride + j];
       }
-      sums[t * kTileRows + r] = sum;
+      result[t][r / kLanes][r % kLanes] = sum;
     }
 #endif
 }
 
+// total + a * b, rounded once: the same in every variant.
+SIMD_TARGET inline Vec Fused(Vec a, Vec b, Vec total) {
+#if SIMD_LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)total);
+#elif SIMD_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)total);
+#else
+  for (int l = 0; l < kLanes; ++l) total[l] = std::fma(a[l], b[l], total[l]);
+  return total;
+#endif
+}
+
+// out[t * 16 + r] = sum_g scale_g sum_{j in group g} weight[r][j] x[t * stride + j], groups
+// of `group` columns in order. scales are [groups, 16] of rows if kOfRows, else [groups,
+// all_tokens] of vectors, as totals are.
+template <int kTokens, int kBits, bool kOfRows>
+INTEGER_TARGET void GroupSums(const uint8_t* tile, int64_t columns, int64_t group,
+                              const int8_t* x, int64_t stride, const int32_t* totals,
+                              const float* scales, int64_t all_tokens, float* out) {
+  Vec sum[kTokens][kTileVectors] = {};
+  for (int64_t begin = 0; begin < columns; begin += group) {
+    const int64_t count = std::min(group, columns - begin);
+    IntVec integers[kTokens][kTileVectors];
+    SumTile<kTokens, kBits>(tile, count, x + begin, stride, totals, integers);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t)
+      for (int h = 0; h < kTileVectors; ++h) {
+        const Vec scale = kOfRows ? Load(scales + h * kLanes) : Vec{} + scales[t];
+        sum[t][h] = Fused(__builtin_convertvector(integers[t][h], Vec), scale, sum[t][h]);
+      }
+    tile += kTileRows * count * kBits / 8;
+    totals += all_tokens, scales += kOfRows ? kTileRows : all_tokens;
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int h = 0; h < kTileVectors; ++h)
+      Store(out + t * kTileRows + h * kLanes, sum[t][h]);
+}
+
 // The same for any number of vectors, as many at a time as there are registers for.
-template <int kBits>
-void ManySums(const uint8_t* tile, int64_t columns, const int8_t* x, int64_t stride,
-              const int32_t* totals, int64_t tokens, int32_t* sums) {
+template <int kBits, bool kOfRows>
+void ManySums(const uint8_t* tile, int64_t columns, int64_t group, const int8_t* x,
+              int64_t stride, const int32_t* totals, const float* scales, int64_t tokens,
+              int64_t all_tokens, float* out) {
   int64_t t = 0;
   const auto take = [&](auto count) {
     constexpr int kTokens = decltype(count)::value;
     for (; t + kTokens <= tokens; t += kTokens)
-      IntegerSums<kTokens, kBits>(tile, columns, x + t * stride, stride, totals + t,
-                                  sums + t * kTileRows);
+      GroupSums<kTokens, kBits, kOfRows>(tile, columns, group, x + t * stride, stride,
+                                         totals + t, kOfRows ? scales : scales + t,
+                                         all_tokens, out + t * kTileRows);
   };
   if constexpr (SIMD_LANES == 16) {
     take(std::integral_constant<int, 16>());
@@ -126,35 +162,6 @@ void ManySums(const uint8_t* tile, int64_t columns, const int8_t* x, int64_t str
   }
   take(std::integral_constant<int, 4>());
   take(std::integral_constant<int, 1>());
-}
-
-// total[r] = a[r] * b[r] + total[r], rounded once: the same in every variant.
-SIMD_TARGET inline void AddScaled(const int32_t* a, const float* b, float* total) {
-  for (int r = 0; r < kTileRows; r += kLanes) {
-#if SIMD_LANES == 16
-    const __m512 wide = _mm512_cvtepi32_ps(_mm512_loadu_si512(a + r));
-    Store(total + r, (Vec)_mm512_fmadd_ps(wide, (__m512)Load(b + r),
-                                          (__m512)Load(total + r)));
-#elif SIMD_LANES == 8
-    const __m256 wide = _mm256_cvtepi32_ps(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + r)));
-    Store(total + r, (Vec)_mm256_fmadd_ps(wide, (__m256)Load(b + r),
-                                          (__m256)Load(total + r)));
-#else
-    for (int l = r; l < r + kLanes; ++l)
-      total[l] = std::fma(static_cast<float>(a[l]), b[l], total[l]);
-#endif
-  }
-}
-
-// total[r] += a[r] * factor; rounding is the caller's to bound.
-SIMD_TARGET inline void AddTimes(const int32_t* a, float factor, float* total) {
-  typedef int32_t AnyIntVec
-      __attribute__((vector_size(4 * SIMD_LANES), aligned(4), may_alias));
-  for (int r = 0; r < kTileRows; r += kLanes) {
-    const IntVec values = *reinterpret_cast<const AnyIntVec*>(a + r);
-    Store(total + r, Load(total + r) + factor * __builtin_convertvector(values, Vec));
-  }
 }
 
 // out[r] = scale[r] * value[r] + a[r] * x + b[r] * y + c.
@@ -166,7 +173,8 @@ SIMD_TARGET inline void Combine(const float* scale, const float* value, const fl
 }
 
 inline IntegerKernels MakeIntegerKernels() {
-  return {ManySums<8>, ManySums<4>, ManySums<2>, AddScaled, AddTimes, Combine};
+  return {ManySums<8, true>, ManySums<4, true>, ManySums<8, false>, ManySums<2, false>,
+          Combine};
 }
 
 #undef INTEGER_TARGET

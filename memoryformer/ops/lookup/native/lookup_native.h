@@ -71,12 +71,11 @@ constexpr int kTileRows = 16;
 constexpr int64_t kMaxIntegerWidth = 1 << 17;
 
 struct IntegerKernels {
-  // (tile, columns, x, stride, totals, tokens, sums)
-  using Sums = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*,
-                        int64_t, int32_t*);
-  Sums eight_bits, four_bits, two_bits;
-  void (*add_scaled)(const int32_t*, const float*, float*);
-  void (*add_times)(const int32_t*, float, float*);
+  // (tile, columns, group, x, stride, totals, scales, tokens, all_tokens, out)
+  using Sums = void (*)(const uint8_t*, int64_t, int64_t, const int8_t*, int64_t,
+                        const int32_t*, const float*, int64_t, int64_t, float*);
+  Sums eight_bits, four_bits;      // with scales of rows
+  Sums screen_lead, screen_rest;   // 8 and 2 bits, with scales of vectors
   void (*combine)(const float*, const float*, const float*, float, const float*, float,
                   float, float*);
 };

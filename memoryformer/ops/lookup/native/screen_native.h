@@ -119,37 +119,51 @@ struct Query {
   }
 };
 
-// upper[16] of each of `queries`, from one tile. totals: theirs, [Groups() + 1, tokens].
+// What the kernels ask of some vectors, side by side: [Groups() + 1, tokens] each, the last of
+// the norms.
+struct Together {
+  std::vector<int32_t> totals;
+  std::vector<float> scales;
+
+  Together(const Screen& screen, const std::vector<Query>& queries) {
+    for (int64_t g = 0; g <= screen.Groups(); ++g)
+      for (const Query& query : queries) {
+        totals.push_back(query.totals[g]);
+        scales.push_back(g < screen.Groups() ? query.scales[g] : query.norm_scale);
+      }
+  }
+};
+
+// upper[16] of each of `queries`, from one tile.
 inline void UpperBounds(const Screen& screen, const IntegerKernels& kernels,
                         const uint8_t* tile, const std::vector<Query>& queries,
-                        const std::vector<int32_t>& totals, float* upper) {
-  const int64_t tokens = queries.size(), groups = screen.Groups();
+                        const Together& together, float* upper) {
+  const int64_t tokens = queries.size(), rest_columns = screen.Columns() - screen.lead;
   const Query& first = queries[0];  // the others lie behind it, a stride apart
-  int32_t sums[kStreams * kTileRows];
-  float lead[kStreams][kTileRows] = {}, rest[kStreams][kTileRows] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    const bool in_rest = g >= screen.LeadGroups();
-    const int64_t begin = screen.Begin(g), columns = screen.End(g) - begin;
-    const auto sums_of = in_rest ? kernels.two_bits : kernels.eight_bits;
-    sums_of(tile, columns, first.integers + begin, screen.Columns(),
-            totals.data() + g * tokens, tokens, sums);
-    tile += kTileRows * columns / (in_rest ? 4 : 1);
-    for (int64_t t = 0; t < tokens; ++t)
-      kernels.add_times(sums + t * kTileRows, queries[t].scales[g],
-                        in_rest ? rest[t] : lead[t]);
-  }
-  kernels.eight_bits(tile, screen.Norms(), first.norms, screen.Norms(),
-                     totals.data() + groups * tokens, tokens, sums);
+  float lead[kStreams * kTileRows], rest[kStreams * kTileRows], norms[kStreams * kTileRows];
+  const auto sums = [&](auto kernel, int64_t columns, int64_t group, const int8_t* x,
+                        int64_t stride, int64_t first_group, float* out) {
+    const int64_t at = first_group * tokens;
+    kernel(tile, columns, group, x, stride, together.totals.data() + at,
+           together.scales.data() + at, tokens, tokens, out);
+  };
+  sums(kernels.screen_lead, screen.lead, kGroup, first.integers, screen.Columns(), 0, lead);
+  tile += kTileRows * screen.lead;
+  sums(kernels.screen_rest, rest_columns, kGroup, first.integers + screen.lead,
+       screen.Columns(), screen.LeadGroups(), rest);
+  tile += kTileRows * rest_columns / 4;
+  sums(kernels.screen_lead, screen.Norms(), screen.Norms() + 1, first.norms, screen.Norms(),
+       screen.Groups(), norms);
   Screen::Floats floats;
   std::memcpy(&floats, tile + kTileRows * screen.Norms(), sizeof(floats));
   for (int64_t t = 0; t < tokens; ++t) {
     const Query& query = queries[t];
-    float *out = upper + t * kTileRows, norms[kTileRows] = {};
-    kernels.add_times(sums + t * kTileRows, query.norm_scale, norms);
-    kernels.combine(floats.lead, lead[t], floats.a, query.lead_rounding, floats.e,
+    const int64_t at = t * kTileRows;
+    float* out = upper + at;
+    kernels.combine(floats.lead, lead + at, floats.a, query.lead_rounding, floats.e,
                     query.lead_length, query.slack, out);
-    kernels.combine(floats.rest, rest[t], floats.c, query.rest_rounding, out, 1, 0, out);
-    kernels.combine(floats.norms, norms, out, 1, out, 0, 0, out);
+    kernels.combine(floats.rest, rest + at, floats.c, query.rest_rounding, out, 1, 0, out);
+    kernels.combine(floats.norms, norms + at, out, 1, out, 0, 0, out);
   }
 }
 

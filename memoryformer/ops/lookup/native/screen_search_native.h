@@ -70,11 +70,9 @@ class Search {
   }
 
   void Pass(int64_t begin, int64_t end) {
-    const int64_t tokens = queries_.size(), groups = screen_.Groups() + 1;
+    const int64_t tokens = queries_.size();
     if (tokens == 0) return;
-    std::vector<int32_t> totals(groups * tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t g = 0; g < groups; ++g) totals[g * tokens + t] = queries_[t].totals[g];
+    const Together together(screen_, queries_);
     const IntegerKernels kernels = ChooseIntegerKernels();
     const int64_t bytes = screen_.TileBytes();
     const int64_t per_item = std::max<int64_t>(1, (128 << 10) / bytes);
@@ -82,7 +80,8 @@ class Search {
       float upper[kStreams * kTileRows];
       const int64_t last = std::min(end, begin + (i + 1) * per_item);
       for (int64_t tile = begin + i * per_item; tile < last; ++tile) {
-        UpperBounds(screen_, kernels, screen_.tiles + tile * bytes, queries_, totals, upper);
+        UpperBounds(screen_, kernels, screen_.tiles + tile * bytes, queries_, together,
+                    upper);
         const int64_t count = Rows(tile + 1) - tile * kTileRows;
         for (int64_t t = 0; t < tokens; ++t) {
           const float* of = upper + t * kTileRows;
