@@ -56,7 +56,7 @@ CODE_BITS = {"": 8, "mini": 4}
 
 # Variants against the published layer: bits of both, that read as many rows, of n-grams, ..
 TWO_ROW_BITS = {"": (4, 8), "mini": (4, 8)}
-NGRAM_ROWS = {"": 1 << 16, "mini": 1 << 12}
+NGRAM_ROWS = {"": 1 << 16, "mini": 1 << 11}
 VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}  # parts of the default one
 # .. and curves: widths, layers and heads; training FLOPs; the rate at a width of the memory
 # model and of the dense one, from which others follow as 1 / width.
