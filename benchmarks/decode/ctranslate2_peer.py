@@ -77,7 +77,10 @@ def _load(path, kind):
 
 
 def specification(config: model.ModelConfig, params: dict, kind: str):
-    """The twin as CTranslate2 describes it, its weights rounded to `kind`."""
+    """The twin as CTranslate2 describes it, its weights rounded to `kind`.
+
+    Of copies: rounding is done in place.
+    """
     from ctranslate2.specs import common_spec, transformer_spec
 
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
@@ -91,9 +94,9 @@ def specification(config: model.ModelConfig, params: dict, kind: str):
     )
     decoder = spec.decoder
     decoder.scale_embeddings = False
-    decoder.embeddings.weight = np.asarray(params["embed"]["embedding"])
+    decoder.embeddings.weight = np.array(params["embed"]["embedding"])
     _fill_norm(decoder.layer_norm, params["final_norm"])
-    decoder.projection.weight = np.ascontiguousarray(params["head"]["kernel"].T)
+    decoder.projection.weight = np.array(params["head"]["kernel"].T, order="C")
     for i, layer in enumerate(decoder.layer):
         block = params["blocks"][str(i)]
         _fill_norm(layer.input_layer_norm, block["norm1"])
@@ -117,7 +120,7 @@ def _fill(spec, layer) -> None:
 
 
 def _fill_norm(spec, norm) -> None:
-    spec.gamma, spec.beta = np.asarray(norm["scale"]), np.asarray(norm["bias"])
+    spec.gamma, spec.beta = np.array(norm["scale"]), np.array(norm["bias"])
 
 
 def _named(tokens) -> list[str]:

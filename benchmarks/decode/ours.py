@@ -147,8 +147,8 @@ def check_tokens(config, params, kinds) -> None:
 def by_output(layer: dict) -> tuple[np.ndarray, np.ndarray]:
     """(weight [F, D], bias [F]) of a dense layer; of Q, K and V all rows of Q come first."""
     kernel = np.asarray(layer["kernel"])
-    weight = np.ascontiguousarray(kernel.reshape(kernel.shape[0], -1).T)
-    return weight, np.asarray(layer["bias"]).reshape(-1)
+    weight = np.array(kernel.reshape(kernel.shape[0], -1).T, order="C")  # a copy
+    return weight, np.array(layer["bias"]).reshape(-1)
 
 
 def twin_logits(config, params, tokens: np.ndarray, activation: str) -> np.ndarray:

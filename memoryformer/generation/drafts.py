@@ -16,6 +16,7 @@ import numpy as np
 from memoryformer.notation import Array
 
 SHORTEST, LONGEST = 2, 4  # tokens that a place must share with the text's end
+FIRST = 3  # calls of either kind whose time is known before one is preferred
 
 
 def draft(
@@ -104,7 +105,7 @@ class Pace:
 
     @property
     def pays(self) -> bool:
-        """Whether to speculate; also to try it, where either side is not known yet."""
-        if not self._token:
-            return False
-        return not self._accepted or 1 + self.accepted > self.cost
+        """Whether to speculate. Either side is measured `FIRST` times first, in turns."""
+        if len(self._token) < FIRST or len(self._pass) < FIRST:
+            return len(self._token) > len(self._pass)
+        return 1 + self.accepted > self.cost

@@ -29,9 +29,9 @@ from memoryformer.model import mixers, positions
 from memoryformer.notation import Array
 
 MAX_DRAFT = positions.MAX_POSITIONS - 1  # N
-WATCH = (
-    4  # of so many plain calls, one is looked through for what would have been accepted
-)
+# Of so many plain calls, one is looked through for what passes would have accepted.
+WATCH = 4
+MEASURE = 16  # of so many calls, one is plain, so that its time stays known
 
 
 @dataclasses.dataclass
@@ -81,6 +81,7 @@ class Speculator:
         self.report = Report()
         self._generator, self._num_drafts, self._clock = generator, num_drafts, clock
         self._always, self._pace = always, drafts.Pace()
+        self._calls = 0
         self._checked: dict[int, bool] = {}  # by the length of the history
         self._speculate = jax.jit(self._passes, donate_argnums=(1, 2))
 
@@ -99,15 +100,15 @@ class Speculator:
         history = np.zeros(-(-(length + left) // step) * step, np.int32)
         history[:length] = prompts[0]
         exact = self._check_bits(read, history, left, sampling)
-        calls = 0
         while left:
-            calls += 1
-            if exact and (self._always or self._pace.pays):
+            self._calls += 1
+            due = self._calls % MEASURE == 0 and not self._always
+            if exact and not due and (self._always or self._pace.pays):
                 tokens, read = self._call_passes(read, history, length, left, sampling)
             else:
                 tokens, read = self._call_plain(read, left, sampling)
             history[length : length + len(tokens)] = tokens
-            if calls % WATCH == 0 and not self._pace.pays:
+            if self._calls % WATCH == 0 and not self._pace.pays:
                 text = history[: length + len(tokens)]
                 seen = drafts.accepted(text, length, self._num_drafts)
                 self._pace.watched(*seen)

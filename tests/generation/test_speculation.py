@@ -152,12 +152,12 @@ def naive_draft(history, count):
         best = max(best, (shared, place))
     shared, place = best
     if shared < drafts.SHORTEST:
-        return [], False
+        return None
     text = list(history)
     for _ in range(count):
         place += 1
         text.append(text[place])
-    return text[len(history) :], True
+    return text[len(history) :]
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -174,8 +174,8 @@ def test_drafts_by_definition(text, rest, count):
     """
     history = np.array(text + [1] * rest, np.int32)
     tokens, worth = drafts.draft(history, len(text), count)
-    expected, expected_worth = naive_draft(text, count)
-    assert bool(worth) == expected_worth
+    expected = naive_draft(text, count)
+    assert bool(worth) == (expected is not None)
     if worth:
         assert tokens.tolist() == expected
 
@@ -207,23 +207,24 @@ def test_when_it_pays():
     Mutations: `>=` for `>`; plain tokens of a call not taken from its time; 1 left out.
     """
     pace = drafts.Pace()
-    assert not pace.pays  # a token's time comes first
-    pace.plain(16, 1.6)
-    assert pace.pays and pace.cost == 0  # tried
-    pace.speculated(plain_tokens=4, passes=4, accepted=8, seconds=0.4 + 4 * 0.25)
+    for _ in range(drafts.FIRST):
+        assert not pace.pays  # a token's time comes first
+        pace.plain(16, 1.6)
+        assert pace.pays  # in turns
+        pace.speculated(plain_tokens=4, passes=4, accepted=8, seconds=0.4 + 4 * 0.25)
     assert pace.cost == pytest.approx(2.5) and pace.accepted == 2 and pace.pays
-    pace.speculated(plain_tokens=4, passes=4, accepted=0, seconds=0.4 + 4 * 0.25)
-    assert pace.accepted == 1 and not pace.pays
-    pace.watched(4, 12)
+    pace.speculated(plain_tokens=4, passes=12, accepted=0, seconds=0.4 + 12 * 0.25)
+    assert pace.accepted == 1 and pace.cost == pytest.approx(2.5) and not pace.pays
+    pace.watched(4, 24)
     assert pace.pays
     for _ in range(8):  # a slower machine makes both slower
         pace.plain(16, 3.2)
         pace.speculated(0, 4, 6, 4 * 0.5)
-    assert pace.cost == pytest.approx(2.5) and not pace.pays
+    assert pace.cost == 2.5 and not pace.pays
 
 
 def test_it_is_left_off_where_it_does_not_pay(monkeypatch):
-    """Passes that take as long as nine tokens: one call tries, the others are plain.
+    """Passes that take as long as nine tokens: three calls try, the others are plain.
 
     Mutation: `pays` is not asked.
     """
@@ -246,5 +247,5 @@ def test_it_is_left_off_where_it_does_not_pay(monkeypatch):
         "Stub", (), {"model_config": toy.model_config(), "begin": lambda *a: ()}
     )
     speculator = speculation.Speculator(stub(), clock=lambda: now[0])
-    tokens_of(speculator, [1], max_tokens=96)
-    assert calls == ["plain", "passes", *["plain"] * 4]
+    tokens_of(speculator, [1], max_tokens=256)
+    assert calls == [*["plain", "passes"] * 3, *["plain"] * 10]
