@@ -119,7 +119,7 @@ def _make_gradient_sums(run, sharding, specs, teacher):
         params = sharding_lib.gather_params(params, specs)
         trained, fixed = trainable.split(run, params)
         pairs = zip(taught, taught_specs, strict=True)
-        taught = [sharding_lib.gather_params(*pair) for pair in pairs]
+        teachers = [sharding_lib.gather_params(*pair) for pair in pairs]
 
         def objective(trained, batch, *told):
             params = model_lib.joined(trained, fixed)
@@ -131,7 +131,7 @@ def _make_gradient_sums(run, sharding, specs, teacher):
             return total / collectives.axis_size(collectives.MODEL_AXIS), sums
 
         def microbatch(_, batch):
-            told = [distillation.output(teacher, params, batch) for params in taught]
+            told = [distillation.output(teacher, params, batch) for params in teachers]
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
                 trained, batch, *told
             )
