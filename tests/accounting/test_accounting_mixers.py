@@ -117,12 +117,12 @@ def test_table_2(name):
 def test_products_one_by_one():
     """By hand, per token: 2 E D of linear attention, 4 M D of M random features, 2 L D of
     softmax, 2 N I and the filter's W (I + 2 N) of Mamba-2; a pool costs nothing. RecurFormer:
-    2 L E for a kept head, 2 E^2 + 3 W E for another.
+    2 L E for a kept head, 2 E^2 + 3 W E for another. DAPE: two filters of three keys a pair.
 
     Mutations: one product more anywhere; a convolution's taps for a pool.
     """
     names = ("linear", "performer", "softmax", "luna", "conv_luna", "conv_luna_pool")
-    names += ("mamba2", "recurformer")
+    names += ("mamba2", "recurformer", "dape_v2")
     configs = {name: model.ModelConfig(**SMALL, **SETTINGS[name]) for name in names}
     products = {name: mixers.cost(c, 24).multiply_adds for name, c in configs.items()}
     taps = configs["conv_luna"].mixer_options.width
@@ -131,6 +131,9 @@ def test_products_one_by_one():
     assert products["softmax"] == 24 * 2 * 24 * 32
     assert products["conv_luna_pool"] == products["luna"]
     assert products["conv_luna"] == products["luna"] + 24 * 2 * taps * 32
+    hidden, window = configs["dape_v2"].mixer_options.dape_width, 3
+    of_a_pair = window * (2 * 4 * hidden + hidden * 4)
+    assert products["dape_v2"] == 24 * 24 * (2 * 32 + of_a_pair)
     N, W = (
         getattr(configs["mamba2"].mixer_options, k) for k in ("state_size", "width")
     )

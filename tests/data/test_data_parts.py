@@ -412,6 +412,26 @@ def test_a_process_that_is_killed_is_told(texts, tmp_path, monkeypatch):
         data.prepare(config(texts[0], tmp_path), parallel=2, show_progress=False)
 
 
+def test_processes_share_the_cores(texts, tmp_path, monkeypatch):
+    """Unless the environment says otherwise. Mutation: all cores, or more, for each."""
+    shares = []
+
+    class Ended(subprocess.Popen):
+        def __init__(self, command, **options):
+            shares.append(options["env"]["RAYON_NUM_THREADS"])
+            super().__init__([*command[:2], "raise SystemExit(3)"], **options)
+
+    monkeypatch.setattr(part_processes.subprocess, "Popen", Ended)
+    monkeypatch.setattr(part_processes.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    for threads in ("3", "5"):
+        with pytest.raises((errors.ConfigError, BrokenPipeError)):
+            data.prepare(config(texts[0], tmp_path), parallel=2, show_progress=False)
+        assert set(shares) == {threads}
+        shares.clear()
+        monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+
+
 def test_damage_is_found(undisturbed, tmp_path):
     """A part that is short, missing, changed or named elsewhere. Red without `_check_file`."""
     for damage, message in (
