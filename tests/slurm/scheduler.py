@@ -32,7 +32,7 @@ SlurmdPort={daemon_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire={expire}
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -50,7 +50,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-KillWait={kill_wait}
+KillWait=30
 MinJobAge=3600
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=8000 Gres=gpu:16 State=UNKNOWN
@@ -71,16 +71,13 @@ def _find(name: str) -> str | None:
 class Scheduler:
     """A context manager around the daemons; `submit` and `wait` are what a user does.
 
-    Args:
-      folder: for sockets, logs and states; a short path, since it holds a socket.
-      kill_wait: seconds between SIGTERM and SIGKILL of a cancelled job.
-      expire: seconds that a requeued job waits before it starts again.
+    `folder` takes sockets, logs and states; its path is short, as that of a socket must be.
+    A requeued job waits for `cred_expire` seconds and the next round of the scheduler.
     """
 
-    def __init__(self, folder: pathlib.Path, kill_wait: int = 30, expire: int = 5):
+    def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.history: list[tuple[float, str, str]] = []  # when, which job, what it was
-        self._kill_wait, self._expire = kill_wait, expire
         self._config = folder / "slurm.conf"
         # Nothing of a scheduler that the tests themselves may run under.
         inherited = {
@@ -113,7 +110,6 @@ class Scheduler:
         host = socket.gethostname().partition(".")[0]
         facts = {"host": host, "folder": folder, "user": getpass.getuser()}
         facts |= {"controller_port": free_port(), "daemon_port": free_port()}
-        facts |= {"kill_wait": self._kill_wait, "expire": self._expire}
         self._config.write_text(CONFIG.format(**facts))
         gres = f"NodeName={host} Name=gpu File={folder}/nvidia[0-15]\n"
         (folder / "gres.conf").write_text(gres)
@@ -138,9 +134,7 @@ class Scheduler:
             self.command("scancel", "--signal=KILL", "--full", "--me")
             self.command("scancel", "--me")
         for daemon in ("slurmd", "slurmctld", "munged"):
-            path = self.folder / f"{daemon}.pid"
-            if path.exists():
-                _end(int(path.read_text()))
+            _end(self.folder / f"{daemon}.pid")
 
     def command(self, name: str, *arguments: str, **environment: str) -> str:
         """Run one of SLURM's programs and return what it prints."""
@@ -214,12 +208,17 @@ class Scheduler:
             time.sleep(0.5)
 
 
-def _end(pid: int, seconds: float = 20) -> None:
-    """Ask a daemon to stop, and insist."""
+def _end(path: pathlib.Path, seconds: float = 20) -> None:
+    """Ask the daemon of a pid file to stop, and insist; at its end it removes the file."""
+    if not path.exists():
+        return
+    pid = int(path.read_text())
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while path.exists():
             os.kill(pid, 0)
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                return
             time.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)
