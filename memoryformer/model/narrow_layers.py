@@ -4,6 +4,7 @@ On one device and without gradients. `params.merge` puts them in the place of th
 whose weights are stored so. Start at `swap_in`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -13,7 +14,7 @@ from memoryformer.notation import Activations, Array
 from memoryformer.ops.lookup import integer, screened
 from memoryformer.ops.lookup import narrow as narrow_rows
 
-_PRODUCTS = {
+_PRODUCTS: dict[type, Callable[..., Array]] = {
     narrow_rows.PackedMatrix: narrow_rows.product,
     integer.IntegerMatrix: integer.product,
     screened.ScreenedMatrix: screened.product,

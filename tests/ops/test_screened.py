@@ -100,10 +100,8 @@ def test_ragged_shapes():
     check(states(narrow.MAX_VECTORS + 1, basis), stored)
 
 
-def upper_bounds(x, stored):
-    """The bound of `screen_native.h` once more, in float64: q . A and its width, without S |x|."""
-    rotation = np.asarray(narrow.widen_matrix(stored.rotation), np.float64)  # B
-    z = x.astype(np.float64) @ rotation
+def unpacked(stored):
+    """A [V, D] and n, a, e, c as the tiles hold them, in float64."""
     outputs, width = stored.exact.values.shape
     lead, tiles = stored.lead, np.asarray(stored.tiles)
     blocks = -(-(width - lead) // 16)
@@ -117,48 +115,63 @@ def upper_bounds(x, stored):
         return part.reshape(len(tiles) * 16, -1)[:outputs].astype(np.float64)
 
     floats = np.ascontiguousarray(floats).view(np.float32).reshape(-1, 6, 16)
-    floats = floats.swapaxes(0, 1).reshape(6, -1)[:, :outputs]
-    scale, step, norm_scale, a, e, c = floats[..., None].astype(np.float64)
-    stored_rows = np.concatenate(
-        [(rows(first) - 128) * scale, (2 * rows(rest, 2) - 3) * step], axis=1
-    )[:, :width]
-    q = np.zeros_like(z)
-    groups = [*range(0, lead, 64), *range(lead, width, 64)]
-    for start, end in zip(groups, [*groups[1:], width], strict=True):
-        part = z[:, start:end]
-        unit = np.abs(part).max(1, keepdims=True) / 127
-        q[:, start:end] = np.rint(part / unit) * unit
-    lengths = (
-        np.linalg.norm((z - q)[:, :lead], axis=1),
-        np.linalg.norm(z[:, :lead], axis=1),
-    )
-    bound = np.outer(lengths[0], a) + np.outer(lengths[1], e)
-    bound += np.outer(np.linalg.norm((z - q)[:, lead:], axis=1), c)
-    of_rows = (rows(norms) - 128) * norm_scale
-    for b in range(blocks):
-        block = z[:, lead + 16 * b : min(width, lead + 16 * (b + 1))]
-        bound += np.outer(np.linalg.norm(block, axis=1), of_rows[:, b])
-    return q @ stored_rows.T, bound
+    floats = floats.swapaxes(0, 1).reshape(6, -1)[:, :outputs].astype(np.float64)
+    scale, step, norm_scale = floats[:3, :, None]
+    kept = [(rows(first) - 128) * scale, (2 * rows(rest, 2) - 3) * step]
+    norms = (rows(norms) - 128)[:, :blocks] * norm_scale
+    return np.concatenate(kept, axis=1)[:, :width], norms, *floats[3:]
+
+
+def lengths(x, start=0, size=None):
+    """|x| of each row; of each block of `size` columns from `start` on."""
+    if size is None:
+        return np.linalg.norm(x, axis=1)
+    ends = range(start, x.shape[1], size)
+    return np.stack([np.linalg.norm(x[:, i : i + size], axis=1) for i in ends], axis=1)
+
+
+def exactly(matrix):
+    """An int8 matrix as it is, by output, in float64."""
+    values, scales = np.asarray(matrix.values), np.asarray(matrix.scales, np.float64)
+    return values * scales[:, None]
 
 
 def test_what_is_stored_bounds_every_product():
-    """|y - q . A| <= the bound, in float64, and it is not much too wide: its halves fail.
+    """Each stored length is at least its own and hardly more; so |y - q . A| <= the bound, in
+    float64, and a third of it would not do.
 
-    Red if a norm or a_v is rounded down, or if B's rounding is not in W'.
+    Mutations: a norm rounded down; e_v left out; c_v halved; B's rounding not in W'.
     """
     matrix, basis = head()
     stored = screened.pack(matrix)
+    wide, rotation = exactly(stored.exact), exactly(stored.rotation).T  # B
+    rotated = np.linalg.solve(rotation, wide.T).T  # W'
+    kept, norms, a, e, c = unpacked(stored)
+    lead, left = stored.lead, rotated - kept
+    exact = (kept[:, :lead], left[:, :lead], kept[:, lead:])
+    for bound, part in zip((a, e, c), exact, strict=True):
+        assert (bound >= lengths(part)).all()
+        assert (bound <= 1.001 * lengths(part) + 1e-6).all()
+    of_blocks = lengths(left, lead, 16)
+    assert (norms >= of_blocks).all()
+    assert (norms <= of_blocks + 1.01 * of_blocks.max(1, keepdims=True) / 127).all()
+
     x = states(200, basis)
-    y = x.astype(np.float64) @ np.asarray(narrow.widen_matrix(stored.exact), np.float64)
-    middle, bound = upper_bounds(x, stored)
-    assert (np.abs(y - middle) <= bound + 1e-9).all()
-    assert (np.abs(y - middle) > bound / 3).any()
+    z = x.astype(np.float64) @ rotation
+    q = np.zeros_like(z)
+    groups = [*range(0, lead, 64), *range(lead, D, 64)]
+    for start, end in zip(groups, [*groups[1:], D], strict=True):
+        unit = np.abs(z[:, start:end]).max(1, keepdims=True) / 127
+        q[:, start:end] = np.rint(z[:, start:end] / unit) * unit
+    bound = lengths(z, lead, 16) @ norms.T + np.outer(lengths((z - q)[:, lead:]), c)
+    bound += np.outer(lengths((z - q)[:, :lead]), a) + np.outer(lengths(z[:, :lead]), e)
+    error = np.abs(x.astype(np.float64) @ wide.T - q @ kept.T)
+    assert (error <= bound + 1e-9).all() and (error > bound / 3).any()
 
 
-def aligned(stored, matrix):
+def aligned(stored):
     """States along what the lead leaves of some rows: the bound is met there."""
-    rotation = np.asarray(narrow.widen_matrix(stored.rotation), np.float64)
-    wide = np.asarray(narrow.widen_matrix(stored.exact), np.float64).T
+    rotation, wide = exactly(stored.rotation).T, exactly(stored.exact)
     rotated = wide @ np.linalg.inv(rotation).T
     rows = rotated[::50].copy()
     rows[:, : stored.lead] *= 0.2
@@ -168,9 +181,8 @@ def aligned(stored, matrix):
 @needs_compiler
 def test_states_that_meet_the_bound():
     """Of one block of columns too. Mutation: half the bound, in any of its places."""
-    matrix, _ = head(decay=0.97)
-    stored = screened.pack(matrix)
-    x = aligned(stored, matrix)
+    stored = screened.pack(head(decay=0.97)[0])
+    x = aligned(stored)
     check(x, stored, most_rows=1.0)
     check(x, stored, k=3, most_rows=1.0)
 

@@ -127,8 +127,9 @@ def matrix_product(
 
 def read_counts(counts: ctypes.Array) -> None:
     """Copy what `screened.top` has counted into four int64; leave them where nothing is built."""
-    if _load()[0] is not None:
-        _load()[0].memoryformer_screen_counts(counts)
+    library = _load()[0]
+    if library is not None:
+        library.memoryformer_screen_counts(counts)
 
 
 def _float32_or_empty(array):

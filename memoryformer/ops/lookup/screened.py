@@ -78,7 +78,8 @@ def pack(matrix: Float[np.ndarray, "D V"]) -> ScreenedMatrix:
     values, scales = np.asarray(exact.values), np.asarray(exact.scales)
     width = exact.width
     rotation = _rotation(values, scales)
-    basis = (rotation.values * rotation.scales[:, None].astype(np.float64)).T  # B
+    of_columns = np.asarray(rotation.scales, np.float64)
+    basis = (np.asarray(rotation.values) * of_columns[:, None]).T  # B
     inverse, sizes = np.linalg.inv(basis), np.linalg.norm(basis, axis=0)
     lead = 4 * -(-width // (4 * LEAD))
     tiles, longest = [], np.zeros(3)
@@ -111,8 +112,8 @@ def _rotation(values, scales):
         np.maximum(sizes / largest, 1e-8) ** 0.25
     )  # B's inverse is at most 100 times larger
     stored = narrow.pack_matrix(vectors, "int8")
-    of_columns = (stored.scales * roots).astype(np.float32)
-    return dataclasses.replace(stored, scales=of_columns)
+    of_columns = np.asarray(stored.scales) * roots
+    return dataclasses.replace(stored, scales=of_columns.astype(np.float32))
 
 
 def _tiles(rotated, lead):
@@ -226,8 +227,8 @@ def top(
         return jnp.take_along_axis(y, best, axis=-1), best.astype(jnp.int32)
 
     exact, rotation = matrix.exact, matrix.rotation
-    operands = (rows, exact.values, exact.scales, rotation.values, rotation.scales)
-    operands = (*operands, matrix.tiles, matrix.slack)
+    stored = (exact.values, exact.scales, rotation.values, rotation.scales)
+    operands = (rows, *stored, matrix.tiles, matrix.slack)
     few = rows.shape[0] <= narrow.MAX_VECTORS  # `product` too multiplies more in XLA
     function = narrow.on_cpu(native, in_xla) if few else in_xla
     found = function(*map(jnp.asarray, operands))

@@ -124,23 +124,21 @@ template <int kTokens, int kBits, bool kOfRows>
 INTEGER_TARGET void GroupSums(const uint8_t* tile, int64_t columns, int64_t group,
                               const int8_t* x, int64_t stride, const int32_t* totals,
                               const float* scales, int64_t all_tokens, float* out) {
-  Vec sum[kTokens][kTileVectors] = {};
+  std::fill_n(out, kTokens * kTileRows, 0.0f);
   for (int64_t begin = 0; begin < columns; begin += group) {
     const int64_t count = std::min(group, columns - begin);
     IntVec integers[kTokens][kTileVectors];
     SumTile<kTokens, kBits>(tile, count, x + begin, stride, totals, integers);
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t)
-      for (int h = 0; h < kTileVectors; ++h) {
+      for (int h = 0; h < kTileVectors; ++h) {  // in memory: integers fill the registers
         const Vec scale = kOfRows ? Load(scales + h * kLanes) : Vec{} + scales[t];
-        sum[t][h] = Fused(__builtin_convertvector(integers[t][h], Vec), scale, sum[t][h]);
+        float* sum = out + t * kTileRows + h * kLanes;
+        Store(sum, Fused(__builtin_convertvector(integers[t][h], Vec), scale, Load(sum)));
       }
     tile += kTileRows * count * kBits / 8;
     totals += all_tokens, scales += kOfRows ? kTileRows : all_tokens;
   }
-  for (int t = 0; t < kTokens; ++t)
-    for (int h = 0; h < kTileVectors; ++h)
-      Store(out + t * kTileRows + h * kLanes, sum[t][h]);
 }
 
 // The same for any number of vectors, as many at a time as there are registers for.
