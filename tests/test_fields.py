@@ -48,8 +48,16 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "temperature": 1.0,
         "memory_bias": False,
         "bias_std": 0.0,
+        "rows_read": 1,
+        "ngram_rows": 0,
+        "ngram_order": 3,
     },
-    ("projection", "dense"): {"ffn_multiple": 4, "output_std": 0.02},
+    ("projection", "dense"): {
+        "ffn_multiple": 4,
+        "output_std": 0.02,
+        "ngram_rows": 0,
+        "ngram_order": 3,
+    },
     ("mixer", "softmax"): {
         "attention": "xla",
         "logit_transform": "none",
