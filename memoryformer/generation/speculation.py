@@ -15,6 +15,7 @@ for what they cost, and watches the text for when they would pay. Start at `Spec
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -105,13 +106,14 @@ class Speculator:
             due = self._calls % MEASURE == 0 and not self._always
             if exact and not due and (self._always or self._pace.pays):
                 tokens, read = self._call_passes(read, history, length, left, sampling)
+                history[length : length + len(tokens)] = tokens
             else:
                 tokens, read = self._call_plain(read, left, sampling)
-            history[length : length + len(tokens)] = tokens
-            if self._calls % WATCH == 0 and not self._pace.pays:
-                text = history[: length + len(tokens)]
-                seen = drafts.accepted(text, length, self._num_drafts)
-                self._pace.watched(*seen)
+                history[length : length + len(tokens)] = tokens
+                if self._calls % WATCH == 0:
+                    text = history[: length + len(tokens)]
+                    seen = drafts.accepted(text, length, self._num_drafts)
+                    self._pace.watched(*seen)
             length, left = length + len(tokens), left - len(tokens)
             self.report.tokens += len(tokens)
             yield from ([token] for token in tokens.tolist())
@@ -189,59 +191,55 @@ class Speculator:
         drafted tokens accepted, and what goes on. `history` holds `length` tokens read.
         """
         width = self._num_drafts + 1
-        generator = self._generator
-
-        def choose(carried, draws):
-            tokens = generator.choose_tokens(params, carried, draws, temperature, top_p)
-            return tokens[:, 0]
-
-        def body(carry):
-            state, logits, position, keys, history, length, tokens, counts = carry
-            later, draws = _key_chain(keys, width)
-            token = choose(logits, draws[:1])
-            history = jax.lax.dynamic_update_slice(history, token, (length,))
-            drafted, worth = drafts.draft(history, length + 1, width - 1)
-            row = jnp.concatenate([token, drafted])
-            worth &= counts[0] + width <= left
-
-            def one(carry):
-                state, _, _, _ = carry
-                seq = mixers.SeqInfo(position[:, None], jnp.ones_like(row[None, :1]))
-                logits, state = generator.read_tokens(params, state, row[None, :1], seq)
-                return state, logits, jnp.int32(0), True
-
-            def many(carry):
-                state, _, _, _ = carry
-                places = position[:, None] + jnp.arange(width)[None]
-                seq = mixers.SeqInfo(places, jnp.ones_like(row[None]))
-                x, states = positions.read(
-                    self.model_config, params, state, row[None], seq
-                )
-                after = generator.to_choose(params, x)
-                right = jnp.cumprod(choose(after[:-1], draws[1:]) == drafted).sum()
-                state = positions.keep(states, width, right + 1)
-                return state, after[right][None], right.astype(jnp.int32), True
-
-            # Loops of one step and not a `cond`, for which XLA copies caches.
-            carry = (state, logits, jnp.int32(0), False)
-            carry = jax.lax.while_loop(lambda c: worth & ~c[3], many, carry)
-            carry = jax.lax.while_loop(lambda c: ~worth & ~c[3], one, carry)
-            state, logits, right, _ = carry
-            history = jax.lax.dynamic_update_slice(history, drafted, (length + 1,))
-            tokens = jax.lax.dynamic_update_slice(tokens, row, (counts[0],))
-            counts += jnp.stack([right + 1, worth.astype(jnp.int32), right])
-            keys = later[right][None]
-            read = (state, logits, position + right + 1, keys)
-            return *read, history, length + right + 1, tokens, counts
-
+        knobs = (temperature, top_p)
         # Room for what is written behind the last token and never read.
         history = jnp.pad(history, (0, width))
         tokens = jnp.zeros(sampler.LOOP + width, jnp.int32)
         carry = (state, logits, position, keys, history, length, tokens)
         carry = (*carry, jnp.zeros(3, jnp.int32))
+        body = functools.partial(self._step, params, left, knobs)
         carry = jax.lax.while_loop(lambda c: c[-1][0] < least, body, carry)
         *read, _, _, tokens, counts = carry
         return tokens, counts, *read
+
+    def _step(self, params, left, knobs, carry):
+        """Choose a token, and read it with its draft or, where there is none, alone."""
+        state, logits, position, keys, history, length, tokens, counts = carry
+        width, generator = self._num_drafts + 1, self._generator
+        later, draws = _key_chain(keys, width)
+        token = generator.choose_tokens(params, logits, draws[:1], *knobs)[:, 0]
+        history = jax.lax.dynamic_update_slice(history, token, (length,))
+        drafted, worth = drafts.draft(history, length + 1, width - 1)
+        row = jnp.concatenate([token, drafted])
+        worth &= counts[0] + width <= left
+
+        def many(carry):
+            places = position[:, None] + jnp.arange(width)[None]
+            seq = mixers.SeqInfo(places, jnp.ones_like(row[None]))
+            x, states = positions.read(
+                self.model_config, params, carry[0], row[None], seq
+            )
+            after = generator.to_choose(params, x)
+            chosen = generator.choose_tokens(params, after[:-1], draws[1:], *knobs)
+            right = jnp.cumprod(chosen[:, 0] == drafted).sum().astype(jnp.int32)
+            state = positions.keep(states, width, right + 1)
+            return state, after[right][None], right, True
+
+        def one(carry):
+            seq = mixers.SeqInfo(position[:, None], jnp.ones_like(row[None, :1]))
+            logits, state = generator.read_tokens(params, carry[0], row[None, :1], seq)
+            return state, logits, jnp.int32(0), True
+
+        # Loops of one step and not a `cond`, for which XLA copies caches.
+        carry = (state, logits, jnp.int32(0), False)
+        carry = jax.lax.while_loop(lambda c: worth & ~c[3], many, carry)
+        carry = jax.lax.while_loop(lambda c: ~worth & ~c[3], one, carry)
+        state, logits, right, _ = carry
+        history = jax.lax.dynamic_update_slice(history, drafted, (length + 1,))
+        tokens = jax.lax.dynamic_update_slice(tokens, row, (counts[0],))
+        counts += jnp.stack([right + 1, worth.astype(jnp.int32), right])
+        read = (state, logits, position + right + 1, later[right][None])
+        return *read, history, length + right + 1, tokens, counts
 
 
 def check(num_drafts: int) -> None:

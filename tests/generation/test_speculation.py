@@ -1,5 +1,6 @@
 """Self-speculation: the same tokens, whatever is drafted; drafts; when it is left off."""
 
+import functools
 import itertools
 
 import hypothesis
@@ -15,7 +16,7 @@ from memoryformer.generation import __main__ as command
 from memoryformer.generation import drafts, sampler, speculation
 from memoryformer.model import narrow, positions
 
-PROMPTS = ([5, 1, 7, 5, 1, 7, 5, 1], [2], [3, 4, 8, 1, 0] * 4)
+PROMPTS = ([5, 1, 7, 5, 1, 7, 5, 1], [2])
 
 
 def make(projection="memory", kind="float32", head="", **fields):
@@ -24,6 +25,12 @@ def make(projection="memory", kind="float32", head="", **fields):
     config = toy.model_config(projection, head_std=1.0, **fields)
     kinds = narrow.WeightKinds(kind, head or kind, kind)
     return sampler.Generator(config, model.init(config, 1), kinds)
+
+
+@functools.cache
+def one_layer():
+    """One generator for several tests: compiling it is what takes their time."""
+    return make(num_layers=1)
 
 
 def tokens_of(generator, prompt, **fields):
@@ -49,7 +56,7 @@ def check_same_tokens(generator, drawn=True):
 def test_tokens_are_those_of_plain_decoding():
     """Mutations: `attention._each` takes all queries at once (other bits, so refused); `keep`
     leaves the length, or `later[0]` for `later[right]`; the bound by `left` is dropped."""
-    check_same_tokens(make(num_layers=1))
+    check_same_tokens(one_layer())
 
 
 def test_a_screened_head_is_read_for_drafts_too():
@@ -75,7 +82,7 @@ def test_other_bits_are_seen(monkeypatch):
 
     Mutation: `_check_bits` compares tokens only.
     """
-    generator, read = make(num_layers=1), positions.read
+    generator, read = one_layer(), positions.read
 
     def off(*args):
         x, states = read(*args)
