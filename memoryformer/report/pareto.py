@@ -7,6 +7,7 @@ Start at `spots` and `scatter`.
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -98,9 +99,10 @@ def scatter(placed: Sequence[Spot], x_label: str, y_label: str) -> plt.Figure:
     for index, (kind, spots_of_kind) in enumerate(groups.items()):
         best = front(spots_of_kind)
         costs, means = ([getattr(s, name) for s in best] for name in ("cost", "mean"))
-        style = drawing.series_style(index) if kind else {"color": drawing.FAINT}
-        label = {"label": kind} if kind else {}
-        axes.step(costs, means, where="post", linewidth=1, zorder=1, **style, **label)
+        style: dict[str, Any] = {"color": drawing.FAINT}
+        if kind:
+            style = drawing.series_style(index) | {"label": kind}
+        axes.step(costs, means, where="post", linewidth=1, zorder=1, **style)
         for spot in spots_of_kind:
             _dot(axes, spot, index if kind else spot.index)
     if "" in groups and len(placed) <= MAX_NAMES:
