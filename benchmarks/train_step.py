@@ -34,7 +34,7 @@ from benchmarks import timing
 from memoryformer import model, sharding
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import native as lookup_native
-from memoryformer.training import experiment, programs
+from memoryformer.training import experiment, host_memory, programs
 from memoryformer.training import step as step_lib
 
 ARMS = ("native", "xla", "none", "dense", "torch")
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
     os.sched_setaffinity(0, cores)  # before any thread pool starts
     if not lookup_native.available():
         raise SystemExit("no C++ compiler: nothing to compare")
+    host_memory.keep()
     arms = {name: make_arm(name, args.size) for name in names}
     seconds, losses = timed(arms, args.steps, timing.CLOCKS[args.clock])
     medians = {name: statistics.median(series) for name, series in seconds.items()}
