@@ -298,6 +298,7 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/native_parts": ("training/test_updates.py",),
     "model/narrow": (
         "model/test_narrow.py",
         "ops/test_narrow_rows.py",
@@ -371,6 +372,7 @@ _TESTS = {
         "training/test_optimizer.py",
         "model/test_mixers.py",
     ),
+    "ops/adamw": ("training/test_updates.py",),
     "ops/attention": (
         "ops/test_attention.py",
         "model/test_implementations.py",
@@ -389,6 +391,7 @@ _TESTS = {
         "ops/test_ring.py",
     ),
     "ops/hadamard": ("model/test_parts.py",),
+    "ops/head": ("ops/test_head.py",),
     "ops/hashing": (
         "ops/test_hashing.py",
         "ops/test_lookup.py",

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.model import losses, mixers
+from memoryformer.model import losses, mixers, native_parts
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-from memoryformer.training import experiment, optimizer, table_storage
+from memoryformer.training import experiment, optimizer, table_storage, updates
 from memoryformer.training import spikes as spikes_lib
 
 
@@ -51,7 +51,8 @@ def _trained_groups(run):
 def make_train_step(
     run: experiment.Experiment, sharding: sharding_lib.Sharding, specs: Any
 ) -> jax.stages.Wrapped:
-    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
+    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated
+    (on a CPU where `updates` works in place).
 
     `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in.
 
@@ -59,28 +60,30 @@ def make_train_step(
     devices and microbatches. Gradients cross the devices once a step. A step whose loss or
     gradient is not finite, or a spike (`spikes`), leaves parameters and optimizer as they were.
     """
-    tx, groups = transformation(run), _trained_groups(run)
+    groups = _trained_groups(run)
     gradient_sums = _make_gradient_sums(run, sharding, specs)
+    update = updates.make(run, sharding, groups)
 
     def train_step(state, batch, hyper=None):
         seed = run.train.seed if hyper is None else hyper["seed"]
         before, fixed = model_lib.split_trained(run.model, state.params)
         fixed = mixers.redraw(run.model, fixed, seed, state.step)
         grads, (nats, weight) = gradient_sums(before, fixed, batch)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        loss, grad_norm = nats / weight, optimizer.norm(grads)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, before, hyperparams=hyper
-        )
-        trained = table_storage.apply(
-            run.optimizer, before, updates, groups, seed, state.step
-        )
+        loss, grad_norm = nats / weight, update.norm(grads, weight)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes_lib.is_spike(
             state.spikes, loss, grad_norm, run.train.spikes_options.sigmas
         )
-        trained, opt_state = _take(
-            finite & ~spike, (trained, opt_state), (before, state.opt_state)
+        trained, opt_state = update.apply(
+            finite & ~spike,
+            grad_norm,
+            grads,
+            weight,
+            before,
+            state.opt_state,
+            seed,
+            state.step,
+            hyper,
         )
         params = model_lib.joined(trained, fixed)
         history = spikes_lib.record(state.spikes, loss, grad_norm)
@@ -95,13 +98,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, history), values
 
     # On CPU a donated state makes XLA copy arrays before it updates them in place.
-    donated = () if sharding.platform == "cpu" else (0,)
+    donated = (0,) if sharding.platform != "cpu" or update.in_place else ()
     return jax.jit(train_step, donate_argnums=donated)
 
 
 def _make_gradient_sums(run, sharding, specs):
     """`(trained, fixed, batch) -> (gradients of the nats, (nats, weight))`, all of them sums."""
     trained_specs, fixed_specs = model_lib.split_trained(run.model, specs)
+    native = native_parts.usable(run.model, sharding)
 
     def gradient_sums(trained, fixed, batch):  # on one device, of its rows
         params = model_lib.joined(trained, fixed)
@@ -112,8 +116,8 @@ def _make_gradient_sums(run, sharding, specs):
 
         def objective(trained, batch):
             params = model_lib.joined(trained, fixed)
-            nats = losses.batch_nats(run.model, params, batch)
-            nats, weight = jnp.sum(nats), jnp.sum(batch["weights"])
+            nats = losses.sum_of_nats(run.model, params, batch, native=native)
+            weight = jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
             return nats / collectives.axis_size(collectives.MODEL_AXIS), (nats, weight)
 
@@ -137,11 +141,6 @@ def _make_gradient_sums(run, sharding, specs):
 def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
     """Return the traced inputs of the train step: the optimizer's, and the seed."""
     return optimizer.hyperparams(run.optimizer) | {"seed": jnp.int32(run.train.seed)}
-
-
-def _take(good, new, old):
-    """Return `new` where `good`, a scalar, holds, else `old`."""
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
 def _accumulate(function, batch, count):

@@ -19,6 +19,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +35,25 @@ SOURCES = (
     "lookup_native_machine.h",
     "decode_native.h",
     "decode_native_kernel.h",
+    "head_native.h",
+    "head_native_kernel.h",
+    "update_native.h",
+    "update_native_kernel.h",
 )
 FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
 ).split()
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300  # a compiler that hangs must not hang the run
-TARGETS = ("lookup_forward", "lookup_backward", "memory_layer", "matrix_product")
+TARGETS = (
+    "lookup_forward",
+    "lookup_backward",
+    "memory_layer",
+    "matrix_product",
+    "gradient_norm",
+    "adamw",
+    "head_nats",
+)
 INT4_GROUP = 64  # 4-bit weights that share a scale
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 POWERS = (0, 1)  # of ||z||_1 in a score, that `memory_layer` computes
@@ -112,6 +126,12 @@ def matrix_product(
 
 def _float32_or_empty(array):
     return jnp.zeros((0,), jnp.float32) if array is None else array.astype(jnp.float32)
+
+
+def ffi_call(target: str, results: Any, **options: Any) -> Callable[..., Any]:
+    """Return XLA's call of one of `TARGETS`; raises RuntimeError without a compiler."""
+    _library()
+    return jax.ffi.ffi_call(f"memoryformer_{target}", results, **options)
 
 
 def supports(

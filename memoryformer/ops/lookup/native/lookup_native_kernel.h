@@ -263,6 +263,8 @@ Kernels<T> MakeKernels() {
 }
 
 #include "decode_native_kernel.h"
+#include "update_native_kernel.h"
+#include "head_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 
