@@ -57,8 +57,9 @@ def sum_of_nats(
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     x, _ = model.features(batch["inputs"], seq)
     targets, weights = (batch[name].reshape(-1) for name in ("targets", "weights"))
-    kernel = model.head.kernel[...]
-    return head.sum_of_nats(x.reshape(-1, x.shape[-1]), kernel, targets, weights)
+    assert model.head is not None  # embeddings are not tied
+    x, kernel = x.reshape(-1, x.shape[-1]), model.head.kernel[...]
+    return head.sum_of_nats(x, kernel, targets, weights)
 
 
 def model_nats(model: model_lib.Transformer, batch: Batch) -> Array:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoryformer.notation import Array, Float, Int
+from memoryformer.notation import Array, Float
 from memoryformer.ops.lookup import native
 
 Leaves = Sequence[Array]
@@ -43,7 +43,7 @@ def norm(gradients: Leaves) -> Float[Array, ""]:
 
 
 def update(
-    wanted: Int[Array, ""] | Array,
+    wanted: Array,
     knobs: Knobs,
     rates: Float[Array, " n"],
     decays: Float[Array, " n"],
