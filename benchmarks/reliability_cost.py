@@ -30,7 +30,7 @@ from memoryformer.cluster import processes, watchdog
 from memoryformer.cluster import signals as signals_lib
 from memoryformer.data import token_files
 from memoryformer.runs import checkpoint, console, metrics
-from memoryformer.training import experiment, programs
+from memoryformer.training import experiment, programs, updates
 from memoryformer.training import log as training_log
 from memoryformer.training import step as step_lib
 
@@ -101,12 +101,12 @@ class Bench:
         draw, _ = programs.init_state(run, place, specs)
         self.states = {"bare": draw(), "real": draw()}
         self.real_step = step_lib.make_train_step(run, place, specs)
-        take, step_lib._take = step_lib._take, lambda good, new, old: new
+        take, updates._take = updates._take, lambda wanted, new, old: new
         record, step_lib.spikes_lib.record = step_lib.spikes_lib.record, lambda s, *_: s
         self.bare_step = step_lib.make_train_step(run, place, specs)
         self.hyper = step_lib.hyperparams(run)
         self.bare(1)  # traces while the guards are off
-        step_lib._take, step_lib.spikes_lib.record = take, record
+        updates._take, step_lib.spikes_lib.record = take, record
         self.fingerprint = dataset.fingerprint
 
     def bare(self, steps: int) -> float:

@@ -1,12 +1,19 @@
-"""The quickstart training step with the native and with the XLA lookup, in turns.
+"""The training step beside its dense twin's and plain PyTorch's, in turns.
 
-    python -m benchmarks.train_step
+    python -m benchmarks.train_step --steps=60
+    python -m benchmarks.train_step --size=wide --arms=native,dense,torch
     python -m benchmarks.train_step --cores=1 --clock=cpu     # on a busy machine
 
-Both arms start from the same parameters and read the same random batches; their losses are
-held against each other after every step. The share of the lookups is what a step loses when
-they are replaced by a function that reads nothing and has gradients of the same shapes (the
-scores are still computed): an upper bound, for XLA then drops other work too.
+    arm      what is trained, on the same random batches, from random weights
+    native   MemoryFormer by the trainer's own step, with what is written in C++
+    xla      the same without it (model.lookup='xla')
+    none     the same with a lookup that reads nothing and has gradients of the same shapes
+    dense    the dense twin by the trainer's own step
+    torch    GPT-NeoX of the dense twin's shape (`torch_twin`); needs torch and transformers
+
+The losses of `native` and `xla`, which begin with the same weights, are held against each other
+after every step. The share of the lookups is what `xla` and `native` take beyond `none`: an upper
+bound, for XLA then drops other work too.
 """
 
 import argparse
@@ -16,22 +23,29 @@ import json
 import os
 import pathlib
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from benchmarks import timing
-from memoryformer import model
-from memoryformer.model import losses as losses_lib
+from memoryformer import model, sharding
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import native as lookup_native
-from memoryformer.training import experiment, optimizer
+from memoryformer.training import experiment, host_memory, programs
+from memoryformer.training import step as step_lib
 
-ARMS = ("native", "xla", "none")
+ARMS = ("native", "xla", "none", "dense", "torch")
+# D, layers, heads; the vocabulary, the lengths and the rest are the quickstart's.
+SIZES = {"quickstart": (128, 3, 2), "wide": (512, 8, 8)}
+WARM_UP = 2  # steps: the first compiles, the second finds its memory
 # Nats. The first step differs by rounding; later a sign that rounding flips reads another
 # row, and the curves drift apart as they do between two orders of summation.
 FIRST_TOLERANCE, TOLERANCE = 1e-5, 2e-2
+
+Batch = dict[str, np.ndarray]
 
 
 @jax.custom_vjp
@@ -47,66 +61,86 @@ no_lookup.defvjp(
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Time the steps in turns; print and write medians."""
+    """Time the steps in turns; print and write quartiles."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="quickstart")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of " + ", ".join(ARMS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cores", type=int, default=0, help="0: all")
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", type=pathlib.Path, default="train_step.json")
     args = parser.parse_args(argv)
+    names = args.arms.split(",")
+    if unknown := sorted(set(names) - set(ARMS)):
+        parser.error(f"--arms={args.arms}: unknown: {', '.join(unknown)}")
     cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
     os.sched_setaffinity(0, cores)  # before any thread pool starts
     if not lookup_native.available():
         raise SystemExit("no C++ compiler: nothing to compare")
-    run = experiment.resolve(quickstart())
-    arms = {name: make_step(run, name) for name in ARMS}
-    seconds = {name: [] for name in ARMS}
-    losses = {name: [] for name in ARMS}
-    clock = timing.CLOCKS[args.clock]
-    for i in range(args.steps + 1):
-        batch = make_batch(run.model, run.train.batch_size, i)
-        for name in ARMS[i % 3 :] + ARMS[: i % 3]:
-            start = clock()
-            losses[name].append(float(arms[name](batch)))
-            if i:
-                seconds[name].append(clock() - start)
-    differences = np.abs(np.subtract(losses["native"], losses["xla"]))
-    if not (differences[0] < FIRST_TOLERANCE and differences.max() < TOLERANCE):
-        raise AssertionError(f"the losses part by {differences}")
+    host_memory.keep()
+    arms = {name: make_arm(name, args.size) for name in names}
+    seconds, losses = timed(arms, args.steps, timing.CLOCKS[args.clock])
     medians = {name: statistics.median(series) for name, series in seconds.items()}
     result = {
         "milliseconds": {
-            name: [round(1e3 * q, 2) for q in statistics.quantiles(series, n=4)]
+            name: [round(1e3 * q, 2) for q in timing.quartiles(series)]
             for name, series in seconds.items()
         },
-        "xla_over_native": medians["xla"] / medians["native"],
-        "share_of_lookups": {
-            name: 1 - medians["none"] / medians[name] for name in ("native", "xla")
+        "native_is_faster_by": {
+            name: medians[name] / medians["native"]
+            for name in names
+            if "native" in names and name != "native"
         },
-        "first_loss_difference": float(differences[0]),
-        "largest_loss_difference": float(differences.max()),
-        "first_and_last_loss": [losses["native"][0], losses["native"][-1]],
+        "losses": {name: [series[0], series[-1]] for name, series in losses.items()},
+        "size": args.size,
         "cores": len(cores),
+        "processor": timing.processor(),
         "clock": args.clock,
         "load": os.getloadavg()[0],
     }
+    if {"native", "xla"} <= losses.keys():
+        result["loss_differences"] = _agreeing(losses["native"], losses["xla"])
     print(json.dumps(result, indent=2))
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def quickstart():
+def timed(
+    arms: dict[str, Callable[[Batch], float]], steps: int, clock: Callable[[], float]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return seconds and losses of every arm's steps, each round in another order."""
+    config = experiment.resolve(quickstart())
+    names = tuple(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(steps + WARM_UP):
+        batch = make_batch(config.model, config.train.batch_size, i)
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            start = clock()
+            losses[name].append(arms[name](batch))
+            if i >= WARM_UP:
+                seconds[name].append(clock() - start)
+    return seconds, losses
+
+
+def _agreeing(ours, theirs) -> dict[str, float]:
+    differences = np.abs(np.subtract(ours, theirs))
+    if not (differences[0] < FIRST_TOLERANCE and differences.max() < TOLERANCE):
+        raise AssertionError(f"the losses part by {differences}")
+    return {"first": float(differences[0]), "largest": float(differences.max())}
+
+
+def quickstart(projection: str = "memory") -> ml_collections.ConfigDict:
     """The quickstart's config."""
     path = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
     spec = importlib.util.spec_from_file_location("quickstart", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(projection)
 
 
-def make_batch(
-    model_config: model.ModelConfig, rows: int, seed: int
-) -> dict[str, np.ndarray]:
+def make_batch(model_config: model.ModelConfig, rows: int, seed: int) -> Batch:
     """Draw tokens with a skewed distribution, so that there is something to learn."""
     random = np.random.default_rng(seed)
     shape = (rows, model_config.seq_len)
@@ -121,38 +155,40 @@ def make_batch(
     }
 
 
-def make_step(run, name: str):
+def make_run(name: str, size: str) -> experiment.Experiment:
+    """The experiment of an arm."""
+    config = quickstart("dense" if name in ("dense", "torch") else "memory")
+    width, layers, heads = SIZES[size]
+    config.model.update(embed_dim=width, num_layers=layers, num_heads=heads)
+    run = experiment.resolve(config)
+    implementation = {"native": "native", "xla": "xla", "none": "xla"}.get(name, "auto")
+    chosen = dataclasses.replace(run.model, lookup=implementation)
+    return dataclasses.replace(run, model=chosen)
+
+
+def make_arm(name: str, size: str) -> Callable[[Batch], float]:
     """Return a function of a batch: one update of this arm's own state, its loss."""
-    chosen = "xla" if name == "none" else name
-    config = dataclasses.replace(run.model, lookup=chosen)
-    groups = model.param_groups(run.model)
-    tx = optimizer.make(run.optimizer, run.train.num_steps, groups)
+    run = make_run(name, size)
+    if name == "torch":
+        from benchmarks import torch_twin
 
-    def step(params, opt_state, batch):
-        def loss(params):
-            nats = losses_lib.batch_nats(config, params, batch)
-            return jnp.sum(nats) / jnp.sum(batch["weights"])
+        return torch_twin.make_step(run)
+    made = programs.make(run, sharding.make("single"))
+    state = [made.draw(run.train.seed)]
+    hyper = step_lib.hyperparams(run)
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, opt_state = tx.update(gradients, opt_state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-        return params, opt_state, value
-
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    params = model.init(config, 0)
-    state = [params, tx.init(params)]
-
-    def run_step(batch):
+    def step(batch):
         replaced = lookup.lookup_xla.scan_tables
         if name == "none":  # only while its step is traced
             lookup.lookup_xla.scan_tables = no_lookup
         try:
-            *state[:], value = compiled(*state, batch)
+            state[0], values = made.train_step(state[0], jax.device_put(batch), hyper)
         finally:
             lookup.lookup_xla.scan_tables = replaced
-        return jax.block_until_ready(value)
+        jax.block_until_ready(state)
+        return float(values["nats"] / values["weight"])
 
-    return run_step
+    return step
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from memoryformer.ops.lookup import xla as lookup_xla
 from memoryformer.runs import checkpoint, compatibility, directory, metrics
 from memoryformer.runs import manifest as manifest_lib
 from memoryformer.training import log as training_log
-from memoryformer.training import loop, spikes
+from memoryformer.training import loop, spikes, updates
 from memoryformer.training import step as step_lib
 
 
@@ -257,7 +257,7 @@ MUTATIONS = {
     "seed_from_the_clock": _seed_from_the_clock,
     "lookup_off_by_a_thousandth": _wrong_lookup,
     "mean_of_means": _mean_of_means,
-    "take_every_update": put(step_lib, "_take", lambda good, new, old: new),
+    "take_every_update": put(updates, "_take", lambda wanted, new, old: new),
     "never_halt": put(training_log.TrainingLog, "_check", _nothing()),
     "ignore_spikes": put(spikes, "is_spike", _nothing(False)),
     "forget_the_spike_history": _after_restore(

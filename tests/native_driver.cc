@@ -7,8 +7,10 @@
 #include <thread>
 
 #include "decode_native.h"
+#include "head_native.h"
 #include "lookup_native.h"
 #include "screen_search_native.h"
+#include "update_native.h"
 
 using namespace memoryformer;
 
@@ -244,6 +246,69 @@ bool CheckDecode(int64_t a, int64_t b, int64_t c, std::mt19937& random) {
          CheckScreen(a, b, c, 1, random) && CheckScreen(70 * a, b, c, 3, random);
 }
 
+std::unique_ptr<float[]> Normal(int64_t count, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  auto values = Exactly<float>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = normal(random);
+  return values;
+}
+
+// The head: nats against their definition; targets may lie outside.
+bool CheckHead(int64_t N, int64_t D, int64_t V, std::mt19937& random) {
+  const auto x = Normal(N * D, random), kernel = Normal(D * V, random);
+  auto weights = Normal(N, random), dx = Exactly<float>(N * D);
+  auto dkernel = Exactly<float>(D * V);
+  auto targets = Exactly<int32_t>(N);
+  for (int64_t n = 0; n < N; ++n) targets[n] = static_cast<int32_t>(random() % (V + 2)) - 1;
+  ThreadPerTask pool;
+  const Head head{N, D, V, x.get(), kernel.get(), targets.get(), weights.get(), dx.get(),
+                  dkernel.get()};
+  const double nats = HeadNats(head, pool);
+  double expected = 0, size = 1;
+  for (int64_t n = 0; n < N; ++n) {
+    if (weights[n] <= 0) continue;
+    double total = 0, chosen = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      double logit = 0;
+      for (int64_t d = 0; d < D; ++d) logit += double{x[n * D + d]} * kernel[d * V + v];
+      total += std::exp(logit);
+      if (v == targets[n]) chosen = logit;
+    }
+    expected += weights[n] * (std::log(total) - chosen);
+    size += std::abs(weights[n] * std::log(total)) + std::abs(weights[n] * chosen);
+  }
+  return std::abs(nats - expected) / size < 1e-5;
+}
+
+// Leaves of these sizes: the norm, and an update that moves every value.
+bool CheckUpdate(const std::vector<int64_t>& sizes, std::mt19937& random) {
+  std::vector<std::unique_ptr<float[]>> kept;
+  std::vector<Leaf> leaves;
+  double squares = 0;
+  for (const int64_t size : sizes) {
+    for (int i = 0; i < 4; ++i) kept.push_back(Normal(size, random));
+    const size_t last = kept.size();
+    for (int64_t i = 0; i < size; ++i) {
+      const double g = kept[last - 4][i];
+      squares += g * g;
+      kept[last - 1][i] = 1;  // a second moment
+    }
+    leaves.push_back({size, kept[last - 4].get(), kept[last - 3].get(),
+                      kept[last - 2].get(), kept[last - 1].get(), 0.1f, 0.5f});
+  }
+  ThreadPerTask pool;
+  const double norm = Norm(leaves, pool);
+  std::vector<float> before;
+  for (const Leaf& leaf : leaves)
+    before.insert(before.end(), leaf.param, leaf.param + leaf.size);
+  AdamW(leaves, Adam{2, 1, 0.1f, 0.1f, 0.9f, 0.1f, 0.9f, 0.1f, 1e-8f}, pool);
+  bool moved = true;
+  size_t at = 0;
+  for (const Leaf& leaf : leaves)
+    for (int64_t i = 0; i < leaf.size; ++i) moved = moved && leaf.param[i] != before[at++];
+  return moved && std::abs(norm - std::sqrt(squares)) < 1e-5 * (1 + norm);
+}
+
 // Every type of tables, on one shape; says which shape is wrong.
 bool CheckTypes(const Shape& s, std::mt19937& random) {
   if (Check<float>(s, random) && Check<BFloat16>(s, random) && Check<int8_t>(s, random))
@@ -285,6 +350,17 @@ int main() {
         std::printf("wrong decode: %ld %ld %ld\n", long(s[0]), long(s[1]), long(s[2]));
         return 1;
       }
+    const int64_t head_shapes[][3] = {{0, 3, 5}, {1, 1, 1}, {7, 5, 13}, {97, 33, 32},
+                                      {200, 300, 67}};
+    for (const auto& s : head_shapes)
+      if (!CheckHead(s[0], s[1], s[2], random)) {
+        std::printf("wrong head: %ld %ld %ld\n", long(s[0]), long(s[1]), long(s[2]));
+        return 1;
+      }
+    if (!CheckUpdate({1, 0, 17, 3 * kUpdateItem + 5}, random)) {
+      std::puts("wrong update");
+      return 1;
+    }
   }
   std::puts("ok");
   return 0;

@@ -325,6 +325,7 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
+    "model/native_parts": ("training/test_updates.py",),
     "model/narrow": (
         "model/test_narrow.py",
         "generation/test_screened_head.py",
@@ -403,6 +404,7 @@ _TESTS = {
         "model/test_mixers.py",
         "model/test_recurrence.py",
     ),
+    "ops/adamw": ("training/test_updates.py",),
     "ops/attention": (
         "ops/test_attention.py",
         "model/test_implementations.py",
@@ -422,6 +424,7 @@ _TESTS = {
         "ops/test_ring.py",
     ),
     "ops/hadamard": ("model/test_parts.py",),
+    "ops/head": ("ops/test_head.py",),
     "ops/hashing": (
         "ops/test_hashing.py",
         "ops/test_lookup.py",

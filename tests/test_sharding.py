@@ -41,6 +41,15 @@ MODELS = {
         },
     },
 }
+# Nothing of it divides over eight devices: 4 tables of 4 buckets, 12 tokens.
+MODELS["few"] = {
+    "lookup": "xla",
+    "embed_dim": 8,
+    "num_heads": 2,
+    "code_bits": 2,
+    "vocab_size": 12,
+    "projection_options": {"extra_bits": 0},
+}
 PREFIX_MIXERS = (
     "linear",
     "trained_kernel",
@@ -65,6 +74,8 @@ CASES = [
     ("dense", "fsdp_tensor:model=2", 2),
     ("memory", "sequence", 1),
     ("dense", "fsdp:sequence=4", 2),
+    ("few", "fsdp:shard=2", 1),
+    pytest.param("few", "fsdp_tensor:shard=2,model=2", 2, marks=slow),
     pytest.param("dense", "tensor:model=4", 1, marks=slow),
     pytest.param("parts", "fsdp_tensor:model=2", 1, marks=slow),
     pytest.param("variants", "fsdp_tensor:model=2", 1, marks=slow),
@@ -225,7 +236,8 @@ def test_one_device_equals_eight(name, mesh, microbatches):
 
     Rows have unequal weights, and two meshes also add up microbatches. Mutations: psum
     of gradients left out over `data`, `sequence` or `model`; `nats` not divided by the size of
-    `model`; the gradient of each microbatch divided by its own weight; over `sequence`:
+    `model`; the gradient of each microbatch divided by its own weight; over `shard`:
+    `gather_params` without it, or rows of a batch split over `data` alone; over `sequence`:
     `_combine` without `keep`, or its `empty`; `_larger` without `same`; `later_tail`
     that returns the right tail; evaluation's psum over it left out.
     """

@@ -162,6 +162,14 @@ def test_devices_that_cannot_be_laid_out(devices, reason):
             "model",
             ("data", None),
         ),
+        (
+            "fsdp_tensor:shard=2,model=2",
+            ("shard", "data", "model"),
+            ("data", ("model", "shard")),
+            (("model", "shard"), "data"),
+            "model",
+            (("data", "shard"), None),
+        ),
         ("sequence", (None,) * 3, (None, None), (None, None), None, (None, "sequence")),
     ],
 )
@@ -195,7 +203,7 @@ def test_whose_devices_they_are():
     assert (single.num_devices, single.axis_size("data")) == (1, 1)
     made = sharding.make("data:sequence=2", jax.devices()[:6])
     sizes = {axis: made.axis_size(axis) for axis in sharding.AXES}
-    assert sizes == {"data": 3, "sequence": 2, "model": 1}
+    assert sizes == {"data": 3, "shard": 1, "sequence": 2, "model": 1}
 
 
 def test_bytes_of_a_tree():

@@ -40,7 +40,7 @@ def find(
 
 def _slow_messages(report: Report, target: Target) -> Iterator[str]:
     chip = target.chip
-    sent = hlo_messages.wire_bytes(report.messages, collectives.DATA_AXIS)
+    sent = hlo_messages.wire_bytes(report.messages, *collectives.ROW_AXES)
     if not sent or not chip.link_bandwidth:
         return
     one_domain = report.num_devices <= chip.domain
@@ -61,7 +61,7 @@ def _to_fit(
     """Yield what makes the step smaller, with the bytes that it is about."""
     model, train = run.model, run.train
     devices, split = report.num_devices, sharding.axis_size(collectives.MODEL_AXIS)
-    rows_of_device = train.batch_size // sharding.axis_size(collectives.DATA_AXIS)
+    rows_of_device = train.batch_size // sharding.row_parts
     rows = rows_of_device // train.num_microbatches
     state = report.params_bytes + report.optimizer_bytes
     copies = report.gathered_bytes + report.gradient_bytes

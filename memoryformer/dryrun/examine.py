@@ -157,7 +157,7 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
     gradients = 4 * values  # summed over microbatches in float32
     if train.num_microbatches == 1:
         gradients = sharding_lib.num_bytes(trained)
-    fsdp = "fsdp" in run.mesh and sharding.axis_size(collectives.DATA_AXIS) > 1
+    fsdp = "fsdp" in run.mesh and sharding.row_parts > 1
     mesh = lowering.mesh_shape(sharding)
     unknown: set[str] = set()
     messages = jaxpr_messages.collectives(step.jaxpr, mesh, unknown)
@@ -171,6 +171,7 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         tokens_per_step=tokens,
         total_tokens=tokens * train.num_steps,
         device_hours_at_peak=flops / peak / 3600 if peak else 0.0,
+        split=_split(sharding),
         checkpoint_bytes=sharding_lib.num_bytes(state),
         params_bytes=params,
         teacher_bytes=lowering.device_bytes(taught),
@@ -181,6 +182,17 @@ def _count(run, compiled_run, target, sharding, state, step) -> Report:
         messages=messages,
         warnings=_not_counted(unknown),
     )
+
+
+def _split(sharding: sharding_lib.Sharding) -> str:
+    """Say over which axes tables are split: 'K / 16 (shard), C / 128 (data); nothing padded'."""
+    parts = []
+    for letter, entry in zip("KCF", sharding.specs.tables, strict=True):
+        axes = sharding_lib.axes_of(entry)
+        count = math.prod(map(sharding.axis_size, axes))
+        parts += [f"{letter} / {count} ({', '.join(axes)})"] * (count > 1)
+    # What does not divide is refused before (`sharding.validate`).
+    return f"{', '.join(parts) or 'whole'}; nothing padded"
 
 
 def _compile(lowered: jax.stages.Lowered, sharding: sharding_lib.Sharding) -> Compiled:

@@ -112,9 +112,9 @@ def sorted_by_bytes(counts: Mapping[Collective, int]) -> list[Collective]:
     return sorted(counted, key=lambda c: -c.wire_bytes)
 
 
-def wire_bytes(messages: Iterable[Collective], axis: str) -> float:
-    """Bytes that a device sends in the groups that span `axis`."""
-    return sum(c.wire_bytes for c in messages if axis in c.axes)
+def wire_bytes(messages: Iterable[Collective], *axes: str) -> float:
+    """Bytes that a device sends in the groups that span one of `axes`."""
+    return sum(c.wire_bytes for c in messages if set(axes) & set(c.axes))
 
 
 def difference(

@@ -126,7 +126,7 @@ def activation_bytes(
     `model`; codes and scores are not, so that with that axis this is a little low.
     """
     rows = run.train.batch_size // run.train.num_microbatches
-    rows = max(rows // sharding.axis_size(collectives.DATA_AXIS), 1)
+    rows = max(rows // sharding.row_parts, 1)
     length = run.model.seq_len // sharding.axis_size(collectives.SEQUENCE_AXIS)
     microbatch = {
         name: jax.ShapeDtypeStruct((rows, length), x.dtype)

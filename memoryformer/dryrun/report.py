@@ -70,6 +70,7 @@ class Report:
     tokens_per_step: int
     total_tokens: int
     device_hours_at_peak: float  # if products alone took time, at the chip's bf16 peak
+    split: str  # how tables lie on the mesh, and whether anything is padded
     checkpoint_bytes: int  # the whole state
     params_bytes: int
     teacher_bytes: int  # parameters of `train.teacher`; 0 without one
@@ -108,6 +109,7 @@ def describe(report: Report) -> str:
             f"{report.device_hours_at_peak:,.3g}; a real run takes several times that"
         )
         rows.append(("device hours at peak", hours))
+    rows.append(("tables", report.split))
     rows.append(("checkpoint", _bytes(report.checkpoint_bytes)))
     for name in (
         "params",

@@ -67,7 +67,9 @@ def make_eval_step(
         rows = _by_groups(row_nats, batch)
         rows = collectives.psum(rows, collectives.SEQUENCE_AXIS)
         # Every process reads them all.
-        return collectives.all_gather(rows, collectives.DATA_AXIS, 0)
+        for axis in reversed(collectives.ROW_AXES):
+            rows = collectives.all_gather(rows, axis, 0)
+        return rows
 
     in_specs = (specs, sharding.specs.batch_bl)
     return jax.jit(sharding.shard_map(per_device, in_specs, P(None)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from memoryformer import model as model_lib
 from memoryformer.model import losses, mixers
 from memoryformer.notation import Array, Float, Int, Params
-from memoryformer.ops import collectives
+from memoryformer.ops import collectives, head
 
 
 def token_nats(
@@ -56,6 +56,21 @@ def batch_nats(
 ) -> Array:
     """Return the weighted nats of every target: [B, L] float32."""
     return model_nats(model_lib.merge(model_config, params), batch)
+
+
+def sum_of_nats(
+    model_config: model_lib.ModelConfig, params: Params, batch: Batch, *, native: bool
+) -> Array:
+    """Return the sum of `batch_nats`; `native`: by `ops.head`, where `native_parts` allows it."""
+    if not native or model_config.tie_embeddings:
+        return jnp.sum(batch_nats(model_config, params, batch))
+    model = model_lib.merge(model_config, params)
+    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+    x, _ = model.features(batch["inputs"], seq)
+    targets, weights = (batch[name].reshape(-1) for name in ("targets", "weights"))
+    assert model.head is not None  # embeddings are not tied
+    x, kernel = x.reshape(-1, x.shape[-1]), model.head.kernel[...]
+    return head.sum_of_nats(x, kernel, targets, weights)
 
 
 def model_nats(model: model_lib.Transformer, batch: Batch) -> Array:

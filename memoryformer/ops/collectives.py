@@ -15,10 +15,17 @@ import jax.numpy as jnp
 
 from memoryformer.notation import Array
 
-# The axes of a mesh, one of which is there if its size is above 1: rows of a batch, parts of
-# each row, and the last axis of tables, kernels and activations.
-AXES = DATA_AXIS, SEQUENCE_AXIS, MODEL_AXIS = ("data", "sequence", "model")
-TOKEN_AXES = (DATA_AXIS, SEQUENCE_AXIS)  # what splits the tokens of a batch
+# The axes of a mesh, one of which is there if its size is above 1: rows of a batch, rows again
+# (where FSDP splits a second axis of each parameter), parts of each row, and the last axis of
+# tables, kernels and activations.
+AXES = DATA_AXIS, SHARD_AXIS, SEQUENCE_AXIS, MODEL_AXIS = (
+    "data",
+    "shard",
+    "sequence",
+    "model",
+)
+ROW_AXES = (DATA_AXIS, SHARD_AXIS)  # what splits the rows of a batch
+TOKEN_AXES = (*ROW_AXES, SEQUENCE_AXIS)  # what splits its tokens
 
 
 def axis_size(axis: str) -> int:

@@ -10,11 +10,18 @@ from jax.sharding import AbstractMesh, Mesh
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
-from memoryformer.ops.collectives import AXES, DATA_AXIS, MODEL_AXIS, SEQUENCE_AXIS
+from memoryformer.ops.collectives import (
+    AXES,
+    DATA_AXIS,
+    MODEL_AXIS,
+    SEQUENCE_AXIS,
+    SHARD_AXIS,
+)
 from memoryformer.sharding import placement
 from memoryformer.sharding.placement import Sharding, ShardingSpecs
 
 PRESETS = ("single", "data", "fsdp", "tensor", "fsdp_tensor", "sequence")
+ONE_AXIS = 128  # devices that FSDP splits one axis of each parameter over
 # The axis that takes the devices which the sizes leave, where it is not `data`.
 _MAIN_AXIS = {
     "tensor": MODEL_AXIS,
@@ -43,19 +50,30 @@ def make(
     if main and main not in sizes:  # it takes all that the sizes in the string leave
         sizes[main] = max(len(devices) // math.prod(sizes.values()), 1)
     sequence, model = sizes.get(SEQUENCE_AXIS, 1), sizes.get(MODEL_AXIS, 1)
-    data, left_over = divmod(len(devices), sequence * model)
+    if "fsdp" in preset and not {DATA_AXIS, SHARD_AXIS} & sizes.keys():
+        sizes[SHARD_AXIS] = _second_split(len(devices) // (sequence * model))
+    shard = sizes.get(SHARD_AXIS, 1)
+    data, left_over = divmod(len(devices), shard * sequence * model)
     if left_over or data < 1 or sizes.get(DATA_AXIS, data) != data:
         wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(
             f"mesh={mesh!r}: {wanted} does not fit {len(devices)} devices: the product "
             "of the sizes must be their number."
         )
-    sizes = dict(zip(AXES, (data, sequence, model), strict=True))
+    sizes = dict(zip(AXES, (data, shard, sequence, model), strict=True))
     shape = {axis: size for axis, size in sizes.items() if size > 1}
     if not shape:
         return Sharding(None, ShardingSpecs())
     specs = placement.specs_over(set(shape), fsdp="fsdp" in preset)
     return Sharding(_mesh(mesh, shape, devices), specs, striped)
+
+
+def _second_split(parts: int) -> int:
+    """Return over how many devices FSDP splits a second axis, of `parts` in all.
+
+    An embedding of 50304 = 128 x 393 rows, and tables of 256 rows, divide over no more by one.
+    """
+    return parts // math.gcd(parts, ONE_AXIS) if parts > ONE_AXIS else 1
 
 
 def _mesh(

@@ -1,4 +1,4 @@
-"""What lies where on a mesh: one spec per kind of parameter, batches, gradients.
+"""What lies where on a mesh: one spec per kind of parameter, and batches.
 
 Which axis splits what is decided in `specs_over`. Start at `Sharding`; `mesh.make` builds one.
 """
@@ -6,7 +6,7 @@ Which axis splits what is decided in `specs_over`. Start at `Sharding`; `mesh.ma
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +15,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryformer.errors import ConfigError
-from memoryformer.notation import Array, Params
-from memoryformer.ops import collectives
-from memoryformer.ops.collectives import AXES, DATA_AXIS, MODEL_AXIS, SEQUENCE_AXIS
+from memoryformer.notation import Array
+from memoryformer.ops.collectives import (
+    AXES,
+    MODEL_AXIS,
+    ROW_AXES,
+    SEQUENCE_AXIS,
+)
+from memoryformer.sharding.movement import axes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +33,10 @@ class ShardingSpecs:
     as the 3 of [K, C, 3, D], and are never split.
     """
 
-    tables: P = P(None, None, None)  # [K, C, F]: F over `model`, C over FSDP's `data`
-    columns: P = P(None, None)  # [D, F]: F over `model`, D over FSDP's `data`
-    rows: P = P(None, None)  # [F, D]: F over `model`, D over FSDP's `data`
+    # F over `model`; over FSDP's axes C and K, D and F.
+    tables: P = P(None, None, None)  # [K, C, F]: C over `data`, K over `shard`
+    columns: P = P(None, None)  # [D, F]: D over `data`, F over `shard`
+    rows: P = P(None, None)  # [F, D]: likewise
     vocabulary: P = P(None, None)  # [V, D], embedding and head: as `columns`
     last_axis: P = P(None)  # [.., F]: F over `model`; small, and repeated over `data`
     whole: P = P()  # not split
@@ -73,6 +79,11 @@ class Sharding:
         """Devices along an axis; 1 if the mesh lacks it."""
         return dict(self.mesh.shape).get(axis, 1) if self.mesh else 1
 
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return math.prod(map(self.axis_size, ROW_AXES))
+
     def param_specs(self, names: Any, shapes: Any) -> Any:
         """Turn a tree of field names and one of shaped arrays into PartitionSpecs."""
 
@@ -105,7 +116,7 @@ class Sharding:
         """
         if self.mesh is None:
             return np.arange(batch_size)
-        share = batch_size // self.axis_size(DATA_AXIS)
+        share = batch_size // self.row_parts
         return (
             self._local_parts(self.mesh)[:, None] * share + np.arange(share)
         ).reshape(-1)
@@ -122,7 +133,7 @@ class Sharding:
 
         def put(rows: np.ndarray) -> Array:
             rows, share = self._dealt(rows), len(rows) // len(parts)
-            shape = (share * self.axis_size(DATA_AXIS), *rows.shape[1:])
+            shape = (share * self.row_parts, *rows.shape[1:])
 
             def of_device(index: Any) -> np.ndarray:
                 part = index[0].indices(shape[0])[0] // share
@@ -136,9 +147,9 @@ class Sharding:
         return {name: put(rows) for name, rows in batch.items()}
 
     def _local_parts(self, mesh: Mesh | AbstractMesh) -> np.ndarray:
-        """Which of the parts of `data` this process's devices hold, ascending."""
+        """Which of the rows' parts this process's devices hold, ascending."""
         by_row = NamedSharding(mesh, P(self.specs.batch_bl[0]))
-        size = self.axis_size(DATA_AXIS)
+        size = self.row_parts
         held = by_row.addressable_devices_indices_map((size,)).values()
         return np.unique(
             [part[0].indices(size)[0] for part in held if part is not None]
@@ -173,17 +184,24 @@ def specs_over(axes: set[str], *, fsdp: bool) -> ShardingSpecs:
 
     What gathers relies on them: `model.layers` (codes), `evaluation.buckets` (counts).
     """
-    data, sequence, model = (axis if axis in axes else None for axis in AXES)
+    data, shard, sequence, model = (axis if axis in axes else None for axis in AXES)
     rows = data if fsdp else None  # the axis that `model` does not split
+    second = shard if fsdp else None  # another axis; after `model` where that splits it
     return ShardingSpecs(
-        tables=P(None, rows, model),
-        columns=P(rows, model),
-        vocabulary=P(rows, model),
-        rows=P(model, rows),
+        tables=P(second, rows, model),
+        columns=P(rows, _both(model, second)),
+        vocabulary=P(rows, _both(model, second)),
+        rows=P(_both(model, second), rows),
         last_axis=P(model),
         whole=P(),
-        batch_bl=P(data, sequence),
+        batch_bl=P(_both(data, shard), sequence),
     )
+
+
+def _both(first: str | None, second: str | None) -> str | tuple[str, ...] | None:
+    """Return an entry of a spec for an axis that is split over one, both or neither."""
+    axes = tuple(axis for axis in (first, second) if axis)
+    return axes if len(axes) > 1 else (first or second)
 
 
 # Axis 0 of these is computed by parts over `model` too, though it is not stored so.
@@ -208,16 +226,18 @@ def validate(
     ones. Beside their axes: the rows of a batch, heads, and what `_COMPUTED_BY_PARTS` says.
     """
 
-    def check(size: int, axis: str | None, what: str, fix: str) -> None:
-        count = sharding.axis_size(axis) if axis else 1
+    def check(size: int, axes: Any, what: str, fix: str) -> None:
+        present = [a for a in axes_of(axes) if sharding.axis_size(a) > 1]
+        count = math.prod(map(sharding.axis_size, present))
         if size % count:
+            along = " x ".join(map(repr, present))
             raise ConfigError(
-                f"{what} does not divide over {count} devices along {axis!r}: "
+                f"{what} does not divide over {count} devices along {along}: "
                 f"{fix.format(count=count)}."
             )
 
     rows = f"batch_size={batch_size}"
-    check(batch_size, DATA_AXIS, rows, "use a multiple of {count}")
+    check(batch_size, ROW_AXES, rows, "use a multiple of {count}")
     heads = f"model.num_heads={num_heads}"
     check(num_heads, MODEL_AXIS, heads, "use fewer devices there or more heads")
     specs = jax.tree.leaves(sharding.param_specs(names, shapes), is_leaf=_is_spec)
@@ -234,40 +254,6 @@ def validate(
         for size, axis in zip(shape, spec, strict=False):
             what = f"mesh: {keys} {shape}: {size}"
             check(size, axis, what, "change that size or the mesh")
-
-
-# --------------------------------------------------------------------------------------
-# Inside `Sharding.shard_map`.
-
-
-def gather_params(params: Params, specs: Any) -> Params:
-    """Join what FSDP split over `data`, once a step."""
-
-    def gather(param, spec):
-        if DATA_AXIS not in spec:
-            return param
-        return collectives.all_gather(param, DATA_AXIS, spec.index(DATA_AXIS))
-
-    return jax.tree.map(gather, params, specs)
-
-
-def sum_gradients(grads: Params, specs: Any, axes: Sequence[str] = AXES) -> Params:
-    """Add up the devices' gradients, leaving each device what it stores.
-
-    Over an axis that splits the parameter the gradient is whole already, or, for FSDP's
-    `data`, a reduce-scatter keeps this device's rows. The other axes are summed over at once.
-    Sums are in float32; what one device computes alone stays as it is.
-    """
-
-    def reduce(grad, spec):
-        summed = [axis for axis in axes if axis == DATA_AXIS or axis not in spec]
-        if any(collectives.axis_size(axis) > 1 for axis in summed):
-            grad = grad.astype(jax.numpy.promote_types(grad.dtype, "float32"))
-        if DATA_AXIS in axes and DATA_AXIS in spec:
-            grad = collectives.reduce_scatter(grad, DATA_AXIS, spec.index(DATA_AXIS))
-        return collectives.psum(grad, tuple(axis for axis in axes if axis not in spec))
-
-    return jax.tree.map(reduce, grads, specs)
 
 
 def num_bytes(tree: Any) -> int:

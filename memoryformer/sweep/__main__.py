@@ -57,10 +57,12 @@ def _run(argv):
     """Read the flags and run the command that `argv` names."""
     cli.check_arguments(argv[:1], config=flags.FLAGS.config)
     from memoryformer.sweep import commands
+    from memoryformer.training import host_memory
 
     for name in sorted(set().union(*LOOKED_AT.values())):
         if name not in LOOKED_AT.get(argv[1] if len(argv) > 1 else "", (name,)):
             cli.refuse_flags([name], f"{argv[1]} does not look at it")
+    host_memory.keep()
     config = flags.FLAGS["config"]
     names = [f.name for f in dataclasses.fields(commands.Options)]
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}

@@ -41,8 +41,9 @@ def _run(argv: Sequence[str]) -> None:
     cli.check_arguments(argv, config=values.config)
     paths.workdir(values.workdir)
     from memoryformer.cluster import processes, roll_call
-    from memoryformer.training import banner, loop
+    from memoryformer.training import banner, host_memory, loop
 
+    host_memory.keep()
     others = roll_call.start(
         values.coordinator,
         values.num_processes,

@@ -34,7 +34,7 @@ from memoryformer import config as config_lib
 from memoryformer.config import field
 from memoryformer.errors import ConfigError
 from memoryformer.notation import Array, Params
-from memoryformer.training import schedules
+from memoryformer.training import rates, schedules
 
 _LEAN = {
     "second_moment": ("full", "row"),
@@ -151,9 +151,7 @@ def make(
     compiles once. Without them the config's numbers are compiled in. They are never
     part of the state: what a checkpoint restores cannot override the config.
     """
-    relative_rate = schedules.relative_rate(
-        config.schedule_options, config.warmup_steps, num_steps
-    )
+    relative_rate = rates.relative(config, num_steps)
 
     def init(params):
         moments = jax.tree.map(
@@ -165,27 +163,19 @@ def make(
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), first, second)
 
     def update(grads, state, params, *, hyperparams=None, **unused_extra):
-        hyper = hyperparams or {
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        }
-        learning_rate = hyper["learning_rate"] * relative_rate(count(state))
-        number = optax.safe_increment(state.count)
-        unbias = (1 - config.b1**number, 1 - config.b2**number)
+        now = rates.scalars(config, relative_rate, count(state), hyperparams)
 
         def step(g, m, v, p, group):
-            u, m, v = _adam(config, g, m, v, unbias)
-            rate = learning_rate
-            if group == "tables":
-                rate = rate * config.table_learning_rate_scale
-            if group == "decayed" or (group == "tables" and config.decay_tables):
-                u = u + hyper["weight_decay"] * p
+            u, m, v = _adam(config, g, m, v, now.unbias)
+            rate, decay = rates.rate_and_decay(config, group, now)
+            if decay is not None:
+                u = u + decay * p
             return -rate * u, m, v
 
-        grads = _clipped(grads, config.clip_norm)
+        grads = _clipped(config, grads)
         stepped = jax.tree.map(step, grads, state.mu, state.nu, params, groups)
         updates, first, second = _unzipped(stepped, params)
-        return updates, optax.ScaleByAdamState(number, first, second)
+        return updates, optax.ScaleByAdamState(now.number, first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -255,9 +245,7 @@ def schedule(config: OptimizerConfig, num_steps: int) -> Callable[[Array | int],
 
     See `schedules`. Raises `ConfigError` where the warm-up does not fit.
     """
-    relative_rate = schedules.relative_rate(
-        config.schedule_options, config.warmup_steps, num_steps
-    )
+    relative_rate = rates.relative(config, num_steps)
     return lambda step: config.learning_rate * relative_rate(step)
 
 
@@ -266,13 +254,13 @@ def count(opt_state: Any) -> Array:
     return optax.tree.get(opt_state, "count")
 
 
-def _clipped(grads: Params, clip_norm: float) -> Params:
+def _clipped(config: OptimizerConfig, grads: Params) -> Params:
     # One factor for all: XLA folds a multiplication into the moments' loops, while
     # optax's `clip_by_global_norm`, with its division, costs a pass over memory.
     grads = jax.tree.map(_float32, grads)
-    if not clip_norm:
+    if not config.clip_norm:
         return grads
-    factor = clip_norm / jnp.maximum(norm(grads), clip_norm)
+    factor = rates.clip_factor(config, norm(grads))
     return jax.tree.map(lambda g: g * factor, grads)
 
 

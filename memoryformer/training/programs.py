@@ -11,7 +11,6 @@ from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations
-from memoryformer.ops import collectives
 from memoryformer.training import experiment, optimizer, trainable
 from memoryformer.training import step as step_lib
 
@@ -114,7 +113,7 @@ def check_fit(run: experiment.Experiment, sharding: sharding_lib.Sharding) -> An
     sizes = (run.train.batch_size, run.eval.batch_size)
     for batch_size in sizes:
         sharding_lib.validate(sharding, names, shapes, batch_size, run.model.num_heads)
-    share = run.train.batch_size // sharding.axis_size(collectives.DATA_AXIS)
+    share = run.train.batch_size // sharding.row_parts
     if share % run.train.num_microbatches:
         raise ConfigError(
             f"train.num_microbatches={run.train.num_microbatches} does not divide the "

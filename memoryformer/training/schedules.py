@@ -66,9 +66,10 @@ class Wsd(Cosine):
 SCHEDULES = {"cosine": Cosine, "constant": Constant, "wsd": Wsd}
 
 
-def relative_rate(
-    options: Any, warmup: int, num_steps: int
-) -> Callable[[Array | int], Array]:
+RelativeRate = Callable[[Array | int], Array]  # step -> learning rate / peak
+
+
+def relative_rate(options: Any, warmup: int, num_steps: int) -> RelativeRate:
     """Return `step -> learning rate / peak`; step 0 is the first.
 
     options: of one of `SCHEDULES`. Raises `ConfigError` where the warm-up does not fit.

@@ -13,10 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
-from memoryformer.model import distillation, losses, mixers
+from memoryformer.model import distillation, losses, mixers, native_parts
 from memoryformer.notation import Array, Params
 from memoryformer.ops import collectives
-from memoryformer.training import experiment, optimizer, table_storage, trainable
+from memoryformer.training import (
+    experiment,
+    optimizer,
+    table_storage,
+    trainable,
+    updates,
+)
 from memoryformer.training import spikes as spikes_lib
 from memoryformer.training import teacher as teacher_lib
 
@@ -56,7 +62,8 @@ def make_train_step(
     specs: Any,
     teacher: model_lib.ModelConfig | None = None,
 ) -> jax.stages.Wrapped:
-    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated (not on CPU).
+    """Compile `(state, batch, hyper) -> (state, metrics)`; the state is donated
+    (on a CPU where `updates` works in place).
 
     `hyper`, `hyperparams(run)`, is traced; left out, the run's numbers are compiled in. With a
     `teacher` the step takes its parameters, as `teacher.placed`, as a fourth argument.
@@ -66,8 +73,9 @@ def make_train_step(
     devices once a step. A step whose loss or gradient is not finite, or a spike (`spikes`),
     leaves parameters and optimizer as they were.
     """
-    tx, groups = transformation(run), _trained_groups(run)
+    groups = _trained_groups(run)
     gradient_sums = _make_gradient_sums(run, sharding, specs, teacher)
+    update = updates.make(run, sharding, groups)
 
     def train_step(state, batch, hyper=None, *taught):
         seed = run.train.seed if hyper is None else hyper["seed"]
@@ -75,21 +83,22 @@ def make_train_step(
         fixed = mixers.redraw(run.model, fixed, seed, state.step)
         grads, sums = gradient_sums(before, fixed, batch, *taught)
         weight = sums["weight"]
-        grads = jax.tree.map(lambda g: g / weight, grads)
         loss = sums["objective" if teacher else "nats"] / weight
-        grad_norm = optimizer.norm(grads)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, before, hyperparams=hyper
-        )
-        trained = table_storage.apply(
-            run.optimizer, before, updates, groups, seed, state.step
-        )
+        grad_norm = update.norm(grads, weight)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & spikes_lib.is_spike(
             state.spikes, loss, grad_norm, run.train.spikes_options.sigmas
         )
-        trained, opt_state = _take(
-            finite & ~spike, (trained, opt_state), (before, state.opt_state)
+        trained, opt_state = update.apply(
+            finite & ~spike,
+            grad_norm,
+            grads,
+            weight,
+            before,
+            state.opt_state,
+            seed,
+            state.step,
+            hyper,
         )
         params = model_lib.joined(trained, fixed)
         history = spikes_lib.record(state.spikes, loss, grad_norm)
@@ -103,7 +112,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, history), values
 
     # On CPU a donated state makes XLA copy arrays before it updates them in place.
-    donated = () if sharding.platform == "cpu" else (0,)
+    donated = (0,) if sharding.platform != "cpu" or update.in_place else ()
     return jax.jit(train_step, donate_argnums=donated)
 
 
@@ -111,6 +120,7 @@ def _make_gradient_sums(run, sharding, specs, teacher):
     """`(trained, fixed, batch, [teacher's]) -> (gradients, {'nats', 'weight', ..})`, all sums."""
     trained_specs, fixed_specs = trainable.split(run, specs)
     taught_specs = [teacher_lib.specs(teacher, sharding)] if teacher else []
+    native = native_parts.usable(run.model, sharding)
 
     def gradient_sums(trained, fixed, batch, *taught):  # on one device, of its rows
         params = model_lib.joined(trained, fixed)
@@ -123,8 +133,7 @@ def _make_gradient_sums(run, sharding, specs, teacher):
 
         def objective(trained, batch, *told):
             params = model_lib.joined(trained, fixed)
-            terms = _terms(run, params, batch, *told)
-            sums = {name: jnp.sum(term) for name, term in terms.items()}
+            sums = _sums(run, params, batch, native, *told)
             total = sums["objective" if told else "nats"]
             sums["weight"] = jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
@@ -148,23 +157,20 @@ def _make_gradient_sums(run, sharding, specs, teacher):
     return sharding.shard_map(gradient_sums, in_specs, (trained_specs, P()))
 
 
-def _terms(run, params, batch, told=None):
-    """The weighted terms of every token, by name; the first without a teacher is the loss."""
+def _sums(run, params, batch, native, told=None):
+    """The weighted terms of the loss, by name, summed over the tokens."""
     if told is None:
-        return {"nats": losses.batch_nats(run.model, params, batch)}
+        nats = losses.sum_of_nats(run.model, params, batch, native=native)
+        return {"nats": nats}
     student = distillation.output(run.model, params, batch)
     options = dataclasses.asdict(run.train.teacher_options)
-    return distillation.objective(student, told, batch, **options)
+    terms = distillation.objective(student, told, batch, **options)
+    return {name: jnp.sum(term) for name, term in terms.items()}
 
 
 def hyperparams(run: experiment.Experiment) -> dict[str, Array]:
     """Return the traced inputs of the train step: the optimizer's, and the seed."""
     return optimizer.hyperparams(run.optimizer) | {"seed": jnp.int32(run.train.seed)}
-
-
-def _take(good, new, old):
-    """Return `new` where `good`, a scalar, holds, else `old`."""
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
 def _accumulate(function, batch, count):

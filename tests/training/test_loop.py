@@ -307,7 +307,7 @@ NO_EVALUATION = {"eval.every_steps": 0, "eval.batch_size": 16, "train.log_every"
 def test_nonfinite_numbers_halt_the_run(folder, poisoned):
     """The checkpoint before stays; nothing of the bad step or after it is saved.
 
-    Mutations: no `_take` in the step; `drain` after the save.
+    Mutations: no `_take` in `updates`; `drain` after the save.
     """
     poisoned(7)
     with pytest.raises(NumericError, match="step 7: loss") as caught:

@@ -19,6 +19,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,10 @@ SOURCES = (
     "integer_native_kernel.h",
     "screen_native.h",
     "screen_search_native.h",
+    "head_native.h",
+    "head_native_kernel.h",
+    "update_native.h",
+    "update_native_kernel.h",
 )
 FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
@@ -51,6 +57,9 @@ TARGETS = (
     "matrix_product",
     "integer_product",
     "screened_top",
+    "gradient_norm",
+    "adamw",
+    "head_nats",
 )
 INT4_GROUP = 64  # 4-bit weights that share a scale
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -134,6 +143,12 @@ def read_counts(counts: ctypes.Array) -> None:
 
 def _float32_or_empty(array):
     return jnp.zeros((0,), jnp.float32) if array is None else array.astype(jnp.float32)
+
+
+def ffi_call(target: str, results: Any, **options: Any) -> Callable[..., Any]:
+    """Return XLA's call of one of `TARGETS`; raises RuntimeError without a compiler."""
+    _library()
+    return jax.ffi.ffi_call(f"memoryformer_{target}", results, **options)
 
 
 def supports(

@@ -1,10 +1,8 @@
 // Inner loops of decoding, compiled for one instruction set per inclusion: this is a part
 // of lookup_native_kernel.h, inside its namespace. No include guard, for that reason.
 
-// out[i] = 1 + exp(-beta |x[i]|); relative error below 2e-7, NaN for NaN.
-SIMD_TARGET inline Vec OnePlusExpOf(Vec x, float beta) {
-  const Vec magnitude = (Vec)((WordVec)x & 0x7fffffffu);
-  Vec u = -beta * magnitude;
+// exp(u); relative error below 2e-7 for |u| <= 87, beyond which u is cut off; NaN for NaN.
+SIMD_TARGET inline Vec ExpOf(Vec u) {
   u = u < -87.0f ? Vec{} - 87.0f : u;  // comparisons are false for NaN, which stays
   u = u > 87.0f ? Vec{} + 87.0f : u;
   // exp(u) = 2^n exp(r), |r| <= ln 2 / 2: ln 2 in two parts, then the series to r^7.
@@ -21,7 +19,13 @@ SIMD_TARGET inline Vec OnePlusExpOf(Vec x, float beta) {
   series = series * r + 1.0f;
   series = series * r + 1.0f;
   const Vec power = (Vec)(((IntVec)shifted - 0x4b400000 + 127) << 23);
-  return 1.0f + series * power;
+  return series * power;
+}
+
+// out[i] = 1 + exp(-beta |x[i]|).
+SIMD_TARGET inline Vec OnePlusExpOf(Vec x, float beta) {
+  const Vec magnitude = (Vec)((WordVec)x & 0x7fffffffu);
+  return 1.0f + ExpOf(-beta * magnitude);
 }
 
 SIMD_TARGET inline void OnePlusExp(const float* x, int64_t count, float beta,

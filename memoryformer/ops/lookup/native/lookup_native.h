@@ -80,6 +80,27 @@ struct IntegerKernels {
                   float, float*);
 };
 
+// Inner loops of update_native.h. `rest1` is 1 - b1; a gradient is divided by `weight`.
+struct Adam {
+  float weight, factor, unbias1, unbias2, b1, rest1, b2, rest2, eps;
+};
+struct UpdateKernels {
+  void (*update)(const Adam&, float, float, int64_t, const float*, float*, float*, float*);
+  double (*sum_of_squares)(const float*, int64_t);
+};
+
+// Inner loops of head_native.h. a[r, k] is at data[r row_stride + k depth_stride], and `blocks`
+// such products of that depth are added, block_stride apart.
+struct Factor {
+  const float* data;
+  int64_t row_stride, depth_stride, depth, blocks, block_stride;
+};
+struct HeadKernels {
+  int64_t panel;
+  void (*multiply)(Factor, int64_t, const float*, float*, int64_t, bool);
+  float (*softmax)(float*, int64_t, int64_t, float);
+};
+
 using OnePlusExpKernel = void (*)(const float*, int64_t, float, float*);
 
 constexpr int kAhead = 16;  // tokens
@@ -150,6 +171,30 @@ inline OnePlusExpKernel ChooseOnePlusExp() {
   }
 #endif
   return portable::OnePlusExp;
+}
+
+inline UpdateKernels ChooseUpdateKernels() {
+#if defined(__x86_64__)
+  switch (InstructionSet()) {
+    case 2:
+      return avx512::MakeUpdateKernels();
+    case 1:
+      return avx2::MakeUpdateKernels();
+  }
+#endif
+  return portable::MakeUpdateKernels();
+}
+
+inline HeadKernels ChooseHeadKernels() {
+#if defined(__x86_64__)
+  switch (InstructionSet()) {
+    case 2:
+      return avx512::MakeHeadKernels();
+    case 1:
+      return avx2::MakeHeadKernels();
+  }
+#endif
+  return portable::MakeHeadKernels();
 }
 
 constexpr int64_t kProductsPerThread = 1 << 17;  // less is not worth a wake-up

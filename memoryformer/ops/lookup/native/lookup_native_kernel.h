@@ -264,6 +264,8 @@ Kernels<T> MakeKernels() {
 
 #include "decode_native_kernel.h"
 #include "integer_native_kernel.h"
+#include "update_native_kernel.h"
+#include "head_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 
