@@ -20,6 +20,7 @@ from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.data import tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted, StorageError
 from memoryformer.evaluation import loss as loss_lib
+from memoryformer.ops.lookup import native
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop, programs
@@ -64,9 +65,10 @@ def rows(workdir):
     return [metrics.comparable(row) for row in metrics.read(workdir)]
 
 
-def assert_same_run(workdir, expected):
+def assert_same_run(workdir, expected, **fields):
     """State, step and metrics, bit for bit."""
-    (step, state), (wanted_step, wanted) = whole_state(workdir), whole_state(expected)
+    step, state = whole_state(workdir, **fields)
+    wanted_step, wanted = whole_state(expected, **fields)
     assert step == wanted_step == STEPS
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
@@ -106,12 +108,8 @@ def test_what_a_run_writes(straight):
     assert names == ["15", "20", manifest.LEDGER]
 
 
-def test_straight_equals_restarted(folder, straight, monkeypatch):
-    """10 steps, a stop request, and the same call again: 20 straight, bit for bit.
-
-    Mutations: batches drawn from step 0 after a restart; the optimizer's state not
-    restored; rows of the first part written twice.
-    """
+def asked_to_stop_at(count, monkeypatch):
+    """A list that gets an entry for every step; a stop is asked for at one of them."""
     asked = []
     original = step_lib.make_train_step
 
@@ -120,13 +118,23 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
 
         def wrapped(*inputs):
             asked.append(1)
-            if len(asked) == 10:
+            if len(asked) == count:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*inputs)
 
         return wrapped
 
     monkeypatch.setattr(step_lib, "make_train_step", counting)
+    return asked
+
+
+def test_straight_equals_restarted(folder, straight, monkeypatch):
+    """10 steps, a stop request, and the same call again: 20 straight, bit for bit.
+
+    Mutations: batches drawn from step 0 after a restart; the optimizer's state not
+    restored; rows of the first part written twice.
+    """
+    asked = asked_to_stop_at(10, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as caught:
         toy.trained(folder, "restarted")
@@ -140,6 +148,26 @@ def test_straight_equals_restarted(folder, straight, monkeypatch):
     toy.trained(folder, "restarted")  # done: nothing to do
     assert len(asked) == 20
     assert_same_run(folder / "restarted", straight)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_a_state_updated_in_place_is_saved_as_it_was(folder, monkeypatch):
+    """Saves go on while the next steps overwrite the state, and a restart goes on from one.
+
+    Mutation: `adamw.update` writes into the arrays that a save still reads.
+    """
+    fields = {
+        "model.lookup": "auto",
+        "checkpoint.every_steps": 1,
+        "eval.every_steps": 0,
+    }
+    in_place = toy.trained(folder, "in_place", **fields)
+    asked = asked_to_stop_at(7, monkeypatch)
+    with pytest.raises(Preempted):
+        toy.trained(folder, "in_place_restarted", **fields)
+    assert len(asked) == 7
+    restarted = toy.trained(folder, "in_place_restarted", **fields)
+    assert_same_run(restarted, in_place, **fields)
 
 
 def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):

@@ -143,7 +143,9 @@ def test_a_state_is_updated_where_it_lies():
         for line in compiled.as_text().splitlines()
         if " copy(" in line and f"f32[{shape}]" in line
     ]
-    restored = jax.tree.map(jnp.copy, state)  # a view on the host would be kept, uncopied
+    restored = jax.tree.map(
+        jnp.copy, state
+    )  # a view on the host would be kept, uncopied
     after = compiled(state, batch, step_lib.hyperparams(run))
     assert tables.is_deleted()
     again = compiled(restored, batch, step_lib.hyperparams(run))
