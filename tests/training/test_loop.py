@@ -162,10 +162,10 @@ def test_a_state_updated_in_place_is_saved_as_it_was(folder, monkeypatch):
         "eval.every_steps": 0,
     }
     in_place = toy.trained(folder, "in_place", **fields)
-    asked = asked_to_stop_at(7, monkeypatch)
+    asked = asked_to_stop_at(10, monkeypatch)
     with pytest.raises(Preempted):
         toy.trained(folder, "in_place_restarted", **fields)
-    assert len(asked) == 7
+    assert len(asked) == 10
     restarted = toy.trained(folder, "in_place_restarted", **fields)
     assert_same_run(restarted, in_place, **fields)
 
