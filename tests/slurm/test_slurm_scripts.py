@@ -25,7 +25,7 @@ def test_time_limit(cluster):
     """SIGTERM before the limit: saved, 42, requeued by the scheduler, and to the end: bit for
     bit the run that nobody stopped. The job has what slurm.sh asks for, its step too.
 
-    Mutations: 42 left out of the `case`; `--signal=B:TERM@20`; no SRUN_CPUS_PER_TASK.
+    Mutations: 42 left out of the `case`; no SRUN_CPUS_PER_TASK.
     """
     slurm, workdir = cluster.slurm, cluster.world.workdir()
     job = cluster.submit(workdir, *LIMIT, fault="until_asked:5")
@@ -63,7 +63,7 @@ def test_what_would_come_again_is_not_requeued(cluster, small_disk):
 def test_two_tasks_train_one_model(cluster):
     """They find each other, share the global batch, stop together and go on together.
 
-    Mutation: `own_devices` gives both the first GPU of the node.
+    Mutation: `launchers.from_slurm` takes every task for a lone one.
     """
     slurm, workdir = cluster.slurm, cluster.world.workdir()
     job = cluster.submit(
@@ -107,7 +107,7 @@ def test_scancel_in_a_save(cluster, goes_on):
     """The save ends before SIGKILL and nothing is lost; or it does not, and the step before
     it is whole. Not requeued; submitted again, the run ends as the straight one.
 
-    Mutation: `scontrol requeue` in a trap of SIGTERM (a cancelled job that comes again).
+    Mutation: the first SIGTERM ends the process at once.
     """
     slurm, workdir = cluster.slurm, cluster.world.workdir()
     asked, saving, go = (slurm.folder / name for name in ("asked", "saving", "go"))

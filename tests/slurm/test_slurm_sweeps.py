@@ -43,7 +43,8 @@ def test_an_array_ends_with_every_point_done(cluster, sweep):
     """Two tasks at a time; both are stopped, requeued alone, and end as if nothing had been;
     `status` tells queued, running and done apart on the way, `submit` starts nothing twice.
 
-    Mutations: `scontrol requeue $SLURM_JOB_ID`; `--index=0`; `jobs.state` by files alone.
+    Its mutations are tried where SLURM's words are faked, in sweep/test_launchers.py and
+    cluster/test_launch.py.
     """
     slurm, flags = cluster.slurm, ("--launcher=slurm", "--parallel=2")
     out = sweep("submit", *flags, fault="until_asked:5#0,until_asked:5#1")
@@ -75,7 +76,7 @@ def test_an_array_ends_with_every_point_done(cluster, sweep):
 def test_failed_points_are_told_and_left_alone(cluster, sweep):
     """One that is cancelled is to do again; NaN is failed, and submitted again if asked.
 
-    Mutation: `--retry_failed` not passed on to the script.
+    Its mutations are tried where SLURM's words are faked.
     """
     slurm, flags = cluster.slurm, ("--launcher=slurm", "--root=others")
     out = sweep("submit", *flags, fault="nan:3#0,until_asked:5#1")
