@@ -218,7 +218,7 @@ def test_many_vectors_are_multiplied_in_xla(monkeypatch):
         assert len(offered) == offers
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(lookup_native, "available", lambda: True)
-    assert whole("native", "xla") == "xla"
+    assert whole(min, max) is max
     large = np.zeros(5 << 20, np.int8)
     monkeypatch.setattr(jax, "device_put", None)
     assert narrow_rows.in_huge_pages(large).shape == large.shape

@@ -106,7 +106,7 @@ def unpacked(stored):
     lead, tiles = stored.lead, np.asarray(stored.tiles)
     blocks = -(-(width - lead) // 16)
     sizes = np.cumsum([16 * lead, 64 * blocks, 16 * -(-blocks // 4) * 4])
-    first, rest, norms, floats = np.split(tiles, sizes, axis=1)
+    first, others, norms, floats = np.split(tiles, sizes, axis=1)
 
     def rows(part, bits=8):
         part = part.reshape(len(tiles), -1, 16, 4)
@@ -117,7 +117,7 @@ def unpacked(stored):
     floats = np.ascontiguousarray(floats).view(np.float32).reshape(-1, 6, 16)
     floats = floats.swapaxes(0, 1).reshape(6, -1)[:, :outputs].astype(np.float64)
     scale, step, norm_scale = floats[:3, :, None]
-    kept = [(rows(first) - 128) * scale, (2 * rows(rest, 2) - 3) * step]
+    kept = [(rows(first) - 128) * scale, (2 * rows(others, 2) - 3) * step]
     norms = (rows(norms) - 128)[:, :blocks] * norm_scale
     return np.concatenate(kept, axis=1)[:, :width], norms, *floats[3:]
 

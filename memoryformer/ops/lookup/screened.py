@@ -159,12 +159,12 @@ def _tiles(rotated, lead):
     return np.concatenate(tiles, axis=1), kept[:count, :width]
 
 
-def _two_bits(rest, width):
+def _two_bits(columns, width):
     """Rows ~ (2 h - 3) steps[:, None], h in 0 .. 3."""
-    deviations = np.sqrt(np.sum(rest**2, axis=1) / width)
+    deviations = np.sqrt(np.sum(columns**2, axis=1) / width)
     steps = (deviations * STEP / 2).astype(np.float32)
     divisors = np.where(steps > 0, 2 * steps, 1).astype(np.float64)[:, None]
-    return np.clip(np.floor(rest / divisors) + 2, 0, 3).astype(np.int8), steps
+    return np.clip(np.floor(columns / divisors) + 2, 0, 3).astype(np.int8), steps
 
 
 def _slack(width, longest):
@@ -231,8 +231,8 @@ def top(
     operands = (rows, *stored, matrix.tiles, matrix.slack)
     few = rows.shape[0] <= narrow.MAX_VECTORS  # `product` too multiplies more in XLA
     function = narrow.on_cpu(native, in_xla) if few else in_xla
-    found = function(*map(jnp.asarray, operands))
-    values, indices = (a.reshape(*x.shape[:-1], k) for a in found)
+    largest = function(*map(jnp.asarray, operands))
+    values, indices = (a.reshape(*x.shape[:-1], k) for a in largest)
     return values, indices
 
 
