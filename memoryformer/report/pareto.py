@@ -99,10 +99,10 @@ def scatter(placed: Sequence[Spot], x_label: str, y_label: str) -> plt.Figure:
     for index, (kind, spots_of_kind) in enumerate(groups.items()):
         best = front(spots_of_kind)
         costs, means = ([getattr(s, name) for s in best] for name in ("cost", "mean"))
-        style: dict[str, Any] = {"color": drawing.FAINT}
+        look: dict[str, Any] = {"color": drawing.FAINT}
         if kind:
-            style = drawing.series_style(index) | {"label": kind}
-        axes.step(costs, means, where="post", linewidth=1, zorder=1, **style)
+            look = drawing.series_style(index) | {"label": kind}
+        axes.step(costs, means, where="post", linewidth=1, zorder=1, **look)
         for spot in spots_of_kind:
             _dot(axes, spot, index if kind else spot.index)
     if "" in groups and len(placed) <= MAX_NAMES:
@@ -139,8 +139,8 @@ def _dot(axes, spot, index):
     marker = MARKERS[index // len(drawing.COLOURS) % len(MARKERS)]
     if spot.high > spot.low:
         axes.plot([spot.cost] * 2, [spot.low, spot.high], color=colour, linewidth=1.2)
-    look = {"marker": marker, "color": colour, "markersize": 5, "linestyle": ""}
-    axes.plot([spot.cost], [spot.mean], **look)
+    look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": ""}
+    axes.plot([spot.cost], [spot.mean], markersize=5, **look)
 
 
 def _write_names(axes, placed):
