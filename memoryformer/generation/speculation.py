@@ -101,7 +101,7 @@ class Speculator:
         history = np.zeros(-(-(length + left) // step) * step, np.int32)
         history[:length] = prompts[0]
         exact = self._check_bits(read, history, left, sampling)
-        while left:
+        while left > 0:
             self._calls += 1
             due = self._calls % MEASURE == 0 and not self._always
             if exact and not due and (self._always or self._pace.pays):
