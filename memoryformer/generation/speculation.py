@@ -101,7 +101,7 @@ class Speculator:
         history = np.zeros(-(-(length + left) // step) * step, np.int32)
         history[:length] = prompts[0]
         exact = self._check_bits(read, history, left, sampling)
-        while left:
+        while left > 0:
             self._calls += 1
             due = self._calls % MEASURE == 0 and not self._always
             if exact and not due and (self._always or self._pace.pays):
@@ -122,8 +122,8 @@ class Speculator:
         """At most LOOP tokens, one after another: (tokens, what goes on)."""
         count = min(sampler.LOOP, left)
         start = self._clock()
-        tokens, read = self._generator.decode(read, count, sampling)
-        tokens = np.asarray(tokens)[:count, 0]
+        chosen, read = self._generator.decode(read, count, sampling)
+        tokens = np.asarray(chosen)[:count, 0]
         self._pace.plain(count, self._clock() - start)
         return tokens, read
 
@@ -195,8 +195,8 @@ class Speculator:
         # Room for what is written behind the last token and never read.
         history = jnp.pad(history, (0, width))
         tokens = jnp.zeros(sampler.LOOP + width, jnp.int32)
-        carry = (state, logits, position, keys, history, length, tokens)
-        carry = (*carry, jnp.zeros(3, jnp.int32))
+        counts = jnp.zeros(3, jnp.int32)
+        carry = (state, logits, position, keys, history, length, tokens, counts)
         body = functools.partial(self._step, params, left, knobs)
         carry = jax.lax.while_loop(lambda c: c[-1][0] < least, body, carry)
         *read, _, _, tokens, counts = carry
