@@ -194,6 +194,7 @@ _TESTS = {
         "model/test_parts.py",
     ),
     "model/implementations": ("model/test_implementations.py",),
+    "model/distillation": ("training/test_distillation.py",),
     "model/front": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",
