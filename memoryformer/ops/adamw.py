@@ -26,7 +26,7 @@ class Knobs(NamedTuple):
     """The scalars of an update, float32; `rest1` is 1 - b1, `unbias1` is 1 - b1^t."""
 
     weight: Array
-    factor: Array
+    factor: Array | float
     unbias1: Array
     unbias2: Array
     b1: float

@@ -95,15 +95,9 @@ def native_updates(
             1 - config.b2,
             config.eps,
         )
-        stored = (before, opt_state.mu, opt_state.nu)
-        updated = adamw.update(
-            wanted,
-            knobs,
-            steps,
-            decays,
-            jax.tree.leaves(sums),
-            tuple(jax.tree.leaves(tree) for tree in stored),
-        )
+        leaves = jax.tree.leaves
+        stored = leaves(before), leaves(opt_state.mu), leaves(opt_state.nu)
+        updated = adamw.update(wanted, knobs, steps, decays, leaves(sums), stored)
         structure = jax.tree.structure(before)
         trained, first, second = (jax.tree.unflatten(structure, x) for x in updated)
         number = jnp.where(wanted, now.number, opt_state.count)

@@ -116,7 +116,7 @@ def test_table_2(name):
 
 def test_products_one_by_one():
     """By hand, per token: 2 E D of linear attention, 4 M D of M random features, 2 L D of
-    softmax, 2 N I and the filter's W (I + 2 N) of Mamba-2; a pool costs nothing. RecurFormer:
+    softmax, 4 m D of m slots, 2 N I and the filter's W (I + 2 N) of Mamba-2; a pool costs nothing. RecurFormer:
     2 L E for a kept head, 2 E^2 + 3 W E for another. DAPE: two filters of three keys a pair.
 
     Mutations: one product more anywhere; a convolution's taps for a pool.
@@ -129,7 +129,7 @@ def test_products_one_by_one():
     assert products["linear"] == 24 * 2 * 8 * 32
     assert products["performer"] == 24 * 4 * 256 * 32
     assert products["softmax"] == 24 * 2 * 24 * 32
-    assert products["conv_luna_pool"] == products["luna"]
+    assert products["luna"] == 24 * 4 * 64 * 32 == products["conv_luna_pool"]
     assert products["conv_luna"] == products["luna"] + 24 * 2 * taps * 32
     hidden, window = configs["dape_v2"].mixer_options.dape_width, 3
     of_a_pair = window * (2 * 4 * hidden + hidden * 4)
