@@ -173,13 +173,20 @@ def make_arm(name: str, size: str) -> Callable[[Batch], float]:
         from benchmarks import torch_twin
 
         return torch_twin.make_step(run)
+    return make_step(run, reads=name != "none")
+
+
+def make_step(
+    run: experiment.Experiment, reads: bool = True
+) -> Callable[[Batch], float]:
+    """Return the trainer's own step of a run; without `reads`, with `no_lookup`."""
     made = programs.make(run, sharding.make("single"))
     state = [made.draw(run.train.seed)]
     hyper = step_lib.hyperparams(run)
 
     def step(batch):
         replaced = lookup.lookup_xla.scan_tables
-        if name == "none":  # only while its step is traced
+        if not reads:  # only while its step is traced
             lookup.lookup_xla.scan_tables = no_lookup
         try:
             state[0], values = made.train_step(state[0], jax.device_put(batch), hyper)

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> dict:
     cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
     os.sched_setaffinity(0, cores)  # before any thread pool starts
     runs = variants(args.size)
-    steps = {name: train_step.make_step(run, "auto") for name, run in runs.items()}
+    steps = {name: train_step.make_step(run) for name, run in runs.items()}
     seconds = in_turns(steps, runs, args.steps, timing.CLOCKS[args.clock])
     first = statistics.median(next(iter(seconds.values())))
     rows = {name: _row(runs[name], seconds[name], first) for name in runs}

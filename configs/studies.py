@@ -270,7 +270,11 @@ def _of_shape(size, kind, shape):
         "optimizer.learning_rate": float(f"{rate * at / width:.3g}"),
     }
     if kind == "dense":
-        return DENSE | {"model.output_std": 0.02 / (2 * layers) ** 0.5} | fields
+        return (
+            DENSE
+            | {"model.projection_options.output_std": 0.02 / (2 * layers) ** 0.5}
+            | fields
+        )
     return fields | {"model.code_bits": CODE_BITS[size]}
 
 

@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CHILD = """
 import contextlib, importlib, json, logging, os, pkgutil, signal, sys, threading, warnings
 # What these do at import is theirs.
-import absl.logging, flax, jax, matplotlib, orbax.checkpoint, scipy.sparse, tensorflow_datasets
+import absl.logging, flax, jax, matplotlib, orbax.checkpoint, tensorflow_datasets
+import scipy.optimize, scipy.sparse
 import jax.experimental.pallas.mosaic_gpu, jax.experimental.pallas.ops.tpu
 import numpy as np
 with contextlib.suppress(ImportError):  # an extra

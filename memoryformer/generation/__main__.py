@@ -88,7 +88,7 @@ def _run(argv):
     else:
         step = None if flags.FLAGS.step < 0 else flags.FLAGS.step
         loaded, tokenizer, _ = text_lib.open_run(flags.FLAGS.workdir, step, kinds)
-    generator: sampler.Streams = loaded
+    generator: text_lib.Streams = loaded
     if flags.FLAGS.speculate:
         generator = speculation.Speculator(loaded, flags.FLAGS.speculate)
     # A shell passes \n on as two characters.

@@ -12,7 +12,7 @@ an entry in `harness.encoding`.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,19 +105,11 @@ class Read(NamedTuple):
     keys: Array  # [B], to draw with
 
 
-class Streams(Protocol):
-    """Whatever continues prompts by tokens: a `Generator`, or what speculates with one."""
-
-    model_config: model_lib.ModelConfig
-
-    def stream_batch(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
-    ) -> Iterator[list[int]]:
-        """Yield one token for each of `prompts`, `sampling.max_tokens` times."""
-
-
 class Generator:
-    """Continue token sequences with one model; compiled steps are kept between calls."""
+    """Continue token sequences with one model; compiled steps are kept between calls.
+
+    params: as they are read.
+    """
 
     def __init__(
         self,
@@ -131,14 +123,9 @@ class Generator:
             kinds = kinds or narrow.WeightKinds()
             params = narrow.prepare(model_config, params, kinds)
         self._screened = kinds is not None and kinds.head == narrow.SCREENED
-        self._params = jax.tree.map(jnp.asarray, params)
+        self.params = jax.tree.map(jnp.asarray, params)
         self._prefill = jax.jit(self.read_tokens, donate_argnums=1)
         self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
-
-    @property
-    def params(self) -> Params:
-        """The parameters as they are read."""
-        return self._params
 
     def read_tokens(
         self, params: Params, state: mixers.State, tokens: Array, seq: mixers.SeqInfo
@@ -252,7 +239,7 @@ class Generator:
         for size in _pieces(longest, chunk):
             part = np.s_[:, start : start + size]
             seq = mixers.SeqInfo(positions[part], segment_ids[part])
-            logits, state = self._prefill(self._params, state, tokens[part], seq)
+            logits, state = self._prefill(self.params, state, tokens[part], seq)
             start += size
         position = jnp.asarray(sizes[:, 0], jnp.int32)
         keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
@@ -263,7 +250,7 @@ class Generator:
     ) -> tuple[Array, Read]:
         """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
         knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        tokens, *after = self._decode(self._params, *read, count, *knobs)
+        tokens, *after = self._decode(self.params, *read, count, *knobs)
         return tokens, Read(*after)
 
     def _one_by_one(self, prompts, sampling):
@@ -293,7 +280,7 @@ class Generator:
         limit = seq_len if length <= seq_len else mixers.max_length(self.model_config)
         if limit:
             max_len = max(length, min(max_len, limit))
-        model = model_lib.merge(self.model_config, self._params)
+        model = model_lib.merge(self.model_config, self.params)
         dtype = jnp.dtype(self.model_config.dtype)
         return model.init_state(batch_size, max_len, dtype)
 

@@ -6,15 +6,26 @@ Tokens are `sampler`'s. Start at `complete`; `complete_all` is for many prompts.
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from memoryformer import data
 from memoryformer.convert import export
 from memoryformer.data import run_tokenizer
 from memoryformer.generation import prompts as prompts_lib
 from memoryformer.generation import sampler
-from memoryformer.model import narrow
+from memoryformer.model import ModelConfig, narrow
 from memoryformer.training import experiment
+
+
+class Streams(Protocol):
+    """Whatever continues prompts by tokens: a `Generator`, or what speculates with one."""
+
+    model_config: ModelConfig
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: sampler.SamplingConfig
+    ) -> Iterator[list[int]]:
+        """Yield one token for each of `prompts`, `sampling.max_tokens` times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +103,7 @@ def _begun(text: str, stop: str) -> int:
 
 
 def complete(
-    generator: sampler.Streams,
+    generator: Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[str],
     sampling: sampler.SamplingConfig,
@@ -111,7 +122,7 @@ def complete(
 
 
 def complete_tokens(
-    generator: sampler.Streams,
+    generator: Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: sampler.SamplingConfig,
@@ -142,7 +153,7 @@ def complete_tokens(
 
 
 def complete_all(
-    generator: sampler.Streams,
+    generator: Streams,
     tokenizer: data.Tokenizer,
     prompts: Sequence[str],
     sampling: sampler.SamplingConfig,

@@ -98,9 +98,6 @@ def train(
                 ),
                 taught=teacher_lib.placed(teacher, sharding),
                 dataset=dataset,
-                batches=dataset.train.batches(
-                    run.model.seq_len, run.train.batch_size, run.train.seed
-                ),
                 checkpointer=checkpointer,
                 signal=signal,
                 watch=watch,
@@ -119,7 +116,6 @@ class _Loop:
     programs: programs_lib.Programs
     taught: list[Params]  # the teacher's, if there is one
     dataset: data.Dataset
-    batches: data.Batches
     checkpointer: checkpoint_lib.Checkpointer
     signal: signals.StopRequest
     watch: watchdog.Watchdog
@@ -128,6 +124,8 @@ class _Loop:
         self.stop = processes.SharedFlag(self.signal)
         self.progress = console.ProgressPrinter(silent=not processes.is_chief())
         self.evaluators = self._evaluators()
+        seq_len, train = self.config.model.seq_len, self.config.train
+        self.batches = self.dataset.train.batches(seq_len, train.batch_size, train.seed)
 
     def run(self) -> dict[str, float]:
         """Restore, step, log, evaluate and save, in this order, until `train.num_steps`.

@@ -77,7 +77,7 @@ def test_a_model_in_bfloat16_decodes(projection, streams):
     prompts = [[1, 2, 3], [4, 5, 6]][:streams]
     tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
     inputs = np.concatenate([np.array(prompts), tokens], axis=1)
-    logits = np.asarray(model.forward(config, generator._params, jnp.asarray(inputs)))
+    logits = np.asarray(model.forward(config, generator.params, jnp.asarray(inputs)))
     logits = logits[:, 2:-1]
     chosen = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     assert (logits.max(axis=-1) - chosen).max() < 0.05 * np.abs(logits).max()
@@ -93,7 +93,7 @@ def test_a_cache_is_written_in_place():
     args = (jnp.zeros((1, 31)), jnp.zeros((1,), jnp.int32))
     keys = jax.random.split(jax.random.key(0), 1)
     knobs = (16, jnp.float32(0.8), jnp.float32(0.9))
-    decode = generator._decode.lower(generator._params, state, *args, keys, *knobs)
+    decode = generator._decode.lower(generator.params, state, *args, keys, *knobs)
     program = decode.compile().as_text()
     made = re.findall(r"%(\S+) = \w+\[([\d,]*)\]\S* (\w[\w-]*)\(", program)
     caches = [
@@ -474,7 +474,7 @@ def test_weights_are_laid_out_for_reading(monkeypatch):
 
     def tables(kinds=None):
         made = sampler.Generator(config, params, kinds)
-        return made._params["blocks"]["0"]["mixer"]["qkv"]["tables"]
+        return made.params["blocks"]["0"]["mixer"]["qkv"]["tables"]
 
     half = sampler.narrow.WeightKinds(tables="bfloat16")
     assert tables().values.dtype == jnp.float32

@@ -215,6 +215,7 @@ def test_what_a_run_asks_and_when(folder, monkeypatch, capfd):
         ("joined", "single"),
         ("agree", "the config"),
         ("agree", "the data"),
+        ("agree", "the teacher"),
         ("checkpoint", 0),
         "space",
         ("first_step", 0),

@@ -110,10 +110,9 @@ def memory_layer(
             f"a score with the power {power} of |z|: the native memory layer has only "
             f"{POWERS}; let XLA compute it."
         )
-    _library()
     knobs = jnp.stack([jnp.asarray(v, jnp.float32) for v in (beta, gamma)])
     y = jax.ShapeDtypeStruct((x.shape[0], tables.shape[2]), jnp.float32)
-    call = jax.ffi.ffi_call("memoryformer_memory_layer", y, vmap_method="sequential")
+    call = ffi_call("memory_layer", y, vmap_method="sequential")
     floats = (_float32_or_empty(a) for a in (scales, bias))
     two = rows_read == 2
     x = x.astype(jnp.float32)
@@ -128,9 +127,8 @@ def matrix_product(
     Weights are float32 or bfloat16 [V, D], int8 with scales [V], or uint8 [V, D / 2] pairs
     of 4 bits with scales [V, D / INT4_GROUP] (see `narrow`).
     """
-    _library()
     y = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call("memoryformer_matrix_product", y, vmap_method="sequential")
+    call = ffi_call("matrix_product", y, vmap_method="sequential")
     return call(x.astype(jnp.float32), weights, _float32_or_empty(scales))
 
 
@@ -202,21 +200,15 @@ def _forward(tables, codes, scores, scales):
 
 
 def _call(direction, results, tables, codes, scores, *others):
-    _library()
-    if scores.dtype != jnp.float32 or tables.dtype not in (
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.int8,
-    ):
+    kinds = (jnp.float32, jnp.bfloat16, jnp.int8)
+    if scores.dtype != jnp.float32 or tables.dtype not in kinds:
         raise TypeError(
             f"implementation='native' takes float32 or bfloat16 tables and float32 "
             f"scores, not {tables.dtype} and {scores.dtype}: use 'xla'."
         )
     operands = (tables, codes.astype(jnp.int32), scores, *others)
     results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
-    call = jax.ffi.ffi_call(
-        f"memoryformer_lookup_{direction}", results, vmap_method="sequential"
-    )
+    call = ffi_call(f"lookup_{direction}", results, vmap_method="sequential")
     return call(*operands)
 
 
