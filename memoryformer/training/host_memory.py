@@ -9,9 +9,8 @@ import ctypes
 import importlib.util
 import os
 
-KEPT_BYTES = (
-    1 << 30
-)  # larger blocks, and more than this at the end of the heap, are given back
+# Larger blocks, and more than this at the end of the heap, are given back.
+KEPT_BYTES = 1 << 30
 # Of glibc's malloc.h. Threads share one arena: those of their own hold no block above 64 MB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _SETTINGS = {

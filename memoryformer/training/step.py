@@ -131,18 +131,20 @@ def _make_gradient_sums(run, sharding, specs, teacher):
         pairs = zip(taught, taught_specs, strict=True)
         teachers = [sharding_lib.gather_params(*pair) for pair in pairs]
 
-        def objective(trained, batch, *told):
+        def objective(trained, batch, *lesson):
             params = model_lib.joined(trained, fixed)
-            sums = _sums(run, params, batch, native, *told)
-            total = sums["objective" if told else "nats"]
+            sums = _sums(run, params, batch, native, *lesson)
+            total = sums["objective" if lesson else "nats"]
             sums["weight"] = jnp.sum(batch["weights"])
             # Each device along `model` computes the same sum: count it once.
             return total / collectives.axis_size(collectives.MODEL_AXIS), sums
 
         def microbatch(_, batch):
-            told = [distillation.output(teacher, params, batch) for params in teachers]
+            lesson = [
+                distillation.output(teacher, params, batch) for params in teachers
+            ]
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(
-                trained, batch, *told
+                trained, batch, *lesson
             )
             if run.train.num_microbatches > 1:  # many terms: not in bfloat16
                 grads = optax.tree.cast(grads, jnp.float32)
@@ -157,14 +159,14 @@ def _make_gradient_sums(run, sharding, specs, teacher):
     return sharding.shard_map(gradient_sums, in_specs, (trained_specs, P()))
 
 
-def _sums(run, params, batch, native, told=None):
+def _sums(run, params, batch, native, lesson=None):
     """The weighted terms of the loss, by name, summed over the tokens."""
-    if told is None:
+    if lesson is None:
         nats = losses.sum_of_nats(run.model, params, batch, native=native)
         return {"nats": nats}
     student = distillation.output(run.model, params, batch)
     options = dataclasses.asdict(run.train.teacher_options)
-    terms = distillation.objective(student, told, batch, **options)
+    terms = distillation.objective(student, lesson, batch, **options)
     return {name: jnp.sum(term) for name, term in terms.items()}
 
 

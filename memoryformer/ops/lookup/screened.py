@@ -108,9 +108,8 @@ def _rotation(values, scales):
     sizes, vectors = np.linalg.eigh(moment)
     sizes, vectors = sizes[::-1], vectors[:, ::-1]
     largest = sizes[0] if sizes[0] > 0 else 1.0
-    roots = (
-        np.maximum(sizes / largest, 1e-8) ** 0.25
-    )  # B's inverse is at most 100 times larger
+    # Of fourth roots of at least 1e-2, so that B's inverse is at most 100 times larger.
+    roots = np.maximum(sizes / largest, 1e-8) ** 0.25
     stored = narrow.pack_matrix(vectors, "int8")
     of_columns = np.asarray(stored.scales) * roots
     return dataclasses.replace(stored, scales=of_columns.astype(np.float32))
