@@ -5,10 +5,11 @@ import pathlib
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from memoryformer import model
-from memoryformer.model import ModelConfig
+from memoryformer.model import ModelConfig, mixers
 from memoryformer.training import experiment, loop
 
 VOCAB = 264  # bytes and the end of text, padded to divide over 8 devices
@@ -80,6 +81,13 @@ def batch(config, seed=0, batch_size=8, seq_len=12):
         "segment_ids": segments,
         "weights": (keep & real).astype(np.float32),
     }
+
+
+def logits(config, params, batch):
+    """Of the real tokens of a packed batch."""
+    seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
+    forward = quick_jit(lambda p, t: model.merge(config, p)(t, seq)[0])
+    return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
 
 
 def positions(segments):

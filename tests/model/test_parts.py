@@ -12,7 +12,7 @@ import toy
 from memoryformer import accounting, convert, errors, model
 from memoryformer.convert import reference_reader
 from memoryformer.evaluation import buckets
-from memoryformer.model import front, mixers, narrow, parts
+from memoryformer.model import front, narrow, parts
 from memoryformer.ops import hadamard
 
 MIXED = (
@@ -50,19 +50,12 @@ def example():
     return config, params, batch, expected
 
 
-def logits(config, params, batch):
-    """Of the real tokens."""
-    seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
-    forward = toy.quick_jit(lambda p, t: model.merge(config, p)(t, seq)[0])
-    return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
-
-
 def test_a_half_converted_model_is_the_oracles(example):
     """Every mix, one layer for two, more bits, thresholds. Mutations: thresholds added; signs after
     the transform; a rotation transposed; an order inverted; bits of another part.
     """
     config, params, batch, expected = example
-    found = logits(config, params, batch)
+    found = toy.logits(config, params, batch)
     np.testing.assert_allclose(found, expected[batch["segment_ids"] > 0], atol=2e-5)
     kinds = [[p.kind for p in parts.of_layer(config, i)] for i in range(3)]
     assert kinds == [
@@ -77,7 +70,7 @@ def test_a_scan_goes_over_neighbours_that_are_alike(example):
     config, params, batch, expected = example
     for fields in ({"scan_layers": True}, {"remat": "full"}):
         other = dataclasses.replace(config, **fields)
-        found = logits(other, params, batch)
+        found = toy.logits(other, params, batch)
         np.testing.assert_allclose(found, expected[batch["segment_ids"] > 0], atol=2e-5)
     alike = mixed(parts="ffn@1-2=memory_block", scan_layers=True)
     loops = str(jax.make_jaxpr(lambda p: logits_of(alike, p))(model.init(alike)))
@@ -128,8 +121,8 @@ def test_packed_tables_are_read_alike(example):
     kinds = narrow.WeightKinds("int8", "int8", "int8")
     stored = narrow.prepare(config, params, kinds)
     rounded = narrow.round_weights(config, params, kinds)
-    expected = logits(config, rounded, batch)
-    np.testing.assert_allclose(logits(config, stored, batch), expected, atol=2e-5)
+    expected = toy.logits(config, rounded, batch)
+    np.testing.assert_allclose(toy.logits(config, stored, batch), expected, atol=2e-5)
     counts = buckets.collect(config, params, [batch])
     assert set(counts) == {
         *("blocks.0.ffn", "blocks.0.mixer.out", "blocks.1.mixer.qkv"),

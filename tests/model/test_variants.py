@@ -33,13 +33,6 @@ def example():
     return config, params, batch, expected
 
 
-def read(config, params, batch):
-    """Logits of the real tokens."""
-    seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
-    forward = toy.quick_jit(lambda p, t: model.merge(config, p)(t, seq)[0])
-    return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
-
-
 def test_the_model_is_the_oracles(example):
     """Documents of a packed batch, int8 tables and the count of parameters.
 
@@ -48,12 +41,12 @@ def test_the_model_is_the_oracles(example):
     """
     config, params, batch, expected = example
     wanted = expected[batch["segment_ids"] > 0]
-    np.testing.assert_allclose(read(config, params, batch), wanted, atol=2e-5)
+    np.testing.assert_allclose(toy.logits(config, params, batch), wanted, atol=2e-5)
     kinds = narrow.WeightKinds("int8", "int8", "int8")
     stored = narrow.prepare(config, params, kinds)
     rounded = narrow.round_weights(config, params, kinds)
     np.testing.assert_allclose(
-        read(config, stored, batch), read(config, rounded, batch), atol=2e-5
+        toy.logits(config, stored, batch), toy.logits(config, rounded, batch), atol=2e-5
     )
     counted = accounting.count(config)
     assert counted.parameters.total == sum(x.size for x in jax.tree.leaves(params))

@@ -98,8 +98,7 @@ def product(x: Float[AnyArray, "*B D"], matrix: IntegerMatrix) -> Float[Array, "
 
     def native(x, tiles, scales):
         y = jax.ShapeDtypeStruct((x.shape[0], matrix.outputs), jnp.float32)
-        name = "memoryformer_integer_product"
-        call = jax.ffi.ffi_call(name, y, vmap_method="sequential")
+        call = lookup_native.ffi_call("integer_product", y, vmap_method="sequential")
         return call(x, tiles, scales, four_bits=four_bits)
 
     def in_xla(x, tiles, scales):

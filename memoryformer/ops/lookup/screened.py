@@ -212,8 +212,7 @@ def top(
     def native(x, *operands):
         shape = (x.shape[0], k)
         results = [jax.ShapeDtypeStruct(shape, t) for t in (jnp.float32, jnp.int32)]
-        name = "memoryformer_screened_top"
-        call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+        call = lookup_native.ffi_call("screened_top", results, vmap_method="sequential")
         share = np.float32(most_rows)
         return tuple(call(x, *operands, lead=np.int64(matrix.lead), most_rows=share))
 

@@ -122,31 +122,35 @@ constexpr int kAhead = 16;  // tokens
 #include "lookup_native_kernel.h"
 #endif
 
+// What `name` is in the namespace of the instruction set in use.
+#if defined(__x86_64__)
+#define MEMORYFORMER_IN_USE(name)         \
+  (InstructionSet() == 2   ? avx512::name \
+   : InstructionSet() == 1 ? avx2::name   \
+                           : portable::name)
+#else
+#define MEMORYFORMER_IN_USE(name) portable::name
+#endif
+
 template <class T>
 Kernels<T> ChooseKernels() {
-#if defined(__x86_64__)
-  switch (InstructionSet()) {
-    case 2:
-      return avx512::MakeKernels<T>();
-    case 1:
-      return avx2::MakeKernels<T>();
-  }
-#endif
-  return portable::MakeKernels<T>();
+  return MEMORYFORMER_IN_USE(MakeKernels<T>());
 }
 
 template <class T>
 MatrixKernels<T> ChooseMatrixKernels() {
-#if defined(__x86_64__)
-  switch (InstructionSet()) {
-    case 2:
-      return avx512::MakeMatrixKernels<T>();
-    case 1:
-      return avx2::MakeMatrixKernels<T>();
-  }
-#endif
-  return portable::MakeMatrixKernels<T>();
+  return MEMORYFORMER_IN_USE(MakeMatrixKernels<T>());
 }
+
+inline OnePlusExpKernel ChooseOnePlusExp() { return MEMORYFORMER_IN_USE(OnePlusExp); }
+
+inline UpdateKernels ChooseUpdateKernels() {
+  return MEMORYFORMER_IN_USE(MakeUpdateKernels());
+}
+
+inline HeadKernels ChooseHeadKernels() { return MEMORYFORMER_IN_USE(MakeHeadKernels()); }
+
+#undef MEMORYFORMER_IN_USE
 
 inline IntegerKernels ChooseIntegerKernels() {
 #if defined(__x86_64__)
@@ -159,42 +163,6 @@ inline IntegerKernels ChooseIntegerKernels() {
   }
 #endif
   return portable::MakeIntegerKernels();
-}
-
-inline OnePlusExpKernel ChooseOnePlusExp() {
-#if defined(__x86_64__)
-  switch (InstructionSet()) {
-    case 2:
-      return avx512::OnePlusExp;
-    case 1:
-      return avx2::OnePlusExp;
-  }
-#endif
-  return portable::OnePlusExp;
-}
-
-inline UpdateKernels ChooseUpdateKernels() {
-#if defined(__x86_64__)
-  switch (InstructionSet()) {
-    case 2:
-      return avx512::MakeUpdateKernels();
-    case 1:
-      return avx2::MakeUpdateKernels();
-  }
-#endif
-  return portable::MakeUpdateKernels();
-}
-
-inline HeadKernels ChooseHeadKernels() {
-#if defined(__x86_64__)
-  switch (InstructionSet()) {
-    case 2:
-      return avx512::MakeHeadKernels();
-    case 1:
-      return avx2::MakeHeadKernels();
-  }
-#endif
-  return portable::MakeHeadKernels();
 }
 
 constexpr int64_t kProductsPerThread = 1 << 17;  // less is not worth a wake-up
