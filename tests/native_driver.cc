@@ -93,28 +93,34 @@ bool CheckLayer(int64_t N, int64_t K, int64_t bits, int64_t F, std::mt19937& ran
   std::normal_distribution<float> normal;
   auto tables = Exactly<T>(K * shape.buckets * F);
   auto scales = Exactly<float>(K * shape.buckets), x = Exactly<float>(N * K * bits);
-  auto bias = Exactly<float>(F), y = Exactly<float>(N * F), z = Exactly<float>(N * F);
-  auto scores = Exactly<float>(N * K);
-  auto codes = Exactly<int32_t>(N * K);
+  auto bias = Exactly<float>(F), y = Exactly<float>(N * F), z = Exactly<float>(2 * N * F);
+  auto scores = Exactly<float>(2 * N * K);
+  auto codes = Exactly<int32_t>(2 * N * K);
   for (int64_t i = 0; i < K * shape.buckets * F; ++i) tables[i] = Make<T>(normal(random));
   for (int64_t i = 0; i < K * shape.buckets; ++i) scales[i] = normal(random);
   for (int64_t i = 0; i < N * K * bits; ++i) x[i] = normal(random);
   for (int64_t f = 0; f < F; ++f) bias[f] = normal(random);
   const bool scaled = std::is_same_v<T, int8_t>;
+  const OnePlusExpKernel one_plus_exp = ChooseOnePlusExp();
   bool same = true;
-  for (const float gamma : {0.0f, 1.0f, 0.7f}) {
-    const Hash hash{bits, gamma > 0, 2.0f, gamma};
-    ThreadPerTask pool;
-    MemoryLayer(shape, tables.get(), scaled ? scales.get() : nullptr, x.get(), bias.get(),
-                hash, y.get(), pool);
-    for (int64_t n = 0; n < N; ++n)
-      HashToken(ChooseOnePlusExp(), x.get() + n * K * bits, K, hash, codes.get() + n * K,
-                scores.get() + n * K);
-    Forward(Operands<T>{shape, tables.get(), scaled ? scales.get() : nullptr, codes.get(),
-                        scores.get()},
-            z.get(), pool);
-    for (int64_t i = 0; i < N * F; ++i) same = same && y[i] == z[i] + bias[i % F];
-  }
+  for (const float gamma : {0.0f, 1.0f, 0.7f})
+    for (const bool two_rows : {false, true}) {
+      const Hash hash{bits, gamma > 0, 2.0f, gamma, two_rows};
+      ThreadPerTask pool;
+      MemoryLayer(shape, tables.get(), scaled ? scales.get() : nullptr, x.get(), bias.get(),
+                  hash, y.get(), pool);
+      for (int64_t n = 0; n < N; ++n)
+        HashToken(one_plus_exp, x.get() + n * K * bits, K, hash, N * K, codes.get() + n * K,
+                  scores.get() + n * K);
+      for (int64_t row = 0; row < 1 + two_rows; ++row)
+        Forward(Operands<T>{shape, tables.get(), scaled ? scales.get() : nullptr,
+                            codes.get() + row * N * K, scores.get() + row * N * K},
+                z.get() + row * N * F, pool);
+      for (int64_t i = 0; i < N * F; ++i) {
+        const float sum = two_rows ? z[i] + z[N * F + i] : z[i];
+        same = same && y[i] == sum + bias[i % F];
+      }
+    }
   return same;
 }
 

@@ -396,19 +396,35 @@ def test_two_processes_may_build_at_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+COMPILE_DRIVER = [
+    "-std=c++17",
+    "-Wno-psabi",
+    f"-I{ROOT / 'memoryformer/ops/lookup/native'}",
+    str(ROOT / "tests/native_driver.cc"),
+]
+
+
+def test_the_driver_fits_the_kernels():
+    """The slow test below would not compile after a kernel's arguments had changed.
+
+    Mutation tried: the driver's call of HashToken without `second`.
+    """
+    compiler = next(filter(shutil.which, lookup_native.COMPILERS))
+    command = [compiler, *COMPILE_DRIVER, "-fsyntax-only"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_under_sanitizers(sanitizer, tmp_path):
     """Red if SumColumns rounds its columns up, if PackSlice always copies kWidth columns,
-    if Clamp returns its argument, or if ForwardPacked runs tiles that have no tokens."""
+    if Clamp returns its argument, if ForwardPacked runs tiles that have no tokens, or if
+    scores of the second row are written one further."""
     compiler = next(filter(shutil.which, lookup_native.COMPILERS))
     program = tmp_path / "driver"
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=fast", "-Wno-psabi"]
-    build = [compiler, *flags, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    build += [
-        f"-I{ROOT / 'memoryformer/ops/lookup/native'}",
-        str(ROOT / "tests/native_driver.cc"),
-    ]
+    flags = ["-O1", "-g", "-pthread", "-ffp-contract=fast", "-fno-sanitize-recover=all"]
+    build = [compiler, *COMPILE_DRIVER, *flags, f"-fsanitize={sanitizer}"]
     subprocess.run([*build, "-o", str(program)], check=True, timeout=300)
     result = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and result.stdout == "ok\n", result.stderr[-3000:]
