@@ -4,7 +4,8 @@
     python -m memoryformer.sweep --config=configs/studies.py:mini --sweep=table3,seed collect
 
 Sweeps, each to be multiplied by `seed`: table3 table4 table5 table6 (the paper's), score,
-equal_flops, equal_parameters; `rate` is the search before them. `variants` has what is not in the
+equal_flops, equal_parameters; `rate` is the search before them, `table_rates` one of tables' own
+rate and decay. `variants` has what is not in the
 paper, beside the published layer at equal bytes read; `isoflop` is four sizes of memory and dense
 models at four budgets, of which the report draws loss over FLOPs, time and bytes, and fits a law;
 `rule` checks its learning rates; `table3_tokens` and `score_tokens` go on for ten times as long.
@@ -70,6 +71,10 @@ CURVE_RATES = {
     "mini": {"memory": (80, 21.3e-3), "dense": (40, 5e-3)},
 }
 
+# Learning rates of tables, as parts of the default one; times the others' and decays.
+TABLE_RATES = {"": (1, 1 / 3, 3), "mini": (2 / 3, 1 / 3, 4 / 3)}
+TABLE_SCALES, DECAYS = (1, 5, 25, 75), (0.1, 0.0, 0.5)
+
 Points = Iterator[dict[str, Any]]
 
 
@@ -131,6 +136,20 @@ def sweep_table3(size: str) -> Points:
     yield {"label": "tau=4", "model.code_bits": 4}
     wide = {} if size else {"model.embed_dim": 510, "model.num_heads": 5}
     yield {"label": "tau=10", "model.code_bits": 10, **wide}
+
+
+def sweep_table_rates(size: str) -> Points:
+    """Tables at 1 to 75 times the rate of the other parameters, x decay; both rates move."""
+    for scale in TABLE_SCALES:
+        for decay in DECAYS:
+            for part in TABLE_RATES[size]:
+                rate = float(f"{SIZES[size][1] * part:.3g}")
+                yield {
+                    "label": f"tables x {scale}, decay {decay}, tables' lr={rate:g}",
+                    "optimizer.table_learning_rate_scale": scale,
+                    "optimizer.weight_decay": decay,
+                    "optimizer.learning_rate": rate / scale,
+                }
 
 
 def sweep_table4(size: str) -> Points:
