@@ -312,6 +312,25 @@ def test_no_flag_ends_in_a_traceback(runner, folder, command):
     check()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "utilisation", "--max_tokens=0"),
+        ("convert", "recency", "--window=3", "--batches=" + "9" * 30),
+    ],
+)
+def test_the_ends_of_a_range(runner, folder, words):
+    """What the longer search below has found: 0 for all, and more than there is, are done.
+
+    Mutations tried: `value or ""` of a flag in report; `range(batches)` in recency.
+    """
+    command, *words = words
+    words += ["--workdir={folder}/run"]
+    result = start(runner, folder, f"memoryformer.{command}", words)
+    check_end(result, words)
+    assert result.code == 0, result.err
+
+
 @pytest.mark.parametrize("word", OVERRIDES)
 def test_no_override_ends_in_a_traceback(runner, folder, word):
     """Mutation: `except flags.Error` around `define_flags` left out of `run_main`."""

@@ -90,7 +90,9 @@ def _define_recency_flags():
     flags.DEFINE_float("share", 0.5, "Of all heads, to become recurrent.", 0, 1)
     flags.DEFINE_float("threshold", None, "Instead: the least ratio.", 0, 1)
     flags.DEFINE_bool("first_token", False, "The first token counts as near.")
-    flags.DEFINE_integer("batches", 8, "Batches of training text to measure.", 1)
+    flags.DEFINE_integer(
+        "batches", 8, "Batches of training text to measure, an epoch at most.", 1
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -73,9 +73,9 @@ def convert_run(
     source = dataset.train.batches(
         run.model.seq_len, run.train.batch_size, run.train.seed
     )
-    recency = measure(
-        run.model, params, (source.batch(i) for i in range(batches)), window
-    )
+    epoch = max(1, source.windows_per_epoch // run.train.batch_size)
+    measured = map(source.batch, range(min(batches, epoch)))
+    recency = measure(run.model, params, measured, window)
     ratio = recency.with_first if first_token else recency.ratio
     chosen = choose(ratio, share, threshold)
     if output is not None:

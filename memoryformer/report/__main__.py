@@ -61,8 +61,9 @@ def _run(argv):
         from memoryformer.report import pictures  # with matplotlib
 
         names = [field.name for field in dataclasses.fields(pictures.Options)]
+        values = {name: flags.FLAGS[name].value for name in names}
         options: dict[str, Any] = {
-            name: flags.FLAGS[name].value or "" for name in names
+            name: "" if value is None else value for name, value in values.items()
         }
         return pictures.main(argv, pictures.Options(**options))
     from memoryformer.report import page
