@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import pathlib
 import re
 import shutil
@@ -134,6 +135,7 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(
         [sys.executable, *words[1:]],
         cwd=tmp_path,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},  # as a reader has
         capture_output=True,
         text=True,
         timeout=1800,
