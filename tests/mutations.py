@@ -122,9 +122,9 @@ def _swallow_save_errors():
 def _mean_of_means():
     def accumulate(original, function, batch, count):
         def normalised(carry, part):
-            grads, (nats, weight) = function(carry, part)
-            scale = 1 / jnp.maximum(weight, 1)
-            return jax.tree.map(lambda x: x * scale, (grads, (nats, weight)))
+            grads, sums = function(carry, part)
+            scale = 1 / jnp.maximum(sums["weight"], 1)
+            return jax.tree.map(lambda x: x * scale, (grads, sums))
 
         return original(normalised if count > 1 else function, batch, count)
 
