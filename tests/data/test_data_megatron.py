@@ -521,7 +521,9 @@ def test_weights_become_whole_numbers():
     assert weights("0.1234561", "1") == [90549, 733451]
     assert weights("1000000", "1", "0.000001") == [10**12, 10**6, 1]
     for text in ("1000001", "0.0000001", "1e-9", "inf", "nan"):
-        with pytest.raises(errors.ConfigError, match=r"from 0\.000001 to 1000000; write"):
+        with pytest.raises(
+            errors.ConfigError, match=r"from 0\.000001 to 1000000; write"
+        ):
             weights(text, "1")
     found = megatron.parse_path(" 1:/a , 3:/b")
     assert found == [(1, pathlib.Path("/a")), (3, pathlib.Path("/b"))]

@@ -1,6 +1,7 @@
 """A corpus in parts: the same bytes for any number of processes, in any order, killed or not."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -11,9 +12,12 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import data_helpers
 import numpy as np
@@ -33,6 +37,8 @@ from memoryformer.data import (
     token_files,
 )
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import progress as progress_lib
+from memoryformer.files import lock
 
 EVERY = 5
 PREPARE = """
@@ -601,3 +607,218 @@ def test_killed_at_twenty_random_moments(tmp_path):
         for (work, name), inode in written.items():
             if work == folder_:
                 assert (directory / "parts" / name).stat().st_ino == inode
+
+
+class Recorded(progress_lib.Progress):
+    """Progress that is kept, and a call for every note."""
+
+    def __init__(self, on_note=lambda text: None):
+        super().__init__("x", enabled=False)
+        self.begun, self.ended, self.notes, self._on_note = [], [], [], on_note
+
+    def start(self, stage, total, unit):
+        super().start(stage, total, unit)
+        self.begun.append((stage, total, unit))
+
+    def finish(self, done):
+        super().finish(done)
+        self.ended.append(done)
+
+    def note(self, text):
+        self.notes.append(text)
+        self._on_note(text)
+
+
+def job(here, progress):
+    """The job of a configuration, its folder made."""
+    made = part_runner.Job(data.resolve_dir(here), here, progress)
+    made.work.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def every_part(number):
+    return True
+
+
+def sized(*sizes):
+    """Files that have nothing but a size."""
+
+    def file(size):
+        return types.SimpleNamespace(stat=lambda: types.SimpleNamespace(st_size=size))
+
+    return [(str(n), file(size)) for n, size in enumerate(sizes)]
+
+
+def test_how_many_parts_there_are():
+    """256 or so of many small files, 16 readers of a large one, one of an empty one.
+
+    Mutations: any number of `plan`.
+    """
+    assert len(parts.plan(sized(*[1] * 2560), 1)) == 256
+    assert (
+        len(parts.plan(sized(*[1] * 2570), 1)) == 234
+    )  # eleven files each, one of seven
+    assert [len(p) for p in parts.plan(sized(1, 1, 1), 1)] == [1, 1, 1]
+    large = parts.plan(sized(10**6), 1000)
+    assert [u.size for p in large for u in p] == [62_500] * 16
+    assert [u.share.number for p in large for u in p] == list(range(16))
+    thirds = parts.plan(sized(2001, 0, 0), 1000)
+    assert [
+        [(u.key, u.share.number, u.share.count, u.size) for u in p] for p in thirds
+    ] == [
+        [("0", 0, 3, 667), ("0", 1, 3, 667)],
+        [("0", 2, 3, 667), ("1", 0, 1, 0), ("2", 0, 1, 0)],
+    ]
+    assert parts.Part(0, "", large[0] + thirds[0]).size == 62_500 + 2 * 667
+
+
+def test_held_out_files_are_the_first_parts(texts, tmp_path):
+    """With a split of their own; without any, a document's hash decides."""
+    folder, _ = texts
+    apart = {"validation_path": str(folder / "1.jsonl"), "validation_every": 20}
+    planned = job(config(folder, tmp_path, **apart), Recorded()).parts
+    count = [part.split for part in planned].count("validation")
+    assert [part.number for part in planned] == list(range(len(planned)))
+    splits = ["validation"] * count + ["train"] * (len(planned) - count)
+    assert [part.split for part in planned] == splits and 0 < count < len(planned)
+    assert {u.path.name for p in planned[:count] for u in p.units} == {"1.jsonl"}
+    plain = job(config(folder, tmp_path), Recorded()).parts
+    assert {part.split for part in plain} == {""}
+
+
+def test_a_separator_needs_plain_text(texts, tmp_path):
+    """Red without `check_separator` in `Corpus.of`."""
+    here = data.DataConfig(
+        source="text",
+        path=str(texts[0]),
+        tokenizer="bytes",
+        source_options={"separator": "--", "part_bytes": 3000},
+        data_dir=str(tmp_path),
+    )
+    with pytest.raises(errors.ConfigError, match="JSON lines only, which have no sep"):
+        parts.Corpus.of(here)
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_what_is_shown_of_parts(texts, tmp_path, deduplicate):
+    """Every stage with its bytes. Mutations: numbers from 0; bytes of another part."""
+    here = config(texts[0], tmp_path, deduplicate=deduplicate)
+    progress = Recorded()
+    made = job(here, progress)
+    assert made.missing_bytes() == sum(part.size for part in made.parts)
+    count, sizes = len(made.parts), [part.size for part in made.parts]
+    made.run(every_part, wait=False)
+    expected = [("hashing validation", 1, "B")]
+    if deduplicate:
+        expected += [
+            (f"hashing part {n} of {count}", size, "B")
+            for n, size in enumerate(sizes, 1)
+        ]
+    expected += [(f"part {n} of {count}", s, "B") for n, s in enumerate(sizes, 1)]
+    assert progress.begun == expected and progress.ended == sizes
+    assert made.missing() == [] and made.missing_bytes() == 0 and not made.finished
+    made.run(every_part, wait=True)  # nothing to do, and nothing is begun
+    assert progress.begun == expected
+
+
+def test_what_remains_of_the_work(texts, tmp_path, monkeypatch):
+    """The files of the two splits, of the parts and of the whole, on disk before the name.
+
+    Mutations: digests or locks left behind; a folder that is not flushed.
+    """
+    flushed = []
+    flush = part_runner.atomic.flush
+    monkeypatch.setattr(
+        part_runner.atomic, "flush", lambda path: flushed.append(path) or flush(path)
+    )
+    here = config(texts[0], tmp_path, deduplicate=True)
+    directory = data.prepare(here, show_progress=False)
+    work = directory.with_name(f".parts-{directory.name}")
+    assert flushed[-3:] == [work / "parts", work, directory.parent]
+    names = {
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+    count = len(list(directory.glob("parts/*.json")))
+    expected = {"manifest.json", "tokenizer.json"}
+    expected |= {f"parts/{n:05d}.json" for n in range(count)}
+    stored = data.load(here).manifest.splits.values()
+    expected |= {part.file for split in stored for part in split.parts}
+    assert names == expected
+    assert (directory / "manifest.json").read_text().startswith('{\n  "')
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_part_that_another_does(texts, tmp_path, monkeypatch, deduplicate):
+    """It is left to it, or done last; done meanwhile, it is not done again.
+
+    Mutations: `or` for `and` in `_claimed`; a part that is held taken for open; no first
+    round; the holder named at every look.
+    """
+    whole = config(texts[0], tmp_path / "whole", deduplicate=deduplicate)
+    finished = job(whole, Recorded())
+    finished.run(every_part, wait=False)
+    here = config(texts[0], tmp_path / "here", deduplicate=deduplicate)
+    written, write = [], part_files.write
+
+    def noted(work, part, *others):
+        written.append(part.number)
+        write(work, part, *others)
+
+    monkeypatch.setattr(part_files, "write", noted)
+    made = job(here, Recorded())
+    last = len(made.parts) - 1
+    assert last > 3
+    with lock.hold(made.work / ".lock-part-00001"):
+        made.run(lambda number: number > 0, wait=False)
+    assert written == list(range(2, last + 1)) and made.missing() == [0, 1]
+    written.clear()
+    held = contextlib.ExitStack()
+    held.enter_context(lock.hold(made.work / ".lock-part-00000"))
+
+    def done_by_another(text):
+        for path in finished.work.rglob("*00000*"):
+            if path.name.split("-")[0] in ("train", "validation", "00000.json"):
+                shutil.copy(path, made.work / path.relative_to(finished.work))
+        if len(made.progress.notes) == 1:
+            monkeypatch.setattr(lock, "_PAUSE", 0.01)
+            threading.Timer(0.2, held.close).start()
+
+    made.progress = Recorded(done_by_another)
+    made.run(every_part, wait=True)
+    assert written == [1] and made.missing() == []
+    (note,) = made.progress.notes
+    assert (
+        note == f"waiting for another process ({os.getpid()} on {socket.gethostname()})"
+    )
+    made.finish()
+    finished.finish()
+    assert contents(made.directory) == contents(finished.directory)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_a_vocabulary_of_parts_is_trained_on(texts, tmp_path, monkeypatch, apart):
+    """The first texts of every unit in proportion to its size, counted in bytes.
+
+    Mutations: `<` for `<=`; a byte less; held-out texts; another scale.
+    """
+    folder, by_file = texts
+    options = {"part_bytes": 0}
+    held = set(by_file[1][5:10])
+    if apart:
+        data_helpers.jsonl_gz(tmp_path / "v" / "v.jsonl.gz", sorted(held))
+        options |= {"validation_path": str(tmp_path / "v"), "validation_every": 20}
+    made = job(config(folder, tmp_path, **options), Recorded())
+    monkeypatch.setattr(part_runner.tokenizer, "BPE_TRAINING_BYTES", 9000)
+    sample = made._sample(made._held_out())
+    sizes = [(folder / f"{n}.jsonl").stat().st_size for n in range(len(by_file))]
+    expected = []
+    for of_file, size in zip(by_file, sizes, strict=True):
+        budget = int(size * 9000 / sum(sizes)) + 1
+        for text in of_file:
+            if budget > 0 and not (text in held if apart else held_out(text)):
+                cut = text.encode()[:budget]
+                budget -= len(cut)
+                expected.append(cut.decode(errors="ignore"))
+    assert sample == expected
