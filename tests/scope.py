@@ -217,6 +217,7 @@ _TESTS = {
         "model/test_codes.py",
     ),
     "model/mixers/__init__": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "training/test_mixers_training.py",
         "model/test_mixers_performer.py",
@@ -231,6 +232,7 @@ _TESTS = {
         "model/test_luna_stream.py",
     ),
     "model/mixers/base": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -239,6 +241,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/conv_luna": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -247,6 +250,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/mamba2": (
+        "model/test_mixer_facts.py",
         "model/test_mamba2.py",
         "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
@@ -254,6 +258,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/recurformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
@@ -261,11 +266,13 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/recurrent_head": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
     ),
     "model/mixers/cosformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -276,6 +283,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/dape": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -283,6 +291,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/kernel": (
+        "model/test_mixer_facts.py",
         "model/test_mixers_performer.py",
         "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
@@ -292,6 +301,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/linformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -300,6 +310,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/luna": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -308,6 +319,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/softmax": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -317,6 +329,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/trained_kernel": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
