@@ -615,10 +615,15 @@ class Recorded(progress_lib.Progress):
     def __init__(self, on_note=lambda text: None):
         super().__init__("x", enabled=False)
         self.begun, self.ended, self.notes, self._on_note = [], [], [], on_note
+        self.done = []
 
     def start(self, stage, total, unit):
         super().start(stage, total, unit)
         self.begun.append((stage, total, unit))
+
+    def update(self, done):
+        super().update(done)
+        self.done.append(done)
 
     def finish(self, done):
         super().finish(done)
@@ -699,6 +704,16 @@ def test_a_separator_needs_plain_text(texts, tmp_path):
         parts.Corpus.of(here)
 
 
+def _read(made, part):
+    """Bytes behind which each text of a part lies, by characters for want of better."""
+    before = 0
+    for unit in part.units:
+        texts = list(made.corpus.texts(unit))
+        for n in range(len(texts)):
+            yield before + min(sum(map(len, texts[:n])), unit.size)
+        before += unit.size
+
+
 @pytest.mark.parametrize("deduplicate", [False, True])
 def test_what_is_shown_of_parts(texts, tmp_path, deduplicate):
     """Every stage with its bytes. Mutations: numbers from 0; bytes of another part."""
@@ -716,6 +731,7 @@ def test_what_is_shown_of_parts(texts, tmp_path, deduplicate):
         ]
     expected += [(f"part {n} of {count}", s, "B") for n, s in enumerate(sizes, 1)]
     assert progress.begun == expected and progress.ended == sizes
+    assert progress.done == [done for part in made.parts for done in _read(made, part)]
     assert made.missing() == [] and made.missing_bytes() == 0 and not made.finished
     made.run(every_part, wait=True)  # nothing to do, and nothing is begun
     assert progress.begun == expected
