@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import struct
+import types
 
 import data_helpers
 import numpy as np
@@ -439,6 +440,7 @@ def test_empty_sequences_and_documents_are_none_of_its_faults(tmp_path):
         ([3, 1, 2], [1, 1, 2, 3], "do not cover its 3 sequences"),
         ([3, 1, 2], [0, 1, 2, 2], "do not cover its 3 sequences"),
         ([], [], "do not cover its 0 sequences"),
+        ([3, 1, 2], [0, -1, 2, 3], "do not cover its 3 sequences"),
     ],
 )
 def test_an_index_that_contradicts_itself(tmp_path, sizes, firsts, message):
@@ -586,3 +588,49 @@ def test_few_documents_and_one_prefix(tmp_path):
     assert len(mixed.train.mixture) == 2 and mixed.validation.mixture == ()
     other = data.load(config(f"2:{tmp_path / '5'},3:{tmp_path / '2'}"))
     assert mixed.train.facts.sha256 != other.train.facts.sha256
+
+
+def test_an_export_in_chunks(tmp_path, monkeypatch):
+    """The same files; what it has done; and no document that its index cannot count.
+
+    Mutations: a chunk's ends from its own start; `>=` for `>`; the first end written.
+    """
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(20)))
+    whole, chunked, seen = tmp_path / "whole", tmp_path / "chunked", []
+    export.to_megatron(dataset, whole)
+    monkeypatch.setattr(export, "_CHUNK", 100)
+    longest = max(len(text.encode()) for text in data_helpers.texts(20)) + 1
+    monkeypatch.setattr(export, "_LONGEST", longest)
+    export.to_megatron(dataset, chunked, seen.append)
+    for path in whole.iterdir():
+        assert (chunked / path.name).read_bytes() == path.read_bytes()
+    expected = []
+    for split in (dataset.train, dataset.validation):
+        size = len(split.tokens)
+        expected += [min(first + 100, size) for first in range(1, size, 100)]
+    assert seen == expected
+    monkeypatch.setattr(export, "_LONGEST", longest - 1)
+    message = (
+        f"a document has {longest} tokens, and Megatron's index holds {longest - 1}"
+    )
+    with pytest.raises(errors.DataError, match=message):
+        export.to_megatron(dataset, tmp_path / "none")
+    monkeypatch.undo()
+    assert export._LONGEST == np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "int32")]
+)
+def test_in_which_integers_tokens_are_exported(tmp_path, vocab_size, dtype):
+    """Mutations: `<` for `<=`; another power of two."""
+    tokens = np.array([256, 5, 6, 256], np.int32)
+    split = types.SimpleNamespace(name="train", tokens=tokens, eot_id=256)
+    tokenizer = types.SimpleNamespace(vocab_size=vocab_size, save=lambda path: None)
+    validation = types.SimpleNamespace(name="validation", tokens=tokens, eot_id=256)
+    made = types.SimpleNamespace(
+        train=split, validation=validation, tokenizer=tokenizer
+    )
+    prefix, _ = export.to_megatron(made, tmp_path)
+    pair = megatron_index.open_pair(prefix)
+    assert pair.dtype == dtype and pair.num_tokens == 3

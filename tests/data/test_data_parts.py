@@ -28,6 +28,8 @@ from pyarrow import parquet
 
 from memoryformer import data, errors
 from memoryformer.data import (
+    digests,
+    identity,
     jsonlines,
     local_files,
     part_files,
@@ -838,3 +840,96 @@ def test_what_a_vocabulary_of_parts_is_trained_on(texts, tmp_path, monkeypatch, 
                 budget -= len(cut)
                 expected.append(cut.decode(errors="ignore"))
     assert sample == expected
+
+
+def test_what_a_directory_in_parts_is_named_by(texts, tmp_path):
+    """All that decides its bytes, written the same way for ever, or it would be made again.
+
+    Mutations: another number of `identity`; keys in another order; a longer hash.
+    """
+    folder, _ = texts
+    files = identity.local_files.fingerprint(
+        [(f"{n}.jsonl", folder / f"{n}.jsonl") for n in range(4)]
+    )
+    for options, in_parts in (
+        ({}, [1, 3000, False]),
+        ({"deduplicate": True}, [1, 3000, True]),
+        ({"deduplicate": True, "part_bytes": 0}, [1, 2**62, True]),
+        ({"part_bytes": 0}, None),
+        ({"max_documents": 7}, None),
+    ):
+        here = config(folder, tmp_path, **options)
+        request = {
+            "format": 1,
+            "source": "c4",
+            "max_documents": options.get("max_documents", 0),
+            "validation_every": EVERY,
+            "tokenizer": "bytes",
+            "files": files,
+            "text_field": "text",
+        }
+        request |= {"parts": in_parts} if in_parts else {}
+        text = json.dumps(request, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        directory, is_parted = identity.located(here)
+        assert directory == tmp_path / f"c4-{digest}" and is_parted == bool(in_parts)
+
+
+def test_when_a_corpus_is_large(texts, tmp_path):
+    """From one byte above `part_bytes` on; a file of a megabyte may be cut.
+
+    Mutations: `>=` for `>`.
+    """
+    folder, _ = texts
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    for part_bytes, in_parts in ((size - 1, True), (size, False)):
+        here = config(folder, tmp_path, part_bytes=part_bytes)
+        assert identity.located(here)[1] == in_parts
+    for name, count, cut in (
+        ("a.txt", 1 << 20, False),
+        ("b.txt", (1 << 20) + 1, True),
+        ("c.txt.gz", 1, True),
+        ("d.jsonl", 1 << 21, False),
+        ("e.jsonl.gz", 1, False),
+    ):
+        path = tmp_path / name
+        path.write_bytes(b"x" * count)
+        assert identity._may_be_cut(path) == cut
+
+
+def test_texts_come_by_the_megabyte(monkeypatch):
+    """Or by the thousand; of a longer text the pieces decide its tokens, so their size stays.
+
+    Mutations: `>` for `>=`; `and` for `or`; a count that goes on.
+    """
+    assert part_files._BATCH_CHARS == 2**20
+    monkeypatch.setattr(part_files, "_BATCH_CHARS", 10)
+    monkeypatch.setattr(part_files, "_BATCH_DOCUMENTS", 3)
+    texts = ["aaaa", "bbbbbb", "c", "", "d", "e", "f" * 11, "g"]
+    found = list(part_files.batches(iter(texts)))
+    assert found == [texts[:2], texts[2:5], texts[5:7], texts[7:]]
+    assert list(part_files.batches(iter([]))) == []
+
+
+def test_texts_are_told_apart_by_part(tmp_path):
+    """The first of equals, in any part before and in its own. Mutations: any of `digests`."""
+    texts = [["a", "b", "a", "c"], ["c", "d", "d", ""], ["e", "a", "", "e"]]
+    for number, of_part in enumerate(texts):
+        digests.write(tmp_path, parts.Part(number, "", ()), of_part)
+    seen = set()
+    for number, of_part in enumerate(texts):
+        known = digests.Known(tmp_path, number)
+        for start in (0, 2):
+            some = of_part[start : start + 2]
+            new = known.is_new([token_files.digest(text) for text in some], start)
+            expected = []
+            for text in some:
+                expected.append(text not in seen)
+                seen.add(text)
+            assert new.tolist() == expected
+    assert digests.contains(np.array([], "S16"), np.array([b"x"], "S16")).tolist() == [
+        False
+    ]
+    held = np.array([b"b", b"d"], "S16")
+    wanted = np.array([b"a", b"b", b"c", b"d", b"e"], "S16")
+    assert digests.contains(held, wanted).tolist() == [False, True, False, True, False]
