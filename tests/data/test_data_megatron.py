@@ -634,3 +634,19 @@ def test_in_which_integers_tokens_are_exported(tmp_path, vocab_size, dtype):
     prefix, _ = export.to_megatron(made, tmp_path)
     pair = megatron_index.open_pair(prefix)
     assert pair.dtype == dtype and pair.num_tokens == 3
+
+
+def test_pieces_of_no_file(tmp_path):
+    """Zeros unless they have a value, and from the first token of a file. Mutations: defaults."""
+    assert streams.Piece(None, "int32", 2).tokens().tolist() == [0, 0]
+    assert streams.end(7).tokens().tolist() == [7]
+    np.arange(4, dtype="<u2").tofile(tmp_path / "a.bin")
+    piece = streams.Piece(tmp_path / "a.bin", "uint16", 3)
+    assert piece.tokens().tolist() == [0, 1, 2]
+    stream = streams.Stream([streams.end(70_000), piece])
+    assert stream.dtype == np.int32 and stream[::2].tolist() == [70_000, 1]
+    assert streams.Stream([piece]).dtype == np.uint16
+    assert stream[np.zeros((0, 2), int)].shape == (0, 2)
+    for at in (-1, 4):
+        with pytest.raises(IndexError, match=f"tokens {at}..{at} of 4"):
+            stream[np.array([at])]
