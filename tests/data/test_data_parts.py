@@ -933,3 +933,39 @@ def test_texts_are_told_apart_by_part(tmp_path):
     held = np.array([b"b", b"d"], "S16")
     wanted = np.array([b"a", b"b", b"c", b"d", b"e"], "S16")
     assert digests.contains(held, wanted).tolist() == [False, True, False, True, False]
+
+
+def test_memory_is_given_back_after_many_characters(texts, tmp_path, monkeypatch):
+    """Of a batch of a megabyte, not of a thousand short texts; by what glibc has for it.
+
+    Mutations: `>` for `>=`; never; a byte that stays.
+    """
+    given_back = []
+    monkeypatch.setattr(token_files, "give_back_memory", lambda: given_back.append(1))
+    monkeypatch.setattr(part_files.token_files, "_BATCH_CHARS", 8)
+    tokens = part_files.tokenizer.byte_level()
+
+    def written(batches):
+        given_back.clear()
+        quiet = progress_lib.Progress("x", enabled=False)
+        quiet.start("x", 1, "documents")
+        token_files.write(tmp_path / "x.bin", batches, tokens, quiet)
+        return len(given_back)
+
+    assert written(["a" * 8]) == 1 and written(["a" * 7]) == 0
+    assert written(["a" * 7, "b", "c" * 9]) == 2
+    monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 2)
+    assert written(["a", "b", "c", "d"]) == 0
+    monkeypatch.setattr(part_files, "_BATCH_CHARS", 300)
+    monkeypatch.setattr(part_files, "batches", lambda texts: [["x" * 299], ["x" * 300]])
+    worker = part_files._Worker.__new__(part_files._Worker)
+    worker._splits, worker._texts, worker._deal = {}, list, lambda texts: None
+    given_back.clear()
+    worker.run()
+    assert given_back == [1]
+    monkeypatch.undo()
+    trimmed = []
+    for library in (types.SimpleNamespace(malloc_trim=trimmed.append), object()):
+        monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, lib=library: lib)
+        token_files.give_back_memory()
+    assert trimmed == [0]
