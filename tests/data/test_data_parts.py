@@ -4,11 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import signal
@@ -969,3 +971,141 @@ def test_memory_is_given_back_after_many_characters(texts, tmp_path, monkeypatch
         monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, lib=library: lib)
         token_files.give_back_memory()
     assert trimmed == [0]
+
+
+class FakeProcess:
+    """A process that has ended, or will after some looks; what was done to it."""
+
+    def __init__(self, returncode, said="", looks=0):
+        self.returncode, self._looks, self.done = returncode, looks, []
+        self.stdout = types.SimpleNamespace(
+            read=said.encode, close=lambda: self.done.append("close")
+        )
+        self.stdin = types.SimpleNamespace(
+            write=self.done.append, close=lambda: self.done.append("sent")
+        )
+
+    def poll(self):
+        self._looks -= 1
+        return None if self._looks >= 0 else self.returncode
+
+    def kill(self):
+        self.done.append("kill")
+
+    def wait(self):
+        self.done.append("wait")
+
+
+def test_what_processes_have_done_is_shown(monkeypatch):
+    """In bytes of whole parts, until all have ended; asked to stop, it looks no more.
+
+    Mutations: any sign; a process looked at again; `check` left out.
+    """
+    monkeypatch.setattr(part_processes, "_PAUSE", 0.0)
+    left = iter([100, 100, 70, 70, 20, 0])
+    progress = Recorded()
+    made = types.SimpleNamespace(missing_bytes=lambda: next(left), progress=progress)
+    part_processes._watch(made, [FakeProcess(0, looks=2), FakeProcess(0, looks=3)])
+    assert progress.begun == [("2 processes", 100, "B")]
+    assert progress.done == [30, 30, 80] and progress.ended == [100]
+    stopped = Recorded()
+    stopped._stop = lambda: True
+    made = types.SimpleNamespace(missing_bytes=lambda: 5, progress=stopped)
+    with pytest.raises(errors.Preempted):
+        part_processes._watch(made, [FakeProcess(0)])
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "kind", "message"),
+    [
+        (
+            3,
+            "a\n" + json.dumps({"exit_code": 46, "message": "m"}),
+            errors.DataError,
+            "^m$",
+        ),
+        (
+            9,
+            json.dumps({"exit_code": 999, "message": "n"}),
+            errors.MemoryFormerError,
+            "^n$",
+        ),
+        (
+            -9,
+            "",
+            errors.ConfigError,
+            r"with signal 9 .not enough memory.*; finished parts",
+        ),
+        (-11, "", errors.ConfigError, r"with signal 11; finished parts are kept"),
+        (3, "\n", errors.ConfigError, r"with exit code 3; finished parts are kept"),
+    ],
+)
+def test_what_a_process_raised(code, said, kind, message):
+    """By its exit code and its last line. Mutations: the first line; a hint for any signal."""
+    with pytest.raises(kind, match=message) as caught:
+        part_processes._raise_what_it_raised(FakeProcess(code, said))
+    assert type(caught.value) is kind
+    assert part_processes._raise_what_it_raised(FakeProcess(0, said)) is None
+
+
+def test_every_process_is_ended(monkeypatch, texts, tmp_path):
+    """Whatever becomes of one; each is told its task whole, and has its threads.
+
+    Mutations: one that goes on; a standard input left open; no thread.
+    """
+    here = config(texts[0], tmp_path)
+    made, started, commands = job(here, Recorded()), [], []
+
+    def popen(command, **options):
+        commands.append((command, options))
+        started.append(FakeProcess(3))
+        return started[-1]
+
+    monkeypatch.setattr(part_processes.subprocess, "Popen", popen)
+    monkeypatch.setattr(part_processes, "_PAUSE", 0.0)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    for cores, threads in ((1, "1"), (None, "1"), (9, "3")):
+        monkeypatch.setattr(part_processes.os, "cpu_count", lambda n=cores: n)
+        started.clear()
+        with pytest.raises(errors.ConfigError, match="exit code 3"):
+            part_processes.run(made, (1, 2), 3)
+        assert len(started) == 3
+        task = pickle.dumps((made.directory, here, (1, 2), os.getpid()))
+        for process in started:
+            assert process.done == [task, "sent", "kill", "wait", "close"]
+        command, options = commands[-1]
+        assert command == [sys.executable, "-c", part_processes._PROGRAM]
+        assert options["env"]["RAYON_NUM_THREADS"] == threads
+        assert options["env"]["PYTHONPATH"].split(os.pathsep) == [
+            p for p in sys.path if p
+        ]
+
+
+def test_a_process_does_its_share(texts, tmp_path, monkeypatch, capsys):
+    """In this one: quietly, deaf to an interrupt, and no longer than its parent lives.
+
+    Mutations: a line of progress; waiting for others; `==` for `!=`; an error of ours raised.
+    """
+    here = config(texts[0], tmp_path)
+    made, heard = job(here, Recorded()), []
+    monkeypatch.setattr(part_processes.signal, "signal", lambda *a: heard.append(a))
+
+    def work(parent):
+        task = pickle.dumps((made.directory, here, (1, 3), parent))
+        stdin = types.SimpleNamespace(buffer=io.BytesIO(task))
+        monkeypatch.setattr(part_processes.sys, "stdin", stdin)
+        part_processes.work()
+
+    with pytest.raises(SystemExit) as ended:
+        work(-1)
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == told["exit_code"] == errors.Preempted.exit_code
+    assert "asked to stop while preparing c4" in told["message"]
+    work(os.getppid())
+    assert capsys.readouterr() == ("", "")
+    count = len(made.parts)
+    assert made.missing() == [n for n in range(count) if n % 3 != 1]
+    assert heard == [(signal.SIGINT, signal.SIG_IGN)] * 2
+    monkeypatch.setattr(part_runner, "Job", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        work(os.getppid())
