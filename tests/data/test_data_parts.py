@@ -41,6 +41,7 @@ from memoryformer.data import (
     token_files,
 )
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import parquet as parquet_lib
 from memoryformer.data import progress as progress_lib
 from memoryformer.files import lock
 
@@ -1109,3 +1110,112 @@ def test_a_process_does_its_share(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(part_runner, "Job", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         work(os.getppid())
+
+
+def test_a_share_of_a_small_corpus(texts, tmp_path, capsys):
+    """It is one part, and that is of the first share. Mutation: every share prepares it."""
+    here = config(texts[0], tmp_path, part_bytes=0)
+    assert not data.prepare(here, share=(1, 2)).exists()
+    told = "preparing c4: the corpus is one part, and that is of share 0\n"
+    assert capsys.readouterr().err == told
+    assert data.prepare(here, share=(0, 2), show_progress=False).exists()
+    parted = config(texts[0], tmp_path / "parted")
+    data.prepare(parted, share=(2, 3))
+    count = len(job(parted, Recorded()).parts)
+    told = f"preparing c4: {len(range(2, count, 3))} of {count} parts are done\n"
+    assert capsys.readouterr().err == told
+
+
+def test_another_was_first(texts, tmp_path):
+    """What is missing then is no fault, unless nobody was. Mutations: `raise` left out, or not."""
+    here = config(texts[0], tmp_path)
+    late = job(here, Recorded())
+    with pytest.raises(FileNotFoundError), late._while_it_lasts():
+        raise FileNotFoundError("x")
+    data.prepare(here, show_progress=False)
+    with late._while_it_lasts():
+        raise errors.StorageError("x")
+    with pytest.raises(ValueError), late._while_it_lasts():
+        raise ValueError("x")
+    assert late.finished and late.missing() == []
+    late.missing = lambda: [0]  # as it was a moment before
+    late.run(every_part, wait=True)
+    late.finish()
+    assert not late.work.exists() and late.progress.begun == []
+
+
+def test_tokens_of_parts_add_up(undisturbed):
+    """And one end more. Mutations: the check left out; no end, or two."""
+    values = json.loads(json.dumps(undisturbed.manifest.to_json()))
+    assert manifest_lib.Manifest.from_json(values) == undisturbed.manifest
+    for more in (1, -1):
+        other = json.loads(json.dumps(values))
+        other["splits"]["train"]["tokens"] += more
+        with pytest.raises(ValueError, match=r"splits\.train\.tokens is \d+"):
+            manifest_lib.Manifest.from_json(other)
+
+
+def test_shares_of_lines_and_rows(tmp_path):
+    """Counted from 1; a share may be empty, a file may not.
+
+    Mutations: a line too early; `!=` for `==`; shares that overlap by default.
+    """
+    assert [n for n in range(1, 9) if jsonlines.Share(1, 3).holds(n)] == [2, 5, 8]
+    assert all(map(jsonlines.WHOLE.holds, range(1, 9)))
+    path, table = tmp_path / "a.jsonl", tmp_path / "t.parquet"
+    path.write_text('{"text": "a"}\n')
+    parquet.write_table(pyarrow.table({"text": ["a"]}), table)
+
+    def read(where, share):
+        how = local_files.Reading(share=share)
+        return [text for _, text, _ in local_files.read_documents([("k", where)], how)]
+
+    for where in (path, table):
+        assert read(where, jsonlines.Share(0, 2)) == ["a"]
+        assert read(where, jsonlines.Share(1, 2)) == []
+    path.write_text("\n\n")
+    assert read(path, jsonlines.Share(0, 2)) == []
+    with pytest.raises(errors.DataError, match="holds no JSON lines"):
+        read(path, jsonlines.WHOLE)
+    keys = [
+        key
+        for key, *_ in local_files.read_documents([("k", table)], local_files.Reading())
+    ]
+    assert keys == ["k:1"]
+
+
+def test_a_table_that_breaks_off(tmp_path, monkeypatch):
+    """Behind its first rows, or for want of the package. Mutations: the reason left out."""
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    reading = parquet_lib.texts(path, "text", jsonlines.WHOLE)
+    assert list(reading) == [(1, "a"), (2, "b")]
+
+    class Broken:
+        schema_arrow = types.SimpleNamespace(names=["text"])
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def iter_batches(self, batch_size, columns):
+            yield pyarrow.record_batch({"text": ["a"]})
+            raise OSError("page is cut\nhere")
+
+    monkeypatch.setattr(parquet, "ParquetFile", Broken)
+    reading = parquet_lib.texts(path, "text", jsonlines.WHOLE)
+    assert next(reading) == (1, "a")
+    with pytest.raises(
+        errors.DataError, match=r"t.parquet: damaged or truncated .page is cut"
+    ):
+        next(reading)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        errors.DataError, match="needs the package pyarrow; `pip install"
+    ):
+        next(parquet_lib.texts(path, "text", jsonlines.WHOLE))
