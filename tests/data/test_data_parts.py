@@ -803,6 +803,7 @@ def test_a_part_that_another_does(texts, tmp_path, monkeypatch, deduplicate):
             if path.name.split("-")[0] in ("train", "validation", "00000.json"):
                 shutil.copy(path, made.work / path.relative_to(finished.work))
         if len(made.progress.notes) == 1:
+            assert written == [1]  # before anything is waited for
             monkeypatch.setattr(lock, "_PAUSE", 0.01)
             threading.Timer(0.2, held.close).start()
 
@@ -1219,3 +1220,53 @@ def test_a_table_that_breaks_off(tmp_path, monkeypatch):
         errors.DataError, match="needs the package pyarrow; `pip install"
     ):
         next(parquet_lib.texts(path, "text", jsonlines.WHOLE))
+
+
+@pytest.mark.parametrize("held", ["digests-00000", "finish"])
+def test_what_is_waited_for(texts, tmp_path, monkeypatch, held):
+    """Digests of a part that another reads, last; and the end, which is done once.
+
+    Mutations: digests that are missing; waiting first; a lock that is not waited for.
+    """
+    monkeypatch.setattr(lock, "_PAUSE", 0.01)
+    made = job(config(texts[0], tmp_path, deduplicate=True), Recorded())
+    if held == "finish":
+        made.run(every_part, wait=False)
+    path = made._lock if held == "finish" else made.work / f".lock-{held}"
+    taken = contextlib.ExitStack()
+    taken.enter_context(lock.hold(path))
+
+    def release(text):
+        digested = {p.name for p in made.work.glob("digests-*0.npy")}
+        digested |= {p.name for p in made.work.glob("digests-*[1-9].npy")}
+        assert held == "finish" or len(digested) == len(made.parts) - 1
+        threading.Timer(0.1, taken.close).start()
+
+    made.progress = Recorded(release)
+    made.run(every_part, wait=True)
+    made.finish()
+    assert made.finished and len(made.progress.notes) == 1
+
+
+def test_what_preparing_does_by_itself(texts, tmp_path, monkeypatch):
+    """In this process, in a folder that need not be there. Mutations: defaults; `parents`."""
+    monkeypatch.setattr(part_processes, "run", lambda *a: pytest.fail("in processes"))
+    deep = tmp_path / "a" / "b" / "c"
+    directory = data.prepare(config(texts[0], deep), show_progress=False)
+    assert directory.parent == deep
+    dataset = data.load(config(texts[0], deep))
+    values = dataset.manifest.to_json()
+    content = {key: values[key] for key in ("format", "dtype", "splits")}
+    content["tokenizer"] = dataset.tokenizer.fingerprint
+    text = json.dumps(content, sort_keys=True)
+    assert dataset.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    started = []
+    thread = threading.Thread
+
+    def noted(*args, **kwargs):
+        started.append(kwargs["daemon"])
+        return thread(*args, **kwargs)
+
+    monkeypatch.setattr(progress_lib.threading, "Thread", noted)
+    assert progress_lib.Progress("x", enabled=False).during("", lambda: 3) == 3
+    assert started == [True]  # work that is given up must not hold the process
