@@ -615,10 +615,11 @@ def test_killed_at_twenty_random_moments(tmp_path):
 
 
 class Recorded(progress_lib.Progress):
-    """Progress that is kept, and a call for every note."""
+    """Progress that is kept, and a call for every note; nothing is waited for for ever."""
 
     def __init__(self, on_note=lambda text: None):
-        super().__init__("x", enabled=False)
+        until = time.monotonic() + 120
+        super().__init__("x", enabled=False, stop=lambda: time.monotonic() > until)
         self.begun, self.ended, self.notes, self._on_note = [], [], [], on_note
         self.done = []
 
