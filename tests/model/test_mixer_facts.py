@@ -271,3 +271,15 @@ def test_parts_of_a_row_one_after_another():
         np.testing.assert_array_equal(total, x + x[..., :1])
         np.testing.assert_array_equal(second, x[..., 0])
         assert {shape[1] for shape in seen} == {size}
+
+
+def test_features_that_came_with_the_parameters_are_kept():
+    """Until a redraw is due, whatever the seed of the run. Mutation: `>=` for `>`."""
+    options = {"num_features": 3, "redraw_every": 2}
+    made = config("performer", options)
+    _, fixed = model.split_trained(made, model.init(made, 5))
+    same = [mixers.redraw(made, fixed, 6, jnp.int32(step)) for step in (0, 1)]
+    for after in same:
+        jax.tree.map(np.testing.assert_array_equal, after, fixed)
+    drawn = mixers.redraw(made, fixed, 6, jnp.int32(2))
+    jax.tree.map(np.testing.assert_array_equal, drawn, kernel.random_rows(made, 6, 1))
