@@ -13,25 +13,34 @@ _TESTS = {
         "data/test_data_tokenizer.py",
         "data/test_data_bytes.py",
         "data/test_run_tokenizer.py",
+        "data/test_data_parts.py",
+        "data/test_data_megatron.py",
+        "data/test_data_yardsticks.py",
     ),
     "data/__main__": (
         "data/test_data_batches.py",
         "data/test_data_corpora.py",
         "data/test_data_yardsticks.py",
         "data/test_data_megatron.py",
+        "data/test_data_parts.py",
     ),
     "data/batches": (
         "data/test_data_batches.py",
         "data/test_data_layout.py",
         "data/test_data_megatron.py",
+        "data/test_data_parts.py",
     ),
     "data/blocks": (
         "data/test_local_files.py",
         "data/test_data_fuzz.py",
+        "data/test_data_parts.py",
+        "data/test_data_corpora.py",
     ),
     "data/corpora": (
         "data/test_data_corpora.py",
         "test_fields.py",
+        "data/test_data_preparation.py",
+        "data/test_data_documents.py",
     ),
     "data/documents": (
         "data/test_data_documents.py",
@@ -45,21 +54,26 @@ _TESTS = {
         "data/test_local_files.py",
         "data/test_data_fuzz.py",
         "data/test_data_parts.py",
+        "data/test_data_corpora.py",
     ),
     "data/layout": (
         "data/test_data_layout.py",
         "data/test_data_batches.py",
+        "data/test_data_parts.py",
     ),
     "data/listing": (
         "data/test_data_listing.py",
         "data/test_local_files.py",
         "data/test_data_corpora.py",
+        "data/test_data_parts.py",
     ),
     "data/local_files": (
         "data/test_local_files.py",
         "data/test_data_corpora.py",
         "data/test_data_fuzz.py",
         "data/test_data_parts.py",
+        "data/test_data_documents.py",
+        "data/test_data_bytes.py",
     ),
     "data/manifest": (
         "data/test_data_preparation.py",
@@ -68,21 +82,25 @@ _TESTS = {
         "data/test_data_fuzz.py",
         "data/test_data_documents.py",
         "data/test_data_parts.py",
+        "data/test_data_megatron.py",
     ),
     "data/export": (
         "data/test_data_megatron.py",
         "data/test_data_parts.py",
+        "data/test_data_yardsticks.py",
     ),
     "data/megatron": ("data/test_data_megatron.py",),
     "data/megatron_index": ("data/test_data_megatron.py",),
     "data/streams": (
         "data/test_data_megatron.py",
         "data/test_data_parts.py",
+        "data/test_data_batches.py",
     ),
     "data/digests": ("data/test_data_parts.py",),
     "data/identity": (
         "data/test_data_preparation.py",
         "data/test_data_parts.py",
+        "data/test_data_megatron.py",
     ),
     "data/parquet": ("data/test_data_parts.py",),
     "data/part_beam": ("data/test_data_beam.py",),
@@ -93,10 +111,12 @@ _TESTS = {
     "data/text_files": (
         "data/test_data_corpora.py",
         "data/test_local_files.py",
+        "data/test_data_parts.py",
     ),
     "data/names": (
         "data/test_local_files.py",
         "data/test_data_corpora.py",
+        "data/test_data_parts.py",
     ),
     "data/options": (
         "data/test_data_preparation.py",
@@ -114,10 +134,12 @@ _TESTS = {
         "data/test_local_files.py",
         "data/test_data_bytes.py",
         "data/test_data_corpora.py",
+        "data/test_data_parts.py",
     ),
     "data/progress": (
         "data/test_data_documents.py",
         "data/test_data_preparation.py",
+        "data/test_data_parts.py",
     ),
     "data/records": (
         "data/test_data_corpora.py",
@@ -128,6 +150,7 @@ _TESTS = {
     "data/tfds_catalogue": (
         "data/test_data_corpora.py",
         "data/test_data_documents.py",
+        "data/test_data_preparation.py",
     ),
     "data/token_files": (
         "data/test_data_preparation.py",
@@ -136,6 +159,7 @@ _TESTS = {
         "data/test_local_files.py",
         "data/test_data_bytes.py",
         "data/test_data_corpora.py",
+        "data/test_data_parts.py",
     ),
     "data/tokenizer": (
         "data/test_data_tokenizer.py",
@@ -144,15 +168,19 @@ _TESTS = {
         "data/test_data_fuzz.py",
         "data/test_data_bytes.py",
         "data/test_run_tokenizer.py",
+        "data/test_data_parts.py",
     ),
     "data/vocabulary": (
         "data/test_data_tokenizer.py",
         "data/test_data_bytes.py",
         "data/test_data_fuzz.py",
+        "data/test_run_tokenizer.py",
+        "data/test_data_preparation.py",
     ),
     "data/yardsticks": (
         "data/test_data_yardsticks.py",
         "data/test_data_bytes.py",
+        "data/test_data_parts.py",
     ),
     "evaluation/loss": (
         "evaluation/test_evaluation.py",
@@ -162,16 +190,23 @@ _TESTS = {
     "files/atomic": (
         "files/test_atomic.py",
         "runs/test_ledger.py",
+        "files/test_paths.py",
     ),
     "files/hub": (
         "data/test_data_tokenizer.py",
         "convert/test_convert_export.py",
+        "data/test_run_tokenizer.py",
     ),
     "files/lock": (
         "files/test_lock.py",
         "runs/test_directory.py",
+        "data/test_data_parts.py",
     ),
-    "files/paths": ("files/test_paths.py",),
+    "files/paths": (
+        "files/test_paths.py",
+        "data/test_local_files.py",
+        "test_config.py",
+    ),
     "generation/sampler": (
         "generation/test_generation.py",
         "model/test_narrow.py",
@@ -192,22 +227,35 @@ _TESTS = {
         "model/test_mixers.py",
         "test_fields.py",
         "model/test_parts.py",
+        "model/test_variants.py",
+        "model/test_mixer_facts.py",
+        "accounting/test_accounting.py",
     ),
-    "model/implementations": ("model/test_implementations.py",),
+    "model/implementations": (
+        "model/test_implementations.py",
+        "training/test_updates.py",
+        "test_config.py",
+    ),
     "model/distillation": ("training/test_distillation.py",),
     "model/front": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",
+        "model/test_variants.py",
+        "accounting/test_accounting.py",
     ),
     "model/layers": (
         "model/test_layers.py",
         "model/test_model.py",
         "test_sharding.py",
         "training/test_optimizer.py",
+        "model/test_parts.py",
+        "model/test_variants.py",
+        "model/test_codes.py",
     ),
     "model/ngrams": (
         "model/test_variants.py",
         "test_sharding.py",
+        "accounting/test_accounting.py",
     ),
     "model/losses": (
         "model/test_layers.py",
@@ -215,8 +263,11 @@ _TESTS = {
         "test_sharding.py",
         "training/test_mixers_training.py",
         "model/test_codes.py",
+        "training/test_distillation.py",
+        "training/test_updates.py",
     ),
     "model/mixers/__init__": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "training/test_mixers_training.py",
         "model/test_mixers_performer.py",
@@ -231,6 +282,7 @@ _TESTS = {
         "model/test_luna_stream.py",
     ),
     "model/mixers/base": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -239,6 +291,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/conv_luna": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -247,6 +300,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/mamba2": (
+        "model/test_mixer_facts.py",
         "model/test_mamba2.py",
         "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
@@ -254,6 +308,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/recurformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
@@ -261,11 +316,13 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/recurrent_head": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "convert/test_convert_recency.py",
     ),
     "model/mixers/cosformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -276,6 +333,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/dape": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -283,6 +341,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/kernel": (
+        "model/test_mixer_facts.py",
         "model/test_mixers_performer.py",
         "accounting/test_accounting_mixers.py",
         "model/test_mixers.py",
@@ -292,6 +351,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/linformer": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -300,6 +360,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/luna": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "evaluation/test_slots.py",
@@ -308,6 +369,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/softmax": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -317,6 +379,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/trained_kernel": (
+        "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",
         "training/test_mixers_training.py",
@@ -326,12 +389,17 @@ _TESTS = {
         "test_fields.py",
         "training/test_optimizer.py",
     ),
-    "model/native_parts": ("training/test_updates.py",),
+    "model/native_parts": (
+        "training/test_updates.py",
+        "ops/test_head.py",
+        "training/test_distillation.py",
+    ),
     "model/narrow": (
         "model/test_narrow.py",
         "generation/test_screened_head.py",
         "ops/test_narrow_rows.py",
         "ops/test_scores.py",
+        "model/test_variants.py",
     ),
     "model/narrow_layers": (
         "model/test_parts.py",
@@ -339,27 +407,37 @@ _TESTS = {
         "generation/test_screened_head.py",
         "ops/test_scores.py",
         "generation/test_generation.py",
+        "model/test_variants.py",
     ),
     "model/older": (
         "runs/test_old_performer.py",
         "runs/test_old_runs.py",
+        "model/test_mixers_performer.py",
     ),
     "model/params": (
         "model/test_model.py",
         "training/test_optimizer_lean.py",
         "evaluation/test_evaluation.py",
         "test_sharding.py",
+        "model/test_parts.py",
+        "training/test_distillation.py",
     ),
-    "model/positions": ("generation/test_speculation.py",),
+    "model/positions": (
+        "generation/test_speculation.py",
+        "model/test_variants.py",
+    ),
     "model/parts": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",
+        "model/test_variants.py",
+        "accounting/test_accounting.py",
     ),
     "model/recurrence/__init__": (
         "model/test_recurrence.py",
         "training/test_recurrence_runs.py",
         "test_fields.py",
         "training/test_optimizer.py",
+        "model/test_mixer_facts.py",
     ),
     "model/recurrence/base": (
         "model/test_recurrence.py",
@@ -395,6 +473,8 @@ _TESTS = {
         "ops/test_remat.py",
         "model/test_model.py",
         "test_fields.py",
+        "model/test_parts.py",
+        "training/test_mixers_training.py",
     ),
     "model/transformer": (
         "model/test_model.py",
@@ -404,8 +484,14 @@ _TESTS = {
         "training/test_optimizer.py",
         "model/test_mixers.py",
         "model/test_recurrence.py",
+        "model/test_parts.py",
+        "model/test_variants.py",
+        "generation/test_speculation.py",
     ),
-    "ops/adamw": ("training/test_updates.py",),
+    "ops/adamw": (
+        "training/test_updates.py",
+        "training/test_optimizer.py",
+    ),
     "ops/attention": (
         "ops/test_attention.py",
         "model/test_implementations.py",
@@ -424,8 +510,15 @@ _TESTS = {
         "model/test_mixers.py",
         "ops/test_ring.py",
     ),
-    "ops/hadamard": ("model/test_parts.py",),
-    "ops/head": ("ops/test_head.py",),
+    "ops/hadamard": (
+        "model/test_parts.py",
+        "ops/test_random_features.py",
+    ),
+    "ops/head": (
+        "ops/test_head.py",
+        "training/test_updates.py",
+        "training/test_distillation.py",
+    ),
     "ops/hashing": (
         "ops/test_hashing.py",
         "ops/test_lookup.py",
@@ -434,7 +527,10 @@ _TESTS = {
         "ops/test_narrow_rows.py",
         "ops/test_second_row.py",
     ),
-    "ops/jax_private": ("ops/test_lookup_gpu.py",),
+    "ops/jax_private": (
+        "ops/test_lookup_gpu.py",
+        "model/test_implementations.py",
+    ),
     "ops/lookup/__init__": (
         "ops/test_lookup.py",
         "ops/test_lookup_native.py",
@@ -478,7 +574,10 @@ _TESTS = {
         "ops/test_lookup_native.py",
         "ops/test_scores.py",
     ),
-    "ops/ngrams": ("model/test_variants.py",),
+    "ops/ngrams": (
+        "model/test_variants.py",
+        "test_sharding.py",
+    ),
     "ops/only_on": (
         "model/test_implementations.py",
         "ops/test_lookup.py",
@@ -493,6 +592,8 @@ _TESTS = {
         "model/test_mamba2.py",
         "model/test_mixers.py",
         "ops/test_ring.py",
+        "ops/test_prefix.py",
+        "model/test_mixer_facts.py",
     ),
     "ops/random_features": (
         "ops/test_random_features.py",
@@ -508,6 +609,7 @@ _TESTS = {
     "ops/rotary": (
         "model/test_layers.py",
         "model/test_mixers.py",
+        "model/test_model.py",
     ),
     "runs/checkpoint": (
         "runs/test_checkpoint.py",
@@ -560,6 +662,7 @@ _TESTS = {
         "test_config.py",
         "evaluation/test_evaluation.py",
         "training/test_optimizer_lean.py",
+        "test_sharding_two_axes.py",
     ),
     "sharding/placement": (
         "test_sharding.py",
@@ -567,6 +670,7 @@ _TESTS = {
         "test_config.py",
         "evaluation/test_evaluation.py",
         "training/test_optimizer_lean.py",
+        "test_sharding_two_axes.py",
     ),
     "training/loop": (
         "training/test_loop.py",

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import struct
+import types
 
 import data_helpers
 import numpy as np
@@ -409,3 +410,243 @@ def run_command(capsys):
         return capsys.readouterr().out
 
     return run
+
+
+def write_index(prefix, sizes, firsts, offsets=None, dtype="uint16"):
+    """An index of MMIDIDX with these numbers, and the tokens 0, 1, .. behind it."""
+    sizes = np.array(sizes, np.int32)
+    if offsets is None:
+        offsets = (np.cumsum(sizes) - sizes) * np.dtype(dtype).itemsize
+    np.arange(sizes.sum()).astype(dtype).tofile(f"{prefix}.bin")
+    head = struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(firsts))
+    arrays = sizes, np.array(offsets, np.int64), np.array(firsts, np.int64)
+    content = b"".join(array.tobytes() for array in arrays)
+    pathlib.Path(f"{prefix}.idx").write_bytes(b"MMIDIDX\x00\x00" + head + content)
+    return prefix
+
+
+def test_empty_sequences_and_documents_are_none_of_its_faults(tmp_path):
+    """Mutations: `<=` for `<` in either check."""
+    prefix = write_index(tmp_path / "d", [3, 0, 2, 0], [0, 0, 2, 3, 4])
+    pair = megatron_index.open_pair(prefix)
+    assert (pair.num_documents, pair.num_tokens) == (4, 5)
+    assert [pair.start_of(n) for n in range(5)] == [0, 0, 3, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "firsts", "message"),
+    [
+        ([3, -1, 2], [0, 1, 2, 3], "one behind the other"),
+        ([3, 1, 2], [1, 1, 2, 3], "do not cover its 3 sequences"),
+        ([3, 1, 2], [0, 1, 2, 2], "do not cover its 3 sequences"),
+        ([], [], "do not cover its 0 sequences"),
+        ([3, 1, 2], [0, -1, 2, 3], "do not cover its 3 sequences"),
+    ],
+)
+def test_an_index_that_contradicts_itself(tmp_path, sizes, firsts, message):
+    """Mutations: `and` for `or` where sizes and offsets, or both ends, are compared."""
+    with pytest.raises(errors.DataError, match=message):
+        megatron_index.open_pair(write_index(tmp_path / "d", sizes, firsts))
+
+
+def test_what_an_index_says_of_itself(tmp_path):
+    """Its kinds of integers, its first bytes, its dimensions.
+
+    Mutations: another number of a kind; a longer quotation; dimensions not compared.
+    """
+    kinds = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+    for code in range(10):
+        if code in kinds:
+            assert megatron_index._dtype(1, code, "x") == kinds[code]
+        else:
+            with pytest.raises(errors.DataError, match=f"kind of number {code}; read"):
+                megatron_index._dtype(1, code, "x")
+    write_tntidx(tmp_path / "d", documents(20))
+    index = tmp_path / "d.idx"
+    content = bytearray(index.read_bytes())
+    content[40] += 1  # the dimensions
+    index.write_bytes(content)
+    with pytest.raises(errors.DataError, match="21 dimensions of 20 sequences: not to"):
+        megatron_index.open_pair(tmp_path / "d")
+    index.write_bytes(b"0123456789abcdef" * 10)
+    with pytest.raises(errors.DataError, match="begins with b'012345678', not with"):
+        megatron_index.open_pair(tmp_path / "d")
+
+
+def test_bounds_and_pieces_of_some_documents(tmp_path, monkeypatch):
+    """Against numpy, in chunks of four and in files of five tokens.
+
+    Mutations: an end more or less; documents counted from the first of all.
+    """
+    monkeypatch.setattr(megatron_index, "CHUNK", 4)
+    sizes, firsts = [2, 1, 4, 3, 1, 5, 2, 2, 1, 3], [0, 2, 3, 5, 5, 8, 10]
+    pair = megatron_index.open_pair(write_index(tmp_path / "d", sizes, firsts))
+    for first in range(7):
+        for stop in range(first, 7):
+            low, high = firsts[first], firsts[stop]
+            found = np.concatenate(list(pair.bounds(first, stop)))
+            said = sizes[low:high] + [n - low for n in firsts[first : stop + 1]]
+            assert found.tolist() == said and found.dtype == np.dtype("<i8")
+    content = (tmp_path / "d.bin").read_bytes()
+    (tmp_path / "d.bin").unlink()
+    for n, at in enumerate(range(0, 24, 5)):
+        part = content[2 * at : 2 * at + 10]
+        (tmp_path / f"d-{n:05d}-of-00005.bin").write_bytes(part)
+    pair = megatron_index.open_pair(tmp_path / "d")
+    for first in range(25):
+        for stop in range(first, 25):
+            pieces = pair.pieces(first, stop)
+            tokens = [token for piece in pieces for token in piece.tokens().tolist()]
+            assert tokens == list(range(first, stop))
+            assert all(piece.count for piece in pieces)
+    for n in range(4):
+        (tmp_path / f"d-{n:05d}-of-00005.bin").unlink()
+    with pytest.raises(errors.DataError, match="1 parts here, not all of 00005"):
+        megatron_index.open_pair(tmp_path / "d")
+
+
+def test_weights_become_whole_numbers():
+    """As small as they can be. Mutations: any number of `_weight`; a sum for a multiple."""
+
+    def weights(*texts):
+        path = ",".join(f"{text}:/{n}" for n, text in enumerate(texts))
+        found = megatron.parse_path(path)
+        assert [p for _, p in found] == [
+            pathlib.Path(f"/{n}") for n in range(len(texts))
+        ]
+        return [weight for weight, _ in found]
+
+    assert weights("0.7", "0.3") == [7, 3]
+    assert weights("2", "4", "8") == [1, 2, 4]
+    assert weights("0.5", "0.2", "0.3") == [5, 2, 3]
+    assert weights("0.123457", "1") == [123457, 10**6]
+    assert weights("0.1234561", "1") == [90549, 733451]
+    assert weights("1000000", "1", "0.000001") == [10**12, 10**6, 1]
+    for text in ("1000001", "0.0000001", "1e-9", "inf", "nan"):
+        with pytest.raises(
+            errors.ConfigError, match=r"from 0\.000001 to 1000000; write"
+        ):
+            weights(text, "1")
+    found = megatron.parse_path(" 1:/a , 3:/b")
+    assert found == [(1, pathlib.Path("/a")), (3, pathlib.Path("/b"))]
+    found = megatron.parse_path("/a:b/c, /d")  # a path may hold a colon
+    assert found == [(0, pathlib.Path("/a:b/c")), (0, pathlib.Path("/d"))]
+
+
+def test_where_a_large_file_is_looked_at():
+    """In 1024 blocks of 4096 tokens, spread evenly from the first to the last of them.
+
+    Mutations: any number of `sample_starts`.
+    """
+    blocks = 3000
+    starts = megatron.sample_starts(4096 * (blocks - 1) + 7)
+    assert list(starts) == [4096 * (i * (blocks - 1) // 1023) for i in range(1024)]
+    assert starts[-1] == 4096 * (blocks - 1)
+    for tokens in (1, 4096, 4097, 1 << 22):
+        assert list(megatron.sample_starts(tokens)) == list(range(0, tokens, 4096))
+    assert len(megatron.sample_starts((1 << 22) + 1)) == 1024
+
+
+def test_what_a_sample_says_of_the_whole(tmp_path, monkeypatch):
+    """Documents are counted in proportion; what nobody has read is 0, not guessed.
+
+    Mutations: a product for the quotient; verifying without being told to; a last block
+    that is not looked at.
+    """
+    monkeypatch.setattr(megatron, "_BLOCK", 64)
+    monkeypatch.setattr(megatron, "SAMPLED", 128)
+    docs = [[1, 2, 3, 4, 5, 6, 7, END] for _ in range(88)]
+    write_mmididx(tmp_path / "d", docs)
+    facts = megatron.load(config(tmp_path / "d"))[0].splits["train"]
+    assert (facts.sampled_tokens, facts.tokens, facts.documents) == (128, 641, 80)
+    assert facts.ends_of_document == 80
+    assert not (facts.bytes or facts.token_bytes or facts.empty_dropped)
+    assert not facts.duplicates_of_validation_dropped and facts.weights == ()
+    docs[68] = [999, *docs[0][1:]]  # in the last 128 of train, before the last 64
+    write_mmididx(tmp_path / "d", docs)
+    megatron.load(config(tmp_path / "d"))
+    with pytest.raises(errors.DataError, match="token id 999 is outside"):
+        megatron.load(config(tmp_path / "d"), verify=True)
+
+
+def test_few_documents_and_one_prefix(tmp_path):
+    """One is held out at least, and one is left; a single prefix has nothing to be weighed by.
+
+    Mutations: two for one; `<=` for `<`; a mixture of one; held-out tokens drawn by weights.
+    """
+    for count in (2, 5):
+        write_mmididx(tmp_path / f"{count}", documents(count))
+        dataset = data.load(config(tmp_path / f"{count}"))
+        assert dataset.train.facts.documents == count - 1
+        assert dataset.validation.facts.documents == 1
+    write_mmididx(tmp_path / "1", documents(1))
+    with pytest.raises(errors.DataError, match="1 documents cannot be split"):
+        data.load(config(tmp_path / "1"))
+    alone = data.load(config(f"3:{tmp_path / '5'}")).train
+    assert alone.mixture == () == alone.facts.weights
+    mixed = data.load(config(f"3:{tmp_path / '5'},2:{tmp_path / '2'}"))
+    assert len(mixed.train.mixture) == 2 and mixed.validation.mixture == ()
+    other = data.load(config(f"2:{tmp_path / '5'},3:{tmp_path / '2'}"))
+    assert mixed.train.facts.sha256 != other.train.facts.sha256
+
+
+def test_an_export_in_chunks(tmp_path, monkeypatch):
+    """The same files; what it has done; and no document that its index cannot count.
+
+    Mutations: a chunk's ends from its own start; `>=` for `>`; the first end written.
+    """
+    dataset = data.load(data_helpers.config(tmp_path, data_helpers.texts(20)))
+    whole, chunked, seen = tmp_path / "whole", tmp_path / "chunked", []
+    export.to_megatron(dataset, whole)
+    monkeypatch.setattr(export, "_CHUNK", 100)
+    longest = max(len(text.encode()) for text in data_helpers.texts(20)) + 1
+    monkeypatch.setattr(export, "_LONGEST", longest)
+    export.to_megatron(dataset, chunked, seen.append)
+    for path in whole.iterdir():
+        assert (chunked / path.name).read_bytes() == path.read_bytes()
+    expected = []
+    for split in (dataset.train, dataset.validation):
+        size = len(split.tokens)
+        expected += [min(first + 100, size) for first in range(1, size, 100)]
+    assert seen == expected
+    monkeypatch.setattr(export, "_LONGEST", longest - 1)
+    message = (
+        f"a document has {longest} tokens, and Megatron's index holds {longest - 1}"
+    )
+    with pytest.raises(errors.DataError, match=message):
+        export.to_megatron(dataset, tmp_path / "none")
+    monkeypatch.undo()
+    assert export._LONGEST == np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "int32")]
+)
+def test_in_which_integers_tokens_are_exported(tmp_path, vocab_size, dtype):
+    """Mutations: `<` for `<=`; another power of two."""
+    tokens = np.array([256, 5, 6, 256], np.int32)
+    split = types.SimpleNamespace(name="train", tokens=tokens, eot_id=256)
+    tokenizer = types.SimpleNamespace(vocab_size=vocab_size, save=lambda path: None)
+    validation = types.SimpleNamespace(name="validation", tokens=tokens, eot_id=256)
+    made = types.SimpleNamespace(
+        train=split, validation=validation, tokenizer=tokenizer
+    )
+    prefix, _ = export.to_megatron(made, tmp_path)
+    pair = megatron_index.open_pair(prefix)
+    assert pair.dtype == dtype and pair.num_tokens == 3
+
+
+def test_pieces_of_no_file(tmp_path):
+    """Zeros unless they have a value, and from the first token of a file. Mutations: defaults."""
+    assert streams.Piece(None, "int32", 2).tokens().tolist() == [0, 0]
+    assert streams.end(7).tokens().tolist() == [7]
+    np.arange(4, dtype="<u2").tofile(tmp_path / "a.bin")
+    piece = streams.Piece(tmp_path / "a.bin", "uint16", 3)
+    assert piece.tokens().tolist() == [0, 1, 2]
+    stream = streams.Stream([streams.end(70_000), piece])
+    assert stream.dtype == np.int32 and stream[::2].tolist() == [70_000, 1]
+    assert streams.Stream([piece]).dtype == np.uint16
+    assert stream[np.zeros((0, 2), int)].shape == (0, 2)
+    for at in (-1, 4):
+        with pytest.raises(IndexError, match=f"tokens {at}..{at} of 4"):
+            stream[np.array([at])]

@@ -1,19 +1,25 @@
 """A corpus in parts: the same bytes for any number of processes, in any order, killed or not."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import data_helpers
 import numpy as np
@@ -24,6 +30,8 @@ from pyarrow import parquet
 
 from memoryformer import data, errors
 from memoryformer.data import (
+    digests,
+    identity,
     jsonlines,
     local_files,
     part_files,
@@ -33,6 +41,9 @@ from memoryformer.data import (
     token_files,
 )
 from memoryformer.data import manifest as manifest_lib
+from memoryformer.data import parquet as parquet_lib
+from memoryformer.data import progress as progress_lib
+from memoryformer.files import lock
 
 EVERY = 5
 PREPARE = """
@@ -601,3 +612,662 @@ def test_killed_at_twenty_random_moments(tmp_path):
         for (work, name), inode in written.items():
             if work == folder_:
                 assert (directory / "parts" / name).stat().st_ino == inode
+
+
+class Recorded(progress_lib.Progress):
+    """Progress that is kept, and a call for every note; nothing is waited for for ever."""
+
+    def __init__(self, on_note=lambda text: None):
+        until = time.monotonic() + 120
+        super().__init__("x", enabled=False, stop=lambda: time.monotonic() > until)
+        self.begun, self.ended, self.notes, self._on_note = [], [], [], on_note
+        self.done = []
+
+    def start(self, stage, total, unit):
+        super().start(stage, total, unit)
+        self.begun.append((stage, total, unit))
+
+    def update(self, done):
+        super().update(done)
+        self.done.append(done)
+
+    def finish(self, done):
+        super().finish(done)
+        self.ended.append(done)
+
+    def note(self, text):
+        self.notes.append(text)
+        self._on_note(text)
+
+
+def job(here, progress):
+    """The job of a configuration, its folder made."""
+    made = part_runner.Job(data.resolve_dir(here), here, progress)
+    made.work.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def every_part(number):
+    return True
+
+
+def sized(*sizes):
+    """Files that have nothing but a size."""
+
+    def file(size):
+        return types.SimpleNamespace(stat=lambda: types.SimpleNamespace(st_size=size))
+
+    return [(str(n), file(size)) for n, size in enumerate(sizes)]
+
+
+def test_how_many_parts_there_are():
+    """256 or so of many small files, 16 readers of a large one, one of an empty one.
+
+    Mutations: any number of `plan`.
+    """
+    assert len(parts.plan(sized(*[1] * 2560), 1)) == 256
+    assert (
+        len(parts.plan(sized(*[1] * 2570), 1)) == 234
+    )  # eleven files each, one of seven
+    assert [len(p) for p in parts.plan(sized(1, 1, 1), 1)] == [1, 1, 1]
+    large = parts.plan(sized(10**6), 1000)
+    assert [u.size for p in large for u in p] == [62_500] * 16
+    assert [u.share.number for p in large for u in p] == list(range(16))
+    thirds = parts.plan(sized(2001, 0, 0), 1000)
+    assert [
+        [(u.key, u.share.number, u.share.count, u.size) for u in p] for p in thirds
+    ] == [
+        [("0", 0, 3, 667), ("0", 1, 3, 667)],
+        [("0", 2, 3, 667), ("1", 0, 1, 0), ("2", 0, 1, 0)],
+    ]
+    assert parts.Part(0, "", large[0] + thirds[0]).size == 62_500 + 2 * 667
+
+
+def test_held_out_files_are_the_first_parts(texts, tmp_path):
+    """With a split of their own; without any, a document's hash decides."""
+    folder, _ = texts
+    apart = {"validation_path": str(folder / "1.jsonl"), "validation_every": 20}
+    planned = job(config(folder, tmp_path, **apart), Recorded()).parts
+    count = [part.split for part in planned].count("validation")
+    assert [part.number for part in planned] == list(range(len(planned)))
+    splits = ["validation"] * count + ["train"] * (len(planned) - count)
+    assert [part.split for part in planned] == splits and 0 < count < len(planned)
+    assert {u.path.name for p in planned[:count] for u in p.units} == {"1.jsonl"}
+    plain = job(config(folder, tmp_path), Recorded()).parts
+    assert {part.split for part in plain} == {""}
+
+
+def test_a_separator_needs_plain_text(texts, tmp_path):
+    """Red without `check_separator` in `Corpus.of`."""
+    here = data.DataConfig(
+        source="text",
+        path=str(texts[0]),
+        tokenizer="bytes",
+        source_options={"separator": "--", "part_bytes": 3000},
+        data_dir=str(tmp_path),
+    )
+    with pytest.raises(errors.ConfigError, match="JSON lines only, which have no sep"):
+        parts.Corpus.of(here)
+
+
+def _read(made, part):
+    """Bytes behind which each text of a part lies, by characters for want of better."""
+    before = 0
+    for unit in part.units:
+        texts = list(made.corpus.texts(unit))
+        for n in range(len(texts)):
+            yield before + min(sum(map(len, texts[:n])), unit.size)
+        before += unit.size
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_what_is_shown_of_parts(texts, tmp_path, deduplicate):
+    """Every stage with its bytes. Mutations: numbers from 0; bytes of another part."""
+    here = config(texts[0], tmp_path, deduplicate=deduplicate)
+    progress = Recorded()
+    made = job(here, progress)
+    assert made.missing_bytes() == sum(part.size for part in made.parts)
+    count, sizes = len(made.parts), [part.size for part in made.parts]
+    made.run(every_part, wait=False)
+    expected = [("hashing validation", 1, "B")]
+    if deduplicate:
+        expected += [
+            (f"hashing part {n} of {count}", size, "B")
+            for n, size in enumerate(sizes, 1)
+        ]
+    expected += [(f"part {n} of {count}", s, "B") for n, s in enumerate(sizes, 1)]
+    assert progress.begun == expected and progress.ended == sizes
+    assert progress.done == [done for part in made.parts for done in _read(made, part)]
+    assert made.missing() == [] and made.missing_bytes() == 0 and not made.finished
+    made.run(every_part, wait=True)  # nothing to do, and nothing is begun
+    assert progress.begun == expected
+
+
+def test_what_remains_of_the_work(texts, tmp_path, monkeypatch):
+    """The files of the two splits, of the parts and of the whole, on disk before the name.
+
+    Mutations: digests or locks left behind; a folder that is not flushed.
+    """
+    flushed = []
+    flush = part_runner.atomic.flush
+    monkeypatch.setattr(
+        part_runner.atomic, "flush", lambda path: flushed.append(path) or flush(path)
+    )
+    here = config(texts[0], tmp_path, deduplicate=True)
+    directory = data.prepare(here, show_progress=False)
+    work = directory.with_name(f".parts-{directory.name}")
+    assert flushed[-3:] == [work / "parts", work, directory.parent]
+    names = {
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+    count = len(list(directory.glob("parts/*.json")))
+    expected = {"manifest.json", "tokenizer.json"}
+    expected |= {f"parts/{n:05d}.json" for n in range(count)}
+    stored = data.load(here).manifest.splits.values()
+    expected |= {part.file for split in stored for part in split.parts}
+    assert names == expected
+    assert (directory / "manifest.json").read_text().startswith('{\n  "')
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_part_that_another_does(texts, tmp_path, monkeypatch, deduplicate):
+    """It is left to it, or done last; done meanwhile, it is not done again.
+
+    Mutations: `or` for `and` in `_claimed`; a part that is held taken for open; no first
+    round; the holder named at every look.
+    """
+    whole = config(texts[0], tmp_path / "whole", deduplicate=deduplicate)
+    finished = job(whole, Recorded())
+    finished.run(every_part, wait=False)
+    here = config(texts[0], tmp_path / "here", deduplicate=deduplicate)
+    written, write = [], part_files.write
+
+    def noted(work, part, *others):
+        written.append(part.number)
+        write(work, part, *others)
+
+    monkeypatch.setattr(part_files, "write", noted)
+    made = job(here, Recorded())
+    last = len(made.parts) - 1
+    assert last > 3
+    with lock.hold(made.work / ".lock-part-00001"):
+        made.run(lambda number: number > 0, wait=False)
+    assert written == list(range(2, last + 1)) and made.missing() == [0, 1]
+    written.clear()
+    held = contextlib.ExitStack()
+    held.enter_context(lock.hold(made.work / ".lock-part-00000"))
+
+    def done_by_another(text):
+        for path in finished.work.rglob("*00000*"):
+            if path.name.split("-")[0] in ("train", "validation", "00000.json"):
+                shutil.copy(path, made.work / path.relative_to(finished.work))
+        if len(made.progress.notes) == 1:
+            assert written == [1]  # before anything is waited for
+            monkeypatch.setattr(lock, "_PAUSE", 0.01)
+            threading.Timer(0.2, held.close).start()
+
+    made.progress = Recorded(done_by_another)
+    made.run(every_part, wait=True)
+    assert written == [1] and made.missing() == []
+    (note,) = made.progress.notes
+    assert (
+        note == f"waiting for another process ({os.getpid()} on {socket.gethostname()})"
+    )
+    made.finish()
+    finished.finish()
+    assert contents(made.directory) == contents(finished.directory)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_a_vocabulary_of_parts_is_trained_on(texts, tmp_path, monkeypatch, apart):
+    """The first texts of every unit in proportion to its size, counted in bytes.
+
+    Mutations: `<` for `<=`; a byte less; held-out texts; another scale.
+    """
+    folder, by_file = texts
+    options = {"part_bytes": 0}
+    held = set(by_file[1][5:10])
+    if apart:
+        data_helpers.jsonl_gz(tmp_path / "v" / "v.jsonl.gz", sorted(held))
+        options |= {"validation_path": str(tmp_path / "v"), "validation_every": 20}
+    made = job(config(folder, tmp_path, **options), Recorded())
+    monkeypatch.setattr(part_runner.tokenizer, "BPE_TRAINING_BYTES", 9000)
+    sample = made._sample(made._held_out())
+    sizes = [(folder / f"{n}.jsonl").stat().st_size for n in range(len(by_file))]
+    expected = []
+    for of_file, size in zip(by_file, sizes, strict=True):
+        budget = int(size * 9000 / sum(sizes)) + 1
+        for text in of_file:
+            if budget > 0 and not (text in held if apart else held_out(text)):
+                cut = text.encode()[:budget]
+                budget -= len(cut)
+                expected.append(cut.decode(errors="ignore"))
+    assert sample == expected
+
+
+def test_what_a_directory_in_parts_is_named_by(texts, tmp_path):
+    """All that decides its bytes, written the same way for ever, or it would be made again.
+
+    Mutations: another number of `identity`; keys in another order; a longer hash.
+    """
+    folder, _ = texts
+    files = identity.local_files.fingerprint(
+        [(f"{n}.jsonl", folder / f"{n}.jsonl") for n in range(4)]
+    )
+    for options, in_parts in (
+        ({}, [1, 3000, False]),
+        ({"deduplicate": True}, [1, 3000, True]),
+        ({"deduplicate": True, "part_bytes": 0}, [1, 2**62, True]),
+        ({"part_bytes": 0}, None),
+        ({"max_documents": 7}, None),
+    ):
+        here = config(folder, tmp_path, **options)
+        request = {
+            "format": 1,
+            "source": "c4",
+            "max_documents": options.get("max_documents", 0),
+            "validation_every": EVERY,
+            "tokenizer": "bytes",
+            "files": files,
+            "text_field": "text",
+        }
+        request |= {"parts": in_parts} if in_parts else {}
+        text = json.dumps(request, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        directory, is_parted = identity.located(here)
+        assert directory == tmp_path / f"c4-{digest}" and is_parted == bool(in_parts)
+
+
+def test_when_a_corpus_is_large(texts, tmp_path):
+    """From one byte above `part_bytes` on; a file of a megabyte may be cut.
+
+    Mutations: `>=` for `>`.
+    """
+    folder, _ = texts
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    for part_bytes, in_parts in ((size - 1, True), (size, False)):
+        here = config(folder, tmp_path, part_bytes=part_bytes)
+        assert identity.located(here)[1] == in_parts
+    for name, count, cut in (
+        ("a.txt", 1 << 20, False),
+        ("b.txt", (1 << 20) + 1, True),
+        ("c.txt.gz", 1, True),
+        ("d.jsonl", 1 << 21, False),
+        ("e.jsonl.gz", 1, False),
+    ):
+        path = tmp_path / name
+        path.write_bytes(b"x" * count)
+        assert identity._may_be_cut(path) == cut
+
+
+def test_texts_come_by_the_megabyte(monkeypatch):
+    """Or by the thousand; of a longer text the pieces decide its tokens, so their size stays.
+
+    Mutations: `>` for `>=`; `and` for `or`; a count that goes on.
+    """
+    assert part_files._BATCH_CHARS == 2**20
+    monkeypatch.setattr(part_files, "_BATCH_CHARS", 10)
+    monkeypatch.setattr(part_files, "_BATCH_DOCUMENTS", 3)
+    texts = ["aaaa", "bbbbbb", "c", "", "d", "e", "f" * 11, "g"]
+    found = list(part_files.batches(iter(texts)))
+    assert found == [texts[:2], texts[2:5], texts[5:7], texts[7:]]
+    assert list(part_files.batches(iter([]))) == []
+
+
+def test_texts_are_told_apart_by_part(tmp_path):
+    """The first of equals, in any part before and in its own. Mutations: any of `digests`."""
+    texts = [["a", "b", "a", "c"], ["c", "d", "d", ""], ["e", "a", "", "e"]]
+    for number, of_part in enumerate(texts):
+        digests.write(tmp_path, parts.Part(number, "", ()), of_part)
+    seen = set()
+    for number, of_part in enumerate(texts):
+        known = digests.Known(tmp_path, number)
+        for start in (0, 2):
+            some = of_part[start : start + 2]
+            new = known.is_new([token_files.digest(text) for text in some], start)
+            expected = []
+            for text in some:
+                expected.append(text not in seen)
+                seen.add(text)
+            assert new.tolist() == expected
+    assert digests.contains(np.array([], "S16"), np.array([b"x"], "S16")).tolist() == [
+        False
+    ]
+    held = np.array([b"b", b"d"], "S16")
+    wanted = np.array([b"a", b"b", b"c", b"d", b"e"], "S16")
+    assert digests.contains(held, wanted).tolist() == [False, True, False, True, False]
+
+
+def test_memory_is_given_back_after_many_characters(texts, tmp_path, monkeypatch):
+    """Of a batch of a megabyte, not of a thousand short texts; by what glibc has for it.
+
+    Mutations: `>` for `>=`; never; a byte that stays.
+    """
+    given_back = []
+    monkeypatch.setattr(token_files, "give_back_memory", lambda: given_back.append(1))
+    monkeypatch.setattr(part_files.token_files, "_BATCH_CHARS", 8)
+    tokens = part_files.tokenizer.byte_level()
+
+    def written(batches):
+        given_back.clear()
+        quiet = progress_lib.Progress("x", enabled=False)
+        quiet.start("x", 1, "documents")
+        token_files.write(tmp_path / "x.bin", batches, tokens, quiet)
+        return len(given_back)
+
+    assert written(["a" * 8]) == 1 and written(["a" * 7]) == 0
+    assert written(["a" * 7, "b", "c" * 9]) == 2
+    monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 2)
+    assert written(["a", "b", "c", "d"]) == 0
+    monkeypatch.setattr(part_files, "_BATCH_CHARS", 300)
+    monkeypatch.setattr(part_files, "batches", lambda texts: [["x" * 299], ["x" * 300]])
+    worker = part_files._Worker.__new__(part_files._Worker)
+    worker._splits, worker._texts, worker._deal = {}, list, lambda texts: None
+    given_back.clear()
+    worker.run()
+    assert given_back == [1]
+    monkeypatch.undo()
+    trimmed = []
+    for library in (types.SimpleNamespace(malloc_trim=trimmed.append), object()):
+        monkeypatch.setattr(token_files.ctypes, "CDLL", lambda name, lib=library: lib)
+        token_files.give_back_memory()
+    assert trimmed == [0]
+
+
+class FakeProcess:
+    """A process that has ended, or will after some looks; what was done to it."""
+
+    def __init__(self, returncode, said="", looks=0):
+        self.returncode, self._looks, self.done = returncode, looks, []
+        self.stdout = types.SimpleNamespace(
+            read=said.encode, close=lambda: self.done.append("close")
+        )
+        self.stdin = types.SimpleNamespace(
+            write=self.done.append, close=lambda: self.done.append("sent")
+        )
+
+    def poll(self):
+        self._looks -= 1
+        return None if self._looks >= 0 else self.returncode
+
+    def kill(self):
+        self.done.append("kill")
+
+    def wait(self):
+        self.done.append("wait")
+
+
+def test_what_processes_have_done_is_shown(monkeypatch):
+    """In bytes of whole parts, until all have ended; asked to stop, it looks no more.
+
+    Mutations: any sign; a process looked at again; `check` left out.
+    """
+    monkeypatch.setattr(part_processes, "_PAUSE", 0.0)
+    left = iter([100, 100, 70, 70, 20, 0])
+    progress = Recorded()
+    made = types.SimpleNamespace(missing_bytes=lambda: next(left), progress=progress)
+    part_processes._watch(made, [FakeProcess(0, looks=2), FakeProcess(0, looks=3)])
+    assert progress.begun == [("2 processes", 100, "B")]
+    assert progress.done == [30, 30, 80] and progress.ended == [100]
+    stopped = Recorded()
+    stopped._stop = lambda: True
+    made = types.SimpleNamespace(missing_bytes=lambda: 5, progress=stopped)
+    with pytest.raises(errors.Preempted):
+        part_processes._watch(made, [FakeProcess(0)])
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "kind", "message"),
+    [
+        (
+            3,
+            "a\n" + json.dumps({"exit_code": 46, "message": "m"}),
+            errors.DataError,
+            "^m$",
+        ),
+        (
+            9,
+            json.dumps({"exit_code": 999, "message": "n"}),
+            errors.MemoryFormerError,
+            "^n$",
+        ),
+        (
+            -9,
+            "",
+            errors.ConfigError,
+            r"with signal 9 .not enough memory.*; finished parts",
+        ),
+        (-11, "", errors.ConfigError, r"with signal 11; finished parts are kept"),
+        (3, "\n", errors.ConfigError, r"with exit code 3; finished parts are kept"),
+    ],
+)
+def test_what_a_process_raised(code, said, kind, message):
+    """By its exit code and its last line. Mutations: the first line; a hint for any signal."""
+    with pytest.raises(kind, match=message) as caught:
+        part_processes._raise_what_it_raised(FakeProcess(code, said))
+    assert type(caught.value) is kind
+    assert part_processes._raise_what_it_raised(FakeProcess(0, said)) is None
+
+
+def test_every_process_is_ended(monkeypatch, texts, tmp_path):
+    """Whatever becomes of one; each is told its task whole, and has its threads.
+
+    Mutations: one that goes on; a standard input left open; no thread.
+    """
+    here = config(texts[0], tmp_path)
+    made, started, commands = job(here, Recorded()), [], []
+
+    def popen(command, **options):
+        commands.append((command, options))
+        started.append(FakeProcess(3))
+        return started[-1]
+
+    monkeypatch.setattr(part_processes.subprocess, "Popen", popen)
+    monkeypatch.setattr(part_processes, "_PAUSE", 0.0)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    for cores, threads in ((1, "1"), (None, "1"), (9, "3")):
+        monkeypatch.setattr(part_processes.os, "cpu_count", lambda n=cores: n)
+        started.clear()
+        with pytest.raises(errors.ConfigError, match="exit code 3"):
+            part_processes.run(made, (1, 2), 3)
+        assert len(started) == 3
+        task = pickle.dumps((made.directory, here, (1, 2), os.getpid()))
+        for process in started:
+            assert process.done == [task, "sent", "kill", "wait", "close"]
+        command, options = commands[-1]
+        assert command == [sys.executable, "-c", part_processes._PROGRAM]
+        assert options["env"]["RAYON_NUM_THREADS"] == threads
+        assert options["env"]["PYTHONPATH"].split(os.pathsep) == [
+            p for p in sys.path if p
+        ]
+
+
+def test_a_process_does_its_share(texts, tmp_path, monkeypatch, capsys):
+    """In this one: quietly, deaf to an interrupt, and no longer than its parent lives.
+
+    Mutations: a line of progress; waiting for others; `==` for `!=`; an error of ours raised.
+    """
+    here = config(texts[0], tmp_path)
+    made, heard = job(here, Recorded()), []
+    monkeypatch.setattr(part_processes.signal, "signal", lambda *a: heard.append(a))
+
+    def work(parent):
+        task = pickle.dumps((made.directory, here, (1, 3), parent))
+        stdin = types.SimpleNamespace(buffer=io.BytesIO(task))
+        monkeypatch.setattr(part_processes.sys, "stdin", stdin)
+        part_processes.work()
+
+    with pytest.raises(SystemExit) as ended:
+        work(-1)
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == told["exit_code"] == errors.Preempted.exit_code
+    assert "asked to stop while preparing c4" in told["message"]
+    work(os.getppid())
+    assert capsys.readouterr() == ("", "")
+    count = len(made.parts)
+    assert made.missing() == [n for n in range(count) if n % 3 != 1]
+    assert heard == [(signal.SIGINT, signal.SIG_IGN)] * 2
+    monkeypatch.setattr(part_runner, "Job", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        work(os.getppid())
+
+
+def test_a_share_of_a_small_corpus(texts, tmp_path, capsys):
+    """It is one part, and that is of the first share. Mutation: every share prepares it."""
+    here = config(texts[0], tmp_path, part_bytes=0)
+    assert not data.prepare(here, share=(1, 2)).exists()
+    told = "preparing c4: the corpus is one part, and that is of share 0\n"
+    assert capsys.readouterr().err == told
+    assert data.prepare(here, share=(0, 2), show_progress=False).exists()
+    parted = config(texts[0], tmp_path / "parted")
+    data.prepare(parted, share=(2, 3))
+    count = len(job(parted, Recorded()).parts)
+    told = f"preparing c4: {len(range(2, count, 3))} of {count} parts are done\n"
+    assert capsys.readouterr().err == told
+
+
+def test_another_was_first(texts, tmp_path):
+    """What is missing then is no fault, unless nobody was. Mutations: `raise` left out, or not."""
+    here = config(texts[0], tmp_path)
+    late = job(here, Recorded())
+    with pytest.raises(FileNotFoundError), late._while_it_lasts():
+        raise FileNotFoundError("x")
+    data.prepare(here, show_progress=False)
+    with late._while_it_lasts():
+        raise errors.StorageError("x")
+    with pytest.raises(ValueError), late._while_it_lasts():
+        raise ValueError("x")
+    assert late.finished and late.missing() == []
+    late.missing = lambda: [0]  # as it was a moment before
+    late.run(every_part, wait=True)
+    late.finish()
+    assert not late.work.exists() and late.progress.begun == []
+
+
+def test_tokens_of_parts_add_up(undisturbed):
+    """And one end more. Mutations: the check left out; no end, or two."""
+    values = json.loads(json.dumps(undisturbed.manifest.to_json()))
+    assert manifest_lib.Manifest.from_json(values) == undisturbed.manifest
+    for more in (1, -1):
+        other = json.loads(json.dumps(values))
+        other["splits"]["train"]["tokens"] += more
+        with pytest.raises(ValueError, match=r"splits\.train\.tokens is \d+"):
+            manifest_lib.Manifest.from_json(other)
+
+
+def test_shares_of_lines_and_rows(tmp_path):
+    """Counted from 1; a share may be empty, a file may not.
+
+    Mutations: a line too early; `!=` for `==`; shares that overlap by default.
+    """
+    assert [n for n in range(1, 9) if jsonlines.Share(1, 3).holds(n)] == [2, 5, 8]
+    assert all(map(jsonlines.WHOLE.holds, range(1, 9)))
+    path, table = tmp_path / "a.jsonl", tmp_path / "t.parquet"
+    path.write_text('{"text": "a"}\n')
+    parquet.write_table(pyarrow.table({"text": ["a"]}), table)
+
+    def read(where, share):
+        how = local_files.Reading(share=share)
+        return [text for _, text, _ in local_files.read_documents([("k", where)], how)]
+
+    for where in (path, table):
+        assert read(where, jsonlines.Share(0, 2)) == ["a"]
+        assert read(where, jsonlines.Share(1, 2)) == []
+    path.write_text("\n\n")
+    assert read(path, jsonlines.Share(0, 2)) == []
+    with pytest.raises(errors.DataError, match="holds no JSON lines"):
+        read(path, jsonlines.WHOLE)
+    keys = [
+        key
+        for key, *_ in local_files.read_documents([("k", table)], local_files.Reading())
+    ]
+    assert keys == ["k:1"]
+
+
+def test_a_table_that_breaks_off(tmp_path, monkeypatch):
+    """Behind its first rows, or for want of the package. Mutations: the reason left out."""
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    reading = parquet_lib.texts(path, "text", jsonlines.WHOLE)
+    assert list(reading) == [(1, "a"), (2, "b")]
+
+    class Broken:
+        schema_arrow = types.SimpleNamespace(names=["text"])
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def iter_batches(self, batch_size, columns):
+            yield pyarrow.record_batch({"text": ["a"]})
+            raise OSError("page is cut\nhere")
+
+    monkeypatch.setattr(parquet, "ParquetFile", Broken)
+    reading = parquet_lib.texts(path, "text", jsonlines.WHOLE)
+    assert next(reading) == (1, "a")
+    with pytest.raises(
+        errors.DataError, match=r"t.parquet: damaged or truncated .page is cut"
+    ):
+        next(reading)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        errors.DataError, match="needs the package pyarrow; `pip install"
+    ):
+        next(parquet_lib.texts(path, "text", jsonlines.WHOLE))
+
+
+@pytest.mark.parametrize("held", ["digests-00000", "finish"])
+def test_what_is_waited_for(texts, tmp_path, monkeypatch, held):
+    """Digests of a part that another reads, last; and the end, which is done once.
+
+    Mutations: digests that are missing; waiting first; a lock that is not waited for.
+    """
+    monkeypatch.setattr(lock, "_PAUSE", 0.01)
+    made = job(config(texts[0], tmp_path, deduplicate=True), Recorded())
+    if held == "finish":
+        made.run(every_part, wait=False)
+    path = made._lock if held == "finish" else made.work / f".lock-{held}"
+    taken = contextlib.ExitStack()
+    taken.enter_context(lock.hold(path))
+
+    def release(text):
+        digested = {p.name for p in made.work.glob("digests-*0.npy")}
+        digested |= {p.name for p in made.work.glob("digests-*[1-9].npy")}
+        assert held == "finish" or len(digested) == len(made.parts) - 1
+        threading.Timer(0.1, taken.close).start()
+
+    made.progress = Recorded(release)
+    made.run(every_part, wait=True)
+    made.finish()
+    assert made.finished and len(made.progress.notes) == 1
+
+
+def test_what_preparing_does_by_itself(texts, tmp_path, monkeypatch):
+    """In this process, in a folder that need not be there. Mutations: defaults; `parents`."""
+    monkeypatch.setattr(part_processes, "run", lambda *a: pytest.fail("in processes"))
+    deep = tmp_path / "a" / "b" / "c"
+    directory = data.prepare(config(texts[0], deep), show_progress=False)
+    assert directory.parent == deep
+    dataset = data.load(config(texts[0], deep))
+    values = dataset.manifest.to_json()
+    content = {key: values[key] for key in ("format", "dtype", "splits")}
+    content["tokenizer"] = dataset.tokenizer.fingerprint
+    text = json.dumps(content, sort_keys=True)
+    assert dataset.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    started = []
+    thread = threading.Thread
+
+    def noted(*args, **kwargs):
+        started.append(kwargs["daemon"])
+        return thread(*args, **kwargs)
+
+    monkeypatch.setattr(progress_lib.threading, "Thread", noted)
+    assert progress_lib.Progress("x", enabled=False).during("", lambda: 3) == 3
+    assert started == [True]  # work that is given up must not hold the process

@@ -11,6 +11,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import types
 import zlib
 
 import data_helpers
@@ -452,3 +453,95 @@ def test_long_segments_are_shown_by_their_ends(length, capsys):
     where = f"columns 0..{length}, positions 0..{length}"
     line = f"row 0 segment 1: {where}, <eot> {shown} -> <eot>\n"
     assert capsys.readouterr().out == line
+
+
+def test_which_share_is_prepared(tmp_path, capsys):
+    """i/n with i below n, in under twenty signs; the folder is named once all parts are there.
+
+    Mutations: `<=` for `<`; a share for the whole; a folder that is not there printed.
+    """
+    assert data_command._share(None) == (0, 1)
+    for text, share in (
+        ("0/1", (0, 1)),
+        ("63/64", (63, 64)),
+        ("000000001/000000002", (1, 2)),
+    ):
+        assert data_command._share(text) == share
+    for text in ("1/1", "64/64", "-1/3", "1/", "/3", "3", "a/3", "1/0", "0/0", " 0/1"):
+        with pytest.raises(
+            errors.ConfigError, match=r"write i/n with 0 <= i < n, as in"
+        ):
+            data_command._share(text)
+    with pytest.raises(errors.ConfigError, match="write i/n"):
+        data_command._share("0000000001/000000002")
+    corpus = tmp_path / "corpus"
+    for n in range(3):
+        texts = data_helpers.texts(20, seed=n)
+        data_helpers.jsonl_gz(corpus / f"{n}.jsonl.gz", texts)
+    config = tmp_path / "config.py"
+    text = BARE.format(path=str(corpus), cache=str(tmp_path / "cache"), more="")
+    text = text.replace('"text"', '"c4"')
+    text = text.replace(
+        '"validation_every": 5', '"validation_every": 5, "part_bytes": 900'
+    )
+    config.write_text(text)
+    flags = (f"--config={config}",)
+    shown, code = run_command(capsys, "prepare", *flags, "--part=1/2")
+    assert code == 0, shown
+    assert "parts are done\n" in shown and len(shown.split("\n")) == 2
+    directory = list((tmp_path / "cache").iterdir())
+    shown, code = run_command(capsys, "prepare", *flags, "--part=0/2")
+    assert code == 0 and shown.startswith(str(tmp_path / "cache")) and directory
+    shown, code = run_command(capsys, "inspect", *flags)
+    dataset = data.load_directory(shown.split()[1])
+    for name, split in dataset.manifest.splits.items():
+        (line,) = (row for row in shown.split("\n") if row.startswith(f"{name:12s} "))
+        assert line.endswith(f"0 also in validation; in {len(split.parts)} files")
+    for more in (("--parallel=2",), ("--part=0/2",)):
+        shown, code = run_command(
+            capsys, "prepare", *flags, "--runner=DirectRunner", *more
+        )
+        assert code == 2 and "--runner deals the parts itself" in shown
+    shown, code = run_command(capsys, "export", *flags)
+    assert code == 2 and "--output: name the folder to write to" in shown
+
+
+def test_what_is_said_of_a_split():
+    """Of files in parts, of equal texts, of tokens that were sampled. Mutations: any of it."""
+    counts = {"documents": 2, "tokens": 40, "ends_of_document": 2, "bytes": 30}
+    counts |= {"token_bytes": 30, "empty_dropped": 3, "sha256": ""}
+    counts |= {"duplicates_of_validation_dropped": 4, "file": ""}
+    whole = ", 30 bytes (0.750 bytes/token); dropped 3 empty, 4 also in validation"
+    manifest, tokens = data_command.manifest_lib, data_command.megatron.MegatronFacts
+    parted = manifest.PartedFacts(**counts)
+    assert data_command._more(manifest.SplitFacts(**counts)) == whole
+    assert data_command._more(parted) == f"{whole}; in 0 files"
+    dropped = {"deduplicated": True, "duplicates_dropped": 5}
+    said = data_command._more(manifest.PartedFacts(**counts, **dropped))
+    assert said == f"{whole}, 5 equal texts; in 0 files"
+    sampled = tokens(**counts, sampled_tokens=1234)
+    assert data_command._more(sampled) == " (of 1,234 tokens looked at)"
+    weighed = tokens(**counts, sampled_tokens=7, weights=(7, 3))
+    assert data_command._more(weighed) == " (of 7 tokens looked at); weights (7, 3)"
+    assert tokens(**counts).sampled_tokens == parted.duplicates_dropped == 0
+    assert parted.deduplicated is False
+
+
+def test_frequencies_of_fifty_million_tokens(capsys):
+    """And of no more: a corpus may have many times that. Mutation: one token more."""
+    seen = []
+
+    class Tokens:
+        def __getitem__(self, index):
+            seen.append(index)
+            return np.array([1, 1, 0])
+
+    tokenizer = types.SimpleNamespace(
+        vocab_size=3, eot_id=2, decode=lambda ids, start: "x"
+    )
+    train = types.SimpleNamespace(tokens=Tokens(), vocab_size=3, path="p")
+    data_command._print_frequencies(
+        types.SimpleNamespace(train=train, tokenizer=tokenizer)
+    )
+    assert seen == [slice(None, 50_000_000)]
+    assert "most frequent 'x' 66.7%  'x' 33.3%  <eot> 0.0%\n" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A run owns its tokenizer: what becomes of its corpus changes nothing that reads it."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -399,3 +400,65 @@ def test_transformers_gives_our_greedy_text(grown, tmp_path):
     again = export.load_tokenizer(tmp_path / "out")
     assert again.pieces == ours.pieces and again.eot_id == ours.eot_id
     assert np.isfinite(params["head"]["kernel"]).all() and config.vocab_size == 304
+
+
+def test_tokens_of_a_model_and_of_its_data():
+    """Bytes and the end are compared, to the last token. Mutations: any of the comparison."""
+
+    def made(pieces, eot_id):
+        return types.SimpleNamespace(
+            pieces=pieces,
+            eot_id=eot_id,
+            piece=lambda token: dict(enumerate(pieces)).get(token, b""),
+        )
+
+    ours = made([b"a", b"b", b""], 2)
+    run_tokenizer.check_same_tokens(None, ours, "there")
+    run_tokenizer.check_same_tokens(made([b"a", b"b", b""], 2), ours, "there")
+    run_tokenizer.check_same_tokens(made([b"a", b"b"], 2), ours, "there")  # padding
+    for theirs, message in (
+        (made([b"x", b"b", b""], 2), r"of there: token 0 is b'a', there b'x'\."),
+        (made([b"a", b"c", b""], 2), r"of there: token 1 is b'b', there b'c'\."),
+        (made([b"a", b"b", b"", b"d"], 2), r"of there: token 3 is b'', there b'd'\."),
+        (made([b"a", b"b", b""], 1), r"the end of a document is 2, there 1\."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_tokenizer.check_same_tokens(theirs, ours, "there")
+
+
+def test_a_tokenizer_that_cannot_be_there(tmp_path):
+    """The run's own is taken for one in a store, or of a home that nobody has.
+
+    Mutations: such a path taken for one that exists; `or` for `and`; the hub's replaced.
+    """
+    (tmp_path / "tokenizer.json").write_text("{}")
+    kept = str(tmp_path / "tokenizer.json")
+
+    def located(spec, folder=tmp_path):
+        config = data.DataConfig(source="text", path="x", tokenizer=spec)
+        return run_tokenizer.located(config, folder).tokenizer
+
+    for spec in (
+        "gs://bucket/tokenizer.json",
+        "~nobody-here/t.json",
+        str(tmp_path / "no"),
+    ):
+        assert located(spec) == kept
+        assert located(spec, tmp_path / "empty") == spec
+    for spec in ("bytes", "bpe:300", "hub:owner/name", kept):
+        assert located(spec) == spec
+    assert run_tokenizer._fingerprint(tmp_path / "tokenizer.json", "") == ""
+
+
+def test_a_fingerprint_is_of_sorted_keys(tmp_path):
+    """Whatever their order in a file, and text is saved as it is. Mutations: unsorted; escaped."""
+    made = tokenizer_lib.byte_level()
+    path = tmp_path / "t.json"
+    made.save(path)
+    content = path.read_text(encoding="utf-8")
+    assert "\\u" not in content and "Ġ" in content
+    canonical = json.dumps(made.spec, sort_keys=True)
+    assert made.fingerprint == hashlib.sha256(canonical.encode()).hexdigest()
+    turned = dict(reversed(json.loads(content).items()))
+    path.write_text(json.dumps(turned))
+    assert tokenizer_lib.load(str(path)).fingerprint == made.fingerprint

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import toy
+from flax import nnx
 
 from memoryformer import accounting, convert, errors, model
 from memoryformer.convert import reference_reader
@@ -228,3 +229,84 @@ def test_bits_at_the_bounds(bits):
 def test_no_output_without_a_projection():
     with pytest.raises(errors.ConfigError, match="the model has no W_O"):
         mixed(parts="output=memory", output_projection=False)
+
+
+def test_layers_by_number():
+    """Below 65,536, in order and once each. Mutations: any bound of `layer_numbers`."""
+    assert parts.layer_numbers("3,0-1,1-2, 7") == [0, 1, 2, 3, 7]
+    assert parts.layer_numbers("65535") == [65535]
+    for text in ("65536", "-1", "2-1", "", "1,", "a", "0-65536"):
+        with pytest.raises(ValueError, match=r"no layers|invalid literal"):
+            parts.layer_numbers(text)
+    assert parts._ranges([0, 2, 3, 4, 6, 7]) == "0,2-4,6-7"
+
+
+def test_bits_of_each_part_at_the_bounds():
+    """Only the two layers of a feed-forward one need room for extra bits.
+
+    Mutations: extra bits of every part; none; fewer than none.
+    """
+    sizes = {"embed_dim": 240, "num_heads": 3}
+
+    def made(text, extra=2):
+        options = {"parts": text, "extra_bits": extra}
+        config = toy.model_config("mixed", **sizes, projection_options=options)
+        return parts.of_layer(config, 1)
+
+    assert made("qkv@1=memory,bits=16").qkv == parts.Part("memory", 16)
+    assert made("ffn=memory,bits=12", 4).ffn.code_bits == 12
+    assert made("ffn=memory,bits=16", 0).ffn.code_bits == 16
+    for text, extra, most in (
+        ("ffn=memory,bits=12", 5, 11),
+        ("ffn=memory,bits=4", -1, 17),
+        ("ffn=memory,bits=0", 2, 14),
+        ("qkv=memory,bits=20", 2, 16),
+    ):
+        with pytest.raises(errors.ConfigError, match=f"must be from 1 to {most}"):
+            made(text, extra)
+    part = made("qkv@0=memory,bits=4").qkv  # of the other layer
+    assert part == parts.Part("dense", 4, "none", False)
+    assert not part.thresholds and part.mix == "none"
+
+
+@pytest.mark.parametrize("mix", front.MIXES)
+def test_a_front_by_hand(mix):
+    """z = mix(x) - t, t zeros at first; what a mix is drawn as is fixed.
+
+    Mutations: `trained` of any mix; thresholds that decay; a front where there is nothing to do.
+    """
+    made = front.make(12, mix, False, rngs=nnx.Rngs(0))
+    assert (made is None) == (mix == "none")
+    full = front.make(12, mix, True, rngs=nnx.Rngs(0))
+    facts = {
+        name: getattr(full, name).get_metadata()
+        for name in front.PARAMETERS
+        if getattr(full, name, None) is not None
+    }
+    own = {"hadamard": "signs", "orthogonal": "rotation", "grouped": "order"}
+    assert set(facts) == {"thresholds", *([own[mix]] if mix in own else [])}
+    for name, said in facts.items():
+        assert said.get("trained", True) == (name == "thresholds")
+        assert not said.get("decay")
+    assert not np.any(full.thresholds[...])
+    full.thresholds[...] = jnp.arange(12.0)
+    x = np.random.default_rng(0).normal(size=(2, 3, 12)).astype(np.float32)
+    if mix == "hadamard":
+        assert set(np.asarray(full.signs[...]).tolist()) == {-1.0, 1.0}
+        matrix = np.array(
+            [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+        )
+        turned = (x * np.asarray(full.signs[...])).reshape(2, 3, 3, 4) @ matrix / 2
+        wanted = np.asarray(turned).reshape(2, 3, 12)
+    elif mix == "orthogonal":
+        rotation = np.asarray(full.rotation[...])
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(12), atol=1e-5)
+        wanted = x @ rotation
+    elif mix == "grouped":
+        order = np.asarray(full.order[...]).astype(int)
+        assert sorted(order) == list(range(12))
+        wanted = x[..., order]
+    else:
+        wanted = x
+    np.testing.assert_allclose(full(jnp.asarray(x)), wanted - np.arange(12), atol=1e-5)
+    assert full(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32

@@ -8,11 +8,12 @@ import numpy as np
 import oracle
 import pytest
 import toy
+from flax import nnx
 
 from memoryformer import accounting, convert, errors, model
 from memoryformer.cim import energy
 from memoryformer.convert import reference_reader
-from memoryformer.model import mixers, narrow, parts
+from memoryformer.model import mixers, narrow, ngrams, parts
 from memoryformer.ops import ngrams as ngrams_ops
 
 BOTH = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3}
@@ -165,3 +166,51 @@ def test_what_knows_one_row_refuses_two():
     parts.check_one_row(toy.model_config("dense"), "memorise")
     with pytest.raises(errors.ConfigError, match="'l1' has no probability"):
         dataclasses.replace(two, score="l1")
+
+
+def test_what_stands_before_a_row():
+    """Tokens of the row before count, nothing does not, and a document's start ends it.
+
+    Mutations: any index of `buckets`, `whole` or `last`; `==` for `!=`.
+    """
+    rng = np.random.default_rng(1)
+    before, tokens = rng.integers(0, 99, (2, 3)), rng.integers(0, 99, (2, 5))
+    line = np.concatenate([before, tokens], axis=1)
+    known = np.where(np.arange(3) < 1, ngrams_ops.NOTHING, before)
+    positions = np.array([[7, 8, 0, 1, 2], [0, 1, 2, 3, 4]])
+    arrays = [jnp.asarray(a, jnp.int32) for a in (tokens, before, known, positions)]
+    for order in (2, 3, 4):
+        found = np.asarray(ngrams_ops.buckets(arrays[0], arrays[1], order, 1009))
+        whole = np.asarray(ngrams_ops.whole(arrays[0], arrays[2], arrays[3], order))
+        for b, i in np.ndindex(2, 5):
+            words = [int(t) for t in line[b, i + 4 - order : i + 4]]
+            assert found[b, i] == oracle.ngram_bucket(words, 1009)
+            inside = positions[b, i] >= order - 1
+            assert whole[b, i] == (inside and i + 4 - order >= 1)
+    np.testing.assert_array_equal(ngrams_ops.last(*arrays[:2]), tokens[:, 2:])
+    few = ngrams_ops.last(arrays[0][:, :1], arrays[1])
+    np.testing.assert_array_equal(few, line[:, 1:4])
+
+
+def test_rows_of_ngrams_as_a_parameter():
+    """Drawn as the embedding, without decay, read by XLA where a one-hot product is asked for.
+
+    Mutations: another scale; a row more; `==` for `!=`; a row split over devices.
+    """
+    options = {"ngram_rows": 500, "ngram_order": 4}
+    config = toy.model_config(projection_options=options, embed_std=0.3, lookup="xla")
+    for lookup, read_by in (("onehot", "xla"), ("xla", "xla"), ("auto", "auto")):
+        made = ngrams.make(dataclasses.replace(config, lookup=lookup), rngs=nnx.Rngs(0))
+        assert made.implementation == read_by
+    assert made.rows[...].shape == (3 * 500, 16)
+    assert abs(np.std(np.asarray(made.rows[...])) / 0.3 - 1) < 0.05
+    facts = made.rows.get_metadata()
+    assert (facts["spec"], facts["decay"]) == ("columns", False)
+    np.testing.assert_array_equal(made.init_state(2), np.full((2, 3), -1))
+    assert ngrams.num_values(config) == 3 * 16
+    without = toy.model_config()
+    assert ngrams.num_values(without) == 0 and ngrams.make(without, rngs=None) is None
+    ngrams.check_sequence(config, 1)
+    ngrams.check_sequence(without, 2)
+    with pytest.raises(errors.ConfigError, match="ngram_rows=500: an n-gram would lie"):
+        ngrams.check_sequence(config, 2)

@@ -146,3 +146,44 @@ def test_activations_are_rounded_as_rows_are():
         integer.round_activations(jnp.asarray(x)), narrow.round_rows(x), strict=True
     ):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_activations_of_any_size_are_rounded_by_their_largest():
+    """Tiny, huge and none. Mutations: 1 for 0 as the smallest maximum; 128; half of them cut."""
+    x = np.array([[1.1e-6, -2e-6, 1.5e-6], [1e20, -3e20, 0], [0, 0, 0]], np.float32)
+    values, scales = integer.round_activations(jnp.asarray(x))
+    np.testing.assert_array_equal(values, [[70, -127, 95], [42, -127, 0], [0, 0, 0]])
+    wanted = np.abs(x).max(axis=1) / np.float32(127)
+    np.testing.assert_allclose(scales, wanted, rtol=1e-6)
+    values, scales = integer.round_activations(jnp.zeros((2, 0), jnp.float32))
+    assert values.shape == (2, 0) and not np.any(scales)
+
+
+def test_where_each_weight_lies():
+    """By hand: sixteen rows side by side, four columns of each; two of 4 bits in a byte.
+
+    Mutations: any number of `tiled`, `to_tiles` or `pack`.
+    """
+    rows = np.arange(32 * 8, dtype=np.uint8).reshape(32, 8)
+    tiles = integer.tiled(rows)
+    assert tiles.shape == (2, 2, 16, 4) and tiles.flags.c_contiguous
+    for v, d in np.ndindex(32, 8):
+        assert tiles[v // 16, d // 4, v % 16, d % 4] == rows[v, d]
+    signed = np.array([[-127, 0, 1, 127]] * 16, np.int8)
+    assert integer.to_tiles(signed)[0, 0, 0].tolist() == [1, 128, 129, 255]
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((70, 20), np.float32)
+    for kind, shapes in (
+        ("w8a8", ((2, 18, 16, 4), (2, 16))),
+        ("w4a8", ((2, 16, 16, 4), (2, 2, 16))),
+    ):
+        stored = integer.pack(matrix, kind)
+        assert (stored.tiles.shape, stored.scales.shape) == shapes
+        assert (stored.width, stored.outputs) == (70, 20)
+        assert stored.four_bits == (kind == "w4a8")
+    weights, scales = rounded(np.pad(matrix.T, ((0, 0), (0, 58))).reshape(20, 2, 64), 7)
+    for v, d in ((0, 0), (3, 5), (19, 69), (7, 64)):
+        byte = stored.tiles[v // 16, d // 8, v % 16, d % 4]
+        half = byte >> 4 if d % 8 >= 4 else byte & 15
+        assert int(half) - 8 == weights[v].reshape(-1)[d]
+        assert stored.scales[v // 16, d // 64, v % 16] == scales[v, d // 64]

@@ -4,6 +4,7 @@ Interpretation runs every block's program one read and write at a time, so shape
 """
 
 import functools
+import inspect
 import pathlib
 import types
 
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memoryformer
-from memoryformer.ops import jax_private, lookup
+from memoryformer.ops import attention, jax_private, lookup
 from memoryformer.ops.lookup import gpu as lookup_gpu
 from memoryformer.ops.lookup import gpu_kernels, gpu_order, xla
 
@@ -359,3 +360,22 @@ def test_keys_fit_a_positive_int32():
     assert sort((1 << 11) - 1).rows.shape == (1, (1 << 20) + 7)
     with pytest.raises(ValueError, match="2048 tokens of 1048576 codes"):
         sort(1 << 11)
+
+
+def test_sizes_that_were_tuned():
+    """On an H200: another one needs its measurement. Interpreting is for tests alone.
+
+    Mutations: any of these numbers; a kernel that is interpreted unless told otherwise.
+    """
+    assert gpu_kernels.THREADS == 128 and gpu_kernels.MAX_LANES == 8
+    assert lookup_gpu.MAX_TILE == 12 * gpu_kernels.THREADS
+    assert (lookup_gpu.TOKENS, lookup_gpu.SUMS, lookup_gpu.UNROLL) == (16, 128, 2)
+    assert lookup_gpu.BLOCKS == 4 * 132 and gpu_order.RUN == 256
+    assert gpu_order.MAX_KEYS == 2**31
+    for function in (
+        lookup_gpu.gpu,
+        lookup_gpu.forward,
+        lookup_gpu.backward,
+        attention.fused,
+    ):
+        assert inspect.signature(function).parameters["interpret"].default is False

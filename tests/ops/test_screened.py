@@ -257,3 +257,56 @@ def test_inside_jit_and_without_a_compiler(monkeypatch):
         for one, two in zip(native, in_xla, strict=True):
             assert two.shape == (2, 3, k)
             np.testing.assert_allclose(one[..., :k], two, rtol=1e-5)
+
+
+def test_sizes_of_what_is_stored():
+    """At 128 columns: sixteen in 8 bits, 112 in 2, seven norms of sixteen, six floats a row.
+
+    Mutations: another share for the lead; norms that do not fill a quad.
+    """
+    stored = screened.pack(head(40, 128)[0])
+    assert stored.lead == 16
+    assert stored.tiles.shape == (3, 16 * (16 + 112 // 4 + 8 + 6 * 4))
+    for width, lead in ((1, 4), (32, 4), (33, 8), (72, 12), (96, 12), (97, 16)):
+        assert screened.pack(head(3, width)[0]).lead == lead
+
+
+def test_two_bits_are_the_nearest_of_four_levels():
+    """-3, -1, 1 and 3 steps, a step 0.4979 deviations; of a row of zeros the step is 0.
+
+    Mutations: any number of `_two_bits`.
+    """
+    rows = np.random.default_rng(0).standard_normal((5, 200))
+    rows[3] = 0
+    bits, steps = screened._two_bits(rows, 150)
+    wanted = 0.9957 / 2 * np.sqrt((rows**2).sum(axis=1) / 150)
+    np.testing.assert_allclose(steps, wanted, rtol=1e-6)
+    levels = np.array([-3, -1, 1, 3]) * steps[:, None].astype(np.float64)
+    nearest = np.abs(rows[:, :, None] - levels[:, None]).argmin(axis=2)
+    real = steps > 0
+    np.testing.assert_array_equal(bits[real], nearest[real])
+    assert steps[3] == 0 and real.sum() == 4
+
+
+def test_what_rounding_of_floats_may_add():
+    """The documented bound, in Python's numbers. Mutations: any number of `_slack`."""
+    for width in (8, 72, 1000):
+        terms = (width + 7) // 8 + 64
+        gamma = terms * 2**-24 / (1 - terms * 2**-24)
+        groups = 3 * (width / 64 + 18) * 2**-24 * width**0.5
+        for longest in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 5)):
+            rows, rotated, kept = longest
+            wanted = gamma * (rows + width**0.5 * rotated) + groups * kept
+            wanted += 1e-9 * width * (rows + rotated)
+            slack = screened._slack(width, np.array(longest, float))
+            assert wanted <= slack <= wanted * (1 + 2e-6)
+
+
+def test_one_largest_unless_more_are_wanted():
+    """Mutation: another default; `most_rows` left out."""
+    matrix, basis = head(64, 16)
+    stored = screened.pack(matrix)
+    values, places = screened.top(states(3, basis), stored)
+    assert values.shape == places.shape == (3, 1)
+    assert places.dtype == np.int32 and values.dtype == np.float32
+    assert screened.MOST_ROWS == 0.4  # measured; the page of narrow weights says why
