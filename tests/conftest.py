@@ -1,16 +1,17 @@
 """Strict JAX for every test: 8 CPU devices, no silent rank promotion, quick compilation.
 
-Compiling is what takes the time. Programs are compiled without LLVM's optimisations, and the
+Compiling is what takes the time. Programs are compiled as `runner.QUICK` says, and the
 suite and all that it starts share what is compiled, in .pytest_cache/jax. An XLA_FLAGS of the
 environment is left alone: `make test-optimised` sets an empty one and compiles as users do.
 """
 
+import gc
 import os
 import pathlib
 import signal
 import subprocess
 
-from runner import XLA_FLAGS
+from runner import OBJECTS, XLA_FLAGS
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +33,7 @@ jaxtyping.install_import_hook("memoryformer.ops", "beartype.beartype")
 jaxtyping.config.update("jaxtyping_disable", True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(OBJECTS)
 # `make test &` starts with Ctrl-C ignored, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,6 +53,12 @@ def world(tmp_path_factory):
 
     with World(tmp_path_factory.mktemp("world")) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def runner(world):
+    """Runs commands at the price of a fork; see `runner.Runner.command`."""
+    return world.runner
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+from runner import QUICK
 
 from memoryformer import model
 from memoryformer.model import ModelConfig, mixers
@@ -24,10 +25,6 @@ PYTHIA_BLOCK = {
 }
 
 # Compiling is what takes the time of small tests; also where all else is optimised.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 

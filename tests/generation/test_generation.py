@@ -3,11 +3,7 @@
 import gzip
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +266,7 @@ def test_each_row_ends_by_itself():
     assert [reply.text for reply in replies] == ["ab", "abcd"]
 
 
-def test_prompt_files_and_the_command_line(tmp_path):
+def test_prompt_files_and_the_command_line(tmp_path, runner):
     """JSONL in any batch size; the same through the command; a REPL that ends.
 
     Red when a prompt's seed depends on its batch, a flag is lost, or the time between
@@ -296,20 +292,14 @@ def test_prompt_files_and_the_command_line(tmp_path):
     )
     assert list(again) == rows
     convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
-    command = [sys.executable, "-m", "memoryformer.generation"]
+    command = ["-m", "memoryformer.generation"]
     command += [f"--export={tmp_path / 'export'}", "--max_tokens=20", "--seed=3"]
     command += ["--temperature=1", "--top_p=0.95"]
 
-    def run(*flags, **kwargs):
-        return subprocess.run(
-            command + list(flags),
-            cwd=pathlib.Path(__file__).parents[2],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-            **kwargs,
-        )
+    def run(*flags, typed=""):
+        result = runner.command(*command, *flags, typed=typed)
+        assert result.code == 0, result
+        return result
 
     # A shell's backslash and n end a reply at a line end.
     longer = sampler.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
@@ -322,13 +312,11 @@ def test_prompt_files_and_the_command_line(tmp_path):
     run(f"--prompts={lines}", output, r"--stop=\n", "--max_tokens=300")
     written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in written if line] == stopped
-    typed = run("--repl", input="one\n\n")
-    assert typed.stdout.startswith("one" + rows[0]["text"])
-    assert (
-        "[20 tokens, " in typed.stderr and "tokens/s after the first 16" in typed.stderr
-    )
+    typed = run("--repl", typed="one\n\n")
+    assert typed.out.startswith("one" + rows[0]["text"])
+    assert "[20 tokens, " in typed.err and "tokens/s after the first 16" in typed.err
     few = run("--prompt=one", "--max_tokens=5")  # all at once: no rate to speak of
-    assert "[5 tokens, ended by" in few.stderr
+    assert "[5 tokens, ended by" in few.err
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ import os
 import pathlib
 import resource
 import signal
-import subprocess
-import sys
 import types
 
 import jax
@@ -425,39 +423,27 @@ def test_stop_request():
     signal.signal(signal.SIGINT, ours)
 
 
-def test_sigterm_from_outside(folder, straight):
+def test_sigterm_from_outside(folder, straight, runner):
     """The command exits 42 with its state saved; the same command ends as if nothing was.
 
     Mutation: `Preempted` with exit code 0.
     """
     workdir = folder / "outside"
     command = [
-        sys.executable,
-        str(ROOT / "train.py"),
+        "train.py",
         f"--config={toy.config_file(folder)}",
         f"--workdir={workdir}",
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    process = subprocess.Popen(
-        [*command, "--config.train.log_every=1"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=120) == 42
-    lines = process.stderr.read().strip().splitlines()
+    started = runner.launch(*command, "--config.train.log_every=1")
+    runner.wait_for(started, "step ")
+    runner.kill(started, signal.SIGTERM)
+    stopped = runner.wait(started, timeout=120)
+    assert stopped.code == 42, stopped
+    lines = stopped.err.strip().splitlines()
     assert lines[-1].startswith("error: SIGTERM: stopped after step")
     assert 0 < run_steps.facts(workdir)["step"] < STEPS
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = runner.command(*command, timeout=300)
+    assert done.code == 0, done
     (step, state), (_, wanted) = whole_state(workdir), whole_state(straight)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
