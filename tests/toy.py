@@ -87,6 +87,12 @@ def logits(config, params, batch):
     return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
 
 
+def forward(config, params, tokens):
+    """Logits of whole rows, by one program: each operation's own take longer to compile."""
+    one = quick_jit(lambda params, tokens: model.forward(config, params, tokens))
+    return np.asarray(one(params, np.asarray(tokens, np.int32)))
+
+
 def positions(segments):
     """Positions inside documents, 0 in padding: [B, L]."""
     index = np.arange(segments.shape[1])

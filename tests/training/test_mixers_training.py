@@ -136,7 +136,7 @@ def test_generation_and_exports_have_the_features(performer_run, tmp_path):
     _, params = run_steps.load(performer_run)
     prompt = np.arange(40, 50)[None]
     sampling = sampler.SamplingConfig(max_tokens=1, temperature=0)
-    logits = model.forward(run.model, params, prompt)[0, -1]
+    logits = toy.forward(run.model, params, prompt)[0, -1]
     assert list(generator.stream(prompt[0].tolist(), sampling)) == [np.argmax(logits)]
     transfer.export_run(performer_run, tmp_path / "export")
     transfer.import_run(tmp_path / "export", tmp_path / "back")
