@@ -13,6 +13,7 @@ import subprocess
 
 from runner import OBJECTS, XLA_FLAGS
 
+gc.set_threshold(OBJECTS)
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
@@ -33,9 +34,12 @@ jaxtyping.install_import_hook("memoryformer.ops", "beartype.beartype")
 jaxtyping.config.update("jaxtyping_disable", True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(OBJECTS)
 # `make test &` starts with Ctrl-C ignored, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish():
+    gc.freeze()  # pytest then collects five times, all that was ever compiled
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,7 @@ class Runner:
 
 
 def _serve():
+    gc.set_threshold(OBJECTS)
     import runpy
 
     import faults
@@ -210,7 +211,6 @@ def _serve():
 
     from memoryformer.training import loop  # noqa: F401
 
-    gc.set_threshold(OBJECTS)
     gc.freeze()  # a child copies no page only to look at it
     patches = {"": lambda: None} | faults.FAULTS
     patches |= mutations.MUTATIONS | mutations.BROKEN

@@ -475,7 +475,7 @@ def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
 
     Mutations: `files.state` says 'new' for all; code 42 listed as a failure.
     """
-    slow = {"train.num_steps": 60, "eval.every_steps": 0}
+    slow = {"train.num_steps": 60, "eval.every_steps": 0, "checkpoint.every_steps": 0}
     sweep = expand(folder, "seed", root=tmp_path, **slow)
     first = start_run(sweep, "--parallel=2")
     while first.poll() is None and not any(
