@@ -11,9 +11,8 @@ import pathlib
 import signal
 import subprocess
 
-from runner import OBJECTS, XLA_FLAGS
+from runner import XLA_FLAGS
 
-gc.set_threshold(OBJECTS)
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)

@@ -35,7 +35,7 @@ QUICK = {
 XLA_FLAGS = " ".join(f"--{flag}={str(value).lower()}" for flag, value in QUICK.items())
 # Tracing makes many objects and few of them are cycles: a collection at each 700 of them, as
 # Python has it, is a tenth of the suite.
-OBJECTS = 100_000
+gc.set_threshold(100_000)
 
 
 class Result(NamedTuple):
@@ -199,7 +199,6 @@ class Runner:
 
 
 def _serve():
-    gc.set_threshold(OBJECTS)
     import runpy
 
     import faults
