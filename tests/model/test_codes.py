@@ -80,8 +80,8 @@ def test_what_is_taken_is_gone():
     def read(params, batch):
         network = model.merge(config, params)
         seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-        given = codes.of_tokens(network, batch["inputs"], seq)
-        assert given and not codes.taken(network)
+        by_layer = codes.of_tokens(network, batch["inputs"], seq)
+        assert by_layer and not codes.taken(network)
 
     jax.eval_shape(read, toy.numpy_params(config), batch)
 
