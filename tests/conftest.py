@@ -1,10 +1,11 @@
 """Strict JAX for every test: 8 CPU devices, no silent rank promotion, quick compilation.
 
-Compiling is what takes the time. Programs are compiled without LLVM's optimisations, and the
+Compiling is what takes the time. Programs are compiled as `runner.QUICK` says, and the
 suite and all that it starts share what is compiled, in .pytest_cache/jax. An XLA_FLAGS of the
 environment is left alone: `make test-optimised` sets an empty one and compiles as users do.
 """
 
+import gc
 import os
 import pathlib
 import signal
@@ -36,6 +37,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest then collects five times, all that was ever compiled
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory):
     """The workdir of one toy run of 20 steps; its corpus and cache lie beside it."""
@@ -51,6 +56,12 @@ def world(tmp_path_factory):
 
     with World(tmp_path_factory.mktemp("world")) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def runner(world):
+    """Runs commands at the price of a fork; see `runner.Runner.command`."""
+    return world.runner
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ run can do to itself - be killed, fill a disk, exit - stays in the child.
 
 import atexit
 import contextlib
+import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -23,10 +25,20 @@ from typing import NamedTuple
 from patching import UNBOUND
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Compiling is what takes the time: a third of it without LLVM's optimisations.
-XLA_FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# Compiling is what takes the time: a third of it without LLVM's optimisations, and half of
+# that with one LLVM module a program and without the MLIR of fusions.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+# A later jax has no such flag, and ends at one that it does not know.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+XLA_FLAGS = " ".join(f"--{flag}={str(value).lower()}" for flag, value in QUICK.items())
+# Tracing makes many objects and few of them are cycles: a collection at each 700 of them, as
+# Python has it, is a tenth of the suite.
+gc.set_threshold(100_000)
 
 
 class Result(NamedTuple):
@@ -109,17 +121,33 @@ class Runner:
         ]
         return self._send(argv, ROOT, {}, fault, mutation, devices, cached)
 
-    def command(self, *argv, folder=ROOT, environment=None, timeout=None) -> Result:
-        """Run `python ARGV...` in `folder`: a script, or `-m MODULE`, as given."""
+    def launch(self, *argv, folder=ROOT, environment=None, typed=""):
+        """Start `python ARGV...` in `folder`: a script, or `-m MODULE`, as given.
+
+        `typed` is what it reads from its standard input. Returns as `start` does.
+        """
         words = [str(word) for word in argv]
-        return self.wait(self._send(words, folder, environment or {}), timeout)
+        return self._send(words, folder, environment or {}, typed=typed)
+
+    def command(self, *argv, timeout=None, **options) -> Result:
+        """Run `python ARGV...` to its end; see `launch`."""
+        return self.wait(self.launch(*argv, **options), timeout)
 
     def _send(
-        self, argv, folder, environment, fault="", mutation="", devices=1, cached=True
+        self,
+        argv,
+        folder,
+        environment,
+        fault="",
+        mutation="",
+        devices=1,
+        cached=True,
+        typed="",
     ):
         with self._lock:
             self._count += 1
             output = self._folder / f"run{self._count}"
+            output.with_suffix(".in").write_text(typed, encoding="utf-8")
             request = {
                 "argv": argv,
                 "folder": str(folder),
@@ -152,12 +180,21 @@ class Runner:
             raise HarnessError(result.err.splitlines()[-1])
         return result
 
-    def kill(self, started) -> None:
-        """kill -9, unless it has ended."""
+    def kill(self, started, number=signal.SIGKILL) -> None:
+        """Send a signal, kill -9 by default, unless the run has ended."""
         pid, output = started
         if not output.with_suffix(".code").exists():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
+
+    def wait_for(self, started, line: str) -> None:
+        """Wait until a line that begins so is printed, or the run has ended."""
+        _, output = started
+        ended, printed = (output.with_suffix(suffix) for suffix in (".code", ".out"))
+        while not ended.exists():
+            if printed.exists() and f"\n{line}" in f"\n{printed.read_text()}":
+                return
+            time.sleep(0.01)
 
     def run(self, workdir, **options) -> Result:
         """Start a run and wait for it; see `start`."""
@@ -176,6 +213,7 @@ def _serve():
 
     from memoryformer.training import loop  # noqa: F401
 
+    gc.freeze()  # a child copies no page only to look at it
     patches = {"": lambda: None} | faults.FAULTS
     patches |= mutations.MUTATIONS | mutations.BROKEN
 
@@ -194,7 +232,7 @@ def _serve():
         for number, suffix in ((1, ".out"), (2, ".err")):
             file = os.open(output.with_suffix(suffix), os.O_CREAT | os.O_WRONLY)
             os.dup2(file, number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(output.with_suffix(".in"), os.O_RDONLY), 0)
         os.chdir(request["folder"])
         os.environ.update(request["environment"])
         jax.config.update("jax_num_cpu_devices", request["devices"])

@@ -15,7 +15,6 @@ import toy
 from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runner import Runner
 
 import memoryformer
 from memoryformer import cli
@@ -179,14 +178,6 @@ def folder(toy_run):
     (folder / "empty.py").write_text("x = 1\n")
     (folder / "leaves.py").write_text("import sys\nsys.exit(3)\n")
     return folder
-
-
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory, folder):
-    with Runner(
-        tmp_path_factory.mktemp("commands"), folder / "toy_config.py"
-    ) as runner:
-        yield runner
 
 
 def start(runner, folder, command, words, **options):

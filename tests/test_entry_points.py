@@ -22,8 +22,16 @@ def folder(toy_run):
     return toy_run.parent
 
 
-def command(*arguments):
+def command(runner, *arguments):
     """Run python with these arguments on one device: (exit code, stdout, stderr)."""
+    if arguments[0] == "-c":
+        return interpreter(*arguments)
+    done = runner.command(*arguments, timeout=300)
+    return done.code, done.out, done.err
+
+
+def interpreter(*arguments):
+    """As `command`, in a process that has imported nothing."""
     done = subprocess.run(
         [sys.executable, *arguments],
         env=os.environ
@@ -152,14 +160,14 @@ QUICK += ("file_as_workdir", "unwritable_output", "two_prompts", "eval_over_its_
         for name in MISTAKES
     ],
 )
-def test_mistake(folder, name):
+def test_mistake(runner, folder, name):
     """Mutations: `run_main` without either except; `_check_fit` after the checkpointer;
     `data.load` before the model's config is checked.
     """
     arguments, code, message = MISTAKES[name]
     before = files(folder)
     arguments = [a.replace("{folder}", str(folder)) for a in arguments]
-    returned, out, err = command(*arguments)
+    returned, out, err = command(runner, *arguments)
     lines = err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     assert message in lines[0]
@@ -172,12 +180,13 @@ def test_mistake(folder, name):
     assert all("__pycache__" in name for name in changed - own), changed
 
 
-def test_debug_shows_where(folder):
+def test_debug_shows_where(runner, folder):
     """`--debug` adds the traceback, and the exit code stays.
 
     Mutation: `debug` not passed on to `report`.
     """
     returned, _, err = command(
+        runner,
         "train.py",
         f"--config={folder}/toy_config.py",
         f"--workdir={folder}/new",
@@ -188,14 +197,14 @@ def test_debug_shows_where(folder):
     assert err.strip().splitlines()[-1].startswith("error: model.embed_dim=18")
 
 
-def test_evaluate_and_sample(folder):
+def test_evaluate_and_sample(runner, folder):
     """eval.py prints JSON, and the same to --output; generation prints the prompt first.
 
     Mutation: a progress line on standard output of eval.py.
     """
     output = folder / "out" / "eval.json"
     returned, out, err = command(
-        "eval.py", f"--workdir={folder}/run", f"--output={output}"
+        runner, "eval.py", f"--workdir={folder}/run", f"--output={output}"
     )
     assert returned == 0, err
     result = json.loads(out)
@@ -203,6 +212,7 @@ def test_evaluate_and_sample(folder):
     assert result["step"] == 20 and result["val/bits_per_byte"] > 0
     assert "weights" not in result  # nothing was rounded
     returned, out, err = command(
+        runner,
         "-m",
         "memoryformer.generation",
         f"--workdir={folder}/run",
@@ -274,7 +284,7 @@ def test_flags_of_eval_are_served_or_refused(folder):
     """
     lines = [[a.replace("{folder}", str(folder)) for a in given] for given, _ in FLAGS]
     lines += [["--workdir=none"], ["--workdir=none", "--head=int4", "--tasks=piqa"]]
-    returned, out, err = command("-c", MANY, json.dumps(lines))
+    returned, out, err = interpreter("-c", MANY, json.dumps(lines))
     assert returned == 0, err
     said = [json.loads(line) for line in out.splitlines()]
     for line, message, (_, expected) in zip(lines, said, FLAGS, strict=False):

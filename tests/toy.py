@@ -7,6 +7,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+from runner import QUICK
 
 from memoryformer import model
 from memoryformer.model import ModelConfig, mixers
@@ -24,10 +25,6 @@ PYTHIA_BLOCK = {
 }
 
 # Compiling is what takes the time of small tests; also where all else is optimised.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
@@ -88,6 +85,12 @@ def logits(config, params, batch):
     seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in ("positions", "segment_ids")))
     forward = quick_jit(lambda p, t: model.merge(config, p)(t, seq)[0])
     return np.asarray(forward(params, batch["inputs"]))[batch["segment_ids"] > 0]
+
+
+def forward(config, params, tokens):
+    """Logits of whole rows, by one program: each operation's own take longer to compile."""
+    one = quick_jit(lambda params, tokens: model.forward(config, params, tokens))
+    return np.asarray(one(params, np.asarray(tokens, np.int32)))
 
 
 def positions(segments):

@@ -4,6 +4,7 @@
 read what a run has left.
 """
 
+import functools
 import hashlib
 import pathlib
 import shutil
@@ -56,12 +57,17 @@ class World:
 
     def __enter__(self) -> "World":
         self.runner.__enter__()
-        self.straight = self.folder / "straight"
-        expect(self.runner.run(self.straight), 0)
         return self
 
     def __exit__(self, *unused_exception) -> None:
         self.runner.__exit__()
+
+    @functools.cached_property
+    def straight(self) -> pathlib.Path:
+        """The straight run, made when it is first asked for; under no mutation."""
+        workdir = self.folder / "straight"
+        expect(self.runner.run(workdir), 0)
+        return workdir
 
     def workdir(self) -> pathlib.Path:
         """A new directory name."""

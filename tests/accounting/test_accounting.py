@@ -8,8 +8,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -214,16 +212,15 @@ def test_decode_state_holds_keys_and_values():
     assert cost.decode_state_bytes == 4 * 24 * 2 * 2048 * 1024
 
 
-def test_command_line_prints_the_same_counts():
+def test_command_line_prints_the_same_counts(runner):
     """`--json` is `count`. Red: `--value_bytes` not passed on."""
     command = [
-        *(sys.executable, "-m", "memoryformer.accounting", "--json"),
+        *("-m", "memoryformer.accounting", "--json"),
         *(f"--config={ROOT}/configs/quickstart.py", "--value_bytes=4"),
         "--config.model.num_layers=2",
     ]
-    output = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    result = runner.command(*command)
+    assert result.code == 0, result
     spec = importlib.util.spec_from_file_location(
         "quickstart", ROOT / "configs/quickstart.py"
     )
@@ -233,7 +230,7 @@ def test_command_line_prints_the_same_counts():
     section.num_layers = 2
     config = model_lib.ModelConfig.from_config(section)
     expected = accounting.count(config, value_bytes=4)
-    assert json.loads(output) == dataclasses.asdict(expected)
+    assert json.loads(result.out) == dataclasses.asdict(expected)
 
 
 def test_table_shows_every_total():

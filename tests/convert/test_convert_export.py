@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import toy
 
 from memoryformer import convert, errors, model
 from memoryformer.convert import (
@@ -124,7 +124,7 @@ def test_narrow_tables_stay_within_their_bounds(tmp_path, tables):
         assert error.max() > 0.5 * bound.max() / 2
     reader = reference_reader.load(tmp_path)
     tokens = np.arange(10)[None]
-    expected = np.asarray(model.forward(config, read, tokens))
+    expected = toy.forward(config, read, tokens)
     np.testing.assert_allclose(reader.logits(tokens), expected, atol=1e-5, rtol=1e-5)
     # Narrowing what is narrow already changes nothing more.
     convert.save_export(tmp_path / "2", config, read, tables=tables)
@@ -256,21 +256,21 @@ def make_run(workdir):
     return config
 
 
-def test_run_to_export_and_back_through_the_command_line(tmp_path):
+def test_run_to_export_and_back_through_the_command_line(tmp_path, runner):
     """export, import: the same bits, the same config; training goes on from step 0.
 
     Red when the export takes another step, loses the tokenizer, or the imported state
     does not fit the trainer.
     """
     config = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "memoryformer.convert"]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    command = ["-m", "memoryformer.convert"]
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
     for arguments in (
         ["export", str(tmp_path / "run"), out],
         ["import", out, back],
     ):
-        subprocess.run(command + arguments, check=True, env=environment)
+        result = runner.command(*command, *arguments)
+        assert result.code == 0, result
     saved, params = run_steps.load(tmp_path / "run")
     again, imported = run_steps.load(back)
     assert again.to_dict() == saved.to_dict()
@@ -292,11 +292,9 @@ def test_run_to_export_and_back_through_the_command_line(tmp_path):
         (["released", str(tmp_path / "nowhere"), out], 46, "no such directory"),
     )
     for arguments, code, message in refusals:
-        result = subprocess.run(
-            command + arguments, capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == code, result.stderr
-        assert message in result.stderr and result.stderr.count("\n") == 1
+        result = runner.command(*command, *arguments)
+        assert result.code == code, result
+        assert message in result.err and result.err.count("\n") == 1
 
 
 def test_pythia_from_the_hubs_cache(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import lzma
 import math
 import pathlib
 import random
-import subprocess
 import sys
 import types
 import zlib
@@ -120,14 +119,6 @@ def get_config():
 """
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "memoryformer.data", *arguments],
-        capture_output=True,
-        text=True,
-    )
-
-
 def described(dataset, row, sizes=(600, 3, 1)):
     """What inspect says of a row of the first batch: each segment, column by column."""
     batch = {k: v[row] for k, v in dataset.train.batches(*sizes).batch(0).items()}
@@ -147,31 +138,35 @@ def described(dataset, row, sizes=(600, 3, 1)):
     return lines
 
 
-def test_the_commands(tmp_path):
+def test_the_commands(tmp_path, runner):
     """inspect shows counts and segments; errors are one line with their exit code.
 
     Mutations: `segment_ids != segment`; the target of another column; documents as they
     lie where the config aligns them; a flag that is not looked at.
     """
+
+    def command(*arguments):
+        return runner.command("-m", "memoryformer.data", *arguments)
+
     corpus = data_helpers.folder(tmp_path / "corpus", data_helpers.texts(60))
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(path=str(corpus), cache=str(tmp_path / "cache")))
     shown = command("inspect", f"--config={config}", "--verify")
-    assert shown.returncode == 0, shown.stderr
-    directory = shown.stdout.split()[1]
+    assert shown.code == 0, shown
+    directory = shown.out.split()[1]
     dataset = data.load_directory(directory, align=200)
     counts = dataset.manifest.splits["train"]
-    assert f"{counts.documents:,} documents, {counts.tokens:,} tokens" in shown.stdout
-    assert f"{counts.documents:,} ends of document" in shown.stdout
-    assert f"{dataset.fingerprint} (verified)" in shown.stdout
-    assert "first batch: 3 x 600, seed 1" in shown.stdout
-    rows = [line for line in shown.stdout.split("\n") if line.startswith("row ")]
+    assert f"{counts.documents:,} documents, {counts.tokens:,} tokens" in shown.out
+    assert f"{counts.documents:,} ends of document" in shown.out
+    assert f"{dataset.fingerprint} (verified)" in shown.out
+    assert "first batch: 3 x 600, seed 1" in shown.out
+    rows = [line for line in shown.out.split("\n") if line.startswith("row ")]
     assert rows == [*described(dataset, 0), *described(dataset, 1)]
-    assert "'document" in shown.stdout and "-> <eot>" in shown.stdout
+    assert "'document" in shown.out and "-> <eot>" in shown.out
     assert any("columns 200.." in row for row in rows)
 
     measured = command("yardsticks", f"--config={config}", "--json")
-    assert json.loads(measured.stdout) == yardsticks.measure(dataset)
+    assert json.loads(measured.out) == yardsticks.measure(dataset)
 
     broken = tmp_path / "broken.py"
     broken.write_text(CONFIG.format(path=str(tmp_path / "gone"), cache=str(tmp_path)))
@@ -187,9 +182,9 @@ def test_the_commands(tmp_path):
         (["inspect", "--json", "--rows=3"], 2, "--rows: --json prints no rows"),
     ):
         failed = command(*arguments)
-        assert failed.returncode == code, failed.stderr
-        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-        assert words in failed.stderr
+        assert failed.code == code, failed
+        assert failed.err.startswith("error: ") and failed.err.count("\n") == 1
+        assert words in failed.err
 
 
 @pytest.mark.parametrize("out", ["ascii", "closed"])

@@ -110,9 +110,10 @@ def test_collect_sums_batches_and_leaves_padding_out():
     totals = buckets.collect(CONFIG, params, iter(batches))
     assert set(totals) == {f"blocks.{b}.{layer}" for b in range(2) for layer in LAYERS}
     expected = collections.defaultdict(lambda: 0)
+    read = jax.jit(lambda params, one: buckets.codes(CONFIG, params, one))
     for one in batches:
         keep = one["segment_ids"] > 0
-        for name, codes in buckets.codes(CONFIG, params, one).items():
+        for name, codes in read(params, one).items():
             rows = 64 if name.endswith("ffn.down") else 16
             kept = np.asarray(codes)[keep]
             expected[name] += np.stack(

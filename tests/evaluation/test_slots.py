@@ -75,19 +75,27 @@ def test_two_sided_memory_is_what_tokens_read(mixer):
     config = toy.model_config(
         "dense", mixer=mixer, mixer_options={"num_slots": 3}, causal=False
     )
-    network = model.merge(config, model.init(config))
-    mixer = network.blocks[0].mixer
+    params = model.init(config)
     batch = toy.batch(config)
-    seq = mixers.SeqInfo(batch["positions"], jnp.asarray(batch["segment_ids"]))
-    x = network.blocks[0].norm1(network.embed(batch["inputs"]))
-    memory = mixer.packed(x, seq)
-    q = mixer._inputs(x, seq, None)[0]
-    p = jax.nn.softmax(jnp.einsum("blhe,bmhe->blhm", q, memory), axis=-1)
-    want = mixer.join(jnp.einsum("blhm,bmhe->blhe", p, memory), x.dtype)
+
+    @toy.quick_jit
+    def both(params, inputs, positions, segment_ids):
+        network = model.merge(config, params)
+        mixer = network.blocks[0].mixer
+        seq = mixers.SeqInfo(positions, segment_ids)
+        x = network.blocks[0].norm1(network.embed(inputs))
+        memory = mixer.packed(x, seq)
+        q = mixer._inputs(x, seq, None)[0]
+        p = jax.nn.softmax(jnp.einsum("blhe,bmhe->blhm", q, memory), axis=-1)
+        want = mixer.join(jnp.einsum("blhm,bmhe->blhe", p, memory), x.dtype)
+        return memory, want, mixer(x, seq)[0]
+
+    names = ("inputs", "positions", "segment_ids")
+    memory, want, got = map(np.asarray, both(params, *(batch[n] for n in names)))
     last = batch["segment_ids"] == batch["segment_ids"].max(axis=1, keepdims=True)
     assert 0 < last.mean() < 0.9
-    np.testing.assert_allclose(want[last], mixer(x, seq)[0][last], atol=1e-5)
-    figures = slots.collect(config, model.init(config), [batch])
+    np.testing.assert_allclose(want[last], got[last], atol=1e-5)
+    figures = slots.collect(config, params, [batch])
     cosine = slots.cosine(memory.reshape(8, 3, 16))
     assert figures["degradation/blocks.0.mixer/cosine"] == pytest.approx(cosine.mean())
 

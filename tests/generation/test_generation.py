@@ -1,13 +1,10 @@
 """Sampling: cache = full forward, rows alone = rows together, stop strings, files."""
 
+import functools
 import gzip
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +22,7 @@ from memoryformer.generation import text as text_lib
 PROMPTS = [[5, 1, 7], [2], [3, 4, 8, 1, 0]]
 
 
+@functools.cache
 def make(mixer="softmax", vocab_size=31):
     config = model.ModelConfig(
         vocab_size=vocab_size,
@@ -41,13 +39,19 @@ def make(mixer="softmax", vocab_size=31):
     return config, model.init(config, 1)
 
 
+@functools.cache
+def small_generator():
+    """One generator for several tests: compiling it is what takes their time."""
+    return sampler.Generator(*make())
+
+
 def test_greedy_equals_the_argmax_of_the_full_forward_pass():
     """24 tokens after prompts of 1, 3 and 5.
 
     Red when the cache is read one position late or positions do not go on.
     """
     config, params = make()
-    generator = sampler.Generator(config, params)
+    generator = small_generator()
     sampling = sampler.SamplingConfig(max_tokens=24, temperature=0.0)
     forward = jax.jit(lambda tokens: model.forward(config, params, tokens))
     for prompt in PROMPTS:
@@ -77,8 +81,7 @@ def test_a_model_in_bfloat16_decodes(projection, streams):
     prompts = [[1, 2, 3], [4, 5, 6]][:streams]
     tokens = np.array(list(generator.stream_batch(prompts, sampling))).T
     inputs = np.concatenate([np.array(prompts), tokens], axis=1)
-    logits = np.asarray(model.forward(config, generator.params, jnp.asarray(inputs)))
-    logits = logits[:, 2:-1]
+    logits = toy.forward(config, generator.params, inputs)[:, 2:-1]
     chosen = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     assert (logits.max(axis=-1) - chosen).max() < 0.05 * np.abs(logits).max()
 
@@ -88,7 +91,7 @@ def test_a_cache_is_written_in_place():
 
     Mutation: keys kept as [B, M, H, E], which a product by head has to transpose.
     """
-    generator = sampler.Generator(*make())
+    generator = small_generator()
     state = generator._init_state(1, 600)  # 640 slots: no other array has this shape
     args = (jnp.zeros((1, 31)), jnp.zeros((1,), jnp.int32))
     keys = jax.random.split(jax.random.key(0), 1)
@@ -118,8 +121,9 @@ def test_rows_together_are_rows_alone(mixer):
     Red when padding before a short prompt is seen, shifts its positions, or when rows share
     one key.
     """
-    config, params = make(mixer)
-    generator = sampler.Generator(config, params)
+    generator = (
+        small_generator() if mixer == "softmax" else sampler.Generator(*make(mixer))
+    )
     sampling = sampler.SamplingConfig(12, 1.0, 0.9, 5)
     together = list(generator.stream_batch(PROMPTS, sampling))
     for i, prompt in enumerate(PROMPTS):
@@ -171,7 +175,7 @@ def test_samples_have_the_nucleus_distribution():
 
 def test_impossible_prompts_are_refused():
     """Red when an id is clipped or an empty prompt starts from nothing."""
-    generator = sampler.Generator(*make())
+    generator = small_generator()
     sampling = sampler.SamplingConfig(max_tokens=2)
     generator._check([[0, 30], [7]])
     for prompts, message in (
@@ -270,7 +274,7 @@ def test_each_row_ends_by_itself():
     assert [reply.text for reply in replies] == ["ab", "abcd"]
 
 
-def test_prompt_files_and_the_command_line(tmp_path):
+def test_prompt_files_and_the_command_line(tmp_path, runner):
     """JSONL in any batch size; the same through the command; a REPL that ends.
 
     Red when a prompt's seed depends on its batch, a flag is lost, or the time between
@@ -296,20 +300,14 @@ def test_prompt_files_and_the_command_line(tmp_path):
     )
     assert list(again) == rows
     convert.save_export(tmp_path / "export", config, params, tokenizer=tokenizer)
-    command = [sys.executable, "-m", "memoryformer.generation"]
+    command = ["-m", "memoryformer.generation"]
     command += [f"--export={tmp_path / 'export'}", "--max_tokens=20", "--seed=3"]
     command += ["--temperature=1", "--top_p=0.95"]
 
-    def run(*flags, **kwargs):
-        return subprocess.run(
-            command + list(flags),
-            cwd=pathlib.Path(__file__).parents[2],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-            **kwargs,
-        )
+    def run(*flags, typed=""):
+        result = runner.command(*command, *flags, typed=typed)
+        assert result.code == 0, result
+        return result
 
     # A shell's backslash and n end a reply at a line end.
     longer = sampler.SamplingConfig(max_tokens=300, temperature=1.0, seed=3)
@@ -322,13 +320,11 @@ def test_prompt_files_and_the_command_line(tmp_path):
     run(f"--prompts={lines}", output, r"--stop=\n", "--max_tokens=300")
     written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in written if line] == stopped
-    typed = run("--repl", input="one\n\n")
-    assert typed.stdout.startswith("one" + rows[0]["text"])
-    assert (
-        "[20 tokens, " in typed.stderr and "tokens/s after the first 16" in typed.stderr
-    )
+    typed = run("--repl", typed="one\n\n")
+    assert typed.out.startswith("one" + rows[0]["text"])
+    assert "[20 tokens, " in typed.err and "tokens/s after the first 16" in typed.err
     few = run("--prompt=one", "--max_tokens=5")  # all at once: no rate to speak of
-    assert "[5 tokens, ended by" in few.stderr
+    assert "[5 tokens, ended by" in few.err
 
 
 @pytest.mark.parametrize(
@@ -449,7 +445,7 @@ def test_how_long_a_cache_is():
 
     Mutations: 129 for 128; `<` for `<=`; `max` and `min` exchanged.
     """
-    generator = sampler.Generator(*make())  # rows of 64
+    generator = small_generator()  # rows of 64
     for length, places in ((1, 64), (64, 64), (65, 128), (128, 128), (129, 256)):
         state = generator._init_state(2, length)
         assert state[0].keys.shape[2] == places, length
@@ -473,8 +469,8 @@ def test_weights_are_laid_out_for_reading(monkeypatch):
     config, params = make()
 
     def tables(kinds=None):
-        made = sampler.Generator(config, params, kinds)
-        return made.params["blocks"]["0"]["mixer"]["qkv"]["tables"]
+        generator = sampler.Generator(config, params, kinds)
+        return generator.params["blocks"]["0"]["mixer"]["qkv"]["tables"]
 
     half = sampler.narrow.WeightKinds(tables="bfloat16")
     assert tables().values.dtype == jnp.float32

@@ -43,9 +43,12 @@ def test_tokens_are_those_of_the_int8_head():
     before the final norm; a sample of the screened logits only.
     """
     config, models = make()
+    plain = sampler.Generator(config, models[0], INT8)
+    generator = sampler.Generator(config, models[0], SCREENED)
     for params, gains in zip(models, (True, False), strict=True):
-        plain = sampler.Generator(config, params, INT8)
-        generator = sampler.Generator(config, params, SCREENED)
+        # Other parameters for the same compiled programs.
+        plain.params = sampler.Generator(config, params, INT8).params
+        generator.params = sampler.Generator(config, params, SCREENED).params
         before = screened.counts()
         for prompts in PROMPTS:
             wanted = tokens(plain, prompts, temperature=0.0)
@@ -93,6 +96,6 @@ def test_decoding_with_rounded_activations():
         whole = np.concatenate([prompt, chosen[:, 0]])[None]
         stored = narrow.prepare(config, params, kinds)
         assert stored["head"]["kernel"].four_bits == (kind == "w4a8")
-        logits = np.asarray(model.forward(config, stored, whole))[0, :-1]
+        logits = toy.forward(config, stored, whole)[0, :-1]
         at_choice = logits[np.arange(20), chosen[:, 0]]
         np.testing.assert_allclose(at_choice, logits.max(-1), rtol=1e-4)

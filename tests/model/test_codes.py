@@ -1,5 +1,7 @@
 """Codes of memory layers come out of every loop as they are, and cost nothing unless asked for."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -17,17 +19,26 @@ LOOPS = {
 }
 
 
+def read_codes(config, params, batch):
+    return toy.quick_jit(lambda p: buckets.codes(config, p, batch))(params)
+
+
+@functools.cache
+def of_no_loop():
+    """Parameters, a batch, and its codes where nothing loops."""
+    plain = toy.model_config()
+    params, batch = model.init(plain), toy.batch(plain, batch_size=2)
+    return params, batch, read_codes(plain, params, batch)
+
+
 @pytest.mark.parametrize("loops", LOOPS)
 def test_loops_do_not_change_them(loops):
     """Of two layers, in a scan, computed again, by chunks that do not divide the row.
 
     Mutation: `give` left out of the stack; the padding of the last chunk kept.
     """
-    plain = toy.model_config()
-    config = toy.model_config(**LOOPS[loops])
-    params, batch = model.init(plain), toy.batch(plain, batch_size=2)
-    expected = buckets.codes(plain, params, batch)
-    read = jax.jit(lambda p: buckets.codes(config, p, batch))(params)
+    params, batch, expected = of_no_loop()
+    read = read_codes(toy.model_config(**LOOPS[loops]), params, batch)
     assert read.keys() == expected.keys() and len(read) == 6
     for path, theirs in expected.items():
         assert theirs.shape[:2] == batch["inputs"].shape
@@ -64,10 +75,15 @@ def test_a_model_that_is_not_asked_returns_none():
 def test_what_is_taken_is_gone():
     """Mutation: `taken` that leaves the codes where they are."""
     config = toy.model_config()
-    network = model.merge(config, model.init(config))
     batch = toy.batch(config, batch_size=2)
-    seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
-    assert codes.of_tokens(network, batch["inputs"], seq) and not codes.taken(network)
+
+    def read(params, batch):
+        network = model.merge(config, params)
+        seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
+        by_layer = codes.of_tokens(network, batch["inputs"], seq)
+        assert by_layer and not codes.taken(network)
+
+    jax.eval_shape(read, toy.numpy_params(config), batch)
 
 
 def test_codes_beside_memory_tokens_are_those_of_the_text():
@@ -79,8 +95,8 @@ def test_codes_beside_memory_tokens_are_those_of_the_text():
     config = toy.model_config(recurrence="rmt", recurrence_options=options)
     plain, name = toy.model_config(), "blocks.0.mixer.qkv"
     params, batch = model.init(config), toy.batch(config, batch_size=2)
-    read = buckets.codes(config, params, batch)[name]
+    read = read_codes(config, params, batch)[name]
     trunk = {key: part for key, part in params.items() if key != "recurrence"}
     real = batch["segment_ids"] > 0
-    expected = buckets.codes(plain, trunk, batch)[name]
+    expected = read_codes(plain, trunk, batch)[name]
     np.testing.assert_array_equal(np.asarray(read)[real], np.asarray(expected)[real])

@@ -496,9 +496,10 @@ def test_which_features_are_in_use():
 
     draws = [rows(kernel.random_rows(config, 5, number)) for number in range(4)]
     np.testing.assert_array_equal(rows(fixed), draws[0])
+    redraw = jax.jit(lambda fixed, step: mixers.redraw(config, fixed, 5, step))
     used = []
     for step in range(7):
-        fixed = mixers.redraw(config, fixed, 5, jnp.int32(step))
+        fixed = redraw(fixed, jnp.int32(step))
         used += [i for i in range(4) if np.array_equal(rows(fixed), draws[i])]
     assert used == [0, 0, 1, 1, 2, 2, 3]
     assert not np.array_equal(rows(kernel.random_rows(config, 6, 0)), draws[0])

@@ -338,8 +338,8 @@ def test_blocks_keep_their_places():
 
     Mutation: parameters merged in the order of their names, where "10" is before "2".
     """
-    config = toy.model_config(num_layers=12)
-    params = model.init(config)
+    config, rng = toy.model_config(num_layers=12), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.random(x.shape), toy.numpy_params(config))
     for i, block in enumerate(model.merge(config, params).blocks):
         tables = params["blocks"][str(i)]["mixer"]["qkv"]["tables"]
         assert np.array_equal(block.mixer.qkv.tables[...], tables), i

@@ -12,12 +12,13 @@ from memoryformer import model
 LENGTH = 23
 
 
-def _config(projection, chunk, **fields):
+def _config(projection, chunk, num_layers=1, **fields):
     dense = {"output_projection": True, "ffn_activation": "gelu"}
     return model.ModelConfig(
-        **{"vocab_size": 17, "embed_dim": 16, "num_layers": 2, "num_heads": 2},
+        **{"vocab_size": 17, "embed_dim": 16, "num_heads": 2},
         **{"seq_len": LENGTH, "code_bits": 4, "mixer_std": 0.2, "ffn_std": 0.2},
         **(dense if projection == "dense" else {}),
+        num_layers=num_layers,
         projection=projection,
         sequence_chunk=chunk,
         **fields,
@@ -52,7 +53,7 @@ def test_less_memory():
     """Red if the chunks are kept for the gradient."""
 
     def temporary(chunk):
-        config = _config("dense", chunk)
+        config = _config("dense", chunk, num_layers=2)
         params = jax.eval_shape(lambda: model.init(config))
         step = _loss_and_gradient(config, 1024).lower(params).compile()
         return step.memory_analysis().temp_size_in_bytes

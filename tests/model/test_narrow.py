@@ -34,7 +34,7 @@ def test_decoding_with_narrow_weights_is_the_forward_pass_of_rounded_ones(projec
     tokens = greedy(config, params, INT8, prompts, sampler.LOOP + 4).T
     rounded = narrow.round_weights(config, params, INT8)
     whole = np.concatenate([prompts, tokens], axis=1)
-    logits = np.asarray(model.forward(config, rounded, jnp.asarray(whole)))
+    logits = toy.forward(config, rounded, whole)
     np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), tokens)
 
 

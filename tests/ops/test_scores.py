@@ -173,10 +173,10 @@ def test_a_made_up_score_trains_and_is_read_alike():
     config = toy.model_config("memory", score="learned_square", num_layers=1)
     params = model.init(config)
     tokens = np.arange(12, dtype=np.int32)[None] % config.vocab_size
-    want = model.forward(config, params, tokens)
+    want = toy.forward(config, params, tokens)
     narrow = narrow_lib.prepare(config, params, narrow_lib.WeightKinds())
     np.testing.assert_allclose(
-        model.forward(config, narrow, tokens), want, rtol=2e-4, atol=2e-5
+        toy.forward(config, narrow, tokens), want, rtol=2e-4, atol=2e-5
     )
     sizes = sum(leaf.size for leaf in trees.flatten(params).values())
     assert accounting.count(config).parameters.total == sizes

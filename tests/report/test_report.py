@@ -1,8 +1,6 @@
 """The pictures hold the numbers they claim to, and the command line says what is wrong."""
 
 import json
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -230,19 +228,16 @@ def test_mistakes_are_one_line(arguments, options, error, message, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, runner):
     """The path of the picture is all that is printed; a mistake is one line and exit
     code 2. Red: `--output` not passed on, `config.choose` left out."""
-    command = [sys.executable, "-m", "memoryformer.report", f"--output={tmp_path}/new"]
-    good, bad = (
-        subprocess.run([*command, name], capture_output=True, text=True, check=False)
-        for name in ("flops", "flop")
-    )
-    assert good.stdout == f"{tmp_path}/new/flops.png\n"
+    command = ["-m", "memoryformer.report", f"--output={tmp_path}/new"]
+    good, bad = (runner.command(*command, name) for name in ("flops", "flop"))
+    assert good.out == f"{tmp_path}/new/flops.png\n"
     assert plt.imread(f"{tmp_path}/new/flops.png").shape[:2] == (660, 960)
-    assert bad.returncode == 2
-    assert bad.stderr.strip().endswith("did you mean 'flops'?.")
-    assert len(bad.stderr.strip().splitlines()) == 1
+    assert bad.code == 2
+    assert bad.err.strip().endswith("did you mean 'flops'?.")
+    assert len(bad.err.strip().splitlines()) == 1
 
 
 def test_names_are_shown_as_they_are(tmp_path):

@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -614,19 +613,6 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, capfd):
 # Processes that die or run out of space.
 
 
-def child(name: str, workdir: pathlib.Path, **options) -> subprocess.Popen:
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, __file__, name, str(workdir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ
-        | {"PYTHONPATH": f"{root}:{root / 'tests'}", "JAX_NUM_CPU_DEVICES": "1"},
-        **options,
-    )
-
-
 ROWS = 1 << 16  # x 64 x 4 bytes x 3 = 48 MiB
 
 
@@ -640,7 +626,7 @@ def child_saves_forever(workdir):
             run.save(step, states[step % 2])
 
 
-def test_kill_during_saves_and_deletions(tmp_path):
+def test_kill_during_saves_and_deletions(tmp_path, runner):
     """kill -9 at three moments: the newest manifest restores, with the right values.
 
     Mutation: `save` deletes older steps before the new one is whole.
@@ -651,12 +637,13 @@ def test_kill_during_saves_and_deletions(tmp_path):
     rng = random.Random(seed)
     for trial, longest in enumerate((0.05, 0.3, 0.8)):
         workdir = tmp_path / str(trial)
-        process = child("saves_forever", workdir)
-        assert process.stdout.readline() == "saving\n", process.communicate()
+        started = runner.launch(__file__, "saves_forever", workdir)
+        runner.wait_for(started, "saving")
         delay = rng.uniform(0, longest)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        runner.kill(started)
+        result = runner.wait(started)
+        assert result.code == -signal.SIGKILL, result
         with open_run(workdir) as run:
             found = run.restore_latest(make_state(0, ROWS))
             assert found is not None, delay
@@ -678,7 +665,7 @@ def child_runs_out_of_space(workdir):
             run.check()
 
 
-def test_failed_save_is_reported_at_its_step(tmp_path):
+def test_failed_save_is_reported_at_its_step(tmp_path, runner):
     """Over the file size limit: one line, within the loop, and the rest stays whole.
 
     When several writes of a save fail at once, TensorStore may print tracebacks of its own
@@ -687,9 +674,9 @@ def test_failed_save_is_reported_at_its_step(tmp_path):
     Mutation: `check` does nothing; or `_finalise` swallows the error; or cut the message
     at its end; or let Orbax's traceback through.
     """
-    process = child("runs_out_of_space", tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == StorageError.exit_code, err
+    started = runner.launch(__file__, "runs_out_of_space", tmp_path)
+    code, out, err = runner.wait(started, timeout=120)
+    assert code == StorageError.exit_code, err
     # It may stand behind half a line of another thread, or before its last words.
     (line,) = (words.strip() for words in err.splitlines() if "error: " in words)
     assert line.startswith(

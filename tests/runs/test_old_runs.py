@@ -49,7 +49,7 @@ def test_a_run_gives_the_same_logits(name, old):
     """Mutations: an option of the mixer dropped by `upgraded`; another draw of the features."""
     run, params, _ = experiment.load(old / name)
     tokens = np.load(old / "logits.npz")["tokens"]
-    close_to_old(model.forward(run.model, params, tokens), name, old)
+    close_to_old(toy.forward(run.model, params, tokens), name, old)
 
 
 @each_run
@@ -223,7 +223,7 @@ def test_an_export_is_read(old):
     """Mutation: `load_export` without `upgraded_model`."""
     config, params = export.load_export(old / "export")
     tokens = np.load(old / "logits.npz")["tokens"]
-    close_to_old(model.forward(config, params, tokens), "export", old)
+    close_to_old(toy.forward(config, params, tokens), "export", old)
 
 
 @pytest.mark.parametrize("value", [3, 0, [1, 2], [], "ab", True])

@@ -346,7 +346,7 @@ def test_twelve_points_compile_once(folder, tmp_path):
     assert max(row.get("train/learning_rate", 0) for row in rows) <= 3e-3
 
 
-def start_run(folder, sweep, *arguments):
+def start_run(sweep, *arguments):
     """Start `sweep run` as a process of its own."""
     command = [sys.executable, "-m", "memoryformer.sweep", f"--config={sweep.config}"]
     command += [
@@ -357,8 +357,6 @@ def start_run(folder, sweep, *arguments):
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command += [*arguments, "run"]
@@ -392,7 +390,7 @@ def test_killed_run_leaves_no_process_behind(folder, tmp_path):
     endless |= {"checkpoint.every_steps": 0, "train.log_every": 50}
     sweep = expand(folder, "same_rates", root=tmp_path, **endless)
     [point] = sweep.points
-    first = start_run(folder, sweep)
+    first = start_run(sweep)
     wait_for(lambda: files.state(point).step or first.poll() is not None)
     first.kill()
     out = first.communicate(timeout=60)[0]  # until the worker, too, has closed its end
@@ -400,7 +398,7 @@ def test_killed_run_leaves_no_process_behind(folder, tmp_path):
     assert is_free(point.workdir / "lock")
     saved = max(int(p.name) for p in (point.workdir / "checkpoints").glob("[0-9]*"))
     assert files.state(point).name == "partial" and saved >= files.state(point).step
-    second = start_run(folder, sweep)
+    second = start_run(sweep)
     wait_for(lambda: files.state(point).step > saved or second.poll() is not None)
     second.send_signal(signal.SIGTERM)
     out = second.communicate(timeout=60)[0]
@@ -477,9 +475,9 @@ def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
 
     Mutations: `files.state` says 'new' for all; code 42 listed as a failure.
     """
-    slow = {"train.num_steps": 60, "eval.every_steps": 0}
+    slow = {"train.num_steps": 60, "eval.every_steps": 0, "checkpoint.every_steps": 0}
     sweep = expand(folder, "seed", root=tmp_path, **slow)
-    first = start_run(folder, sweep, "--parallel=2")
+    first = start_run(sweep, "--parallel=2")
     while first.poll() is None and not any(
         files.state(point).step for point in sweep.points
     ):
@@ -489,7 +487,7 @@ def test_run_stops_resumes_and_skips(folder, tmp_path, capsys):
     assert first.returncode == 42, out
     assert "run the same command to go on" in out
     assert any(files.state(point).name == "partial" for point in sweep.points)
-    second = start_run(folder, sweep, "--parallel=2")
+    second = start_run(sweep)
     assert "done (" in second.communicate(timeout=240)[0]
     assert second.returncode == 0
     assert [files.state(point).name for point in sweep.points] == ["done"] * 3

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -63,15 +61,14 @@ def test_what_a_run_writes(straight):
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path, runner):
     """Killed at step 11, when the save of step 5 is done and that of step 10 may be.
 
     Mutations: the moments of Adam made anew; batches counted from the restart; rows after
     the checkpoint kept.
     """
-    command = [sys.executable, toy_task.__file__, str(tmp_path / "run"), "11"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    done = runner.command(toy_task.__file__, tmp_path / "run", "11")
+    assert done.code == -signal.SIGKILL, done
     assert outcome.read(tmp_path / "run") is None
     assert steps.facts(tmp_path / "run")["step"] in (5, 10)
     trainer.train(toy_task.config(), tmp_path / "run")

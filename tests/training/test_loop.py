@@ -5,8 +5,6 @@ import os
 import pathlib
 import resource
 import signal
-import subprocess
-import sys
 import types
 
 import jax
@@ -69,7 +67,7 @@ def assert_same_run(workdir, expected, **fields):
     """State, step and metrics, bit for bit."""
     step, state = whole_state(workdir, **fields)
     wanted_step, wanted = whole_state(expected, **fields)
-    assert step == wanted_step == STEPS
+    assert step == wanted_step == fields.get("train.num_steps", STEPS)
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
     assert rows(workdir) == rows(expected)
@@ -160,12 +158,13 @@ def test_a_state_updated_in_place_is_saved_as_it_was(folder, monkeypatch):
         "model.lookup": "auto",
         "checkpoint.every_steps": 1,
         "eval.every_steps": 0,
+        "train.num_steps": 10,
     }
     in_place = toy.trained(folder, "in_place", **fields)
-    asked = asked_to_stop_at(10, monkeypatch)
+    asked = asked_to_stop_at(5, monkeypatch)
     with pytest.raises(Preempted):
         toy.trained(folder, "in_place_restarted", **fields)
-    assert len(asked) == 10
+    assert len(asked) == 5
     restarted = toy.trained(folder, "in_place_restarted", **fields)
     assert_same_run(restarted, in_place, **fields)
 
@@ -425,39 +424,27 @@ def test_stop_request():
     signal.signal(signal.SIGINT, ours)
 
 
-def test_sigterm_from_outside(folder, straight):
+def test_sigterm_from_outside(folder, straight, runner):
     """The command exits 42 with its state saved; the same command ends as if nothing was.
 
     Mutation: `Preempted` with exit code 0.
     """
     workdir = folder / "outside"
     command = [
-        sys.executable,
-        str(ROOT / "train.py"),
+        "train.py",
         f"--config={toy.config_file(folder)}",
         f"--workdir={workdir}",
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    process = subprocess.Popen(
-        [*command, "--config.train.log_every=1"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=120) == 42
-    lines = process.stderr.read().strip().splitlines()
+    started = runner.launch(*command, "--config.train.log_every=1")
+    runner.wait_for(started, "step ")
+    runner.kill(started, signal.SIGTERM)
+    stopped = runner.wait(started, timeout=120)
+    assert stopped.code == 42, stopped
+    lines = stopped.err.strip().splitlines()
     assert lines[-1].startswith("error: SIGTERM: stopped after step")
     assert 0 < run_steps.facts(workdir)["step"] < STEPS
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = runner.command(*command, timeout=300)
+    assert done.code == 0, done
     (step, state), (_, wanted) = whole_state(workdir), whole_state(straight)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
