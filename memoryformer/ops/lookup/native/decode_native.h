@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "lookup_native.h"
+#include "forward_native.h"
 
 namespace memoryformer {
 
