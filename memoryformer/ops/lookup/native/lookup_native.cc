@@ -2,6 +2,7 @@
 // lookup_native.h, decode_native.h, integer_native.h, update_native.h and head_native.h.
 // ops/lookup/native.py compiles this file on first use and loads it.
 
+#include "attention_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"
@@ -312,6 +313,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_lookup_backward, BackwardCall,
                                   .Ret<ffi::AnyBuffer>()     // dtables [K, C, F]
                                   .Ret<Floats>());           // dscores [N, K]
 
+#include "attention_native_calls.h"
 #include "integer_native_calls.h"
 
 extern "C" void memoryformer_configure(int threads, int instructions, int64_t reuse) {

@@ -118,6 +118,14 @@ struct HeadKernels {
   float (*softmax)(float*, int64_t, int64_t, float);
 };
 
+// Inner loops of attention_native.h; `multiply` is the head's.
+struct AttentionKernels {
+  int64_t panel;
+  void (*multiply)(Factor, int64_t, const float*, float*, int64_t, bool);
+  void (*softmax)(float*, int64_t, float, int32_t, const int32_t*, float*, float*, float*,
+                  int64_t);
+};
+
 using OnePlusExpKernel = void (*)(const float*, int64_t, float, float*);
 
 constexpr int kAhead = 16;  // tokens
@@ -166,6 +174,10 @@ inline UpdateKernels ChooseUpdateKernels() {
 }
 
 inline HeadKernels ChooseHeadKernels() { return MEMORYFORMER_IN_USE(MakeHeadKernels()); }
+
+inline AttentionKernels ChooseAttentionKernels() {
+  return MEMORYFORMER_IN_USE(MakeAttentionKernels());
+}
 
 #undef MEMORYFORMER_IN_USE
 

@@ -20,6 +20,8 @@ typedef uint32_t WordVec __attribute__((vector_size(4 * SIMD_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * SIMD_LANES)));
 // The same vectors at any address, over memory of any type.
 typedef float AnyVec __attribute__((vector_size(4 * SIMD_LANES), aligned(4), may_alias));
+typedef int32_t AnyIntVec
+    __attribute__((vector_size(4 * SIMD_LANES), aligned(4), may_alias));
 typedef uint16_t AnyHalfVec
     __attribute__((vector_size(2 * SIMD_LANES), aligned(2), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * SIMD_LANES)));
@@ -238,6 +240,7 @@ Kernels<T> MakeKernels() {
 #include "integer_native_kernel.h"
 #include "update_native_kernel.h"
 #include "head_native_kernel.h"
+#include "attention_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 
