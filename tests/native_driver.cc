@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "attention_native.h"
+#include "backward_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"

@@ -95,7 +95,11 @@ def test_many_queries_read_a_cache_natively(instructions):
     block in the query's document; the last keys of a block forgotten.
     """
     lookup_native.configure(instruction_set=instructions)
-    for shape in ((2, 5, 1, 3, 5, 32), (2, 70, 3, 20, 290, 320), (1, 130, 2, 64, 130, 160)):
+    for shape in (
+        (2, 5, 1, 3, 5, 32),
+        (2, 70, 3, 20, 290, 320),
+        (1, 130, 2, 64, 130, 160),
+    ):
         operands = _cache(*shape)
         q, k, v, *others = map(jnp.asarray, operands)
         want = _attended(*operands)
