@@ -112,8 +112,8 @@ def _natively(q, k, v, query_index, query_segments, key_segments, filled):
     """The same as `_by_blocks` in one call (ops/lookup/native/attention_native.h)."""
     y = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = lookup_native.ffi_call("cache_attention", y, vmap_method="sequential")
-    integers = (query_index, query_segments, key_segments, filled)
-    integers = (x.astype(jnp.int32) for x in integers)
+    others = (query_index, query_segments, key_segments, filled)
+    integers = (x.astype(jnp.int32) for x in others)
     return call(q.astype(jnp.float32), k, v, *integers).astype(q.dtype)
 
 
