@@ -14,7 +14,8 @@ constexpr int64_t kMaxTile = 4096;        // rows in a block are counted in 16 b
 
 // What the tokens of a tile read of `group` tables from k0 on: row in the block and weight
 // [count, group], and the rows of the block, in the order of memory. The row after them is
-// zeros, for tables beyond the last. kRowsAhead more of `wanted` can be read.
+// zeros, for tables beyond the last. kRowsAhead more of `wanted` can be read. Where tokens are
+// many, nearly every row is wanted, and all are taken.
 struct Group {
   uint16_t* rows;
   float* weights;
