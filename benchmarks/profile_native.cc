@@ -6,6 +6,7 @@
 #include <string>
 #include <thread>
 
+#include "backward_native.h"
 #include "decode_native.h"
 
 using namespace memoryformer;

@@ -6,6 +6,8 @@
 #include <random>
 #include <thread>
 
+#include "attention_native.h"
+#include "backward_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"
@@ -286,6 +288,51 @@ bool CheckHead(int64_t N, int64_t D, int64_t V, std::mt19937& random) {
   return std::abs(nats - expected) / size < 1e-5;
 }
 
+// Attention of L queries over M keys of which some are filled, in two documents and padding,
+// against its definition.
+template <class T>
+bool CheckAttention(int64_t L, int64_t H, int64_t E, int64_t filled, std::mt19937& random) {
+  const int64_t B = 2, M = filled + 3;
+  const auto q = Normal(B * L * H * E, random);
+  auto keys = Exactly<T>(B * H * M * E), values = Exactly<T>(B * H * M * E);
+  auto index = Exactly<int32_t>(B * L), segments = Exactly<int32_t>(B * L);
+  auto key_segments = Exactly<int32_t>(B * M);
+  auto y = Exactly<float>(B * L * H * E);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < B * H * M * E; ++i) keys[i] = Make<T>(normal(random));
+  for (int64_t i = 0; i < B * H * M * E; ++i) values[i] = Make<T>(normal(random));
+  for (int64_t i = 0; i < B * M; ++i) key_segments[i] = i < M ? 1 : i % M < 2 ? 0 : 1 + i % 2;
+  for (int64_t i = 0; i < B * L; ++i) {
+    index[i] = static_cast<int32_t>(std::max<int64_t>(0, filled - L + i % L));
+    segments[i] = i < L ? i % 7 != 3 : 1 + i % 2;
+  }
+  const Attention<T> op{B, L, H, E, M, q.get(), keys.get(), values.get(), index.get(),
+                        segments.get(), key_segments.get(), filled, y.get()};
+  {
+    ThreadPerTask pool;
+    Attend(op, pool);
+  }
+  double worst = 0;
+  for (int64_t i = 0; i < B * L * H; ++i) {
+    const int64_t b = i / (L * H), n = i / H, h = i % H;
+    std::vector<double> weights(M, 0), sums(E, 0);
+    double total = 0;
+    for (int64_t j = 0; j < std::min<int64_t>(filled, index[n] + 1); ++j) {
+      const int64_t at = ((b * H + h) * M + j) * E;
+      if (key_segments[b * M + j] != segments[n] || segments[n] == 0) continue;
+      double logit = 0;
+      for (int64_t e = 0; e < E; ++e) logit += double{q[i * E + e]} * ToFloat(keys[at + e]);
+      total += weights[j] = std::exp(logit / std::sqrt(double(E)));
+      for (int64_t e = 0; e < E; ++e) sums[e] += weights[j] * ToFloat(values[at + e]);
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      const double expected = total == 0 ? 0 : sums[e] / total;
+      worst = std::max(worst, std::abs(expected - y[i * E + e]));
+    }
+  }
+  return worst < 1e-5;
+}
+
 // Leaves of these sizes: the norm, and an update that moves every value.
 bool CheckUpdate(const std::vector<int64_t>& sizes, std::mt19937& random) {
   std::vector<std::unique_ptr<float[]>> kept;
@@ -361,6 +408,14 @@ int main() {
     for (const auto& s : head_shapes)
       if (!CheckHead(s[0], s[1], s[2], random)) {
         std::printf("wrong head: %ld %ld %ld\n", long(s[0]), long(s[1]), long(s[2]));
+        return 1;
+      }
+    const int64_t attention_shapes[][4] = {{1, 1, 1, 1},   {5, 2, 7, 9},    {50, 3, 33, 300},
+                                           {130, 1, 64, 130}, {7, 2, 20, 0}};
+    for (const auto& s : attention_shapes)
+      if (!CheckAttention<float>(s[0], s[1], s[2], s[3], random) ||
+          !CheckAttention<BFloat16>(s[0], s[1], s[2], s[3], random)) {
+        std::printf("wrong attention: %ld %ld\n", long(s[0]), long(s[3]));
         return 1;
       }
     if (!CheckUpdate({1, 0, 17, 3 * kUpdateItem + 5}, random)) {

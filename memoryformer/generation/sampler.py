@@ -24,8 +24,9 @@ from memoryformer.model import implementations, mixers, narrow, recurrence
 from memoryformer.notation import Array, Params
 
 # Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
-# of any length share a handful of compiled programs.
-PREFILL = 256
+# of any length share a handful of compiled programs. A row of a table that is wanted by several
+# tokens of a piece comes from memory once.
+PREFILL = 512
 CACHE_STEP = 128  # caches grow in these steps, for the same reason
 # Tokens of one call: the compiled loop comes back to Python only between calls.
 LOOP = 16

@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from memoryformer.notation import Array, ArrayOrShape, Float, Int
 from memoryformer.ops import only_on
+from memoryformer.ops.lookup import native as lookup_native
 
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # with one of them cuDNN is there
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
@@ -28,6 +29,8 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash", "auto")
 SPLASH_BLOCK = 128
 CACHE_BLOCK = 32  # keys that `over_cache` reads at a time; caches hold whole blocks
 FEW = 4  # up to so many queries read a cache with the bits of each alone
+
+_CACHES = (jnp.float32, jnp.bfloat16)  # types that native code reads
 
 Transform = Callable[[Float[Array, "B H L M"], Array], Float[Array, "B H L M"]]
 
@@ -84,8 +87,8 @@ def over_cache(
 ) -> Float[Array, "B L H E"]:
     """Attend, by `causal_mask`, to the first `filled` keys; M is whole blocks.
 
-    On CPU the blocks beyond them are not read, there is no gradient, and up to `FEW` queries
-    get the bits that each would get alone.
+    On CPU the blocks beyond them are not read, there is no gradient, up to `FEW` queries get the
+    bits that each would get alone, and more are read by native code where it is built.
     """
 
     def all_at_once(q, k, v, query_index, query_segments, key_segments, filled):
@@ -98,7 +101,20 @@ def over_cache(
         return softmax(q, k, v, mask)
 
     operands = (q, k, v, query_index, query_segments, key_segments, filled)
-    return jax.lax.platform_dependent(*operands, cpu=_by_blocks, default=all_at_once)
+    many = q.shape[1] > FEW and q.dtype in _CACHES and k.dtype in _CACHES
+    # Built only where it will run.
+    native = many and jax.default_backend() == "cpu" and lookup_native.available()
+    on_cpu = _natively if native else _by_blocks
+    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=all_at_once)
+
+
+def _natively(q, k, v, query_index, query_segments, key_segments, filled):
+    """The same as `_by_blocks` in one call (ops/lookup/native/attention_native.h)."""
+    y = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = lookup_native.ffi_call("cache_attention", y, vmap_method="sequential")
+    others = (query_index, query_segments, key_segments, filled)
+    integers = (x.astype(jnp.int32) for x in others)
+    return call(q.astype(jnp.float32), k, v, *integers).astype(q.dtype)
 
 
 def _by_blocks(q, k, v, query_index, query_segments, key_segments, filled):

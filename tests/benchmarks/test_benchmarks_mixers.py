@@ -74,3 +74,25 @@ def test_a_cache_inside_a_state_is_filled_too():
     (block,) = benchmark._seen(state, 40)
     assert (block.cache.length == 40).all() and (block.cache.segment_ids == 1).all()
     jax.tree.map(np.testing.assert_array_equal, block.recurrent, state[0].recurrent)
+
+
+@pytest.mark.slow
+def test_prefill(tmp_path):
+    """A figure for each length and kind. Mutation: kinds and lengths paired off."""
+    result = _load("prefill").main(
+        [
+            "--size=toy",
+            "--layers=1",
+            "--lengths=3,40",
+            "--tables=int8,bfloat16",
+            "--rounds=2",
+            f"--output={tmp_path / 'prefill.json'}",
+        ]
+    )
+    assert [(row["tables"], row["length"]) for row in result["works"]] == [
+        ("int8", 3),
+        ("int8", 40),
+        ("bfloat16", 3),
+        ("bfloat16", 40),
+    ]
+    assert all(row["micros"][0] > 0 for row in result["works"])

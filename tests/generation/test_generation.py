@@ -429,14 +429,15 @@ def test_prompts_are_read_before_anything(tmp_path, capsys, content, seed, messa
         (0, 0, []),
         (1, 0, [1]),
         (300, 0, [256, 32, 8, 4]),
-        (600, 0, [256, 256, 64, 16, 8]),
+        (600, 0, [512, 64, 16, 8]),
+        (1100, 0, [512, 512, 64, 8, 4]),
         (10, 4, [4, 4, 2]),
         (8, 4, [4, 4]),
         (3, 4, [2, 1]),
     ],
 )
 def test_pieces_of_a_prompt(length, chunk, pieces):
-    """Powers of two, largest first, behind whole chunks. Mutations: 257; any sign."""
+    """Powers of two, largest first, behind whole chunks. Mutations: 513; any sign."""
     assert sampler._pieces(length, chunk) == pieces
 
 

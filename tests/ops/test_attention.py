@@ -7,6 +7,7 @@ import pytest
 
 from memoryformer import errors, model
 from memoryformer.ops import attention
+from memoryformer.ops.lookup import native as lookup_native
 
 SEGMENTS = np.array([[1] * 50 + [2] * 60 + [0] * 18], np.int32)
 
@@ -54,6 +55,66 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled):
     got = read(q, k, v, index, own, segments, jnp.int32(filled))
     np.testing.assert_allclose(got, want, atol=1e-5)  # logits of up to 60
     assert not np.any(np.asarray(got)[own == 0])
+
+
+def _cache(batch_size, length, heads, width, filled, room):
+    """Queries at the end of a cache in documents, with padding among both; NaN in blocks beyond."""
+    rng = np.random.default_rng(length)
+    q = 3 * rng.standard_normal((batch_size, length, heads, width), np.float32)
+    k, v = rng.standard_normal((2, batch_size, heads, room, width), np.float32)
+    unread = filled + -filled % attention.CACHE_BLOCK
+    k[:, :, unread:] = v[:, :, unread:] = np.nan
+    segments = np.sort(rng.integers(0, 4, (batch_size, room)), axis=1).astype(np.int32)
+    segments[0] = 1  # one document, whose keys need no mask
+    segments[:, filled:] = 0
+    index = np.arange(filled - length, filled, dtype=np.int32)
+    own = segments[:, index].copy()
+    own[:, 2] = 0
+    index = np.tile(index, (batch_size, 1))
+    return q, k, v, index, own, segments, np.int32(filled)
+
+
+def _attended(q, k, v, index, own, segments, filled):
+    """The definition in float64, and zeros for queries that see nothing."""
+    q, k, v = (np.nan_to_num(x).astype(np.float64) for x in (q, k, v))
+    places = np.arange(segments.shape[1])
+    seen = (places <= index[..., None]) & (segments[:, None] == own[..., None])
+    seen &= (own[..., None] != 0) & (places < filled)
+    logits = np.einsum("blhe,bhme->bhlm", q, k) / q.shape[-1] ** 0.5
+    weights = np.where(seen[:, None], np.exp(logits), 0)
+    total = np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bhlm,bhme->blhe", weights / total, v)
+
+
+@pytest.mark.skipif(not lookup_native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("instructions", lookup_native.INSTRUCTION_SETS)
+def test_many_queries_read_a_cache_natively(instructions):
+    """Ragged lengths, widths and blocks of keys, as the blocks of XLA have it.
+
+    Mutations: `index` one less; sums not rescaled where the maximum grows; every key of a
+    block in the query's document; the last keys of a block forgotten.
+    """
+    lookup_native.configure(instruction_set=instructions)
+    for shape in (
+        (2, 5, 1, 3, 5, 32),
+        (2, 70, 3, 20, 290, 320),
+        (1, 130, 2, 64, 130, 160),
+    ):
+        operands = _cache(*shape)
+        q, k, v, *others = map(jnp.asarray, operands)
+        want = _attended(*operands)
+        got = attention.over_cache(q, k, v, *others)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        by_blocks = attention._by_blocks(q, k, v, *others)
+        np.testing.assert_allclose(by_blocks, want, atol=1e-5)
+        k, v = (x.astype(jnp.bfloat16) for x in (k, v))
+        narrow = [np.asarray(x, np.float64) for x in (k, v)]
+        got = attention.over_cache(q.astype(jnp.bfloat16), k, v, *others)
+        assert got.dtype == jnp.bfloat16
+        q = np.asarray(q.astype(jnp.bfloat16), np.float64)
+        want = _attended(q, *narrow, *operands[3:])
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=2e-2)
+    lookup_native.configure()
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])

@@ -217,13 +217,18 @@ class Softmax(base.MultiHead):
 
 
 def _append(cache: KVCache, k: Array, v: Array, segment_ids: Array) -> KVCache:
+    by_head = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if k.shape[1] > attention.FEW:
+        # XLA CPU would compute rotary positions while it writes, which one thread does alone.
+        by_head = jax.lax.optimization_barrier(by_head)
+
     def write(stored, new, axis):
         new = new.astype(stored.dtype)
         return jax.lax.dynamic_update_slice_in_dim(stored, new, cache.length, axis)
 
     return KVCache(
-        write(cache.keys, jnp.swapaxes(k, 1, 2), 2),
-        write(cache.values, jnp.swapaxes(v, 1, 2), 2),
+        write(cache.keys, by_head[0], 2),
+        write(cache.values, by_head[1], 2),
         write(cache.segment_ids, segment_ids, 1),
         cache.length + k.shape[1],
     )

@@ -28,23 +28,7 @@ from jax.typing import ArrayLike
 
 from memoryformer.notation import Array, ArrayOrShape, Codes, Float, Int, Scores, Tables
 
-SOURCES = (
-    "lookup_native.cc",
-    "lookup_native.h",
-    "lookup_native_kernel.h",
-    "lookup_native_machine.h",
-    "decode_native.h",
-    "decode_native_kernel.h",
-    "integer_native.h",
-    "integer_native_calls.h",
-    "integer_native_kernel.h",
-    "screen_native.h",
-    "screen_search_native.h",
-    "head_native.h",
-    "head_native_kernel.h",
-    "update_native.h",
-    "update_native_kernel.h",
-)
+SOURCE = "lookup_native.cc"  # it includes the headers beside it
 FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
 ).split()
@@ -54,6 +38,7 @@ TARGETS = (
     "lookup_forward",
     "lookup_backward",
     "memory_layer",
+    "cache_attention",
     "matrix_product",
     "integer_product",
     "screened_top",
@@ -258,7 +243,9 @@ def _build() -> pathlib.Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    parts = [(folder / name).read_text() for name in SOURCES]
+    parts = [
+        path.read_text() for path in [folder / SOURCE, *sorted(folder.glob("*.h"))]
+    ]
     parts += [*FLAGS, *compiler, version, jax.__version__, jax.lib.__version__]
     parts.append(platform.machine())  # of machines that share a home, not all alike
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -269,7 +256,7 @@ def _build() -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         output = pathlib.Path(temporary) / target.name
         include = jax.ffi.include_dir()
-        command = [*compiler, *FLAGS, f"-I{include}", str(folder / SOURCES[0])]
+        command = [*compiler, *FLAGS, f"-I{include}", str(folder / SOURCE)]
         result = subprocess.run(
             [*command, "-o", str(output)],
             capture_output=True,
@@ -278,7 +265,7 @@ def _build() -> pathlib.Path:
         )
         if result.returncode:
             detail = result.stderr.strip()[:300] or "no message"
-            raise OSError(f"{' '.join(compiler)} failed on {SOURCES[0]}: {detail}")
+            raise OSError(f"{' '.join(compiler)} failed on {SOURCE}: {detail}")
         os.replace(output, target)
     return target
 

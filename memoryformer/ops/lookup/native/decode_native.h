@@ -7,7 +7,8 @@
 
 #include <cmath>
 
-#include "lookup_native.h"
+#include "forward_native.h"
+#include "hash_native.h"
 
 namespace memoryformer {
 
@@ -21,33 +22,21 @@ struct Hash {
   bool two_rows;  // also the bucket across the least certain bit
 };
 
-constexpr int64_t kMaxCodeBits = 16;
-
-// exp(gamma * -sum_i log(factors[i])), factors of 1 + exp(-u). The product of eight is in
-// the range of a double whatever they are.
-inline float Confidence(const float* factors, int64_t count, float gamma) {
-  if (gamma == 0) return 1;
-  double product = 1, log_sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    product *= factors[i];
-    if (gamma != 1 && i % 8 == 7) log_sum += std::log(product), product = 1;
-  }
-  if (gamma == 1) return static_cast<float>(1 / product);
-  return static_cast<float>(std::exp(-double{gamma} * (log_sum + std::log(product))));
-}
-
 // The K codes and scores of one token: the first value of a chunk is the high bit, and
 // zero (of either sign) counts as set. Those of the second row go `second` further.
 inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num_tables,
                       const Hash& hash, int64_t second, int32_t* codes,
                       float* scores) {
-  constexpr int64_t kBlock = 32;  // chunks
-  float factors[kBlock * kMaxCodeBits];
+  float factors[kHashChunks * kMaxCodeBits];
   const int64_t bits = hash.code_bits;
-  for (int64_t k0 = 0; k0 < num_tables; k0 += kBlock) {
-    const int64_t count = std::min(kBlock, num_tables - k0);
+  for (int64_t k0 = 0; k0 < num_tables; k0 += kHashChunks) {
+    const int64_t count = std::min(kHashChunks, num_tables - k0);
     const float* block = x + k0 * bits;
     if (hash.gamma != 0) one_plus_exp(block, count * bits, hash.beta, factors);
+    if (!hash.two_rows) {
+      HashChunks(block, count, bits, factors, hash.gamma, hash.power, codes + k0, scores + k0);
+      continue;
+    }
     for (int64_t k = 0; k < count; ++k) {
       const float* z = block + k * bits;
       int32_t code = 0;
@@ -62,7 +51,6 @@ inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num
       const float score = hash.power ? length * confidence : confidence;
       codes[k0 + k] = code;
       scores[k0 + k] = score;
-      if (!hash.two_rows) continue;
       const float factor = std::exp(-hash.gamma * hash.beta * std::abs(z[least]));
       codes[second + k0 + k] = code ^ (1 << (bits - 1 - least));
       scores[second + k0 + k] = score * factor;
@@ -92,11 +80,14 @@ void MemoryLayer(const Shape& shape, const T* tables, const float* scales, const
   auto* sums = hash.two_rows ? sums_memory.As<float>() : y;
   const Shape read{rows * N, K, C, F};
   Forward(Operands<T>{read, tables, scales, codes, scores}, sums, pool);
-  if (hash.two_rows)
-    for (int64_t i = 0; i < N * F; ++i) y[i] = sums[i] + sums[N * F + i];
-  if (bias == nullptr) return;
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t f = 0; f < F; ++f) y[n * F + f] += bias[f];
+  if (!hash.two_rows && bias == nullptr) return;
+  ParallelFor(pool, ChooseThreads({N, 1, 1, F}), parts, [&](int64_t part) {
+    const int64_t end = std::min<int64_t>(N, 8 * part + 8) * F;
+    for (int64_t i = 8 * part * F; i < end && hash.two_rows; ++i)
+      y[i] = sums[i] + sums[N * F + i];
+    for (int64_t i = 8 * part * F; i < end && bias != nullptr; i += F)
+      for (int64_t f = 0; f < F; ++f) y[i + f] += bias[f];
+  });
 }
 
 // --- The product of a few vectors with a matrix: y[n, v] = x[n] . W[v]. ----------------

@@ -20,6 +20,8 @@ typedef uint32_t WordVec __attribute__((vector_size(4 * SIMD_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * SIMD_LANES)));
 // The same vectors at any address, over memory of any type.
 typedef float AnyVec __attribute__((vector_size(4 * SIMD_LANES), aligned(4), may_alias));
+typedef int32_t AnyIntVec
+    __attribute__((vector_size(4 * SIMD_LANES), aligned(4), may_alias));
 typedef uint16_t AnyHalfVec
     __attribute__((vector_size(2 * SIMD_LANES), aligned(2), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * SIMD_LANES)));
@@ -116,7 +118,7 @@ SIMD_TARGET void SumColumns(const T* const* rows, const float* weights, int coun
   }
 }
 
-// --- Forward, many tokens: a slice of a few tables stays in the cache. ---------------
+// --- Backward: tokens sorted by bucket, so dT stays in registers. --------------------
 
 // block[r, 0:kColumns] = rows[r, 0:width] of a [rows, stride] array, padded with zeros.
 template <class T, int kColumns>
@@ -132,36 +134,6 @@ SIMD_TARGET void PackSlice(const T* source, int64_t num_rows, int64_t stride, in
     std::memset(block + r * kColumns + width, 0, (kColumns - width) * sizeof(T));
   }
 }
-
-// sums[n] (+)= sum_j weights[n, j] * block[rows[n, j]] for j < kGroup. On the way, fetches
-// the slice that is packed next: `next_rows` rows, spread evenly over the tokens.
-template <class T, int kGroup>
-SIMD_TARGET void AddGroup(const T* block, const uint16_t* rows, const float* weights,
-                          int64_t num_tokens, bool first, float* sums, const T* next,
-                          int64_t next_rows, int64_t stride) {
-  const uint64_t step = (static_cast<uint64_t>(next_rows) << 32) / num_tokens + 1;
-  uint64_t progress = 0;  // in rows, 32.32 fixed point
-  int64_t fetched = 0;
-  for (int64_t n = 0; n < num_tokens; ++n) {
-    progress += step;
-    const int64_t due = std::min<int64_t>(progress >> 32, next_rows);
-    for (; fetched < due; ++fetched)
-      for (int byte = 0; byte < kWidth * int{sizeof(T)}; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(next + fetched * stride) + byte,
-                           0, 2);
-    Vec sum[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      sum[v] = first ? Vec{} : Load(sums + n * kWidth + v * kLanes);
-    for (int j = 0; j < kGroup; ++j) {
-      const T* row = block + size_t{rows[n * kGroup + j]} * kWidth;
-      const float weight = weights[n * kGroup + j];
-      for (int v = 0; v < kVectors; ++v) sum[v] += weight * Load(row + v * kLanes);
-    }
-    for (int v = 0; v < kVectors; ++v) Store(sums + n * kWidth + v * kLanes, sum[v]);
-  }
-}
-
-// --- Backward: tokens sorted by bucket, so dT stays in registers. --------------------
 
 // out[i] += sum of partial[i, :], for i < count; the same order for every i.
 SIMD_TARGET inline void AddLaneSums(const float* partial, int64_t count, float* out) {
@@ -246,13 +218,15 @@ SIMD_TARGET void TableGradients(const T* rows, int64_t num_buckets, int64_t stri
   AddLaneSums(partial, filled, dscores + flushed);
 }
 
+#include "packed_native_kernel.h"
+
 template <class T>
 Kernels<T> MakeKernels() {
   Kernels<T> kernels;
-  kernels.width = kWidth;
+  kernels.width = kSliceColumns<T>;
   kernels.gradient_width = kGradientWidth;
   kernels.sum_columns = SumColumns<T>;
-  kernels.pack_slice = PackSlice<T, kWidth>;
+  kernels.copy_rows = CopyRows<T>;
   kernels.pack_gradient = PackSlice<float, kGradientWidth>;
   kernels.add_group[0] = AddGroup<T, 1>;
   kernels.add_group[1] = AddGroup<T, 2>;
@@ -266,6 +240,7 @@ Kernels<T> MakeKernels() {
 #include "integer_native_kernel.h"
 #include "update_native_kernel.h"
 #include "head_native_kernel.h"
+#include "attention_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 

@@ -1,0 +1,100 @@
+"""Reading a prompt on CPU: microseconds of a token and layer, for some layers of a model.
+
+    python -m benchmarks.prefill --layers=6 --clock=cpu --rounds=5
+    python -m benchmarks.prefill --lengths=128,512,2048 --tables=int8,bfloat16
+
+A figure is one prompt read by `generation.sampler.Generator`, state and head included, over its
+tokens and layers; weights are random. With a few layers the fixed costs weigh more than in the
+whole model, whose layers are read from memory all the same. Beside other engines:
+`python -m benchmarks.decode --prefill=512`. Results: docs/performance.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+
+import numpy as np
+
+from benchmarks import timing
+from benchmarks.decode import ours, peers
+from memoryformer.generation import sampler
+from memoryformer.model import narrow
+from memoryformer.ops.lookup import narrow as narrow_rows
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure, print, write and return."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=("small", "base", "toy"), default="base")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--lengths", default="512", help="comma-separated")
+    parser.add_argument("--tables", default="int8", help="comma-separated kinds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=0, help="0: all")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--output", type=pathlib.Path, default="prefill.json")
+    args = parser.parse_args(argv)
+    kinds, lengths = args.tables.split(","), args.lengths.split(",")
+    for kind in kinds:
+        if kind not in narrow_rows.TABLE_KINDS:
+            known = ", ".join(narrow_rows.TABLE_KINDS)
+            parser.error(f"--tables: {kind!r} is none of {known}")
+    if not all(n.isdigit() and 0 < int(n) <= 2048 for n in lengths):
+        parser.error(f"--lengths={args.lengths}: must be numbers from 1 to 2048")
+    if args.layers < 1 or args.rounds < 2:
+        parser.error("--layers must be at least 1 and --rounds at least 2")
+    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    works = {
+        (kind, int(length)): reader(args.size, args.layers, kind, int(length))
+        for kind in kinds
+        for length in lengths
+    }
+    clock, shuffled = timing.CLOCKS[args.clock], random.Random(0)
+    micros: dict = {work: [] for work in works}
+    for i in range(args.rounds + 1):
+        for work in shuffled.sample(list(works), len(works)):
+            start = clock()
+            works[work]()
+            if i:  # the first one compiles
+                seconds = clock() - start
+                micros[work].append(1e6 * seconds / work[1] / args.layers)
+    rows = [
+        {"tables": kind, "length": length, "micros": timing.quartiles(series)}
+        for (kind, length), series in micros.items()
+    ]
+    facts = {"processor": timing.processor(), "cores": len(cores), "clock": args.clock}
+    facts |= {"size": args.size, "layers": args.layers, "load": os.getloadavg()[0]}
+    print(json.dumps(facts))
+    for row in rows:
+        low, median, high = row["micros"]
+        print(
+            f"  {row['tables']:9} {row['length']:5} tokens {median:8.1f} us a token and "
+            f"layer [{low:.1f}, {high:.1f}]"
+        )
+    result = facts | {"works": rows}
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def reader(size: str, num_layers: int, kind: str, length: int):
+    """Return a function that reads a prompt of so many tokens."""
+    config = ours.memoryformer_config(size)
+    config = dataclasses.replace(config, num_layers=num_layers)
+    kinds = narrow.WeightKinds(tables=kind, head="int8")
+    params = ours.random_params(config, kinds)
+    generator = sampler.Generator(config, params, kinds)
+    prompt = peers.long_prompt(2048, config.vocab_size).tolist()[:length]
+    sampling = sampler.SamplingConfig(max_tokens=1, temperature=0.0)
+
+    def read() -> np.ndarray:
+        return np.asarray(generator.begin([prompt], sampling).logits)
+
+    return read
+
+
+if __name__ == "__main__":
+    main()
