@@ -134,7 +134,7 @@ MISTAKES = {
     "no_rows": (
         (*SAMPLE, "--prompts=x", "--batch_size=0"),
         CONFIG,
-        "--batch_size=0: 0 is not a positive integer",
+        "--batch_size=0: 0 is not an integer in the range",
     ),
     "output_of_nothing": (
         (*SAMPLE, "--output={folder}/texts"),
