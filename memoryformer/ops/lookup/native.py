@@ -28,23 +28,14 @@ from jax.typing import ArrayLike
 
 from memoryformer.notation import Array, ArrayOrShape, Codes, Float, Int, Scores, Tables
 
-SOURCES = (
-    "lookup_native.cc",
-    "lookup_native.h",
-    "lookup_native_kernel.h",
-    "lookup_native_machine.h",
-    "decode_native.h",
-    "decode_native_kernel.h",
-    "integer_native.h",
-    "integer_native_calls.h",
-    "integer_native_kernel.h",
-    "screen_native.h",
-    "screen_search_native.h",
-    "head_native.h",
-    "head_native_kernel.h",
-    "update_native.h",
-    "update_native_kernel.h",
+HEADERS = (
+    "lookup_native lookup_native_kernel lookup_native_machine rows_native_kernel "
+    "decode_native decode_native_kernel team_native block_native block_native_calls "
+    "block_native_kernel integer_native integer_native_calls integer_native_kernel "
+    "screen_native screen_search_native head_native head_native_kernel "
+    "update_native update_native_kernel"
 )
+SOURCES = ("lookup_native.cc", *(f"{name}.h" for name in HEADERS.split()))
 FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -w"
 ).split()
@@ -54,6 +45,8 @@ TARGETS = (
     "lookup_forward",
     "lookup_backward",
     "memory_layer",
+    "blocks",
+    "first_largest",
     "matrix_product",
     "integer_product",
     "screened_top",

@@ -2,6 +2,7 @@
 // lookup_native.h, decode_native.h, integer_native.h, update_native.h and head_native.h.
 // ops/lookup/native.py compiles this file on first use and loads it.
 
+#include "block_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"
@@ -173,6 +174,15 @@ ffi::Error ProductCall(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weights,
   }
 }
 
+ffi::Error LargestCall(ffi::ThreadPool pool, Floats y, ffi::Result<Codes> places) {
+  const int64_t rows = places->element_count(), size = y.element_count();
+  if (rows == 0 || size == 0 || size % rows != 0) return Invalid("largest: no values");
+  return Guarded([&] {
+    memoryformer::FirstLargest(y.typed_data(), rows, size / rows, places->typed_data(),
+                               pool);
+  });
+}
+
 // The gradients of parameters, then their values and both moments where `stored` has them.
 ffi::ErrorOr<std::vector<memoryformer::Leaf>> MakeLeaves(ffi::RemainingArgs gradients,
                                                          ffi::RemainingRets* stored) {
@@ -257,6 +267,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_head_nats, HeadCall,
                                   .Ret<Floats>()       // dx [N, D]
                                   .Ret<Floats>());     // dkernel [D, V]
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_first_largest, LargestCall,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()     // y [.., V]
+                                  .Ret<Codes>());    // [..]
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_gradient_norm, NormCall,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -313,6 +329,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_lookup_backward, BackwardCall,
                                   .Ret<Floats>());           // dscores [N, K]
 
 #include "integer_native_calls.h"
+#include "block_native_calls.h"
 
 extern "C" void memoryformer_configure(int threads, int instructions, int64_t reuse) {
   memoryformer::max_threads = threads;
