@@ -193,6 +193,11 @@ _TESTS = {
         "test_fields.py",
         "model/test_parts.py",
     ),
+    "model/fused": (
+        "model/test_fused.py",
+        "generation/test_generation.py",
+        "generation/test_speculation.py",
+    ),
     "model/implementations": ("model/test_implementations.py",),
     "model/distillation": ("training/test_distillation.py",),
     "model/front": (
@@ -440,6 +445,10 @@ _TESTS = {
         "ops/test_lookup_native.py",
         "ops/test_lookup_gpu.py",
         "ops/test_scores.py",
+    ),
+    "ops/lookup/blocks": (
+        "model/test_fused.py",
+        "generation/test_generation.py",
     ),
     "ops/lookup/gpu": (
         "ops/test_lookup_gpu.py",
