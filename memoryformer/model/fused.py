@@ -5,7 +5,6 @@ what `why_not` objects to, and calls of many tokens, go through the blocks thems
 the definition; `model.lookup='xla'` keeps to them. Start at `features`.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -56,15 +55,7 @@ def features(
     few = tokens.size <= native_blocks.MAX_TOKENS
     if not few or why_not(config) or not _is_packed(model):
         return model.features(tokens, seq, state)
-    x = model.embed(tokens)
-    default = functools.partial(_by_modules, model)
-    operands = (x, seq, state)
-    fused = functools.partial(_in_one_call, config, model)
-    return jax.lax.platform_dependent(*operands, cpu=fused, default=default)
-
-
-def _by_modules(model, x, seq, state):
-    return model.run_blocks(x, seq, state)
+    return _in_one_call(config, model, model.embed(tokens), seq, state)
 
 
 def _in_one_call(config, model, x, seq, state):

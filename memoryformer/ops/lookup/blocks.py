@@ -97,7 +97,8 @@ def read(
     stacked = jnp.stack([jnp.stack(row) for row in knobs])
     leading = (x, *turns, segment_ids, stacked)
     operands = [*leading, *_arrays(final_norm)]
-    places, aliases = [], {}
+    places: list[jax.ShapeDtypeStruct] = []
+    aliases: dict[int, int] = {}  # operand -> result
     for block, cache in zip(blocks, caches, strict=True):
         operands += _of_block(block)
         for array in cache:
