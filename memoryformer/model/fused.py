@@ -63,9 +63,9 @@ def _in_one_call(config, model, x, seq, state):
     rows = x.reshape(-1, x.shape[-1])
     if pairs:
         turned = rotary.turns(seq.positions, pairs, config.rotary_base)
-        turns = tuple(turn.reshape(len(rows), pairs) for turn in turned)
+        cos, sin = (turn.reshape(len(rows), pairs) for turn in turned)
     else:
-        turns = (jnp.zeros((len(rows), 0), jnp.float32),) * 2
+        cos = sin = jnp.zeros((len(rows), 0), jnp.float32)
     first: Any = model.blocks[0]
     power, _, _ = hashing.constants(config.score, 1.0, None)
     form = native_blocks.Form(
@@ -78,7 +78,7 @@ def _in_one_call(config, model, x, seq, state):
     )
     y, caches = native_blocks.read(
         rows,
-        turns,
+        (cos, sin),
         seq.segment_ids,
         [_block(block) for block in model.blocks],
         _norm(model.final_norm),

@@ -74,9 +74,9 @@ def in_pieces(read, state, rows=slice(None), lengths=LENGTHS):
 def test_equals_the_equations_in_float64(form):
     """Two streams, one behind padding, read in pieces of three, one and two tokens.
 
-    Mutations: `x_` not swapped for `next_` (parallel); `normed_` and not its copy read by
-    the feed-forward of eq13; keys stored before they are turned; `seen` without the
-    segment 0; the second row not added; cos and sin changed for each other.
+    Mutations: keys stored before they are turned; the second row not added; `normed_` and not
+    its copy kept as the stream of eq13; a later token of the call seen; a LayerNorm in the
+    middle without its mean; one token counted where two were read.
     """
     config, weights = make(**FORMS[form])
     assert not fused.why_not(config)
@@ -95,9 +95,9 @@ def test_equals_the_equations_in_float64(form):
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("bfloat16", marks=slow)])
 def test_equals_the_blocks_themselves(kind):
-    """Features and caches, of tables as they are stored.
+    """Features and caches, of tables as they are stored; padding gets zeros of attention.
 
-    Mutation: scales of the row before.
+    Mutation: `seen` of the segment 0.
     """
     config, weights = make()
     prepared = narrow.prepare(config, weights, narrow.WeightKinds(tables=kind))
@@ -114,7 +114,7 @@ def test_equals_the_blocks_themselves(kind):
 def test_a_token_is_what_it_is_alone():
     """Other streams, and how many tokens a call reads, change no bit: drafts rely on it.
 
-    Mutations: sums of a norm over more columns for more tokens; keys of a later token seen.
+    Mutation: keys of a later token seen.
     """
     config, weights = make()
     prepared = narrow.prepare(config, weights, narrow.WeightKinds(tables="int8"))
@@ -180,7 +180,7 @@ def test_greedy_tokens_are_those_of_the_blocks():
 def test_the_first_of_the_largest(size):
     """As NumPy's argmax: ties, infinities, and NaN before all numbers.
 
-    Mutations: `>=` for `>`; NaN ignored; the last vector left out.
+    Mutations: NaN ignored; the first place never taken.
     """
     rng = np.random.default_rng(size)
     y = rng.integers(-3, 3, (4, size)).astype(np.float32)
@@ -196,8 +196,8 @@ def test_the_first_of_the_largest(size):
 def test_rows_that_lie_in_memory(kind):
     """Tables of more than 8 MB are read in groups of rows: all instruction sets, odd sizes.
 
-    Mutations: the last rows of K = 13 left out; the columns after the last whole line; the
-    first group added to what y held.
+    Mutations: the last rows of K = 13 left out; the columns after the last whole vector; each
+    group taken for the first.
     """
     rng = np.random.default_rng(0)
     shape = (13, 512, 1333) if kind == "int8" else (13, 128, 1333)
@@ -223,7 +223,7 @@ def test_rows_that_lie_in_memory(kind):
 def test_a_full_cache_is_written_as_xla_writes_it():
     """Behind the last slot nothing is written: the new token takes the last.
 
-    Mutation: the start not cut to the slots, which writes behind the array.
+    Mutation: the start cut to one slot more.
     """
     config, weights = make()
     both = []
