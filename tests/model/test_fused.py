@@ -74,9 +74,9 @@ def in_pieces(read, state, rows=slice(None), lengths=LENGTHS):
 def test_equals_the_equations_in_float64(form):
     """Two streams, one behind padding, read in pieces of three, one and two tokens.
 
-    Mutations: keys stored before they are turned; the second row not added; `normed_` and not
-    its copy kept as the stream of eq13; a later token of the call seen; a LayerNorm in the
-    middle without its mean; one token counted where two were read.
+    Mutations: keys stored before they are turned; the second row not added; a later token of
+    the call seen; a LayerNorm in the middle without its mean; one token counted where two
+    were read.
     """
     config, weights = make(**FORMS[form])
     assert not fused.why_not(config)
@@ -196,15 +196,15 @@ def test_the_first_of_the_largest(size):
 def test_rows_that_lie_in_memory(kind):
     """Tables of more than 8 MB are read in groups of rows: all instruction sets, odd sizes.
 
-    Mutations: the last rows of K = 13 left out; the columns after the last whole vector; each
-    group taken for the first.
+    Mutations: the last rows of K left out; the columns after the last whole vector; rows from
+    128 on taken for the first.
     """
     rng = np.random.default_rng(0)
-    shape = (13, 512, 1333) if kind == "int8" else (13, 128, 1333)
+    shape = (141, 64, 1333) if kind == "int8" else (13, 128, 1333)
     tables = rng.integers(-127, 128, shape).astype(kind)
-    codes = rng.integers(0, shape[1], (3, 13)).astype(np.int32)
-    scores = rng.normal(size=(3, 13)).astype(np.float32)
-    rows = tables[np.arange(13), codes].astype(np.float64)
+    codes = rng.integers(0, shape[1], (3, shape[0])).astype(np.int32)
+    scores = rng.normal(size=(3, shape[0])).astype(np.float32)
+    rows = tables[np.arange(shape[0]), codes].astype(np.float64)
     expected = np.einsum("nk,nkf->nf", scores, rows)
     scales = np.ones(shape[:2], np.float32)
     assert tables.nbytes > 8 << 20
@@ -215,7 +215,7 @@ def test_rows_that_lie_in_memory(kind):
                 y = native.native_int8(tables, scales, codes, scores)
             else:
                 y = native.native(tables, codes, scores)
-            np.testing.assert_allclose(y, expected, atol=1e-3)
+            np.testing.assert_allclose(y, expected, atol=5e-3)
     finally:
         native.configure()
 
