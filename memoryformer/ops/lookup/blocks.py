@@ -6,11 +6,11 @@
     eq13           y = z + m + ffn(z)
     ffn(z)         ML_2(LayerNorm(ML_1(z))), or one memory layer
 
-The modules of `model` are the definition. Of it this computes rows and codes in the same order,
-norms, products of attention and their sums in another. Both threads of two cores work at once
-and XLA runs nothing between: at the width of base its own code took half of a token's time.
-What a token gets depends neither on the others in the call nor on the threads, bit for
-bit. Caches are read and written in place: donate them. Start at `read`.
+The modules of `model` are the definition. This sums rows in their order, norms and attention in
+another. All threads work on each step, and XLA runs nothing between: its own code took half of
+a token's time at the width of base. What a token gets depends neither on the others in
+the call nor on the threads, bit for bit. Caches are read and written in place: donate them.
+Start at `read`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from memoryformer.notation import AnyArray, Array, Float, Int
 from memoryformer.ops.lookup import native
 
 RESIDUALS = ("sequential", "parallel", "eq13")
-MAX_TOKENS = 32  # of a call; more are faster where each weight is read once for all
+MAX_TOKENS = 32  # of a call; longer pieces of prompts go through the blocks themselves
 
 
 class Layer(NamedTuple):
