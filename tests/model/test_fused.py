@@ -70,7 +70,13 @@ def in_pieces(read, state, rows=slice(None), lengths=LENGTHS):
     return np.concatenate(found, axis=1), state
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=slow if form in ("learned", "l1_without_bias") else ())
+        for form in FORMS
+    ],
+)
 def test_equals_the_equations_in_float64(form):
     """Two streams, one behind padding, read in pieces of three, one and two tokens.
 
