@@ -8,6 +8,7 @@
 
 #include "attention_native.h"
 #include "backward_native.h"
+#include "block_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"
@@ -362,6 +363,156 @@ bool CheckUpdate(const std::vector<int64_t>& sizes, std::mt19937& random) {
   return moved && std::abs(norm - std::sqrt(squares)) < 1e-5 * (1 + norm);
 }
 
+// Rows in memory are summed in the order of rows in a cache: every bit is the same.
+template <class T>
+bool CheckFarColumns(int count, int64_t columns, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<std::unique_ptr<T[]>> stored;
+  std::vector<const T*> rows;
+  auto weights = Exactly<float>(count), near = Exactly<float>(columns);
+  auto far = Exactly<float>(columns);
+  for (int k = 0; k < count; ++k) {
+    stored.push_back(Exactly<T>(columns));
+    for (int64_t f = 0; f < columns; ++f) stored[k][f] = Make<T>(normal(random));
+    rows.push_back(stored[k].get());
+    weights[k] = normal(random);
+  }
+  const Kernels<T> kernels = ChooseKernels<T>();
+  bool same = true;
+  for (const bool first : {true, false}) {
+    kernels.sum_columns(rows.data(), weights.get(), count, 0, columns, first, false, near.get());
+    kernels.sum_columns(rows.data(), weights.get(), count, 0, columns, first, true, far.get());
+    for (int64_t f = 0; f < columns; ++f) same = same && near[f] == far[f];
+  }
+  return same;
+}
+
+// Blocks with drawn weights, on arrays of exactly their sizes.
+template <class T>
+struct DrawnBlocks {
+  std::mt19937& random;
+  std::vector<std::unique_ptr<float[]>> floats;
+  std::vector<std::unique_ptr<T[]>> tables;
+  std::vector<std::unique_ptr<int32_t[]>> integers;
+
+  float* Floats(int64_t count) {
+    std::normal_distribution<float> normal;
+    floats.push_back(Exactly<float>(count));
+    for (int64_t i = 0; i < count; ++i) floats.back()[i] = normal(random);
+    return floats.back().get();
+  }
+  int32_t* Integers(int64_t count, int32_t value) {
+    integers.push_back(Exactly<int32_t>(count));
+    std::fill_n(integers.back().get(), count, value);
+    return integers.back().get();
+  }
+  MemoryRows Layer(int64_t inputs, int64_t bits, int64_t features, bool two_rows) {
+    const int64_t count = (inputs / bits << bits) * features;
+    tables.push_back(Exactly<T>(count));
+    for (int64_t i = 0; i < count; ++i)
+      tables.back()[i] = Make<T>(std::normal_distribution<float>()(random));
+    MemoryRows layer;
+    layer.tables = inputs / bits, layer.features = features;
+    layer.hash = {bits, two_rows, 2.0f, 0.7f, two_rows};
+    layer.rows = tables.back().get();
+    layer.scales = sizeof(T) == 1 ? Floats(inputs / bits << bits) : nullptr;
+    layer.bias = two_rows ? Floats(features) : nullptr;
+    layer.sum = SumMemoryRows<T>;
+    return layer;
+  }
+};
+
+struct BlocksShape {
+  int64_t streams, length, heads, head_width, bits, slots;
+};
+
+// What a token gets depends neither on the threads nor on the other streams, and nothing is
+// touched outside of the arrays.
+template <class T>
+bool CheckBlocks(const BlocksShape& s, int form, std::mt19937& random) {
+  DrawnBlocks<T> drawn{random, {}, {}, {}};
+  const int64_t D = s.heads * s.head_width, N = s.streams * s.length;
+  const int64_t cached = D * s.slots, wide = D / s.bits * (s.bits + 1);
+  const bool two_rows = form & 1, layer_norm = form & 2, one_layer = form & 4, out = form & 8;
+  const auto norm = [&](int64_t width, bool bias) {
+    float* scale = drawn.Floats(width);
+    return NormWeights{scale, bias ? drawn.Floats(width) : nullptr, 1e-5f};
+  };
+  Trunk trunk{s.streams, s.length, D, s.heads, s.slots};
+  trunk.residual = static_cast<Residual>(form % 3);
+  trunk.half = s.head_width / 2;
+  trunk.cos = drawn.Floats(N * trunk.half), trunk.sin = drawn.Floats(N * trunk.half);
+  trunk.x = drawn.Floats(N * D);
+  int32_t* segments = drawn.Integers(N, 1);
+  for (int64_t l = 0; l + 1 < s.length; ++l) segments[l] = 0;  // stream 0 begins with padding
+  trunk.segments = segments;
+  trunk.final_norm = norm(D, layer_norm);
+  for (int i = 0; i < 2; ++i) {
+    Block block{norm(D, layer_norm), norm(D, layer_norm), norm(wide, true)};
+    block.qkv = drawn.Layer(D, s.bits, 3 * D, two_rows);
+    if (out) block.out = drawn.Layer(D, s.bits, D, two_rows);
+    if (!one_layer) block.up = drawn.Layer(D, s.bits, wide, two_rows);
+    block.down = one_layer ? drawn.Layer(D, s.bits, D, two_rows)
+                           : drawn.Layer(wide, s.bits + 1, D, two_rows);
+    trunk.blocks.push_back(block);
+  }
+  std::vector<std::vector<float>> found;
+  for (const int threads : {1, 3, 8, 0}) {  // 0: stream 0 alone
+    Trunk one = trunk;
+    if (threads == 0) one.streams = 1;
+    for (Block& block : one.blocks) {
+      block.cache = {drawn.Floats(0), drawn.Floats(0), drawn.Integers(s.streams * s.slots, 0),
+                     drawn.Integers(1, static_cast<int32_t>(s.slots - 2 * s.length))};
+      for (float** rows : {&block.cache.keys, &block.cache.values}) {
+        drawn.floats.push_back(Exactly<float>(s.streams * cached));
+        *rows = drawn.floats.back().get();
+        for (int64_t j = 0; j < s.streams * cached; ++j) (*rows)[j] = std::sin(j % cached);
+      }
+      for (int64_t b = 0; b < s.streams; ++b)
+        std::fill_n(block.cache.segments + b * s.slots, s.slots / 2, 1);
+    }
+    one.y = drawn.Floats(N * D);
+    std::vector<float> result;
+    for (int call = 0; call < 3; ++call) {  // the last has no room, as XLA would write it
+      ThreadPerTask pool;
+      Team team(pool, std::max(1, threads));
+      BlockReader(one, team).Read();
+      result.insert(result.end(), one.y, one.y + s.length * D);
+      if (threads) result.insert(result.end(), one.y + s.length * D, one.y + N * D);
+    }
+    for (const Block& block : one.blocks)
+      result.insert(result.end(), block.cache.keys, block.cache.keys + cached);
+    found.push_back(result);
+  }
+  bool same = found[0] == found[1] && found[0] == found[2];
+  for (int call = 0; call < 3; ++call)
+    for (int64_t i = 0; i < s.length * D; ++i) {
+      const float value = found[0][call * N * D + i];
+      same = same && std::isfinite(value) && value == found[3][call * s.length * D + i];
+    }
+  return same;
+}
+
+// The first place of the largest, among NaN, equal values and infinities.
+bool CheckLargest(int64_t V, std::mt19937& random) {
+  auto y = Exactly<float>(3 * V);
+  auto places = Exactly<int32_t>(3);
+  for (int64_t i = 0; i < 3 * V; ++i) y[i] = static_cast<float>(random() % 5) - 4;
+  for (int64_t i = V; i < 2 * V; ++i) y[i] = i % 7 == 3 ? NAN : y[i];
+  for (int64_t i = 2 * V; i < 3 * V; ++i) y[i] = -INFINITY;
+  {
+    ThreadPerTask pool;
+    FirstLargest(y.get(), 3, V, places.get(), pool);
+  }
+  bool right = places[2] == 0;
+  for (int64_t n = 0; n < 2; ++n) {
+    const auto rank = [&](int64_t v) { return std::isnan(y[n * V + v]) ? INFINITY : y[n * V + v]; };
+    for (int64_t v = 0; v < V; ++v)
+      right = right && (v < places[n] ? rank(v) < rank(places[n]) : rank(v) <= rank(places[n]));
+  }
+  return right;
+}
+
 // Every type of tables, on one shape; says which shape is wrong.
 bool CheckTypes(const Shape& s, std::mt19937& random) {
   if (Check<float>(s, random) && Check<BFloat16>(s, random) && Check<int8_t>(s, random))
@@ -397,10 +548,34 @@ int main() {
     instruction_set = instructions;
     packing_reuse = 4;
     const int64_t decode_shapes[][3] = {{1, 1, 1}, {3, 5, 2}, {33, 70, 1}, {40, 129, 9},
-                                        {7, 2, 4}, {13, 17, 33}};
+                                        {7, 2, 4}, {13, 17, 33}, {101, 40, 7}};
     for (const auto& s : decode_shapes)
       if (!CheckDecode(s[0], s[1], s[2], random)) {
         std::printf("wrong decode: %ld %ld %ld\n", long(s[0]), long(s[1]), long(s[2]));
+        return 1;
+      }
+    const BlocksShape block_shapes[] = {{1, 1, 1, 4, 2, 3}, {3, 2, 2, 6, 3, 9},
+                                        {2, 3, 3, 20, 5, 40}, {5, 1, 1, 64, 8, 33}};
+    for (const BlocksShape& s : block_shapes)
+      for (int form = 0; form < 16; ++form)
+        if (!(s.bits < 8 ? CheckBlocks<float>(s, form, random) &&
+                               CheckBlocks<BFloat16>(s, form, random) &&
+                               CheckBlocks<int8_t>(s, form, random)
+                         : form % 8 != 5 || CheckBlocks<int8_t>(s, form, random))) {
+          std::printf("wrong blocks: %ld streams, form %d\n", long(s.streams), form);
+          return 1;
+        }
+    for (const int count : {1, 7, 8, 9, 30})
+      for (const int64_t columns : {1, 17, 64, 200})
+        if (!(CheckFarColumns<float>(count, columns, random) &&
+              CheckFarColumns<BFloat16>(count, columns, random) &&
+              CheckFarColumns<int8_t>(count, columns, random))) {
+          std::printf("wrong far rows: %d of %ld\n", count, long(columns));
+          return 1;
+        }
+    for (const int64_t size : {1, 3, 16, 33, 1000})
+      if (!CheckLargest(size, random)) {
+        std::puts("wrong largest");
         return 1;
       }
     const int64_t head_shapes[][3] = {{0, 3, 5}, {1, 1, 1}, {7, 5, 13}, {97, 33, 32},

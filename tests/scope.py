@@ -236,6 +236,11 @@ _TESTS = {
         "training/test_updates.py",
         "test_config.py",
     ),
+    "model/fused": (
+        "model/test_fused.py",
+        "generation/test_generation.py",
+        "generation/test_speculation.py",
+    ),
     "model/distillation": ("training/test_distillation.py",),
     "model/front": (
         "model/test_parts.py",
@@ -536,6 +541,10 @@ _TESTS = {
         "ops/test_lookup_native.py",
         "ops/test_lookup_gpu.py",
         "ops/test_scores.py",
+    ),
+    "ops/lookup/blocks": (
+        "model/test_fused.py",
+        "generation/test_generation.py",
     ),
     "ops/lookup/gpu": (
         "ops/test_lookup_gpu.py",

@@ -20,8 +20,9 @@ import numpy as np
 
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
-from memoryformer.model import implementations, mixers, narrow, recurrence
+from memoryformer.model import fused, implementations, mixers, narrow, recurrence
 from memoryformer.notation import Array, Params
+from memoryformer.ops.lookup import narrow as narrow_rows
 
 # Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
 # of any length share a handful of compiled programs. A row of a table that is wanted by several
@@ -60,7 +61,7 @@ def choose(
     """Choose one token per row: float32 [B, V] -> int32 [B]; both knobs may be traced."""
 
     def greedy(logits):
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return narrow_rows.first_largest(logits)
 
     def sampled(logits):
         return _sample(logits, key, temperature, top_p).astype(jnp.int32)
@@ -133,7 +134,7 @@ class Generator:
     ) -> tuple[Array, mixers.State]:
         """Read tokens [B, L]: what the next is chosen from (`to_choose`), and the state."""
         model = model_lib.merge(self.model_config, params)
-        x, state = model.features(tokens, seq, state)
+        x, state = fused.features(self.model_config, model, tokens, seq, state)
         return self.to_choose(params, x[:, -1]), state
 
     def to_choose(self, params: Params, x: Array) -> Array:

@@ -12,7 +12,7 @@ of other mixers: `why_not` names the models that have some. Start at `read`, the
 import jax
 import jax.numpy as jnp
 
-from memoryformer.model import mixers, params, parts, transformer
+from memoryformer.model import fused, mixers, params, parts, transformer
 from memoryformer.notation import Array, Float, Params, Tokens
 from memoryformer.ops import attention
 from memoryformer.ops.lookup import native
@@ -60,7 +60,7 @@ def read(
     weights: as `narrow.prepare` stored them. The states are for `keep` only.
     """
     model = params.merge(config, weights)
-    x, states = model.features(tokens, seq, state)
+    x, states = fused.features(config, model, tokens, seq, state)
     return x[0], states
 
 

@@ -16,15 +16,26 @@ def rotate(
     base: float = 10_000.0,
 ) -> Float[Array, "B L H E"]:
     """Turn the first `fraction` of every head by its position; angles in float32."""
-    rotary_dim = 2 * int(x.shape[-1] * fraction / 2)
-    if rotary_dim == 0:
+    half = num_pairs(x.shape[-1], fraction)
+    if half == 0:
         return x
-    half = rotary_dim // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
-        1, 1, 1, half
-    )  # [B, L, 1, R/2]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:rotary_dim]
+    cos, sin = (turn.astype(x.dtype) for turn in turns(positions, half, base))
+    first, second = x[..., :half], x[..., half : 2 * half]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, x[..., rotary_dim:]], axis=-1)
+    return jnp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
+
+
+def turns(
+    positions: Int[Array, "B L"], pairs: int, base: float
+) -> tuple[Float[Array, "B L 1 R"], Float[Array, "B L 1 R"]]:
+    """Cosines and sines of the angles of R pairs, float32."""
+    frequency = base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
+        1, 1, 1, pairs
+    )
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def num_pairs(width: int, fraction: float) -> int:
+    """R of heads of a width: whole pairs within `fraction` of it."""
+    return int(width * fraction / 2)

@@ -39,6 +39,8 @@ TARGETS = (
     "lookup_backward",
     "memory_layer",
     "cache_attention",
+    "blocks",
+    "first_largest",
     "matrix_product",
     "integer_product",
     "screened_top",

@@ -105,37 +105,57 @@ struct Matrix {
   }
 };
 
+// Rows [v0, v1) of the product: y[n * V + v]. Four vectors at a time, which so stay in the
+// first cache for all of these rows.
+template <class T>
+void ProductOfRows(const Matrix<T>& matrix, const MatrixKernels<T>& kernels, const float* x,
+                   int64_t N, int64_t v0, int64_t v1, float* y) {
+  const int64_t V = matrix.rows, D = matrix.width;
+  const T* rows[4];
+  float sums[16];
+  for (int64_t n = 0; n < N;) {
+    const bool four = n + 4 <= N;
+    const int64_t tokens = four ? 4 : 1, most = four ? kernels.many_rows : 4;
+    for (int64_t v = v0; v < v1;) {
+      const int64_t count = v + most <= v1 ? most : 1;
+      for (int64_t i = 0; i < count; ++i) rows[i] = matrix.Row(v + i);
+      const auto several = four ? kernels.many : kernels.four_rows;
+      const auto one = four ? kernels.four_tokens : kernels.one_row;
+      (count == most ? several : one)(rows, matrix.Scale(v), x + n * D, D, D, sums);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t t = 0; t < tokens; ++t)
+          y[(n + t) * V + v + i] = sums[i * tokens + t];
+      v += count;
+    }
+    n += tokens;
+  }
+}
+
 // Every product is summed in one order, whatever N and the threads are.
 template <class T, class Pool>
 void MatrixProduct(const Matrix<T>& matrix, const float* x, int64_t N, float* y,
                    Pool& pool) {
-  const int64_t V = matrix.rows, D = matrix.width;
+  const int64_t V = matrix.rows;
   if (N == 0 || V == 0) return;
   const MatrixKernels<T> kernels = ChooseMatrixKernels<T>();
   const int64_t row_bytes = std::max<int64_t>(1, matrix.Row(1) - matrix.Row(0)) * sizeof(T);
-  constexpr int64_t kItemBytes = 128 << 10;
+  constexpr int64_t kItemBytes = 128 << 10, kRowsAtOnce = 48;  // read N / 4 times
   const int64_t rows_per_item = std::max<int64_t>(4, kItemBytes / row_bytes / 4 * 4);
   const int64_t items = CeilDivide(V, rows_per_item);
   ParallelFor(pool, AvailableThreads(), items, [&](int64_t item) {
     const int64_t end = std::min(V, (item + 1) * rows_per_item);
-    for (int64_t v = item * rows_per_item; v < end;) {
-      const int64_t count = v + 4 <= end ? 4 : 1;
-      const T* rows[4];
-      for (int64_t i = 0; i < count; ++i) rows[i] = matrix.Row(v + i);
-      float sums[4];
-      int64_t n = 0;
-      for (; n + 4 <= N; n += 4)
-        for (int64_t i = 0; i < count; ++i) {
-          kernels.four_tokens(rows + i, matrix.Scale(v + i), x + n * D, D, D, sums);
-          for (int64_t t = 0; t < 4; ++t) y[(n + t) * V + v + i] = sums[t];
-        }
-      for (; n < N; ++n) {
-        const auto dots = count == 4 ? kernels.four_rows : kernels.one_row;
-        dots(rows, matrix.Scale(v), x + n * D, D, D, sums);
-        std::copy(sums, sums + count, y + n * V + v);
-      }
-      v += count;
-    }
+    for (int64_t v = item * rows_per_item; v < end; v += kRowsAtOnce)
+      ProductOfRows(matrix, kernels, x, N, v, std::min(end, v + kRowsAtOnce), y);
+  });
+}
+
+// The first place of the largest of each row of y [N, V], V > 0; NaN is the largest.
+template <class Pool>
+void FirstLargest(const float* y, int64_t N, int64_t V, int32_t* places, Pool& pool) {
+  const FirstLargestKernel first = ChooseFirstLargest();
+  const int threads = N * V < kProductsPerThread ? 1 : AvailableThreads();
+  ParallelFor(pool, threads, N, [&](int64_t n) {
+    places[n] = static_cast<int32_t>(first(y + n * V, V));
   });
 }
 

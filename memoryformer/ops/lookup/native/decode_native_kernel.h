@@ -61,22 +61,37 @@ SIMD_TARGET inline float LaneSum(Vec v) {
 #endif
 }
 
+// Compilers would load it again for each use, which costs more than the use.
+SIMD_TARGET inline Vec InRegister(Vec v) {
+#if SIMD_LANES > 4
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // kRows rows of a matrix times kTokens vectors: sums[i * kTokens + t]. A product is summed
 // in the same order whatever kRows and kTokens are: even and odd vectors of columns apart.
 // Rows of a kilobyte are too short for the processor to fetch ahead by itself.
 template <class T, int kRows, int kTokens>
 SIMD_TARGET void Dots(const T* const* rows, const float* scales, const float* x,
                       int64_t stride, int64_t width, float* sums) {
+  constexpr int64_t kRowsAhead = kRows < 4 ? 4 : kRows;
   Vec sum[kRows][kTokens][2] = {};
   int64_t d = 0;
   for (; d + 2 * kLanes <= width; d += 2 * kLanes)
-    for (int i = 0; i < kRows; ++i)
-      for (int h = 0; h < 2; ++h) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      Vec at[kTokens];
+      for (int t = 0; t < kTokens; ++t)
+        at[t] = InRegister(Load(x + t * stride + d + h * kLanes));
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
         const Vec w = Load(rows[i] + d + h * kLanes);
-        if (sizeof(T) == 1 && h == 0) __builtin_prefetch(rows[i] + d + kRows * width);
-        for (int t = 0; t < kTokens; ++t)
-          sum[i][t][h] += w * Load(x + t * stride + d + h * kLanes);
+        if (sizeof(T) == 1 && h == 0) __builtin_prefetch(rows[i] + d + kRowsAhead * width);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sum[i][t][h] += w * at[t];
       }
+    }
   for (int i = 0; i < kRows; ++i)
     for (int t = 0; t < kTokens; ++t) {
       float total = LaneSum(sum[i][t][0] + sum[i][t][1]);
@@ -130,7 +145,34 @@ SIMD_TARGET void Int4Dots(const Int4Pair* const* rows, const float* scales,
 template <class T>
 MatrixKernels<T> MakeMatrixKernels() {
   if constexpr (std::is_same_v<T, Int4Pair>)
-    return {Int4Dots<4, 1>, Int4Dots<1, 1>, Int4Dots<1, 4>};
+    return {Int4Dots<4, 1>, Int4Dots<1, 1>, Int4Dots<1, 4>, Int4Dots<1, 4>, 1};
+  else if constexpr (kLanes == 16)  // of 32 registers 24 hold sums
+    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>, Dots<T, 3, 4>, 3};
   else
-    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>};
+    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>, Dots<T, 1, 4>, 1};
+}
+
+// The first place of the largest of y[0:count], of which NaN counts as the largest of all.
+SIMD_TARGET int64_t FirstLargest(const float* y, int64_t count) {
+  Vec best = Vec{} - INFINITY;
+  IntVec is_nan = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec value = Load(y + i);
+    best = value > best ? value : best;
+    is_nan |= (IntVec)(value != value);
+  }
+  float largest = -INFINITY;
+  bool nan = false;
+  for (int l = 0; l < kLanes; ++l) {
+    largest = std::max(largest, best[l]);
+    nan = nan || is_nan[l] != 0;
+  }
+  for (; i < count; ++i) {
+    nan = nan || y[i] != y[i];
+    largest = y[i] > largest ? y[i] : largest;
+  }
+  for (i = 0; i + 1 < count; ++i)
+    if (nan ? y[i] != y[i] : y[i] == largest) break;
+  return i;
 }

@@ -1,9 +1,10 @@
 // XLA's side of the native code: the FFI handlers and the settings, over plain C++; those of
-// attention, integer products and training are in files of their own, included below.
+// attention, blocks, integer products and training are in files of their own, included below.
 // ops/lookup/native.py compiles this file on first use and loads it.
 
 #include "attention_native.h"
 #include "backward_native.h"
+#include "block_native.h"
 #include "decode_native.h"
 #include "head_native.h"
 #include "lookup_native.h"
@@ -175,7 +176,22 @@ ffi::Error ProductCall(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weights,
   }
 }
 
+ffi::Error LargestCall(ffi::ThreadPool pool, Floats y, ffi::Result<Codes> places) {
+  const int64_t rows = places->element_count(), size = y.element_count();
+  if (rows == 0 || size == 0 || size % rows != 0) return Invalid("largest: no values");
+  return Guarded([&] {
+    memoryformer::FirstLargest(y.typed_data(), rows, size / rows, places->typed_data(),
+                               pool);
+  });
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_first_largest, LargestCall,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()     // y [.., V]
+                                  .Ret<Codes>());    // [..]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_memory_layer, LayerCall,
                               ffi::Ffi::Bind()
@@ -217,6 +233,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(memoryformer_lookup_backward, BackwardCall,
                                   .Ret<Floats>());           // dscores [N, K]
 
 #include "attention_native_calls.h"
+#include "block_native_calls.h"
 #include "integer_native_calls.h"
 #include "training_native_calls.h"
 

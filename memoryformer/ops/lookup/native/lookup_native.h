@@ -81,6 +81,8 @@ struct MatrixKernels {
   using Dots = void (*)(const T* const* rows, const float* scales, const float* x,
                         int64_t stride, int64_t width, float* sums);
   Dots four_rows, one_row, four_tokens;  // 4 x 1, 1 x 1 and 1 x 4
+  Dots many;                             // as many rows x 4 as registers hold
+  int64_t many_rows;
 };
 
 // Inner loops of integer_native.h, over tiles of 16 rows.
@@ -126,6 +128,26 @@ struct AttentionKernels {
                   int64_t);
 };
 
+
+// Inner loops of block_native.h.
+struct Addends {
+  const float *a, *b, *c;  // b and c may be null
+};
+struct NormWeights {
+  const float *scale, *bias;  // a bias makes it a LayerNorm, null an RMSNorm
+  float eps;
+};
+struct BlockKernels {
+  void (*normalise)(const Addends&, int64_t, const NormWeights&, int64_t, int64_t, float*, float*);
+  // `then`, before the result, is what is read after
+  void (*key_logits)(const float*, int64_t, int64_t, const float*, float, const float* then,
+                     float*);
+  float (*softmax_weights)(float*, const int32_t*, int64_t);
+  void (*weigh_values)(const float*, const float*, int64_t, int64_t, float,
+                       const float* then, float*);
+};
+
+using FirstLargestKernel = int64_t (*)(const float*, int64_t);
 using OnePlusExpKernel = void (*)(const float*, int64_t, float, float*);
 
 constexpr int kAhead = 16;  // tokens
@@ -169,6 +191,10 @@ MatrixKernels<T> ChooseMatrixKernels() {
 
 inline OnePlusExpKernel ChooseOnePlusExp() { return MEMORYFORMER_IN_USE(OnePlusExp); }
 
+inline FirstLargestKernel ChooseFirstLargest() {
+  return MEMORYFORMER_IN_USE(FirstLargest);
+}
+
 inline UpdateKernels ChooseUpdateKernels() {
   return MEMORYFORMER_IN_USE(MakeUpdateKernels());
 }
@@ -178,6 +204,7 @@ inline HeadKernels ChooseHeadKernels() { return MEMORYFORMER_IN_USE(MakeHeadKern
 inline AttentionKernels ChooseAttentionKernels() {
   return MEMORYFORMER_IN_USE(MakeAttentionKernels());
 }
+inline BlockKernels ChooseBlockKernels() { return MEMORYFORMER_IN_USE(MakeBlockKernels()); }
 
 #undef MEMORYFORMER_IN_USE
 

@@ -69,48 +69,35 @@ SIMD_TARGET inline void Store(BFloat16* p, Vec v) {  // to nearest, ties to even
 
 // --- Forward, few tokens: every row is read where it lies. ---------------------------
 
-// [fetch, fetch_end) are columns to bring into the cache on the way.
+#include "rows_native_kernel.h"
+
 template <class T, int kCount>
 SIMD_TARGET inline void SumRows(const T* const* rows, const float* weights, int count,
-                                int64_t column, bool first, int64_t fetch,
-                                int64_t fetch_end, float* y) {
+                                int64_t column, bool first, float* y) {
   Vec sum[kCount];
   for (int v = 0; v < kCount; ++v)
     sum[v] = first ? Vec{} : Load(y + column + v * kLanes);
   for (int k = 0; k < count; ++k) {
     const T* row = rows[k] + column;
-    for (int64_t f = fetch; f < fetch_end; f += 64 / sizeof(T))
-      __builtin_prefetch(rows[k] + f);
     for (int v = 0; v < kCount; ++v) sum[v] += weights[k] * Load(row + v * kLanes);
   }
   for (int v = 0; v < kCount; ++v) Store(y + column + v * kLanes, sum[v]);
 }
 
-// y[begin:end] (+)= sum_k weights[k] * rows[k][begin:end]. If the rows are `far`, in
-// memory and not in a cache, 256 bytes of every row are fetched while those before them
-// are summed: left to itself the processor fetches too few rows at once, and what is
-// fetched much earlier is gone again when it is needed.
+// y[begin:end] (+)= sum_k weights[k] * rows[k][begin:end], in the order of k. Rows that are
+// `far`, in memory and not in a cache, are read another way.
 template <class T>
 SIMD_TARGET void SumColumns(const T* const* rows, const float* weights, int count,
                             int64_t begin, int64_t end, bool first, bool far,
                             float* y) {
-  constexpr int64_t kAheadColumns = 256 / sizeof(T);
+  if (far) return SumFarColumns(rows, weights, count, begin, end, first, y);
   constexpr int kStrip = 8 * kLanes;
-  int64_t fetched = far ? std::min(end, begin + kAheadColumns) : end;
-  for (int k = 0; k < count && far; ++k)
-    for (int64_t f = begin; f < fetched; f += 64 / sizeof(T))
-      __builtin_prefetch(rows[k] + f);
   int64_t f = begin;
-  for (; f + kStrip <= end; f += kStrip) {
-    const int64_t fetch = fetched;
-    if (f + kAheadColumns >= fetched)
-      fetched = std::min(end, fetched + std::max<int64_t>(kAheadColumns, kStrip));
-    SumRows<T, 8>(rows, weights, count, f, first, fetch, fetched, y);
-  }
+  for (; f + kStrip <= end; f += kStrip)
+    SumRows<T, 8>(rows, weights, count, f, first, y);
   for (; f + 2 * kLanes <= end; f += 2 * kLanes)
-    SumRows<T, 2>(rows, weights, count, f, first, 0, 0, y);
-  for (; f + kLanes <= end; f += kLanes)
-    SumRows<T, 1>(rows, weights, count, f, first, 0, 0, y);
+    SumRows<T, 2>(rows, weights, count, f, first, y);
+  for (; f + kLanes <= end; f += kLanes) SumRows<T, 1>(rows, weights, count, f, first, y);
   for (; f < end; ++f) {
     float sum = first ? 0.0f : y[f];
     for (int k = 0; k < count; ++k) sum += weights[k] * ToFloat(rows[k][f]);
@@ -241,6 +228,7 @@ Kernels<T> MakeKernels() {
 #include "update_native_kernel.h"
 #include "head_native_kernel.h"
 #include "attention_native_kernel.h"
+#include "block_native_kernel.h"
 
 }  // namespace SIMD_NAMESPACE
 
