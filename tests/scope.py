@@ -90,6 +90,7 @@ _TESTS = {
     "data/part_processes": ("data/test_data_parts.py",),
     "data/part_runner": ("data/test_data_parts.py",),
     "data/parts": ("data/test_data_parts.py",),
+    "data/stored_files": ("data/test_stored_files.py",),
     "data/text_files": (
         "data/test_data_corpora.py",
         "data/test_local_files.py",
@@ -171,7 +172,12 @@ _TESTS = {
         "files/test_lock.py",
         "runs/test_directory.py",
     ),
+    "files/lease": ("files/test_stores.py",),
     "files/paths": ("files/test_paths.py",),
+    "files/stores": (
+        "files/test_stores.py",
+        "data/test_stored_files.py",
+    ),
     "generation/sampler": (
         "generation/test_generation.py",
         "model/test_narrow.py",
@@ -522,6 +528,7 @@ _TESTS = {
         "runs/test_checkpoint.py",
         "training/test_loop.py",
     ),
+    "runs/folder": ("runs/test_remote.py",),
     "runs/manifest": (
         "runs/test_ledger.py",
         "runs/test_checkpoint.py",
@@ -535,6 +542,10 @@ _TESTS = {
         "runs/test_ledger.py",
         "training/test_loop.py",
         "test_fields.py",
+    ),
+    "runs/remote": (
+        "runs/test_remote.py",
+        "runs/test_remote_commands.py",
     ),
     "runs/retention": (
         "runs/test_checkpoint.py",
