@@ -47,6 +47,7 @@ class StoredFile:
 class _Raw(io.RawIOBase):
     def __init__(self, store: stores.Store, name: str):
         self._store, self._name = store, name
+        self._stream: Any = None
         with store.faults("read", name):
             self._stream = store.open(name, _BLOCK)
 
@@ -69,7 +70,7 @@ class _Raw(io.RawIOBase):
         return len(content)
 
     def close(self) -> None:
-        if not self.closed:
+        if self._stream is not None:
             self._stream.close()
         super().close()
 

@@ -139,9 +139,8 @@ class Store:
 
     def files(self) -> Any:
         """Return fsspec's file system, one for all threads of a process; no list is kept."""
-        if (
-            self._process != os.getpid()
-        ):  # what was opened before a fork is the parent's
+        # What was opened before a fork is the parent's.
+        if self._process != os.getpid():
             import fsspec
 
             self._files = fsspec.filesystem(self._scheme, use_listings_cache=False)
@@ -169,6 +168,9 @@ def _modified(facts: dict[str, Any]) -> float:
     """Seconds; the packages have several names and types for it."""
     for name in ("LastModified", "mtime", "updated", "last_modified", "created"):
         value = facts.get(name)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.datetime.fromisoformat(value)
         if isinstance(value, int | float):
             return float(value)
         if isinstance(value, datetime.datetime):

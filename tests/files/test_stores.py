@@ -1,5 +1,6 @@
 """Object stores: five verbs, one line for every fault, and one writer at a time."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -36,6 +37,19 @@ def test_verbs(store_url, tmp_path):
     store.remove("a")
     store.remove("a")
     assert list(store.list()) == ["deep/b"]
+
+
+def test_times():
+    """As each package gives them. Mutation: text that is left out."""
+    day = datetime.datetime(2026, 11, 27, tzinfo=datetime.UTC)
+    for facts in (
+        {"LastModified": day},
+        {"updated": "2026-11-27T00:00:00.000Z"},
+        {"created": day.timestamp()},
+        {"mtime": None, "last_modified": day},
+    ):
+        assert stores._modified(facts) == day.timestamp()
+    assert stores._modified({"updated": "soon"}) == 0.0
 
 
 def test_faults_are_a_line(store_url, tmp_path, monkeypatch):
@@ -119,7 +133,7 @@ def test_a_writer_that_lives(store_url, monkeypatch):
 
     Mutations: no thread that beats; a beat that does not change the marker; patience left out.
     """
-    monkeypatch.setattr(lease, "LEASE", 600.0)
+    monkeypatch.setattr(lease, "LEASE", 20.0)
     store = stores.Store(store_url)
     with lease.hold(store):
         with pytest.raises(lock.HeldError, match=f"{os.getpid()} on "):

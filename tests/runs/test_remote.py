@@ -197,7 +197,7 @@ def test_what_is_not_there(store_url, stored, monkeypatch):
 
 def test_one_run_at_a_time(store_url, monkeypatch):
     """Mutations: `opened` without the lease; its error told as any other."""
-    monkeypatch.setattr(lease, "LEASE", 600.0)
+    monkeypatch.setattr(lease, "LEASE", 20.0)
     with remote.opened(store_url):
         with pytest.raises(directory.OccupiedError, match="trains there") as caught:
             with remote.opened(store_url):
