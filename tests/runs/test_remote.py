@@ -87,10 +87,10 @@ def test_the_copy_is_of_one_run_only(store_url, tmp_path):
     assert list(written.iterdir()) == []
     stores.Store(store_url).remove("checkpoints/2/MANIFEST")
     before = stores.Store(store_url).list("checkpoints/2")
-    (written / "run").mkdir()
-    (written / "run" / "stray").write_text("of a killed run")
+    (written / "run" / "tensorboard").mkdir(parents=True)
+    (written / "run" / "tensorboard" / "stray").write_text("of a killed run")
     with remote.opened(store_url) as folder:
-        assert not (folder.path / "stray").exists()
+        assert not (folder.path / "tensorboard").exists()
         steps = folder.path / run_steps.FOLDER
         assert run_steps.finished(steps) == [1] and run_steps.known(steps) == {1, 2}
     assert stores.Store(store_url).list("checkpoints/2").keys() == before.keys()
