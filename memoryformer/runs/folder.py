@@ -108,7 +108,7 @@ class Copy(Folder):
             kept = self.path.with_name(
                 f"unsent-{self.path.name}-{secrets.token_hex(4)}"
             )
-            shutil.move(self.path, kept)
+            self.path.rename(kept)
             raise StorageError(f"{error} What was not sent lies in {kept}.") from error
         shutil.rmtree(self.path, ignore_errors=True)
 
