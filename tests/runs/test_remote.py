@@ -48,7 +48,7 @@ def test_a_kill_at_any_moment(store_url, tmp_path, monkeypatch):
     """After every single put and removal the store holds a whole step, none of them damaged.
 
     Steps 1 to 3 with two kept, then step 2 again from step 1 on, which replaces 2 and gives up
-    3. Mutations: `_rank` that is 0 for all; no `publish` in `save`; the ledger before the
+    3. Mutations: `_rank` that is 0 for all; the ledger before the
     manifests; files removed in the order in which they are put.
     """
     seen = stores_helpers.Recorder(monkeypatch)
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on(store_url, toy_run, tmp_path, monkeypatch, capsys)
 
     Everything that the run has put stays, and so does what it could not put, in its copy.
     Mutations: metrics.jsonl not sent at a save; the step not fetched; `end` that removes
-    what was not sent; an outcome of the run before that stays.
+    what was not sent.
     """
     config = toy.run_config(toy_run.parent)
     seen = stores_helpers.Recorder(monkeypatch, gone="checkpoints/10/MANIFEST")
@@ -139,8 +139,7 @@ def stored(store_url, toy_run):
 def test_readers(stored, toy_run, tmp_path):
     """Whatever reads a run reads it there, a second time without a file of the state.
 
-    Mutations: `copied` without the step; `_is_here` that is never true; `_renew` that
-    believes an old copy.
+    Mutations: `copied` without the step; `_is_here` that is never true.
     """
     want = evaluate_run.evaluate_checkpoint(toy_run)
     assert evaluate_run.evaluate_checkpoint(stored) == want | {
