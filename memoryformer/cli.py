@@ -20,7 +20,7 @@ from ml_collections import config_flags
 import memoryformer
 from memoryformer import config as config_lib
 from memoryformer import errors
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 from memoryformer.runs import console, old_configs
 
 if TYPE_CHECKING:
@@ -236,14 +236,16 @@ def _override_error(argv: Sequence[str]) -> errors.MemoryFormerError | None:
 
 
 class _PathParser(flags.ArgumentParser):
-    """Makes the value of a flag a path, `~` expanded."""
+    """Makes the value of a flag a path, `~` expanded; with `in_store` also the URL of a store."""
 
     syntactic_help = "a path"
 
-    def __init__(self, name: str):
-        self._name = f"--{name}"
+    def __init__(self, name: str, in_store: bool):
+        self._name, self._in_store = f"--{name}", in_store
 
     def parse(self, argument: str) -> str:
+        if self._in_store and stores.is_store(argument):
+            return stores.checked(argument, self._name)
         return str(paths.local(argument, self._name))
 
     def flag_type(self) -> str:
@@ -251,11 +253,14 @@ class _PathParser(flags.ArgumentParser):
 
 
 def define_path_flag(
-    name: str, text: str, *, required: bool = False
+    name: str, text: str, *, required: bool = False, in_store: bool = False
 ) -> flags.FlagHolder:
-    """Define the flag --`name` that holds a path; None if it is not given."""
+    """Define the flag --`name` that holds a path; None if it is not given.
+
+    in_store: whether it may lie in an object store.
+    """
     return flags.DEFINE(
-        _PathParser(name),
+        _PathParser(name, in_store),
         name,
         None,
         text,

@@ -65,6 +65,20 @@ def runner(world):
 
 
 @pytest.fixture
+def store_url(tmp_path, monkeypatch):
+    """A folder in an object store of this process; leases are short, copies in `tmp_path`."""
+    import fsspec
+
+    from memoryformer.files import lease
+
+    monkeypatch.setenv("MEMORYFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    monkeypatch.setattr(lease, "LEASE", 1.0)
+    yield "memory://bucket/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MiB of its own."""
     if os.geteuid():

@@ -108,6 +108,7 @@ _TESTS = {
     "data/part_processes": ("data/test_data_parts.py",),
     "data/part_runner": ("data/test_data_parts.py",),
     "data/parts": ("data/test_data_parts.py",),
+    "data/stored_files": ("data/test_stored_files.py",),
     "data/text_files": (
         "data/test_data_corpora.py",
         "data/test_local_files.py",
@@ -206,6 +207,11 @@ _TESTS = {
         "files/test_paths.py",
         "data/test_local_files.py",
         "test_config.py",
+    ),
+    "files/lease": ("files/test_stores.py",),
+    "files/stores": (
+        "files/test_stores.py",
+        "data/test_stored_files.py",
     ),
     "generation/sampler": (
         "generation/test_generation.py",
@@ -633,6 +639,7 @@ _TESTS = {
         "runs/test_checkpoint.py",
         "training/test_loop.py",
     ),
+    "runs/folder": ("runs/test_remote.py",),
     "runs/manifest": (
         "runs/test_ledger.py",
         "runs/test_checkpoint.py",
@@ -646,6 +653,10 @@ _TESTS = {
         "runs/test_ledger.py",
         "training/test_loop.py",
         "test_fields.py",
+    ),
+    "runs/remote": (
+        "runs/test_remote.py",
+        "runs/test_remote_commands.py",
     ),
     "runs/retention": (
         "runs/test_checkpoint.py",

@@ -133,7 +133,12 @@ def test_files_are_moved_into_place_in_one_module():
             of_path = name in ("replace", "rename") and len(node.args) == 1
             if of_os or (of_path and not node.keywords):
                 moves.add(str(path.relative_to(ROOT / PACKAGE)))
-    folders = {"data/preparation.py", "data/part_runner.py", "convert/folders.py"}
+    folders = {
+        "data/preparation.py",
+        "data/part_runner.py",
+        "convert/folders.py",
+        "runs/folder.py",
+    }
     assert moves == {"files/atomic.py", "ops/lookup/native.py"} | folders
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from memoryformer import accounting, cli, errors
-from memoryformer.files import paths
 from memoryformer.model import ModelConfig
-from memoryformer.runs import steps
+from memoryformer.runs import remote, steps
 
 
 def define_flags() -> None:
@@ -37,7 +36,8 @@ def _run(argv: Sequence[str]) -> None:
     costs = accounting.count(model, value_bytes=flags.FLAGS.value_bytes)
     fields, text = dataclasses.asdict(costs), accounting.table(costs)
     if folder := dict(flags.FLAGS.config.get("train", {})).get("teacher"):
-        stored = steps.facts(paths.local(folder, "train.teacher"))["config"]
+        run = remote.copied(folder, name="train.teacher", params=False)
+        stored = steps.facts(run)["config"]
         teacher = ModelConfig.from_config(stored["model"])
         costs = accounting.count(teacher, value_bytes=flags.FLAGS.value_bytes)
         fields["teacher"] = dataclasses.asdict(costs)

@@ -10,7 +10,6 @@ it was stopped. `--technology=all` measures every kind of noise.
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -40,8 +39,10 @@ LOOKED_AT = {
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_config_flag()
-    cli.define_path_flag("workdir", "The run to look at.")
-    cli.define_path_flag("beside", "A run on the same data beside it: its dense twin.")
+    cli.define_path_flag("workdir", "The run to look at.", in_store=True)
+    cli.define_path_flag(
+        "beside", "A run on the same data beside it: its dense twin.", in_store=True
+    )
     flags.DEFINE_list(
         "technology", [], "Kinds of noise, 'pcm' if not given; energy: of hardware."
     )
@@ -117,13 +118,13 @@ def _noise() -> None:
             "--workdir=DIR is missing: a run to look at; or write: energy --config=FILE."
         )
     from memoryformer.cim import experiment, settings
-    from memoryformer.runs import console
+    from memoryformer.runs import console, remote
 
     options = {"table_scale": values.table_scale}
     if values.roles:
         options["roles"] = tuple(values.roles)
     chosen = settings.settings(values.technology or ["pcm"], values.seconds, options)
-    folder = pathlib.Path(values.output or pathlib.Path(values.workdir) / "cim")
+    folder = remote.output(values.output, values.workdir, "cim")
     with console.unbroken():
         experiment.report(
             values.workdir,

@@ -32,7 +32,7 @@ from memoryformer.model import codes as codes_lib
 from memoryformer.model import implementations, losses, narrow
 from memoryformer.notation import Params
 from memoryformer.report import drawing
-from memoryformer.runs import console, directory
+from memoryformer.runs import console, directory, remote
 from memoryformer.training import experiment
 
 RESULTS = "results.json"
@@ -64,6 +64,7 @@ class Trial:
     """
 
     def __init__(self, workdir: str | os.PathLike, num_batches: int):
+        workdir = remote.copied(workdir)
         run, self.params, facts = experiment.load(workdir)
         self.model_config = implementations.readable(run.model)
         dataset = run_tokenizer.dataset(

@@ -28,7 +28,7 @@ from absl import flags
 
 from memoryformer import cli, errors
 from memoryformer import config as config_lib
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 
 # Which flags each command looks at.
 _COMMANDS = {
@@ -82,7 +82,9 @@ def _define_memorise_flags():
 
 
 def _define_recency_flags():
-    cli.define_path_flag("workdir", "The run whose heads recency measures.")
+    cli.define_path_flag(
+        "workdir", "The run whose heads recency measures.", in_store=True
+    )
     cli.define_path_flag(
         "output", "Where recency writes a run; none: it only measures."
     )
@@ -116,7 +118,9 @@ def _run(argv):
             "FROM TO, or recency --workdir=RUN; --help says more."
         )
     command, origin, target = argv[1], argv[2], str(paths.local(argv[3], "TO"))
-    if not origin.startswith("hub:"):
+    if command == "export" and stores.is_store(origin):
+        origin = stores.checked(origin, "FROM")
+    elif not origin.startswith("hub:"):
         origin = str(paths.local(origin, "FROM"))
     config_lib.choose(command, _COMMANDS, "subcommand")
     _refuse_unused_flags(command, origin)

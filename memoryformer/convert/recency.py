@@ -32,6 +32,7 @@ from memoryformer.model import mixers
 from memoryformer.model.mixers import mamba2
 from memoryformer.notation import Array, Params
 from memoryformer.ops import attention
+from memoryformer.runs import remote
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 
@@ -65,6 +66,7 @@ def convert_run(
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"--share={share}: must be from 0 to 1.")
+    workdir = remote.copied(workdir, step)
     run, params, facts = experiment.load(workdir, step)
     check(run.model)
     if output is not None:

@@ -18,7 +18,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.files import hub
 from memoryformer.notation import Params
-from memoryformer.runs import checkpoint, compatibility, old_configs
+from memoryformer.runs import checkpoint, compatibility, old_configs, remote
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 from memoryformer.training import step as step_lib
@@ -41,6 +41,7 @@ def export_run(
     cannot hold.
     """
     check_target(workdir, directory)
+    workdir = remote.copied(workdir, step, "FROM")
     run, params, facts = experiment.load(workdir, step)
     tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     if form == "gpt_neox":

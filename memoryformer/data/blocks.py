@@ -11,10 +11,9 @@ Start at `read` and `lines`.
 import bz2
 import gzip
 import lzma
-import pathlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any, Protocol
 
 from memoryformer import errors
 from memoryformer.data.names import shown
@@ -31,13 +30,37 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 COMPRESSED = (*_OPENERS, ".zst")
 
 
-def kind(path: pathlib.Path) -> str:
+class File(Protocol):
+    """What is asked of a file, a path of this machine or of one in an object store."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its name."""
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All of them."""
+
+    def stat(self) -> Any:
+        """With `st_size` and `st_mtime_ns`."""
+
+    def open(self, mode: str) -> Any:
+        """Its bytes, for mode 'rb'."""
+
+    def __fspath__(self) -> str: ...
+
+
+def kind(path: File) -> str:
     """The ending of a file's name in small letters, that of its compression left out."""
     *_, outer, inner = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     return outer if inner in COMPRESSED else inner
 
 
-def is_json_lines(path: pathlib.Path) -> bool:
+def is_json_lines(path: File) -> bool:
     """Whether a file holds JSON lines; .jl is Julia's ending too, so a look decides."""
     if kind(path) != ".jl":
         return kind(path) in JSON_SUFFIXES
@@ -47,17 +70,17 @@ def is_json_lines(path: pathlib.Path) -> bool:
         return False
 
 
-def has_fields(path: pathlib.Path) -> bool:
+def has_fields(path: File) -> bool:
     """Whether a file's texts are in fields: those of JSON lines, or of parquet."""
     return is_parquet(path) or is_json_lines(path)
 
 
-def is_parquet(path: pathlib.Path) -> bool:
+def is_parquet(path: File) -> bool:
     """Whether a file is a table that `parquet` reads."""
     return path.suffix.lower() == ".parquet"
 
 
-def read(path: pathlib.Path) -> Iterator[bytes]:
+def read(path: File) -> Iterator[bytes]:
     """Yield the content in blocks of about a megabyte; faults as one-line `DataError`."""
     name = shown(path)
     try:
@@ -80,7 +103,7 @@ def read(path: pathlib.Path) -> Iterator[bytes]:
         raise errors.DataError(f"{name}: damaged or truncated ({error}).") from error
 
 
-def lines(path: pathlib.Path) -> Iterator[bytes]:
+def lines(path: File) -> Iterator[bytes]:
     """Yield the lines of a file without their ends."""
     parts: list[bytes] = []
     for block in read(path):
@@ -93,7 +116,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
         yield last.removesuffix(b"\r")
 
 
-def text_lines(path: pathlib.Path) -> Iterator[str]:
+def text_lines(path: File) -> Iterator[str]:
     """Yield the lines of a UTF-8 file without their ends, empty ones too."""
     for number, line in enumerate(lines(path), start=1):
         try:
@@ -104,24 +127,24 @@ def text_lines(path: pathlib.Path) -> Iterator[str]:
             ) from error
 
 
-def head(path: pathlib.Path) -> bytes:
+def head(path: File) -> bytes:
     """The first bytes of the content; raises whatever its decompressor raises."""
     return next(_raw(path, HEAD), b"").removeprefix(BOM)[:HEAD]
 
 
-def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:
+def _raw(path: File, size: int) -> Iterator[bytes]:
     """Yield blocks that are not empty."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         yield from filter(None, _zstandard(path))
         return
-    opener: Callable[..., IO[bytes]] = _OPENERS.get(suffix, open)
-    with opener(path, "rb") as stream:
+    with path.open("rb") as file:
+        stream = _OPENERS[suffix](file) if suffix in _OPENERS else file
         while block := stream.read(size):
             yield block
 
 
-def _zstandard(path: pathlib.Path) -> Iterator[bytes]:
+def _zstandard(path: File) -> Iterator[bytes]:
     """Blocks of a file of one or more zstandard frames.
 
     Frame by frame, because the package's own reader takes a truncated file for a whole

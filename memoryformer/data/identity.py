@@ -10,10 +10,10 @@ import json
 import pathlib
 from typing import Any
 
-from memoryformer.data import blocks, listing, local_files, names, options
+from memoryformer.data import blocks, listing, local_files, names, options, stored_files
 from memoryformer.data import manifest as manifest_lib
 from memoryformer.data import tokenizer as tokenizer_lib
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 
 _SAMPLE = 2  # of the rule by which these are drawn
 _PARTS = 1  # of the rules by which a corpus is dealt to parts
@@ -34,6 +34,9 @@ def located(data_config: options.DataConfig) -> tuple[pathlib.Path, bool]:
     A large corpus that an older version has prepared whole stays as it is.
     """
     if data_config.source == "prepared":
+        if stores.is_store(data_config.path):
+            root = options.cache_root(data_config)
+            return stored_files.prepared(data_config.path, root), False
         return paths.local(data_config.path, "data.path"), False
     wanted = request(data_config)
     parts = wanted.pop("parts", None)
@@ -113,7 +116,7 @@ def _part_bytes(data_config: options.DataConfig, files: listing.Files) -> int:
     return part_bytes if is_large and not limited else 0
 
 
-def _may_be_cut(path: pathlib.Path) -> bool:
+def _may_be_cut(path: blocks.File) -> bool:
     """Whether a file's text may be longer than a document can be."""
     is_compressed = path.suffix.lower() in blocks.COMPRESSED
     large = is_compressed or path.stat().st_size > local_files.MAX_CHARS

@@ -8,7 +8,6 @@ models and prepared data.
 Start at `list_files`.
 """
 
-import fnmatch
 import glob
 import os
 import pathlib
@@ -17,14 +16,14 @@ import sysconfig
 from collections.abc import Callable, Iterator
 
 from memoryformer import errors
-from memoryformer.data import blocks
-from memoryformer.data.names import counted, key, shown
-from memoryformer.files import paths
+from memoryformer.data import blocks, stored_files
+from memoryformer.data.names import are_ours, counted, fits, key, shown
+from memoryformer.files import paths, stores
 
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _EVERYTHING = ("**", "*")
 
-Files = list[tuple[str, pathlib.Path]]
+Files = list[tuple[str, blocks.File]]
 Note = Callable[[str], None]
 
 
@@ -35,7 +34,7 @@ def stdlib_files() -> Files:
     packages, which are not the standard library.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    sources = []
+    sources: Files = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not _STDLIB_SKIPPED & set(relative.parts):
@@ -63,13 +62,17 @@ def list_files(
     cannot be read.
     """
     try:
+        if stores.is_store(path):
+            return _of_kind(
+                stored_files.list_stored(path, field), path, json_only, field
+            )
         base = paths.local(path, field)
         if base.is_file():
             return [(key([base.name]), base)]
         pattern: tuple[str, ...] = _EVERYTHING
         if not base.is_dir():
             base, pattern = _split(base)
-        files = sorted(_Walk(base, pattern).run(note)) if pattern else []
+        files: Files = sorted(_Walk(base, pattern).run(note)) if pattern else []
     except OSError as error:
         where = shown(getattr(error, "filename", None) or path)
         reason = getattr(error, "strerror", None) or error
@@ -81,6 +84,11 @@ def list_files(
         if base.exists():
             what = "it is neither file nor folder"
         raise errors.DataError(f"{field}={path!r}: {what}.")
+    return _of_kind(files, path, json_only, field)
+
+
+def _of_kind(files: Files, path: str, json_only: bool, field: str) -> Files:
+    """The files that count; raises `DataError` if none does."""
     if json_only:
         files = [(name, file) for name, file in files if blocks.has_fields(file)]
     if not files:
@@ -103,18 +111,6 @@ def _split(path: pathlib.Path) -> tuple[pathlib.Path, tuple[str, ...]]:
             files = ("*",) if path.parts[-1] == "**" else ()
             return pathlib.Path(*path.parts[:i]), path.parts[i:] + files
     return path, ()
-
-
-def _fits(names: tuple[str, ...], pattern: tuple[str, ...], begins=False) -> bool:
-    """Whether the path `names` fits; with `begins`, whether a path below it could."""
-    if not names:
-        return begins or not pattern
-    if not pattern:
-        return False
-    if pattern[0] == "**":
-        return _fits(names, pattern[1:], begins) or _fits(names[1:], pattern, begins)
-    same = names[0] == pattern[0] or fnmatch.fnmatchcase(names[0], pattern[0])
-    return same and _fits(names[1:], pattern[1:], begins)
 
 
 class _Walk:
@@ -168,9 +164,9 @@ class _Walk:
             if entry.name.startswith("."):
                 continue
             if path.is_dir() if link else entry.is_dir():
-                if _fits(inner, self._pattern, begins=True):
+                if fits(inner, self._pattern, begins=True):
                     (self._links if link else self._folders).append((path, inner))
-            elif not _fits(inner, self._pattern):
+            elif not fits(inner, self._pattern):
                 continue
             elif path.is_file() if link else entry.is_file():
                 yield key(inner), path
@@ -180,9 +176,7 @@ class _Walk:
 
 def _is_ours(folder: pathlib.Path, names: set[str]) -> bool:
     """Whether this package made the folder: a run changes while it is read."""
-    if {"manifest.json", "tokenizer.json"} <= names and names & {"train.bin", "parts"}:
-        return True
-    if {"model.safetensors", "reader.py"} <= names:  # an exported model
+    if are_ours(names):
         return True
     if "lock" not in names:
         return False

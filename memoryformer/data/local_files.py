@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import operator
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -61,7 +60,7 @@ def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]
                 yield f"{key}#{number}" if number else key, text, index
 
 
-def without_text(path: pathlib.Path, text_field: str) -> str:
+def without_text(path: blocks.File, text_field: str) -> str:
     """'empty', 'binary' or 'other JSON' for a file that holds no document, else ''.
 
     It looks at the beginning only. A damaged file has ''; `read_documents` says what is
@@ -119,7 +118,7 @@ def in_validation(key: str, every: int) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % every == 0
 
 
-def read_text(path: pathlib.Path) -> Iterator[str]:
+def read_text(path: blocks.File) -> Iterator[str]:
     """Yield the text of a plain file in parts of about a megabyte; `DataError` if none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = num_lines = num_chars = 0  # before the block that is looked at
@@ -216,7 +215,7 @@ def _end(text: str, start: int, size: int) -> int:
 
 
 def _json_texts(
-    path: pathlib.Path, field: str, share: jsonlines.Share
+    path: blocks.File, field: str, share: jsonlines.Share
 ) -> Iterator[tuple[int, str]]:
     number = 0
     for number, value in jsonlines.values(path, share):

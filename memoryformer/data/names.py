@@ -1,5 +1,6 @@
 """Names for messages and keys, and texts as a command line spells them."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Sequence
@@ -31,3 +32,22 @@ def key(parts: Sequence[str]) -> str:
         f"//{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else char
         for char in "/".join(parts)
     )
+
+
+def fits(names: tuple[str, ...], pattern: tuple[str, ...], begins=False) -> bool:
+    """Whether the path `names` fits; with `begins`, whether a path below it could."""
+    if not names:
+        return begins or not pattern
+    if not pattern:
+        return False
+    if pattern[0] == "**":
+        return fits(names, pattern[1:], begins) or fits(names[1:], pattern, begins)
+    same = names[0] == pattern[0] or fnmatch.fnmatchcase(names[0], pattern[0])
+    return same and fits(names[1:], pattern[1:], begins)
+
+
+def are_ours(names: set[str]) -> bool:
+    """Whether a folder that holds these was made by this package: no text of a corpus."""
+    prepared = {"manifest.json", "tokenizer.json"} <= names
+    exported = {"model.safetensors", "reader.py"} <= names
+    return exported or (prepared and bool(names & {"train.bin", "parts"}))

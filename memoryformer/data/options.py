@@ -8,7 +8,7 @@ from typing import Any
 from memoryformer import config as config_lib
 from memoryformer import errors
 from memoryformer.config import field
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 
 _NAME = "data.source_options"
 
@@ -63,7 +63,7 @@ class ShardOptions(RecordOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.validation_path:
-            paths.local(self.validation_path, f"{_NAME}.validation_path")
+            _check_path(self.validation_path, f"{_NAME}.validation_path", in_store=True)
         config_lib.at_least(self, _NAME, 0, "part_bytes")
         if self.deduplicate and self.max_documents:
             raise errors.ConfigError(
@@ -115,6 +115,7 @@ class TokenOptions:
         config_lib.at_least(self, _NAME, 2, "validation_every")
 
 
+_IN_STORE = ("text", "c4", "prepared")  # sources whose path may be in an object store
 SOURCES: dict[str, Any] = {
     "stdlib": DocumentOptions,
     "text": TextOptions,
@@ -189,7 +190,8 @@ class DataConfig:
             )
         for key in ("path", "data_dir"):
             if value := getattr(self, key):
-                paths.local(value, f"data.{key}")
+                in_store = key == "path" and self.source in _IN_STORE
+                _check_path(value, f"data.{key}", in_store)
         config_lib.at_least(self, "data", 0, "align_documents")
         own_end = self.tokenizer == "bytes" or self.tokenizer.startswith("bpe:")
         if self.end_token and (own_end or self.source == "prepared"):
@@ -203,6 +205,14 @@ class DataConfig:
     def name(self) -> str:
         """The data set's in the catalogue of its source; '' where that has none."""
         return getattr(self.source_options, "name", "")
+
+
+def _check_path(path: str, name: str, in_store: bool) -> None:
+    """Raise `ConfigError` for what can be no path here, nor (`in_store`) in a store."""
+    if in_store and stores.is_store(path):
+        stores.checked(path, name, pattern=True)
+    else:
+        paths.local(path, name)
 
 
 def part_bytes(data_config: DataConfig) -> int:

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from memoryformer import errors
-from memoryformer.data import jsonlines
+from memoryformer.data import blocks, jsonlines
 from memoryformer.data.names import shown
 
 _ROWS = 256  # read together
 
 
 def texts(
-    path: pathlib.Path, field: str, share: jsonlines.Share
+    path: blocks.File, field: str, share: jsonlines.Share
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of the row from 1, its text) of the rows in `share`.
 
@@ -70,7 +70,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[Any]:
+def _open(path: blocks.File) -> Iterator[Any]:
     name = shown(path)
     try:
         import pyarrow
@@ -82,7 +82,8 @@ def _open(path: pathlib.Path) -> Iterator[Any]:
         ) from None
     try:
         # `buffer_size`, or pyarrow reads whole row groups ahead.
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        source = path if isinstance(path, pathlib.Path) else path.open("rb")
+        file = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         reason = errors.first_line(error)
         raise errors.DataError(f"{name}: damaged or truncated ({reason}).") from error

@@ -4,7 +4,6 @@ Start at `list_texts`.
 """
 
 import collections
-import pathlib
 from collections.abc import Callable, Iterable
 
 from memoryformer import errors
@@ -29,7 +28,7 @@ def list_texts(
     if len(files) < 2:
         return files
 
-    def reason(file: pathlib.Path) -> str:
+    def reason(file: blocks.File) -> str:
         found = local_files.without_text(file, text_field)
         # An empty shard is a broken download, which `read_documents` reports.
         return "" if json_only and found == "empty" else found
@@ -55,7 +54,7 @@ def marker_line(count: int) -> str:
     )
 
 
-def check_separator(files: Iterable[pathlib.Path], separator: str, path: str) -> None:
+def check_separator(files: Iterable[blocks.File], separator: str, path: str) -> None:
     """Raise `ConfigError` if no file is plain text, which alone has a separator."""
     if separator and all(map(blocks.has_fields, files)):
         raise errors.ConfigError(

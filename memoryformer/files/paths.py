@@ -28,7 +28,7 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
     text = os.fspath(path)
     if isinstance(text, bytes):
         text = os.fsdecode(text)
-    where = f"{name}={_shown(text)}"
+    where = f"{name}={shown(text)}"
     if not text.strip():
         raise ConfigError(f"{where}: an empty path; name a file or folder.")
     if _STORE.match(text.lstrip()):
@@ -36,10 +36,7 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
             f"{where}: only folders of this machine are read and written; mount the store "
             "(gcsfuse, s3fs, ...) and give the path without its scheme."
         )
-    if _UNPRINTABLE.search(text):
-        raise ConfigError(
-            f"{where}: holds a character that is not text; rename it, or use a link."
-        )
+    refuse_unprintable(text, where)
     try:
         path = pathlib.Path(text)  # it drops a ./ before a ~
         return path.expanduser() if text.startswith("~") else path
@@ -59,12 +56,21 @@ def workdir(path: str | os.PathLike, name: str = "--workdir") -> pathlib.Path:
     pattern = _PATTERN.search(str(folder.absolute()))
     if pattern:
         raise ConfigError(
-            f"{name}={_shown(os.fspath(path))}: {str(folder.absolute())!r} holds "
+            f"{name}={shown(os.fspath(path))}: {str(folder.absolute())!r} holds "
             f"{pattern[0]!r}, and what is saved below it could not be read again; name a "
             "path without * ? [ and backslash, or a link to it that has none."
         )
     return folder
 
 
-def _shown(text: str) -> str:
+def refuse_unprintable(text: str, where: str) -> None:
+    """Raise `ConfigError`, which begins with `where`, for characters that are not text."""
+    if _UNPRINTABLE.search(text):
+        raise ConfigError(
+            f"{where}: holds a character that is not text; rename it, or use a link."
+        )
+
+
+def shown(text: str) -> str:
+    """Return a path in quotes, on one line whatever it holds."""
     return ascii(text) if _UNPRINTABLE.search(text) else repr(text)

@@ -28,7 +28,7 @@ from memoryformer.runs import directory as directory_lib
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    cli.define_path_flag("workdir", "The run.")
+    cli.define_path_flag("workdir", "The run.", in_store=True)
     cli.define_path_flag("export", "An exported model, instead of a run.")
     flags.DEFINE_string("prompt", "", "Text to continue.")
     cli.define_path_flag("prompts", "File of prompts, lines or JSONL.")

@@ -14,6 +14,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.generation import prompts as prompts_lib
 from memoryformer.generation import sampler
 from memoryformer.model import ModelConfig, narrow
+from memoryformer.runs import remote
 from memoryformer.training import experiment
 
 
@@ -181,6 +182,7 @@ def open_run(
     kinds: narrow.WeightKinds | None = None,
 ) -> tuple[sampler.Generator, data.Tokenizer, experiment.Experiment]:
     """Load a checkpoint and its tokenizer for sampling, weights stored as `kinds` says."""
+    workdir = remote.copied(workdir, step)
     run, params, facts = experiment.load(workdir, step)
     tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
     return sampler.Generator(run.model, params, kinds), tokenizer, run

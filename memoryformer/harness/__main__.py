@@ -21,7 +21,7 @@ _OF_TASKS = ("tasks_path", "limit", "num_fewshot", "task_batch_size", "add_bos")
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_config_flag()
-    cli.define_path_flag("workdir", "The run's directory.")
+    cli.define_path_flag("workdir", "The run's directory.", in_store=True)
     cli.define_path_flag("export", "An exported model, instead of a run.")
     flags.DEFINE_integer("step", -1, "Which step; the newest if negative.")
     cli.define_path_flag("output", "Also write the JSON to this file.")

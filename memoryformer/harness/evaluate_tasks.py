@@ -20,6 +20,7 @@ from memoryformer.harness import scoring, summary, task_files, task_loading
 from memoryformer.model import narrow
 from memoryformer.model import params as params_lib
 from memoryformer.notation import Params
+from memoryformer.runs import remote
 from memoryformer.training import experiment
 
 
@@ -80,8 +81,9 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate one step of a run (None: the newest); `options` are fields of `Options`."""
     chosen = Options(**options)
-    run, params, facts = experiment.load(workdir, step)
-    tokenizer = run_tokenizer.load(workdir, run.data, facts, run.model.vocab_size)
+    folder = remote.copied(workdir, step)
+    run, params, facts = experiment.load(folder, step)
+    tokenizer = run_tokenizer.load(folder, run.data, facts, run.model.vocab_size)
     origin = {
         "workdir": os.fspath(workdir),
         "step": facts["step"],

@@ -25,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seeds", 3, "Seeds of a study.", lower_bound=1, upper_bound=100
     )
-    cli.define_path_flag("workdir", "The run to look at.")
+    cli.define_path_flag("workdir", "The run to look at.", in_store=True)
     flags.DEFINE_integer("step", -1, "Its checkpoint; the newest if negative.")
     flags.DEFINE_integer(
         "max_tokens",

@@ -28,6 +28,7 @@ from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
 from memoryformer.model import implementations, layers, mixers, parts
 from memoryformer.notation import Array, Float, Params
+from memoryformer.runs import remote
 from memoryformer.training import experiment
 
 Batches = Iterable[Mapping[str, Any]]
@@ -42,6 +43,7 @@ def of_run(
     max_tokens: of validation text; max_unknowns: limits time, M^3. Raises `ConfigError` for a
     model that has none, and as `experiment.load` and `data.find`.
     """
+    workdir = remote.copied(workdir, step)
     run, params, facts = experiment.load(workdir, step)
     config = eager(run.model)
     check(config)

@@ -1,14 +1,13 @@
 """The command line of reports: see the package's docstring."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from memoryformer import cli, config, errors
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 
 PICTURES = ("flops", "utilisation", "curves", "slots")
 
@@ -16,7 +15,9 @@ PICTURES = ("flops", "utilisation", "curves", "slots")
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_path_flag("output", "File, or folder for pictures; not given: in DIR.")
-    cli.define_path_flag("workdir", "The run to look at (utilisation, quickstart).")
+    cli.define_path_flag(
+        "workdir", "The run to look at (utilisation, quickstart).", in_store=True
+    )
     flags.DEFINE_integer(
         "max_tokens",
         2**18,
@@ -39,7 +40,7 @@ def _run(argv):
             f"report: name run or sweep directories, or one of {', '.join(PICTURES)}."
         )
     known = (*PICTURES, "quickstart")
-    if words[0] not in known and not paths.local(words[0], "report").exists():
+    if words[0] not in known and not _is_there(words[0]):
         near = config.suggest(words[0], known)
         raise errors.ConfigError(f"report {words[0]!r}: no such directory{near}.")
     if words[0] not in ("utilisation", "quickstart"):
@@ -67,9 +68,10 @@ def _run(argv):
         }
         return pictures.main(argv, pictures.Options(**options))
     from memoryformer.report import page
+    from memoryformer.runs import remote
 
-    directories = [paths.local(word, "report") for word in words]
-    output = pathlib.Path(flags.FLAGS.output or directories[0] / "report.html")
+    output = remote.output(flags.FLAGS.output, words[0], "report.html")
+    directories = [remote.copied(word, name="report", params=False) for word in words]
     if output.is_dir():
         output = output / "report.html"
     try:
@@ -79,6 +81,13 @@ def _run(argv):
     print(output)
     print(", ".join(f"{name}: {size} runs" for name, size in sizes.items()))
     return 0
+
+
+def _is_there(word: str) -> bool:
+    """Whether a word may name a directory; what lies in a store is looked up later."""
+    if stores.is_store(word):
+        return bool(stores.checked(word, "report"))
+    return paths.local(word, "report").exists()
 
 
 if __name__ == "__main__":

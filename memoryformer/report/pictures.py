@@ -18,6 +18,7 @@ from memoryformer.model import ModelConfig, implementations
 from memoryformer.report import drawing
 from memoryformer.report.curves import curves_figure
 from memoryformer.report.slots import slots_figure
+from memoryformer.runs import remote
 from memoryformer.training import experiment
 
 LAYERS = ("mixer.qkv", "ffn.up", "ffn.down")
@@ -154,9 +155,9 @@ def run_curves(argv: Sequence[str], options: Options) -> None:
     """Draw the losses of the runs named on the command line."""
     if not argv:
         raise errors.ConfigError("report curves: name at least one run directory.")
-    workdirs = [_existing(name) for name in argv]
-    figure = curves_figure(workdirs)
-    output = drawing.folder(options.output or workdirs[0] / "plots")
+    output = remote.output(options.output, argv[0], "plots")
+    figure = curves_figure([_existing(name) for name in argv])
+    output = drawing.folder(output)
     drawing.save(figure, output / "curves.png")
 
 
@@ -164,7 +165,7 @@ def run_slots(argv: Sequence[str], options: Options) -> None:
     """Draw how alike the slots of memories are over training, of the sweeps named."""
     if not argv:
         raise errors.ConfigError("report slots: name at least one sweep directory.")
-    sweeps = [_existing(name) for name in argv]
+    sweeps = [_existing(str(paths.local(name, "report"))) for name in argv]
     output = drawing.folder(options.output or sweeps[0] / "plots")
     drawing.save(slots_figure(sweeps), output / "slots.png")
 
@@ -178,9 +179,10 @@ def run_utilisation(argv: Sequence[str], options: Options) -> None:
     _no_more(argv, "utilisation")
     if not options.workdir:
         raise errors.ConfigError("report utilisation: --workdir=DIR is missing.")
-    workdir = _existing(options.workdir)
+    output = remote.output(options.output, options.workdir, "plots")
+    workdir = _existing(options.workdir, params=True)
     counts = _collect(workdir, options.max_tokens)
-    output = drawing.folder(options.output or workdir / "plots")
+    output = drawing.folder(output)
     drawing.save(buckets_figure(counts), output / "utilisation_buckets.png")
     drawing.save(layers_figure(counts), output / "utilisation_layers.png")
     print(f"{'layer':22s} {'used':>6s} {'entropy':>8s} {'max/mean':>9s} {'flip':>6s}")
@@ -248,8 +250,8 @@ def _no_more(argv: Sequence[str], subcommand: str) -> None:
         )
 
 
-def _existing(name: str) -> pathlib.Path:
-    path = paths.local(name, "report")
+def _existing(name: str, *, params: bool = False) -> pathlib.Path:
+    path = remote.copied(name, name="report", params=params)
     if not path.is_dir():
         raise errors.DataError(f"{name}: there is no such run directory.")
     return path

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def load(
     workdir: str | os.PathLike, step: int | None = None
 ) -> "tuple[ml_collections.ConfigDict, Params]":
-    """Load (config, params) of a run; see `steps.load`."""
-    from memoryformer.runs import steps
+    """Load (config, params) of a run, here or in a store; see `steps.load`."""
+    from memoryformer.runs import remote, steps
 
-    return steps.load(workdir, step)
+    return steps.load(remote.copied(workdir, step), step)

@@ -15,14 +15,11 @@ Start at `Checkpointer` (training) or `load` (everything else).
 """
 
 import contextlib
-import importlib.metadata
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
-
-import jax
 
 from memoryformer.cluster import processes
 from memoryformer.errors import StorageError, first_line
@@ -35,10 +32,9 @@ from memoryformer.runs import (
     retention,
     state_spec,
 )
+from memoryformer.runs import folder as folder_lib
 from memoryformer.runs import steps as run_steps
 from memoryformer.runs.retention import CheckpointConfig
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpointer:
@@ -48,8 +44,9 @@ class Checkpointer:
     written under others is refused unless `allow` names the fields that differ (see
     `compatibility`). `complete` adds to a stored config the fields that are younger than it;
     `absent_params` returns the parameters that a step was written without, by what its
-    manifest says. Every process makes a checkpointer and calls the same methods at the same
-    steps; process 0 writes manifests and deletes.
+    manifest says. `folder` is told of what is whole, and asked for what is to be read, where
+    `workdir` stands for a store. Every process makes a checkpointer and calls the same
+    methods at the same steps; process 0 writes manifests and deletes.
     """
 
     def __init__(
@@ -64,15 +61,17 @@ class Checkpointer:
         allow: Collection[str] = (),
         complete: Callable[[dict], dict] = dict,
         absent_params: Callable[[dict], Params] = lambda facts: {},
+        folder: folder_lib.Folder | None = None,
     ):
         self.directory = paths.workdir(workdir).absolute() / run_steps.FOLDER
+        self._folder = folder or folder_lib.Folder(self.directory.parent)
         self._config = config
         self._facts = {
             "config": compatibility.plain(run_config),
             "data_fingerprint": data_fingerprint,
             "teacher_fingerprint": teacher_fingerprint,
             "tokenizer": tokenizer,
-            "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+            "versions": manifest.versions(),
         }
         self._allow = allow
         self._complete = complete
@@ -106,20 +105,13 @@ class Checkpointer:
         """Change facts of a step that is whole; process 0 writes them."""
         if self._chief:
             manifest.amend(self.directory / str(step), **facts)
+            self._folder.publish()
 
     def should_save(self, step: int) -> bool:
         """Whether it is time, by steps or by minutes; never for the step already saved."""
-        if step == self._current:
-            return False
-        if self._config.every_steps and step % self._config.every_steps == 0:
-            return True
-        if not self._config.every_minutes:
-            return False
-        due = time.monotonic() - self._last_save >= 60 * self._config.every_minutes
-        if jax.process_count() == 1:
-            return due
-        # Clocks differ: process 0 decides, now and then, since it costs a round trip.
-        return step % 10 == 0 and bool(processes.from_chief(due))
+        return step != self._current and retention.is_due(
+            self._config, step, self._last_save
+        )
 
     def preflight(self, state: Any) -> None:
         """Raise `StorageError` if the disk cannot hold what `retention` keeps."""
@@ -150,6 +142,7 @@ class Checkpointer:
         try:
             if self._chief and target.exists():
                 retention.remove(self.directory, step)
+                self._folder.publish()  # the old one goes before a file of the new comes
             self._damaged.discard(step)
             processes.barrier(f"replace {step}")
             orbax_files.start_save(self._manager, step, state)
@@ -242,6 +235,7 @@ class Checkpointer:
         `DamagedError`, or `StorageError` if the step is not there.
         """
         target = run_steps.existing(self.directory, step)
+        self._folder.fetch(step)
         problem = ""
         if self._chief:
             try:
@@ -273,6 +267,7 @@ class Checkpointer:
                 orbax_files.read(self.directory / str(step), samples)
                 manifest.write(self.directory / str(step), facts)
                 retention.keep(self.directory, self._config, step, self._damaged)
+                self._folder.publish()
         except BaseException as error:
             self._failure = self._failed(step, error)
 

@@ -101,10 +101,19 @@ def check_output(
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises `StorageError` if it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    # Neither UTF-8 nor JSON: ValueErrors; nested too deep to be read: RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}.") from error
+    return parsed_json(content, path)
+
+
+def parsed_json(content: bytes, name: str | os.PathLike) -> dict[str, Any]:
+    """Return the JSON object that a file holds; raises `StorageError` if it is none."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    # Neither UTF-8 nor JSON: ValueErrors; nested too deep to be read: RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{name}: cannot be read: {error}.") from error
     if not isinstance(value, dict):
-        raise StorageError(f"{path}: cannot be read: it holds no JSON object.")
+        raise StorageError(f"{name}: cannot be read: it holds no JSON object.")
     return value

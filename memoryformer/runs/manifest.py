@@ -11,6 +11,7 @@ known to be damaged, not taken for one that was never finished. It is of the sam
 
 import concurrent.futures
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from memoryformer.runs import old_configs
 
 MANIFEST = "MANIFEST"
 LEDGER = "LEDGER"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class DamagedError(StorageError):
@@ -41,6 +43,11 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
         for name in _files(directory)
     }
     _seal(directory / MANIFEST, {"facts": facts, "files": files})
+
+
+def versions() -> dict[str, str]:
+    """Return the packages that decide what a checkpoint holds, with their versions."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def amend(directory: pathlib.Path, **facts: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, and some for good; what killed runs left goes.
+"""When to save, and which checkpoints stay: the newest few, and some for good.
 
     kept = the newest `keep` whole steps + every whole step divisible by `keep_every`
 
@@ -9,7 +9,10 @@ not taken for a damaged checkpoint. Process 0 alone calls this. Start at `keep`.
 import dataclasses
 import pathlib
 import shutil
+import time
 from collections.abc import Collection, Iterator
+
+import jax
 
 from memoryformer import config as config_lib
 from memoryformer.cluster import processes
@@ -40,6 +43,19 @@ class CheckpointConfig:
         every = ("every_steps", "every_minutes", "keep_every")
         config_lib.at_least(self, "checkpoint", 0, *every)
         config_lib.at_least(self, "checkpoint", 1, "keep")
+
+
+def is_due(config: CheckpointConfig, step: int, last_save: float) -> bool:
+    """Whether it is time to save, by steps or by minutes; last_save: of `time.monotonic`."""
+    if config.every_steps and step % config.every_steps == 0:
+        return True
+    if not config.every_minutes:
+        return False
+    due = time.monotonic() - last_save >= 60 * config.every_minutes
+    if jax.process_count() == 1:
+        return due
+    # Clocks differ: process 0 decides, now and then, since it costs a round trip.
+    return step % 10 == 0 and processes.from_chief(due)
 
 
 def keep(

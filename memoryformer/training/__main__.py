@@ -10,14 +10,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from memoryformer import cli
-from memoryformer.files import paths
+from memoryformer.files import paths, stores
 from memoryformer.runs import console
 
 
 def define_flags() -> None:
     """Define the flags of the command."""
     cli.define_config_flag()
-    cli.define_path_flag("workdir", "Where the run lives.", required=True)
+    cli.define_path_flag(
+        "workdir", "Where the run lives.", required=True, in_store=True
+    )
     flags.DEFINE_list("allow", [], "Fields that may differ from the checkpoint's.")
     flags.DEFINE_string(
         "coordinator",
@@ -39,7 +41,8 @@ def _run(argv: Sequence[str]) -> None:
     """Check the command line, find the other processes and train."""
     values = flags.FLAGS
     cli.check_arguments(argv, config=values.config)
-    paths.workdir(values.workdir)
+    if not stores.is_store(values.workdir):
+        paths.workdir(values.workdir)
     from memoryformer.cluster import processes, roll_call
     from memoryformer.training import banner, host_memory, loop
 

@@ -18,7 +18,7 @@ from typing import Any
 from memoryformer import accounting
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.runs import compatibility, directory
+from memoryformer.runs import compatibility, remote
 from memoryformer.training import experiment
 
 WIDTH = 100
@@ -42,7 +42,7 @@ def text(config: Mapping[str, Any], preset: str, workdir: pathlib.Path | str) ->
     lines += _tables(run)
     # As written: the file alone may lack what the command line must give.
     lines += _changes(config_lib.load(preset), config, f"from {preset}")
-    last = _last(pathlib.Path(workdir))
+    last = _last(workdir)
     if last is not None:
         lines += _changes(last, resolved, f"since the last run in {workdir}")
     return "\n".join(lines)
@@ -73,9 +73,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], whence: str) -> lis
     return [f"changed {whence}:", *compatibility.describe(changes).split("\n")]
 
 
-def _last(workdir: pathlib.Path) -> dict[str, Any] | None:
+def _last(workdir: pathlib.Path | str) -> dict[str, Any] | None:
     """The config that the last run in `workdir` left, if there is one and it is whole."""
     try:
-        return experiment.complete(directory.read_json(workdir / "config.json"))
+        return experiment.complete(remote.read_config(workdir))
     except (StorageError, ConfigError):
         return None

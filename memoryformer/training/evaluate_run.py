@@ -13,7 +13,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError
 from memoryformer.model import implementations, mixers, narrow
 from memoryformer.notation import Params
-from memoryformer.runs import compatibility
+from memoryformer.runs import compatibility, remote
 from memoryformer.training import compilation_cache, experiment
 
 
@@ -47,6 +47,7 @@ def _load(
     workdir: str | os.PathLike, step: int | None, config: Mapping[str, Any] | None
 ) -> tuple[experiment.Experiment, Params, dict[str, Any], data.Dataset]:
     """The run to evaluate as, parameters, facts and data of a step, checked to fit."""
+    workdir = remote.copied(workdir, step)
     run, params, facts = experiment.load(workdir, step)
     if config is None:
         dataset = run_tokenizer.dataset(workdir, run.data, facts, run.model.vocab_size)

@@ -6,7 +6,6 @@ step alone. Start at `train`; the mathematics is in `training.step`.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,10 +17,18 @@ from memoryformer import sharding as sharding_lib
 from memoryformer.cluster import processes, signals, watchdog
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, NumericError, Preempted
-from memoryformer.files import atomic, paths
+from memoryformer.files import atomic
 from memoryformer.notation import Params
 from memoryformer.runs import checkpoint as checkpoint_lib
-from memoryformer.runs import compatibility, console, directory, metrics, outcome
+from memoryformer.runs import (
+    compatibility,
+    console,
+    directory,
+    metrics,
+    outcome,
+    remote,
+)
+from memoryformer.runs import folder as folder_lib
 from memoryformer.training import compilation_cache, experiment
 from memoryformer.training import log as training_log
 from memoryformer.training import programs as programs_lib
@@ -42,9 +49,9 @@ def train(
 
     Args:
       config: a whole config, see `experiment`.
-      workdir: gets config.json, tokenizer.json, metrics.jsonl and checkpoints/. If it holds a
-        checkpoint, the run goes on from there, and its config must be the same but for what
-        `experiment.may_change`.
+      workdir: gets config.json, tokenizer.json, metrics.jsonl and checkpoints/, on this machine
+        or in an object store (`runs.remote`). If it holds a checkpoint, the run goes on from
+        there, and its config must be the same but for what `experiment.may_change`.
       allow: further fields that may differ.
       programs: what an earlier run of this process has compiled, used if this one differs
         from it in traced inputs only (seed, learning rate, weight decay).
@@ -55,54 +62,67 @@ def train(
     longer than `train.timeouts` ends the process with exit code 43 (`watchdog`).
     """
     run = experiment.resolve(config)
-    run_config = experiment.as_dict(run)
-    workdir = paths.workdir(workdir)
-    directory.refuse_foreign(workdir)
-    with (
-        directory.only_one(workdir, patience),
-        outcome.recorded(workdir),
-        signals.StopRequest() as signal,
-        watchdog.Watchdog(run.train.timeouts) as watch,
-    ):
-        processes.check_joined(run.mesh)
-        sharding = sharding_lib.make(run.mesh, striped=teacher_lib.striped(run))
-        specs = programs_lib.check_fit(run, sharding)
-        corpus = run_tokenizer.located(run.data, workdir)
-        dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(signal))
-        teacher = teacher_lib.load(run, dataset.tokenizer)
-        common = compatibility.shared(run_config, experiment.may_differ())
-        processes.agree("the config", common)
-        processes.agree("the data", dataset.fingerprint)
-        processes.agree("the teacher", teacher.fingerprint if teacher else "")
+    with remote.opened(workdir, patience) as folder:
+        directory.refuse_foreign(folder.path)
         with (
-            sharding.activate(),
-            checkpoint_lib.Checkpointer(
-                workdir,
-                run.checkpoint,
-                run_config=run_config,
-                data_fingerprint=dataset.fingerprint,
-                teacher_fingerprint=teacher.fingerprint if teacher else "",
-                tokenizer=run_tokenizer.identity(dataset.tokenizer),
-                allow={*allow, *experiment.may_change()},
-                complete=experiment.complete,
-                absent_params=experiment.params_to_go_on_with,
-            ) as checkpointer,
+            directory.only_one(folder.path, patience),
+            outcome.recorded(folder.path),
+            signals.StopRequest() as signal,
+            watchdog.Watchdog(run.train.timeouts) as watch,
         ):
-            loop = _Loop(
-                config=run,
-                run_config=run_config,
-                workdir=workdir,
-                sharding=sharding,
-                programs=(programs or programs_lib.Cache()).programs(
-                    run, sharding, specs, teacher and teacher.model
-                ),
-                taught=teacher_lib.placed(teacher, sharding),
-                dataset=dataset,
-                checkpointer=checkpointer,
-                signal=signal,
-                watch=watch,
-            )
-            return loop.run()
+            return _train(run, folder, allow, programs, signal, watch)
+
+
+def _train(
+    run: experiment.Experiment,
+    folder: folder_lib.Folder,
+    allow: Collection[str],
+    programs: programs_lib.Cache | None,
+    signal: signals.StopRequest,
+    watch: watchdog.Watchdog,
+) -> dict[str, float]:
+    """See `train`; nobody else trains in `folder`."""
+    run_config = experiment.as_dict(run)
+    processes.check_joined(run.mesh)
+    sharding = sharding_lib.make(run.mesh, striped=teacher_lib.striped(run))
+    specs = programs_lib.check_fit(run, sharding)
+    corpus = run_tokenizer.located(run.data, folder.path)
+    dataset = data.load(corpus, run.model.vocab_size, stop=lambda: bool(signal))
+    teacher = teacher_lib.load(run, dataset.tokenizer)
+    common = compatibility.shared(run_config, experiment.may_differ())
+    processes.agree("the config", common)
+    processes.agree("the data", dataset.fingerprint)
+    processes.agree("the teacher", teacher.fingerprint if teacher else "")
+    with (
+        sharding.activate(),
+        checkpoint_lib.Checkpointer(
+            folder.path,
+            run.checkpoint,
+            run_config=run_config,
+            data_fingerprint=dataset.fingerprint,
+            teacher_fingerprint=teacher.fingerprint if teacher else "",
+            tokenizer=run_tokenizer.identity(dataset.tokenizer),
+            allow={*allow, *experiment.may_change()},
+            complete=experiment.complete,
+            absent_params=experiment.params_to_go_on_with,
+            folder=folder,
+        ) as checkpointer,
+    ):
+        loop = _Loop(
+            config=run,
+            run_config=run_config,
+            folder=folder,
+            sharding=sharding,
+            programs=(programs or programs_lib.Cache()).programs(
+                run, sharding, specs, teacher and teacher.model
+            ),
+            taught=teacher_lib.placed(teacher, sharding),
+            dataset=dataset,
+            checkpointer=checkpointer,
+            signal=signal,
+            watch=watch,
+        )
+        return loop.run()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,7 +131,7 @@ class _Loop:
 
     config: experiment.Experiment
     run_config: dict[str, Any]  # the same as plain values
-    workdir: pathlib.Path
+    folder: folder_lib.Folder
     sharding: sharding_lib.Sharding
     programs: programs_lib.Programs
     taught: list[Params]  # the teacher's, if there is one
@@ -145,7 +165,7 @@ class _Loop:
         rows = self.sharding.local_rows(run.train.batch_size)
         values: dict[str, float] | None = {}  # evaluated last; None: stopped in it
         with metrics.MetricsWriter(
-            self.workdir, run.metrics, start, run_config=self.run_config
+            self.folder.path, run.metrics, start, run_config=self.run_config
         ) as writer:
             log = training_log.TrainingLog(
                 run, writer, self.progress, start, num_devices
@@ -199,9 +219,9 @@ class _Loop:
         step, state = restored
         if step > (goal := self.config.train.num_steps):
             raise ConfigError(
-                f"train.num_steps={goal}: {self.workdir} is at step {step}; raise it."
+                f"train.num_steps={goal}: {self.folder.name} is at step {step}; raise it."
             )
-        self.progress.note(f"going on from step {step} in {self.workdir}")
+        self.progress.note(f"going on from step {step} in {self.folder.name}")
         return state, step
 
     def _save(self, step, state, *, evaluated, wait=False):
@@ -215,10 +235,11 @@ class _Loop:
     def _write_config(self):
         if jax.process_index():
             return
-        begun = bool(self.checkpointer.steps())
-        run_tokenizer.check(self.workdir, self.dataset.tokenizer, begun=begun)
-        atomic.write_json(self.workdir / "config.json", self.run_config, indent=2)
-        run_tokenizer.keep(self.workdir, self.dataset.tokenizer, begun=begun)
+        begun, workdir = bool(self.checkpointer.steps()), self.folder.path
+        run_tokenizer.check(workdir, self.dataset.tokenizer, begun=begun)
+        atomic.write_json(workdir / "config.json", self.run_config, indent=2)
+        run_tokenizer.keep(workdir, self.dataset.tokenizer, begun=begun)
+        self.folder.publish()
 
     def _evaluators(self):
         run = self.config
@@ -255,7 +276,7 @@ class _Loop:
         if processes.is_chief():
             stored = self.checkpointer.facts(step).get("evaluated")
             if not stored:  # an older version's, or killed before `amend`
-                logged = metrics.read(self.workdir)
+                logged = metrics.read(self.folder.path)
                 stored = any(r["step"] == step and "val/loss" in r for r in logged)
             evaluated = stored
         return processes.from_chief(evaluated)

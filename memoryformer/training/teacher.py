@@ -20,9 +20,9 @@ from memoryformer import model as model_lib
 from memoryformer import sharding as sharding_lib
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.files import paths
 from memoryformer.model import ModelConfig, implementations, mixers
 from memoryformer.notation import Params
+from memoryformer.runs import remote
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
 
@@ -116,7 +116,7 @@ def striped(run: experiment.Experiment) -> bool:
 def _directory(run: experiment.Experiment) -> pathlib.Path:
     """The teacher's folder, which must be that of a run."""
     name = run.train.teacher
-    directory = paths.local(name, "train.teacher")
+    directory = remote.copied(name, name="train.teacher")
     if (directory / run_steps.FOLDER).is_dir():
         return directory
     if (directory / "model.safetensors").is_file():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from memoryformer import data, errors
 from memoryformer.data import listing
+from memoryformer.data import names as names_lib
 from memoryformer.files import atomic
 from memoryformer.runs import directory as directory_lib
 
@@ -212,7 +213,7 @@ def test_a_lock_that_cannot_be_read(tmp_path):
 
 def test_whether_a_path_fits():
     """Mutations: `or` for `and`; `begins` not handed on; a part too few."""
-    fits = listing._fits
+    fits = names_lib.fits
     for names, pattern, whole, begins in (
         ((), (), True, True),
         ((), ("a",), False, True),

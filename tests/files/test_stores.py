@@ -1,0 +1,213 @@
+"""Object stores: five verbs, one line for every fault, and one writer at a time."""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from memoryformer.errors import ConfigError, StorageError
+from memoryformer.files import lease, lock, stores
+
+
+def test_verbs(store_url, tmp_path):
+    """What is put is there, below its URL alone. Mutations: `startswith(self._root)` in `list`."""
+    store = stores.Store(f"{store_url}/")
+    assert store.url == store_url and store.list() == {} and store.read("a") is None
+    (tmp_path / "file").write_bytes(b"of a file")
+    store.write("a", b"content")
+    store.write("deep/b", tmp_path / "file")
+    stores.Store(f"{store_url}2").write("c", b"a neighbour")
+    assert {name: entry.size for name, entry in store.list().items()} == {
+        "a": 7,
+        "deep/b": 9,
+    }
+    assert (
+        list(store.list("deep")) == ["deep/b"] and store.read("deep/b") == b"of a file"
+    )
+    assert abs(store.list()["a"].modified - time.time()) < 600
+    store.fetch("a", tmp_path / "new" / "a")
+    assert (tmp_path / "new" / "a").read_bytes() == b"content"
+    assert stores.Store(f"{store_url}/a").entry().size == 7
+    assert store.entry() is None
+    store.remove("a")
+    store.remove("a")
+    assert list(store.list()) == ["deep/b"]
+
+
+def test_times():
+    """As each package gives them. Mutation: text that is left out."""
+    day = datetime.datetime(2026, 11, 27, tzinfo=datetime.UTC)
+    for facts in (
+        {"LastModified": day},
+        {"updated": "2026-11-27T00:00:00.000Z"},
+        {"created": day.timestamp()},
+        {"mtime": None, "last_modified": day},
+    ):
+        assert stores._modified(facts) == day.timestamp()
+    assert stores._modified({"updated": "soon"}) == 0.0
+
+
+def test_faults_are_a_line(store_url, tmp_path, monkeypatch):
+    """Mutations: `except OSError` in `faults`; a file half fetched that stays."""
+    store = stores.Store(store_url)
+
+    def broken(*unused, **options):
+        raise RuntimeError("no such\nhost")
+
+    for name in ("find", "cat_file", "pipe_file", "put_file", "get_file", "rm_file"):
+        monkeypatch.setattr(type(store.files()), name, broken)
+    for call in (
+        lambda: store.list(),
+        lambda: store.read("a"),
+        lambda: store.write("a", b""),
+        lambda: store.write("a", tmp_path),
+        lambda: store.fetch("a", tmp_path / "a"),
+        lambda: store.remove("a"),
+    ):
+        with pytest.raises(StorageError, match=r"cannot be .* \(RuntimeError: no such"):
+            call()
+    assert list(tmp_path.glob("*a*")) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("memory://", "names no bucket"),
+        ("s3:///", "names no bucket"),
+        ("memory://b/a*", "stands for other names"),
+        ("memory://b/a\nb", "not text"),
+        ("nfs://b/a", "names no bucket"),
+        ("absent://b/a", "needs the package no_such_package; `pip install"),
+    ],
+)
+def test_what_is_no_place(url, reason, monkeypatch):
+    """Mutations: any of the checks left out."""
+    schemes = stores.SCHEMES | {"absent": "no_such_package"}
+    monkeypatch.setattr(stores, "SCHEMES", schemes)
+    pattern = stores._URL.pattern.replace("s3|", "s3|absent|")
+    monkeypatch.setattr(stores, "_URL", stores.re.compile(pattern, stores.re.DOTALL))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        stores.checked(url, "--workdir")
+    assert str(caught.value).startswith("--workdir=") and "\n" not in str(caught.value)
+    for path in ("/a/b", "a", "hub:a/b", "s3:/b", "file:///a", "x-s3://b"):
+        assert not stores.is_store(path)
+
+
+def marker(pid=None, space=None, beat=0):
+    facts = {"pid": pid, "host": "node17", "space": space, "beat": beat}
+    return json.dumps(facts).encode()
+
+
+def test_a_writer_that_is_gone(store_url, monkeypatch):
+    """One of this machine at once, another after `LEASE` without a sign, damaged ones too.
+
+    Mutations: `_has_ended` without the space; a marker that is never removed; a list that is
+    taken for all (`others` of the first look alone).
+    """
+    store = stores.Store(store_url)
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                           capture_output=True, text=True)  # fmt: skip
+    store.write("writers/1", marker(int(ended.stdout), lease._space()))
+    monkeypatch.setattr(lease, "LEASE", 600.0)
+    told = []
+    with lease.hold(store, waiting=told.append) as held:
+        assert list(store.list("writers")) == [held.name]
+    assert told == [f"{ended.stdout.strip()} on node17"]
+    monkeypatch.setattr(lease, "LEASE", 0.3)
+    for content in (marker(int(ended.stdout), "another machine"), b"no JSON"):
+        store.write("writers/1", content)
+        began = time.monotonic()
+        with lease.hold(store) as held:
+            assert time.monotonic() - began >= 0.3
+            assert list(store.list("writers")) == [held.name]
+    assert store.list("writers") == {}
+
+
+def test_a_writer_that_lives(store_url, monkeypatch):
+    """Its marker changes; who has patience waits until it ends.
+
+    Mutations: no thread that beats; a beat that does not change the marker; patience left out.
+    """
+    monkeypatch.setattr(lease, "LEASE", 20.0)
+    store = stores.Store(store_url)
+    with lease.hold(store):
+        with pytest.raises(lock.HeldError, match=f"{os.getpid()} on "):
+            with lease.hold(store):
+                pytest.fail("two at once")
+        assert len(store.list("writers")) == 1
+        held, ended = threading.Event(), threading.Event()
+
+        def wait():
+            with lease.hold(store, patience=600.0):
+                held.set()
+                assert ended.is_set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not held.wait(0.5)
+        ended.set()
+    waiting.join(60)
+    assert held.is_set()
+
+
+def test_two_that_come_together(store_url, monkeypatch):
+    """Never both, whatever the order of their requests.
+
+    Mutation: no second look after the marker was put.
+    """
+    monkeypatch.setattr(lease, "LEASE", 600.0)
+    inside, most, done = [], [], []
+    others = lease.Lease.others
+
+    def slow(self):
+        seen = others(self)
+        time.sleep(0.01)  # all look before one puts
+        return seen
+
+    monkeypatch.setattr(lease.Lease, "others", slow)
+
+    def work():
+        with lease.hold(stores.Store(store_url), patience=600.0):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+        done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert most == [1] * 4 and len(done) == 4
+
+
+def test_a_writer_that_was_cut_off(store_url, monkeypatch):
+    """It goes on if nobody came meanwhile, and else writes no more, nor its marker.
+
+    Mutations: no look at the others when late; a marker put again that was removed.
+    """
+    store = stores.Store(store_url)
+    monkeypatch.setattr(lease, "BEAT", 600.0)  # no sign of it for long
+    with lease.hold(store) as held:
+        monkeypatch.setattr(lease, "LEASE", 0.0)
+        held.check()
+        store.write("writers/another", marker())
+        with pytest.raises(StorageError, match="cut off from the store"):
+            held.check()
+        monkeypatch.setattr(lease, "LEASE", 600.0)
+        with pytest.raises(StorageError, match="cut off from the store"):
+            held.check()
+    assert list(store.list("writers")) == ["writers/another"]
+    store.remove("writers/another")
+    with lease.hold(store) as held:
+        store.remove(held.name)
+        monkeypatch.setattr(lease, "LEASE", 0.0)
+        with pytest.raises(StorageError, match="cut off from the store"):
+            held.check()
+        assert store.list("writers") == {}
