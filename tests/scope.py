@@ -85,6 +85,7 @@ _TESTS = {
         "data/test_data_parts.py",
     ),
     "data/parquet": ("data/test_data_parts.py",),
+    "data/beam_pipeline": ("data/test_data_beam.py",),
     "data/part_beam": ("data/test_data_beam.py",),
     "data/part_files": ("data/test_data_parts.py",),
     "data/part_processes": ("data/test_data_parts.py",),

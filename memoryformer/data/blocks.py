@@ -11,10 +11,9 @@ Start at `read` and `lines`.
 import bz2
 import gzip
 import lzma
-import pathlib
 import zlib
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Literal, Protocol
 
 from memoryformer import errors
 from memoryformer.data.names import shown
@@ -31,13 +30,31 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 COMPRESSED = (*_OPENERS, ".zst")
 
 
-def kind(path: pathlib.Path) -> str:
+class Source(Protocol):
+    """What is asked of a path: a name, and its bytes. `pathlib.Path` is one."""
+
+    @property
+    def suffix(self) -> str:
+        """The last ending of the name, as '.gz'."""
+
+    @property
+    def suffixes(self) -> Sequence[str]:
+        """All of them, as ['.jsonl', '.gz']."""
+
+    def __fspath__(self) -> str:
+        """The name in messages."""
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """The bytes from the beginning."""
+
+
+def kind(path: Source) -> str:
     """The ending of a file's name in small letters, that of its compression left out."""
     *_, outer, inner = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     return outer if inner in COMPRESSED else inner
 
 
-def is_json_lines(path: pathlib.Path) -> bool:
+def is_json_lines(path: Source) -> bool:
     """Whether a file holds JSON lines; .jl is Julia's ending too, so a look decides."""
     if kind(path) != ".jl":
         return kind(path) in JSON_SUFFIXES
@@ -47,17 +64,17 @@ def is_json_lines(path: pathlib.Path) -> bool:
         return False
 
 
-def has_fields(path: pathlib.Path) -> bool:
+def has_fields(path: Source) -> bool:
     """Whether a file's texts are in fields: those of JSON lines, or of parquet."""
     return is_parquet(path) or is_json_lines(path)
 
 
-def is_parquet(path: pathlib.Path) -> bool:
+def is_parquet(path: Source) -> bool:
     """Whether a file is a table that `parquet` reads."""
     return path.suffix.lower() == ".parquet"
 
 
-def read(path: pathlib.Path) -> Iterator[bytes]:
+def read(path: Source) -> Iterator[bytes]:
     """Yield the content in blocks of about a megabyte; faults as one-line `DataError`."""
     name = shown(path)
     try:
@@ -80,7 +97,7 @@ def read(path: pathlib.Path) -> Iterator[bytes]:
         raise errors.DataError(f"{name}: damaged or truncated ({error}).") from error
 
 
-def lines(path: pathlib.Path) -> Iterator[bytes]:
+def lines(path: Source) -> Iterator[bytes]:
     """Yield the lines of a file without their ends."""
     parts: list[bytes] = []
     for block in read(path):
@@ -93,7 +110,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
         yield last.removesuffix(b"\r")
 
 
-def text_lines(path: pathlib.Path) -> Iterator[str]:
+def text_lines(path: Source) -> Iterator[str]:
     """Yield the lines of a UTF-8 file without their ends, empty ones too."""
     for number, line in enumerate(lines(path), start=1):
         try:
@@ -104,24 +121,28 @@ def text_lines(path: pathlib.Path) -> Iterator[str]:
             ) from error
 
 
-def head(path: pathlib.Path) -> bytes:
+def head(path: Source) -> bytes:
     """The first bytes of the content; raises whatever its decompressor raises."""
     return next(_raw(path, HEAD), b"").removeprefix(BOM)[:HEAD]
 
 
-def _raw(path: pathlib.Path, size: int) -> Iterator[bytes]:
+def _raw(path: Source, size: int) -> Iterator[bytes]:
     """Yield blocks that are not empty."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         yield from filter(None, _zstandard(path))
         return
-    opener: Callable[..., IO[bytes]] = _OPENERS.get(suffix, open)
-    with opener(path, "rb") as stream:
+    opener: Callable[..., IO[bytes]] = _OPENERS.get(suffix, _as_it_is)
+    with path.open("rb") as file, opener(file, "rb") as stream:
         while block := stream.read(size):
             yield block
 
 
-def _zstandard(path: pathlib.Path) -> Iterator[bytes]:
+def _as_it_is(file: IO[bytes], mode: str) -> IO[bytes]:
+    return file
+
+
+def _zstandard(path: Source) -> Iterator[bytes]:
     """Blocks of a file of one or more zstandard frames.
 
     Frame by frame, because the package's own reader takes a truncated file for a whole

@@ -9,6 +9,7 @@ That depends on the order of the corpus alone. Start at `write` and `Known`.
 
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -37,8 +38,15 @@ def write(work: pathlib.Path, part: parts_lib.Part, texts: Iterable[str]) -> Non
             np.save(stream, values)
 
 
+class Repeats(Protocol):
+    """Tells the texts of a part that the corpus holds before."""
+
+    def is_new(self, digests: Sequence[bytes], start: int) -> np.ndarray:
+        """Whether texts `start, start + 1, ..` of the part come first: bool [N]."""
+
+
 class Known:
-    """What earlier parts hold, and where texts come first in the part itself."""
+    """`Repeats` by what earlier parts hold, and where texts come first in the part itself."""
 
     def __init__(self, work: pathlib.Path, number: int):
         self._earlier = [
@@ -49,7 +57,7 @@ class Known:
         self._first = np.load(where, mmap_mode="r")
 
     def is_new(self, digests: Sequence[bytes], start: int) -> np.ndarray:
-        """Whether texts `start, start + 1, ..` of the part come first: bool [N]."""
+        """See `Repeats`."""
         wanted = np.array(digests, DTYPE)
         here = self._first[np.searchsorted(self._whole, wanted)]
         new = here == start + np.arange(len(wanted))

@@ -4,19 +4,18 @@ Start at `texts`.
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from memoryformer import errors
-from memoryformer.data import jsonlines
+from memoryformer.data import blocks, jsonlines
 from memoryformer.data.names import shown
 
 _ROWS = 256  # read together
 
 
 def texts(
-    path: pathlib.Path, field: str, share: jsonlines.Share
+    path: blocks.Source, field: str, share: jsonlines.Share
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of the row from 1, its text) of the rows in `share`.
 
@@ -70,7 +69,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[Any]:
+def _open(path: blocks.Source) -> Iterator[Any]:
     name = shown(path)
     try:
         import pyarrow
@@ -80,11 +79,14 @@ def _open(path: pathlib.Path) -> Iterator[Any]:
             f"{name}: reading .parquet needs the package pyarrow; `pip install pyarrow`, "
             "or convert the file to JSON lines."
         ) from None
-    try:
-        # `buffer_size`, or pyarrow reads whole row groups ahead.
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = errors.first_line(error)
-        raise errors.DataError(f"{name}: damaged or truncated ({reason}).") from error
-    with file:
-        yield file
+    with contextlib.ExitStack() as stack:
+        try:
+            stream = stack.enter_context(path.open("rb"))
+            # `buffer_size`, or pyarrow reads whole row groups ahead.
+            file = parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = errors.first_line(error)
+            raise errors.DataError(
+                f"{name}: damaged or truncated ({reason})."
+            ) from error
+        yield stack.enter_context(file)

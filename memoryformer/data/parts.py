@@ -6,10 +6,10 @@ the files and `part_bytes` alone, not on who prepares them. Start at `Corpus` an
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 
 from memoryformer.data import (
+    blocks,
     jsonlines,
     listing,
     local_files,
@@ -27,7 +27,7 @@ class Unit:
     """A file, or a share of its documents; size in bytes, as it lies."""
 
     key: str
-    path: pathlib.Path
+    path: blocks.Source
     share: jsonlines.Share
     size: int
 
