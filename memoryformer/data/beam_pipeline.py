@@ -19,6 +19,7 @@ import os
 import pathlib
 import re
 import secrets
+import types
 from collections.abc import (
     Callable,
     Collection,
@@ -27,7 +28,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import IO, Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO
 
 import apache_beam as beam
 import numpy as np
@@ -72,29 +73,25 @@ class Place:
 
 
 class Input:
-    """A file that Beam has matched; a `blocks.Source`."""
+    """A file that Beam has matched, as a `blocks.File`."""
 
     def __init__(self, file: fileio.ReadableFile):
         self._file = file
-        self._name = pathlib.PurePosixPath(file.metadata.path)
+        path = pathlib.PurePosixPath(file.metadata.path)
+        self.name, self.suffix, self.suffixes = path.name, path.suffix, path.suffixes
 
-    @property
-    def suffix(self) -> str:
-        """See `blocks.Source`."""
-        return self._name.suffix
+    def stat(self) -> Any:
+        """What Beam knows of it."""
+        known = self._file.metadata
+        changed = int(known.last_updated_in_seconds * 1e9)
+        return types.SimpleNamespace(st_size=known.size_in_bytes, st_mtime_ns=changed)
 
-    @property
-    def suffixes(self) -> Sequence[str]:
-        """See `blocks.Source`."""
-        return self._name.suffixes
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """Its bytes as they lie."""
+        return self._file.open(compression_type=_AS_IT_IS)
 
     def __fspath__(self) -> str:
-        """See `blocks.Source`."""
         return self._file.metadata.path
-
-    def open(self, mode: Literal["rb"]) -> IO[bytes]:
-        """See `blocks.Source`."""
-        return self._file.open(compression_type=_AS_IT_IS)
 
 
 class Folder:

@@ -12,8 +12,8 @@ import bz2
 import gzip
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Protocol
 
 from memoryformer import errors
 from memoryformer.data.names import shown
@@ -30,31 +30,37 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 COMPRESSED = (*_OPENERS, ".zst")
 
 
-class Source(Protocol):
-    """What is asked of a path: a name, and its bytes. `pathlib.Path` is one."""
+class File(Protocol):
+    """What is asked of a file, a path of this machine or of one in an object store."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
 
     @property
     def suffix(self) -> str:
-        """The last ending of the name, as '.gz'."""
+        """The ending of its name."""
 
     @property
-    def suffixes(self) -> Sequence[str]:
-        """All of them, as ['.jsonl', '.gz']."""
+    def suffixes(self) -> list[str]:
+        """All of them."""
 
-    def __fspath__(self) -> str:
-        """The name in messages."""
+    def stat(self) -> Any:
+        """With `st_size` and `st_mtime_ns`."""
 
-    def open(self, mode: Literal["rb"]) -> IO[bytes]:
-        """The bytes from the beginning."""
+    def open(self, mode: str) -> IO[Any]:
+        """Its bytes, for mode 'rb'."""
+
+    def __fspath__(self) -> str: ...
 
 
-def kind(path: Source) -> str:
+def kind(path: File) -> str:
     """The ending of a file's name in small letters, that of its compression left out."""
     *_, outer, inner = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     return outer if inner in COMPRESSED else inner
 
 
-def is_json_lines(path: Source) -> bool:
+def is_json_lines(path: File) -> bool:
     """Whether a file holds JSON lines; .jl is Julia's ending too, so a look decides."""
     if kind(path) != ".jl":
         return kind(path) in JSON_SUFFIXES
@@ -64,17 +70,17 @@ def is_json_lines(path: Source) -> bool:
         return False
 
 
-def has_fields(path: Source) -> bool:
+def has_fields(path: File) -> bool:
     """Whether a file's texts are in fields: those of JSON lines, or of parquet."""
     return is_parquet(path) or is_json_lines(path)
 
 
-def is_parquet(path: Source) -> bool:
+def is_parquet(path: File) -> bool:
     """Whether a file is a table that `parquet` reads."""
     return path.suffix.lower() == ".parquet"
 
 
-def read(path: Source) -> Iterator[bytes]:
+def read(path: File) -> Iterator[bytes]:
     """Yield the content in blocks of about a megabyte; faults as one-line `DataError`."""
     name = shown(path)
     try:
@@ -97,7 +103,7 @@ def read(path: Source) -> Iterator[bytes]:
         raise errors.DataError(f"{name}: damaged or truncated ({error}).") from error
 
 
-def lines(path: Source) -> Iterator[bytes]:
+def lines(path: File) -> Iterator[bytes]:
     """Yield the lines of a file without their ends."""
     parts: list[bytes] = []
     for block in read(path):
@@ -110,7 +116,7 @@ def lines(path: Source) -> Iterator[bytes]:
         yield last.removesuffix(b"\r")
 
 
-def text_lines(path: Source) -> Iterator[str]:
+def text_lines(path: File) -> Iterator[str]:
     """Yield the lines of a UTF-8 file without their ends, empty ones too."""
     for number, line in enumerate(lines(path), start=1):
         try:
@@ -121,28 +127,24 @@ def text_lines(path: Source) -> Iterator[str]:
             ) from error
 
 
-def head(path: Source) -> bytes:
+def head(path: File) -> bytes:
     """The first bytes of the content; raises whatever its decompressor raises."""
     return next(_raw(path, HEAD), b"").removeprefix(BOM)[:HEAD]
 
 
-def _raw(path: Source, size: int) -> Iterator[bytes]:
+def _raw(path: File, size: int) -> Iterator[bytes]:
     """Yield blocks that are not empty."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         yield from filter(None, _zstandard(path))
         return
-    opener: Callable[..., IO[bytes]] = _OPENERS.get(suffix, _as_it_is)
-    with path.open("rb") as file, opener(file, "rb") as stream:
+    with path.open("rb") as file:
+        stream = _OPENERS[suffix](file) if suffix in _OPENERS else file
         while block := stream.read(size):
             yield block
 
 
-def _as_it_is(file: IO[bytes], mode: str) -> IO[bytes]:
-    return file
-
-
-def _zstandard(path: Source) -> Iterator[bytes]:
+def _zstandard(path: File) -> Iterator[bytes]:
     """Blocks of a file of one or more zstandard frames.
 
     Frame by frame, because the package's own reader takes a truncated file for a whole

@@ -36,7 +36,7 @@ class _BadLineError(errors.DataError):
     """A line that is no JSON."""
 
 
-def values(path: blocks.Source, share: Share = WHOLE) -> Iterator[tuple[int, Any]]:
+def values(path: blocks.File, share: Share = WHOLE) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, value) of every line of `share` that is not blank.
 
     Raises `DataError` naming file and line.
@@ -77,7 +77,7 @@ def text(value: Any, field: str, where: str, fix: str) -> str:
     return inside
 
 
-def is_other_json(path: blocks.Source, field: str) -> bool:
+def is_other_json(path: blocks.File, field: str) -> bool:
     """Whether a .json file is settings or a table, such as package.json, not JSON lines.
 
     It is if its first line is not one whole object, or is all there is and lacks the

@@ -42,7 +42,7 @@ class Reading:
 
 
 def read_documents(
-    files: Iterable[tuple[str, blocks.Source]], how: Reading
+    files: Iterable[tuple[str, blocks.File]], how: Reading
 ) -> Iterator[tuple[str, str, int]]:
     """Yield (unique key, text, index of its file) for every document of `files`.
 
@@ -121,7 +121,7 @@ def in_validation(key: str, every: int) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % every == 0
 
 
-def read_text(path: blocks.Source) -> Iterator[str]:
+def read_text(path: blocks.File) -> Iterator[str]:
     """Yield the text of a plain file in parts of about a megabyte; `DataError` if none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = num_lines = num_chars = 0  # before the block that is looked at
@@ -218,7 +218,7 @@ def _end(text: str, start: int, size: int) -> int:
 
 
 def _json_texts(
-    path: blocks.Source, field: str, share: jsonlines.Share
+    path: blocks.File, field: str, share: jsonlines.Share
 ) -> Iterator[tuple[int, str]]:
     number = 0
     for number, value in jsonlines.values(path, share):

@@ -15,7 +15,7 @@ _ROWS = 256  # read together
 
 
 def texts(
-    path: blocks.Source, field: str, share: jsonlines.Share
+    path: blocks.File, field: str, share: jsonlines.Share
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of the row from 1, its text) of the rows in `share`.
 
@@ -69,7 +69,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def _open(path: blocks.Source) -> Iterator[Any]:
+def _open(path: blocks.File) -> Iterator[Any]:
     name = shown(path)
     try:
         import pyarrow

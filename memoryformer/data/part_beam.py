@@ -101,6 +101,8 @@ def namer(views: Views) -> Callable[[os.PathLike], str]:
     innermost = sorted(views, key=lambda view: -len(view[0].parts))
 
     def url(path: os.PathLike) -> str:
+        if "://" in os.fspath(path):
+            return os.fspath(path)
         here = pathlib.Path(path).absolute()
         for folder, name in innermost:
             if here.is_relative_to(folder):

@@ -27,7 +27,7 @@ class Unit:
     """A file, or a share of its documents; size in bytes, as it lies."""
 
     key: str
-    path: blocks.Source
+    path: blocks.File
     share: jsonlines.Share
     size: int
 
