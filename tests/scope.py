@@ -61,6 +61,7 @@ _TESTS = {
         "data/test_data_fuzz.py",
         "data/test_data_parts.py",
     ),
+    "data/long_texts": ("data/test_long_texts.py",),
     "data/manifest": (
         "data/test_data_preparation.py",
         "data/test_data_batches.py",

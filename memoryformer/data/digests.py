@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from memoryformer.data import long_texts, token_files
 from memoryformer.data import parts as parts_lib
-from memoryformer.data import token_files
 from memoryformer.files import atomic
 
 DTYPE = (
@@ -28,7 +28,9 @@ def paths(work: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Path]:
     return work / f"{name}.npy", work / f"{name}.first.npy"
 
 
-def write(work: pathlib.Path, part: parts_lib.Part, texts: Iterable[str]) -> None:
+def write(
+    work: pathlib.Path, part: parts_lib.Part, texts: Iterable[long_texts.Text]
+) -> None:
     """Read a part and write what it holds."""
     read = b"".join(map(token_files.digest, texts))
     unique, first = np.unique(np.frombuffer(read, DTYPE), return_index=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines
+from memoryformer.data import blocks, jsonlines, long_texts
 from memoryformer.data.names import shown
 
 _ROWS = 256  # read together
@@ -16,7 +16,7 @@ _ROWS = 256  # read together
 
 def texts(
     path: blocks.File, field: str, share: jsonlines.Share
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, long_texts.Text]]:
     """Yield (number of the row from 1, its text) of the rows in `share`.
 
     Raises `DataError` naming file and row.

@@ -18,6 +18,7 @@ import numpy as np
 
 from memoryformer.data import (
     digests,
+    long_texts,
     manifest,
     parts,
     text_files,
@@ -171,12 +172,12 @@ class _Split:
         self.empty = self.of_validation = self.duplicates = 0
         self._short: list[str] = []
 
-    def append(self, text: str) -> None:
+    def append(self, text: long_texts.Text) -> None:
         if len(text) > 2 * _BATCH_CHARS:
             self.flush()
             self.writer.append_long(text, _BATCH_CHARS)
         else:
-            self._short.append(text)
+            self._short.append("".join(long_texts.pieces(text)))
 
     def flush(self) -> None:
         if self._short:
@@ -224,7 +225,7 @@ class _Worker:
             if sum(map(len, texts)) >= _BATCH_CHARS:
                 token_files.give_back_memory()
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[long_texts.Text]:
         done = 0
         for unit in self._part.units:
             read = 0  # characters, for want of the place in the file
@@ -234,8 +235,8 @@ class _Worker:
                 read += len(text)
             done += unit.size
 
-    def _deal(self, texts: Sequence[str]) -> None:
-        hashes = [hashlib.sha256(text.encode("utf-8")).digest() for text in texts]
+    def _deal(self, texts: Sequence[long_texts.Text]) -> None:
+        hashes = [long_texts.sha256(text) for text in texts]
         short = [digest[:16] for digest in hashes]
         new = np.ones(len(texts), bool)
         if self._known:
@@ -251,7 +252,7 @@ class _Worker:
         ):
             by_hash = "train" if int.from_bytes(digest) % every else "validation"
             split = self._splits[self._part.split or by_hash]
-            self.marked += text_files.MARKER in text
+            self.marked += long_texts.holds(text, text_files.MARKER)
             if not text:
                 split.empty += 1
             elif is_held_out:
@@ -263,9 +264,10 @@ class _Worker:
         self._number += len(texts)
 
 
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def batches(texts: Iterator[long_texts.Text]) -> Iterator[list[long_texts.Text]]:
     """Texts by the megabyte."""
-    batch, size = [], 0
+    batch: list[long_texts.Text] = []
+    size = 0
     for text in texts:
         batch.append(text)
         size += len(text)

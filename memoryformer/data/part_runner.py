@@ -22,7 +22,7 @@ import numpy as np
 from memoryformer import errors
 from memoryformer.data import (
     digests,
-    local_files,
+    long_texts,
     manifest,
     options,
     part_files,
@@ -235,10 +235,10 @@ class Job:
                     digest = np.array([token_files.digest(text)], digests.DTYPE)
                     is_held_out = bool(digests.contains(held_out, digest)[0])
                 else:
-                    is_held_out = local_files.in_validation(text, every)
+                    is_held_out = not int.from_bytes(long_texts.sha256(text)) % every
                 if is_held_out:
                     continue
-                data = text.encode("utf-8")[:budget]
+                data = long_texts.head(text, budget)
                 sample.append(data.decode("utf-8", errors="ignore"))
                 budget -= len(data)
                 if budget <= 0:

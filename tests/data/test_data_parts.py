@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from memoryformer import data, errors
 from memoryformer.data import (
+    identity,
     jsonlines,
     local_files,
     part_files,
@@ -390,6 +391,16 @@ def test_what_was_prepared_whole_stays(texts, tmp_path):
     assert data.load(config(texts[0], tmp_path)).directory == old.directory
     small = data_helpers.config(tmp_path / "small", data_helpers.texts(20))
     assert (data.prepare(small) / "train.bin").is_file()
+
+
+def test_what_was_prepared_in_parts_by_older_rules_stays(texts, tmp_path, monkeypatch):
+    """A change of the rules does not cost a second preparation. Red if its name is new."""
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_PARTS", 1)
+        old = data.prepare(config(texts[0], tmp_path), show_progress=False)
+    assert data.prepare(config(texts[0], tmp_path)) == old
+    new = data.resolve_dir(config(texts[0], tmp_path / "other"))
+    assert new.name != old.name
 
 
 def test_a_fault_in_one_process_is_the_one_line(texts, tmp_path):
