@@ -111,11 +111,15 @@ def lines(path: File) -> Iterator[bytes]:
         yield line
 
 
-def lines_or_files(path: File, size: int) -> Iterator[tuple[bytes, IO[bytes] | None]]:
+def lines_or_files(
+    path: File, size: int, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[tuple[bytes, IO[bytes] | None]]:
     """Yield (line, None), or (b"", a temporary file) for a line longer than `size`.
 
-    The file is there until the next line is asked for.
+    The file is there until the next line is asked for. Of a long line whose number, from 1,
+    is not `wanted`, only the end is there.
     """
+    number = 1
     parts: list[bytes] = []
     file: IO[bytes] | None = None
     try:
@@ -123,12 +127,14 @@ def lines_or_files(path: File, size: int) -> Iterator[tuple[bytes, IO[bytes] | N
             first, *others = block.split(b"\n")
             parts.append(first)
             if sum(map(len, parts)) > size:
-                file = file or tempfile.TemporaryFile()
-                file.writelines(parts)
+                if wanted(number):
+                    file = file or tempfile.TemporaryFile()
+                    file.writelines(parts)
                 parts = []
             for line in others:
                 yield _line(parts, file)
                 parts = [line]
+                number += 1
                 if file:
                     file.close()
                     file = None

@@ -45,7 +45,7 @@ def values(
     The long strings of a line of more than `long` bytes are `LongText`. Raises `DataError`
     naming file and line.
     """
-    lines = blocks.lines_or_files(path, long)
+    lines = blocks.lines_or_files(path, long, share.holds)
     for number, (line, file) in enumerate(lines, start=1):
         if share.holds(number) and (file or line.strip()):
             yield number, _parsed(line, f"{shown(path)}:{number}", file)

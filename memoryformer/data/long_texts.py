@@ -193,10 +193,12 @@ class _Scan:
         if not self._long:
             return found
         if isinstance(found, dict):
-            long: dict[str, Text] = {**self._long}
-            names = ("".join(pieces(long.get(key, key))) for key in found)
-            inner = map(self._restored, found.values())
-            return dict(zip(names, inner, strict=True))
+            return {
+                "".join(self._long[key].pieces()) if key in self._long else key: (
+                    self._restored(inner)
+                )
+                for key, inner in found.items()
+            }
         if isinstance(found, list):
             return [self._restored(inner) for inner in found]
         if isinstance(found, str):

@@ -119,6 +119,11 @@ def test_a_long_line_is_as_a_short_one(tmp_path):
             assert long_texts.head(text, size) == expected.encode()[:size]
         for mark in ("<|endoftext|>", "no such"):
             assert long_texts.holds(text, mark) == (mark in expected)
+    for number in range(3):
+        share = jsonlines.Share(number, 3)
+        read = jsonlines.values(path, share, 3 << 19)
+        dealt = {n: "".join(long_texts.pieces(value["text"])) for n, value in read}
+        assert dealt == {n + 2: t for n, t in enumerate(texts) if share.holds(n + 2)}
     path.write_bytes(b'{"text": 1}\n' + lines[1].encode()[:-3])
     with pytest.raises(errors.DataError, match=r"a.jsonl:2: not a JSON line"):
         list(jsonlines.values(path, long=3 << 19))
