@@ -106,7 +106,7 @@ def head(text: Text, size: int) -> bytes:
     """The first `size` bytes of a text in UTF-8."""
     content = b""
     for piece in pieces(text):
-        content += piece[: size - len(content)].encode("utf-8")
+        content += piece[:size].encode("utf-8")
         if len(content) >= size:
             break
     return content[:size]

@@ -244,6 +244,7 @@ def test_held_out_files(texts, tmp_path):
     expected = sorted(set(every_text) - set(apart))
     assert sorted(documents(dataset.train)) == expected
     assert dataset.train.facts.duplicates_of_validation_dropped == 5
+    assert all(path.stat().st_size for path in dataset.directory.glob("*.bin"))
 
 
 def test_a_split_without_text_is_one_line(tmp_path):

@@ -241,26 +241,28 @@ def test_a_long_text_has_the_tokens_of_the_whole(words, pieces, size):
     hypothesis.target(float(len(cuts) - 2 * len(fallbacks)))
 
 
-def test_a_cut_is_looked_for():
-    """Behind line ends that are beside white space. Red if the first end is taken."""
-    used = BY_WORDS["gpt2"]
+class Lengths:
+    """A tokenizer that divides nowhere, or (`anywhere`) everywhere."""
+
+    def __init__(self, anywhere):
+        self._anywhere = anywhere
+
+    def encode(self, text):
+        return [1] * len(text) if self._anywhere else [len(text)]
+
+
+@pytest.mark.parametrize("used", [BY_WORDS["gpt2"], Lengths(anywhere=True)])
+def test_a_cut_has_no_white_space_beside_it(used):
+    """Wherever the tokens would allow it. Red if the first end is taken, or one of two."""
     text = "word\n\n  indented\n\tdeep\nnext line\nlast" * 3
+    assert local_files.first_end(text, 3, 60) == 5
     end = token_files.safe_end(used, text, 3, 60)
     assert text[:end].endswith("deep\n")
-    assert local_files.first_end(text, 3, 60) == 5
     no_end = "a b\n\n" * 20
-    assert token_files.safe_end(used, no_end, 2, 60) == local_files.first_end(
-        no_end, 2, 60
-    )
+    assert token_files.safe_end(used, no_end, 2, 60) == 4
 
 
 def test_a_tokenizer_that_does_not_divide_there():
     """Red without a look at the tokens: Metaspace, for one, puts a blank before each piece."""
-
-    class OneToken:
-        def encode(self, text):
-            return [len(text)]
-
-    text = "foo bar\nfoo bar\nfoo"
-    assert token_files.safe_end(OneToken(), text, 2, 15) == 8
-    assert token_files.safe_end(OneToken(), " " + text, 9, 11) == 17
+    assert token_files.safe_end(Lengths(anywhere=False), "a\n\nfoo\nbar", 0, 11) == 2
+    assert token_files.safe_end(Lengths(anywhere=True), "a\n\nfoo\nbar", 0, 11) == 7
