@@ -28,9 +28,8 @@ RUNNERS = (
 _FLAG = "--workers_see"
 _OURS = re.compile(r"\bmemoryformer\.[\w.]+Error: (.*)")
 
-Views = Sequence[
-    tuple[pathlib.Path, str]
-]  # a folder of this machine, its name for workers
+# A folder of this machine, and its name for workers.
+Views = Sequence[tuple[pathlib.Path, str]]
 
 
 def run(
@@ -61,7 +60,8 @@ def run(
         job.config.end_token,
         job.config.source_options.deduplicate,
     )
-    missing = job.missing()
+    if not (missing := job.missing()):
+        return
     wanted = range(len(job.parts)) if task.deduplicate else missing
     places = beam_pipeline.places(job.parts, wanted, url)
     settings = pipeline_options.PipelineOptions([*arguments, f"--runner={runner}"])
