@@ -20,14 +20,7 @@ import pathlib
 import re
 import secrets
 import types
-from collections.abc import (
-    Callable,
-    Collection,
-    Container,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import IO, Any, BinaryIO
 
 import apache_beam as beam
@@ -45,6 +38,7 @@ from memoryformer.data import progress as progress_lib
 NAMESPACE = "memoryformer"  # of the counters: documents, tokens, parts
 # `blocks` decompresses: it knows more kinds, and a truncated file from a whole one.
 _AS_IT_IS = CompressionTypes.UNCOMPRESSED
+_MATCHED = pathlib.Path()  # in the place of a path that a worker has to match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +162,17 @@ class Repeats:
 
 def places(
     every_part: Sequence[parts.Part],
-    wanted: Container[int],
+    wanted: Collection[int],
     url: Callable[[os.PathLike], str],
 ) -> list[tuple[str, Place]]:
     """What `build` reads for the parts `wanted`; `url` is what workers call a file."""
-    return [
-        (url(unit.path), Place(part.number, part.split, order, unit))
-        for part in every_part
-        if part.number in wanted
-        for order, unit in enumerate(part.units)
-    ]
+    found = []
+    for part in (part for part in every_part if part.number in wanted):
+        for order, unit in enumerate(part.units):
+            there = dataclasses.replace(unit, path=_MATCHED)
+            place = Place(part.number, part.split, order, there)
+            found.append((url(unit.path), place))
+    return found
 
 
 def build(
