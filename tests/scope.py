@@ -75,6 +75,7 @@ _TESTS = {
         "data/test_data_documents.py",
         "data/test_data_bytes.py",
     ),
+    "data/long_texts": ("data/test_long_texts.py",),
     "data/manifest": (
         "data/test_data_preparation.py",
         "data/test_data_batches.py",
@@ -103,6 +104,7 @@ _TESTS = {
         "data/test_data_megatron.py",
     ),
     "data/parquet": ("data/test_data_parts.py",),
+    "data/beam_pipeline": ("data/test_data_beam.py",),
     "data/part_beam": ("data/test_data_beam.py",),
     "data/part_files": ("data/test_data_parts.py",),
     "data/part_processes": ("data/test_data_parts.py",),

@@ -24,7 +24,8 @@ default corpus is meant. Where documents come from is --config.data.source:
 `prepare` deals a large corpus to parts, the same however many processes work on them; killed,
 it goes on with the parts that are missing. --parallel=N works on them in N processes, and
 --part=i/n, i from 0, does every n-th part alone, as a task of a scheduler's array: the last
-to end completes the data. --runner=DirectRunner -- BEAM OPTIONS has Apache Beam do the parts.
+to end completes the data. --runner=DirectRunner -- BEAM OPTIONS has Apache Beam do the parts;
+--workers_see=/mnt/c4=gs://bucket/c4 says what its workers call folders of this machine.
 
 `export` writes the tokens as such pairs of files, train.bin and train.idx and so on.
 """
@@ -53,7 +54,7 @@ from memoryformer.runs import old_configs
 
 # Which flags each command looks at.
 _COMMANDS = {
-    "prepare": ("parallel", "part", "runner"),
+    "prepare": ("parallel", "part", "runner", "workers_see"),
     "inspect": ("verify", "json", "rows"),
     "yardsticks": ("verify", "json"),
     "export": ("verify", "format", "output"),
@@ -70,6 +71,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("parallel", 1, "Processes that prepare parts.", 1, 4096)
     flags.DEFINE_string("part", None, "i/n: only every n-th part, from i on; i < n.")
     flags.DEFINE_enum("runner", None, part_beam.RUNNERS, "Apache Beam does the parts.")
+    flags.DEFINE_string(
+        "workers_see", "", "FOLDER=NAME,..: what Beam's workers call folders."
+    )
     flags.DEFINE_enum("format", "megatron", ["megatron"], "What `export` writes.")
     cli.define_path_flag("output", "Folder that `export` writes to.")
 
@@ -175,9 +179,13 @@ def _prepare(data_config: data.DataConfig, beam_options: Sequence[str]) -> None:
     share, spread = _share(flags.FLAGS.part), None
     if runner := flags.FLAGS.runner:
         cli.refuse_flags(["part", "parallel"], "--runner deals the parts itself")
+        views = part_beam.views(flags.FLAGS.workers_see)
 
         def spread(job: part_runner.Job) -> None:
-            part_beam.run(job, runner, beam_options)
+            part_beam.run(job, runner, beam_options, views)
+
+    elif flags.FLAGS.workers_see:
+        raise errors.ConfigError("--workers_see: only a --runner has workers.")
 
     directory = preparation.prepare(
         data_config, parallel=flags.FLAGS.parallel, share=share, spread=spread

@@ -11,9 +11,10 @@ Start at `read` and `lines`.
 import bz2
 import gzip
 import lzma
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from memoryformer import errors
 from memoryformer.data.names import shown
@@ -21,6 +22,7 @@ from memoryformer.data.names import shown
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
+_PACKED = 1 << 17  # bytes that are decompressed together, ten or more times as many
 HEAD = 8192  # bytes that are looked at to tell what a file is
 _OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
@@ -105,15 +107,50 @@ def read(path: File) -> Iterator[bytes]:
 
 def lines(path: File) -> Iterator[bytes]:
     """Yield the lines of a file without their ends."""
+    for line, _ in lines_or_files(path, 1 << 62):
+        yield line
+
+
+def lines_or_files(
+    path: File, size: int, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[tuple[bytes, IO[bytes] | None]]:
+    """Yield (line, None), or (b"", a temporary file) for a line longer than `size`.
+
+    The file is there until the next line is asked for. Of a long line whose number, from 1,
+    is not `wanted`, only the end is there.
+    """
+    number = 1
     parts: list[bytes] = []
-    for block in read(path):
-        first, *others = block.split(b"\n")
-        parts.append(first)
-        for line in others:
-            yield b"".join(parts).removesuffix(b"\r")
-            parts = [line]
-    if last := b"".join(parts):
-        yield last.removesuffix(b"\r")
+    file: IO[bytes] | None = None
+    try:
+        for block in read(path):
+            first, *others = block.split(b"\n")
+            parts.append(first)
+            if sum(map(len, parts)) > size:
+                if wanted(number):
+                    file = file or tempfile.TemporaryFile()
+                    file.writelines(parts)
+                parts = []
+            for line in others:
+                yield _line(parts, file)
+                parts = [line]
+                number += 1
+                if file:
+                    file.close()
+                    file = None
+        if file or any(parts):
+            yield _line(parts, file)
+    finally:
+        if file:
+            file.close()
+
+
+def _line(parts: list[bytes], file: IO[bytes] | None) -> tuple[bytes, IO[bytes] | None]:
+    if file is None:
+        return b"".join(parts).removesuffix(b"\r"), None
+    file.writelines(parts)
+    file.seek(0)
+    return b"", file
 
 
 def text_lines(path: File) -> Iterator[str]:
@@ -159,7 +196,7 @@ def _zstandard(path: File) -> Iterator[bytes]:
         ) from None
     frame = None
     with path.open("rb") as stream:
-        while data := stream.read(BLOCK):
+        while data := stream.read(_PACKED):
             while data:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(data)

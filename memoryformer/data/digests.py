@@ -9,11 +9,12 @@ That depends on the order of the corpus alone. Start at `write` and `Known`.
 
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from memoryformer.data import long_texts, token_files
 from memoryformer.data import parts as parts_lib
-from memoryformer.data import token_files
 from memoryformer.files import atomic
 
 DTYPE = (
@@ -27,7 +28,9 @@ def paths(work: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Path]:
     return work / f"{name}.npy", work / f"{name}.first.npy"
 
 
-def write(work: pathlib.Path, part: parts_lib.Part, texts: Iterable[str]) -> None:
+def write(
+    work: pathlib.Path, part: parts_lib.Part, texts: Iterable[long_texts.Text]
+) -> None:
     """Read a part and write what it holds."""
     read = b"".join(map(token_files.digest, texts))
     unique, first = np.unique(np.frombuffer(read, DTYPE), return_index=True)
@@ -37,8 +40,15 @@ def write(work: pathlib.Path, part: parts_lib.Part, texts: Iterable[str]) -> Non
             np.save(stream, values)
 
 
+class Repeats(Protocol):
+    """Tells the texts of a part that the corpus holds before."""
+
+    def is_new(self, digests: Sequence[bytes], start: int) -> np.ndarray:
+        """Whether texts `start, start + 1, ..` of the part come first: bool [N]."""
+
+
 class Known:
-    """What earlier parts hold, and where texts come first in the part itself."""
+    """`Repeats` by what earlier parts hold, and where texts come first in the part itself."""
 
     def __init__(self, work: pathlib.Path, number: int):
         self._earlier = [
@@ -49,7 +59,7 @@ class Known:
         self._first = np.load(where, mmap_mode="r")
 
     def is_new(self, digests: Sequence[bytes], start: int) -> np.ndarray:
-        """Whether texts `start, start + 1, ..` of the part come first: bool [N]."""
+        """See `Repeats`."""
         wanted = np.array(digests, DTYPE)
         here = self._first[np.searchsorted(self._whole, wanted)]
         new = here == start + np.arange(len(wanted))

@@ -16,7 +16,8 @@ from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.files import paths, stores
 
 _SAMPLE = 2  # of the rule by which these are drawn
-_PARTS = 1  # of the rules by which a corpus is dealt to parts
+# Of the rules by which a corpus is dealt to parts: 1 cut long texts where tokens change.
+_PARTS = 2
 
 
 def resolve_dir(data_config: options.DataConfig) -> pathlib.Path:
@@ -46,6 +47,10 @@ def located(data_config: options.DataConfig) -> tuple[pathlib.Path, bool]:
         and (whole / manifest_lib.FILE).is_file()
     ):
         return whole, False
+    for older in range(1, _PARTS):  # prepared already, they stay as they are
+        known = _named(data_config, wanted | {"parts": [older, *parts[1:]]})
+        if (known / manifest_lib.FILE).is_file():
+            return known, True
     return _named(data_config, wanted | {"parts": parts}), True
 
 

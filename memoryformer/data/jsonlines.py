@@ -6,14 +6,15 @@ Start at `values` and `text`; `Share` deals the lines of a large file.
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from memoryformer import errors
-from memoryformer.data import blocks
+from memoryformer.data import blocks, long_texts
 from memoryformer.data.names import shown
 
 _MISSING = object()
 _KINDS = {list: "a list", bool: "true or false", type(None): "null", dict: "an object"}
+_LONE = "{}: a lone surrogate, which is not text."
 _MAX_NAMED = 160  # characters of the fields that a message names
 
 
@@ -36,17 +37,21 @@ class _BadLineError(errors.DataError):
     """A line that is no JSON."""
 
 
-def values(path: blocks.File, share: Share = WHOLE) -> Iterator[tuple[int, Any]]:
+def values(
+    path: blocks.File, share: Share = WHOLE, long: int = 1 << 62
+) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, value) of every line of `share` that is not blank.
 
-    Raises `DataError` naming file and line.
+    The long strings of a line of more than `long` bytes are `LongText`. Raises `DataError`
+    naming file and line.
     """
-    for number, line in enumerate(blocks.lines(path), start=1):
-        if share.holds(number) and line.strip():
-            yield number, _parsed(line, f"{shown(path)}:{number}")
+    lines = blocks.lines_or_files(path, long, share.holds)
+    for number, (line, file) in enumerate(lines, start=1):
+        if share.holds(number) and (file or line.strip()):
+            yield number, _parsed(line, f"{shown(path)}:{number}", file)
 
 
-def text(value: Any, field: str, where: str, fix: str) -> str:
+def text(value: Any, field: str, where: str, fix: str) -> long_texts.Text:
     """The text in a field of one line's value; `meta.title` looks inside `meta`.
 
     A field of exactly this name comes first. Raises `DataError`, which ends with `fix`.
@@ -63,6 +68,10 @@ def text(value: Any, field: str, where: str, fix: str) -> str:
         raise errors.DataError(
             f"{where}: no text in field {field!r} (found: {known}); {fix}."
         )
+    if isinstance(inside, long_texts.LongText):
+        if not inside.is_text:
+            raise errors.DataError(_LONE.format(where))
+        return inside
     if not isinstance(inside, str):
         raise errors.DataError(
             f"{where}: no text in field {field!r} (it holds {_kind(inside)}); leave "
@@ -71,9 +80,7 @@ def text(value: Any, field: str, where: str, fix: str) -> str:
     try:
         inside.encode("utf-8")
     except UnicodeEncodeError:
-        raise errors.DataError(
-            f"{where}: a lone surrogate, which is not text."
-        ) from None
+        raise errors.DataError(_LONE.format(where)) from None
     return inside
 
 
@@ -98,8 +105,10 @@ def is_other_json(path: blocks.File, field: str) -> bool:
     return is_alone and _inside(value, field) is _MISSING
 
 
-def _parsed(line: bytes, where: str) -> Any:
+def _parsed(line: bytes, where: str, file: IO[bytes] | None = None) -> Any:
     try:
+        if file:
+            return long_texts.value(long_texts.decoded(file))
         return json.loads(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise _BadLineError(f"{where}: not UTF-8; convert the file.") from error

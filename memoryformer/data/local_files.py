@@ -14,10 +14,11 @@ import hashlib
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines, parquet
+from memoryformer.data import blocks, jsonlines, long_texts, parquet
 from memoryformer.data.listing import Files
 from memoryformer.data.names import shown
 
@@ -31,24 +32,31 @@ class Reading:
 
     text_field: of JSON lines.  separator: what ends a document of plain text ('': the end
     of its file).  piece_chars: where nothing else does, about its length.  share: of the
-    documents of each file.
+    documents of each file.  long: bytes of a JSON line above which it is not held.
     """
 
     text_field: str = "text"
     separator: str = ""
     piece_chars: int = MAX_CHARS
     share: jsonlines.Share = jsonlines.WHOLE
+    long: int = 1 << 62
 
 
-def read_documents(files: Files, how: Reading) -> Iterator[tuple[str, str, int]]:
+def read_documents(
+    files: Iterable[tuple[str, blocks.File]], how: Reading
+) -> Iterator[tuple[str, Any, int]]:
     """Yield (unique key, text, index of its file) for every document of `files`.
 
-    Raises `DataError` naming file and line for anything unreadable.
+    A text is a `str`, or with `how.long` a `long_texts.Text`. Raises `DataError` naming file and line for anything unreadable.
     """
     for index, (key, path) in enumerate(files):
         if blocks.has_fields(path):
-            read = parquet.texts if blocks.is_parquet(path) else _json_texts
-            for line, text in read(path, how.text_field, how.share):
+            texts: Iterator[tuple[int, long_texts.Text]]
+            if blocks.is_parquet(path):
+                texts = parquet.texts(path, how.text_field, how.share)
+            else:
+                texts = _json_texts(path, how)
+            for line, text in texts:
                 yield f"{key}:{line}", text, index
             continue
         if how.separator:
@@ -145,12 +153,17 @@ def read_text(path: blocks.File) -> Iterator[str]:
         raise errors.DataError(f"{shown(path)}: the file is empty.")
 
 
-def cut(parts: Iterable[str], size: int) -> Iterator[str]:
+def cut(
+    parts: Iterable[str],
+    size: int,
+    end_of: Callable[[str, int, int], int] | None = None,
+) -> Iterator[str]:
     """Cut a text that comes in parts into pieces of `size` characters and a little more.
 
     A piece ends at the first line end, else blank, else anywhere, in as many characters
-    again; only the last may be shorter.
+    again, or where `end_of(text, start, size)` says; only the last may be shorter.
     """
+    end_of = end_of or first_end
     held: list[str] = []
     length = 0
     for part in parts:
@@ -160,14 +173,14 @@ def cut(parts: Iterable[str], size: int) -> Iterator[str]:
             continue
         text, start = "".join(held), 0
         while length - start > 2 * size:
-            end = _end(text, start + size, size)
+            end = end_of(text, start + size, size)
             yield text[start:end]
             start = end
         held, length = [text[start:]], length - start
     text, start = "".join(held), 0
     while start < len(text):
         end = start + size
-        end = _end(text, end, size) if end < len(text) else len(text)
+        end = end_of(text, end, size) if end < len(text) else len(text)
         yield text[start:end]
         start = end
 
@@ -209,18 +222,19 @@ def _between(parts: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
     yield number, edge
 
 
-def _end(text: str, start: int, size: int) -> int:
+def first_end(text: str, start: int, size: int) -> int:
+    """Where a piece ends, of the `size` characters from `start` on."""
     stops = (text.find(mark, start, start + size) for mark in "\n ")
     return next((stop for stop in stops if stop >= 0), start - 1) + 1
 
 
 def _json_texts(
-    path: blocks.File, field: str, share: jsonlines.Share
-) -> Iterator[tuple[int, str]]:
+    path: blocks.File, how: Reading
+) -> Iterator[tuple[int, long_texts.Text]]:
     number = 0
-    for number, value in jsonlines.values(path, share):
+    for number, value in jsonlines.values(path, how.share, how.long):
         where = f"{shown(path)}:{number}"
         fix = "set data.source_options.text_field"
-        yield number, jsonlines.text(value, field, where, fix)
-    if not number and share.count == 1:
+        yield number, jsonlines.text(value, how.text_field, where, fix)
+    if not number and how.share.count == 1:
         raise errors.DataError(f"{shown(path)}: holds no JSON lines.")

@@ -4,12 +4,11 @@ Start at `texts`.
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from memoryformer import errors
-from memoryformer.data import blocks, jsonlines
+from memoryformer.data import blocks, jsonlines, long_texts
 from memoryformer.data.names import shown
 
 _ROWS = 256  # read together
@@ -17,7 +16,7 @@ _ROWS = 256  # read together
 
 def texts(
     path: blocks.File, field: str, share: jsonlines.Share
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, long_texts.Text]]:
     """Yield (number of the row from 1, its text) of the rows in `share`.
 
     Raises `DataError` naming file and row.
@@ -80,12 +79,14 @@ def _open(path: blocks.File) -> Iterator[Any]:
             f"{name}: reading .parquet needs the package pyarrow; `pip install pyarrow`, "
             "or convert the file to JSON lines."
         ) from None
-    try:
-        # `buffer_size`, or pyarrow reads whole row groups ahead.
-        source = path if isinstance(path, pathlib.Path) else path.open("rb")
-        file = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = errors.first_line(error)
-        raise errors.DataError(f"{name}: damaged or truncated ({reason}).") from error
-    with file:
-        yield file
+    with contextlib.ExitStack() as stack:
+        try:
+            stream = stack.enter_context(path.open("rb"))
+            # `buffer_size`, or pyarrow reads whole row groups ahead.
+            file = parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = errors.first_line(error)
+            raise errors.DataError(
+                f"{name}: damaged or truncated ({reason})."
+            ) from error
+        yield stack.enter_context(file)

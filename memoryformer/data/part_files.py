@@ -12,12 +12,13 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from memoryformer.data import (
     digests,
+    long_texts,
     manifest,
     parts,
     text_files,
@@ -41,50 +42,91 @@ class Rules:
     num_parts: int
     tokenizer: tokenizer.Tokenizer
     held_out: np.ndarray
-    deduplicate: bool
+
+
+class Folder(Protocol):
+    """Where the files of parts go, by name; each is there whole or not at all."""
+
+    def replacing(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Yield a stream to write to; at the end of the block it becomes the file."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+
+
+class LocalFolder:
+    """A folder of this machine. Only one process at a time writes a file of this name."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[BinaryIO]:
+        """See `Folder`; what a killed writer has left of the file goes."""
+        path = self._path / name
+        for debris in path.parent.glob(f".{path.name}.*.tmp"):
+            debris.unlink()
+        with atomic.replacing(path) as temporary, temporary.open("wb") as stream:
+            yield stream
+
+    def remove(self, name: str) -> None:
+        """See `Folder`."""
+        (self._path / name).unlink()
+
+
+def facts_name(number: int) -> str:
+    """The file in which a finished part says what it holds."""
+    return f"parts/{number:05d}.json"
 
 
 def facts_path(work: pathlib.Path, number: int) -> pathlib.Path:
-    """Where a finished part says what it holds."""
-    return work / "parts" / f"{number:05d}.json"
+    """Where that file lies."""
+    return work / facts_name(number)
 
 
 def write(
-    work: pathlib.Path,
+    folder: Folder,
     part: parts.Part,
     rules: Rules,
+    known: digests.Repeats | None,
     progress: progress_lib.Progress,
-) -> None:
-    """Tokenise a part; raises `DataError` for a file of it that cannot be read."""
-    paths = {
-        name: work / f"{name}-{part.number:05d}-of-{rules.num_parts:05d}.bin"
+) -> dict[str, Any]:
+    """Tokenise a part and return what it holds; `known` tells texts that are there already.
+
+    Raises `DataError` for a file of it that cannot be read.
+    """
+    names = {
+        name: f"{name}-{part.number:05d}-of-{rules.num_parts:05d}.bin"
         for name in manifest.SPLITS
     }
-    for path in paths.values():
-        for debris in work.glob(f".{path.name}.*.tmp"):
-            debris.unlink()
     with contextlib.ExitStack() as stack:
         splits = {}
-        for name, path in paths.items():
-            temporary = stack.enter_context(atomic.replacing(path))
-            stream = stack.enter_context(temporary.open("wb"))
-            splits[name] = _Split(token_files.Writer(stream, rules.tokenizer))
-        worker = _Worker(work, part, rules, splits, progress)
+        for split, name in names.items():
+            stream = stack.enter_context(folder.replacing(name))
+            splits[split] = _Split(token_files.Writer(stream, rules.tokenizer))
+        worker = _Worker(part, rules, known, splits, progress)
         worker.run()
     facts: dict[str, Any] = {
-        name: split.facts(paths[name].name) for name, split in splits.items()
+        name: split.facts(names[name]) for name, split in splits.items()
     }
-    for name, path in paths.items():
-        if not facts[name]["tokens"]:
-            path.unlink()
+    for split, name in names.items():
+        if not facts[split]["tokens"]:
+            folder.remove(name)
     facts["marked"] = worker.marked
-    atomic.write_json(facts_path(work, part.number), facts)
+    with folder.replacing(facts_name(part.number)) as stream:
+        stream.write(f"{json.dumps(facts)}\n".encode())
+    return facts
 
 
 def read(work: pathlib.Path, num_parts: int) -> list[dict[str, Any]]:
     """What every part holds, all of them finished."""
     texts = (facts_path(work, number).read_text() for number in range(num_parts))
     return [json.loads(text) for text in texts]
+
+
+def splits(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a part holds of each split."""
+    return [facts[name] for name in manifest.SPLITS]
 
 
 def joined(
@@ -130,12 +172,12 @@ class _Split:
         self.empty = self.of_validation = self.duplicates = 0
         self._short: list[str] = []
 
-    def append(self, text: str) -> None:
+    def append(self, text: long_texts.Text) -> None:
         if len(text) > 2 * _BATCH_CHARS:
             self.flush()
             self.writer.append_long(text, _BATCH_CHARS)
         else:
-            self._short.append(text)
+            self._short.append("".join(long_texts.pieces(text)))
 
     def flush(self) -> None:
         if self._short:
@@ -163,15 +205,15 @@ class _Worker:
 
     def __init__(
         self,
-        work: pathlib.Path,
         part: parts.Part,
         rules: Rules,
+        known: digests.Repeats | None,
         splits: dict[str, _Split],
         progress: progress_lib.Progress,
     ):
         self._part, self._rules = part, rules
         self._splits, self._progress = splits, progress
-        self._known = digests.Known(work, part.number) if rules.deduplicate else None
+        self._known = known
         self._number = 0  # of texts before those in hand
         self.marked = 0
 
@@ -183,7 +225,7 @@ class _Worker:
             if sum(map(len, texts)) >= _BATCH_CHARS:
                 token_files.give_back_memory()
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[long_texts.Text]:
         done = 0
         for unit in self._part.units:
             read = 0  # characters, for want of the place in the file
@@ -193,8 +235,8 @@ class _Worker:
                 read += len(text)
             done += unit.size
 
-    def _deal(self, texts: Sequence[str]) -> None:
-        hashes = [hashlib.sha256(text.encode("utf-8")).digest() for text in texts]
+    def _deal(self, texts: Sequence[long_texts.Text]) -> None:
+        hashes = [long_texts.sha256(text) for text in texts]
         short = [digest[:16] for digest in hashes]
         new = np.ones(len(texts), bool)
         if self._known:
@@ -210,7 +252,7 @@ class _Worker:
         ):
             by_hash = "train" if int.from_bytes(digest) % every else "validation"
             split = self._splits[self._part.split or by_hash]
-            self.marked += text_files.MARKER in text
+            self.marked += long_texts.holds(text, text_files.MARKER)
             if not text:
                 split.empty += 1
             elif is_held_out:
@@ -222,9 +264,10 @@ class _Worker:
         self._number += len(texts)
 
 
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def batches(texts: Iterator[long_texts.Text]) -> Iterator[list[long_texts.Text]]:
     """Texts by the megabyte."""
-    batch, size = [], 0
+    batch: list[long_texts.Text] = []
+    size = 0
     for text in texts:
         batch.append(text)
         size += len(text)

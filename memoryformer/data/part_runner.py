@@ -22,7 +22,7 @@ import numpy as np
 from memoryformer import errors
 from memoryformer.data import (
     digests,
-    local_files,
+    long_texts,
     manifest,
     options,
     part_files,
@@ -79,9 +79,9 @@ class Job:
         """Do the parts `mine` that nobody else does; with `wait`, until all of them are done."""
         if not self.missing():
             return
-        with self._while_it_lasts():
-            rules = self._rules()
-            if rules.deduplicate:
+        with self.while_it_lasts():
+            rules = self.rules()
+            if self.config.source_options.deduplicate:
                 for waits in (False, True):  # for what others do, at the end
                     for part in self.parts:
                         self._digest(part, waits)
@@ -92,7 +92,7 @@ class Job:
 
     def finish(self) -> None:
         """Write the manifest of all parts and rename the folder; once, whoever is first."""
-        with self._while_it_lasts(), self.locked(self._lock, True):
+        with self.while_it_lasts(), self.locked(self._lock, True):
             if self.finished:
                 return
             facts = part_files.read(self.work, len(self.parts))
@@ -138,7 +138,10 @@ class Job:
             if is_open:
                 stage = f"part {part.number + 1} of {len(self.parts)}"
                 self.progress.start(stage, part.size, "B")
-                part_files.write(self.work, part, rules, self.progress)
+                folder, known = part_files.LocalFolder(self.work), None
+                if self.config.source_options.deduplicate:
+                    known = digests.Known(self.work, part.number)
+                part_files.write(folder, part, rules, known, self.progress)
                 self.progress.finish(part.size)
 
     def _digest(self, part: parts.Part, wait: bool) -> None:
@@ -166,7 +169,7 @@ class Job:
             yield is_open
 
     @contextlib.contextmanager
-    def _while_it_lasts(self) -> Iterator[None]:
+    def while_it_lasts(self) -> Iterator[None]:
         """Another process may rename the folder, with the last part: then all is done."""
         try:
             yield
@@ -174,7 +177,7 @@ class Job:
             if not self.finished:
                 raise
 
-    def _rules(self) -> part_files.Rules:
+    def rules(self) -> part_files.Rules:
         """What all parts have in common; made by the first process, read by the others."""
         with self.locked(self._lock, True):
             if self.finished:
@@ -186,7 +189,6 @@ class Job:
             len(self.parts),
             self._tokenizer(),
             held_out,
-            self.config.source_options.deduplicate,
         )
 
     def _held_out(self) -> np.ndarray:
@@ -233,10 +235,10 @@ class Job:
                     digest = np.array([token_files.digest(text)], digests.DTYPE)
                     is_held_out = bool(digests.contains(held_out, digest)[0])
                 else:
-                    is_held_out = local_files.in_validation(text, every)
+                    is_held_out = not int.from_bytes(long_texts.sha256(text)) % every
                 if is_held_out:
                     continue
-                data = text.encode("utf-8")[:budget]
+                data = long_texts.head(text, budget)
                 sample.append(data.decode("utf-8", errors="ignore"))
                 budget -= len(data)
                 if budget <= 0:

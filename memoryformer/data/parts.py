@@ -13,6 +13,7 @@ from memoryformer.data import (
     jsonlines,
     listing,
     local_files,
+    long_texts,
     names,
     options,
     text_files,
@@ -87,6 +88,7 @@ class Corpus:
             settings.text_field,
             names.unescaped(separator),
             local_files.lone_text_piece(train, every),
+            long=long_texts.LONG,
         )
         return cls(train, held_out, reading, every)
 
@@ -99,7 +101,7 @@ class Corpus:
         both += [(split, units) for units in train]
         return [Part(number, *content) for number, content in enumerate(both)]
 
-    def texts(self, unit: Unit) -> Iterator[str]:
+    def texts(self, unit: Unit) -> Iterator[long_texts.Text]:
         """The documents of a unit."""
         how = dataclasses.replace(self.reading, share=unit.share)
         documents = local_files.read_documents([(unit.key, unit.path)], how)

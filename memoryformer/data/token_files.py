@@ -13,20 +13,24 @@ Start at `write` and `read`.
 import ctypes
 import functools
 import hashlib
+import itertools
 import pathlib
+import re
 from collections.abc import Iterable, Sequence, Set
 from typing import BinaryIO
 
 import numpy as np
 
 from memoryformer import errors
-from memoryformer.data import local_files
+from memoryformer.data import local_files, long_texts
 from memoryformer.data import progress as progress_lib
 from memoryformer.data.manifest import SplitFacts
 from memoryformer.data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 1024
+_LONE_END = re.compile(r"\S\n(?=\S)")
+_AROUND, _TRIES = 256, 16  # characters that are looked at; ends
 
 
 def read(path: pathlib.Path, dtype: str) -> np.ndarray:
@@ -75,9 +79,9 @@ def write(
     return writer.facts(path, empty, duplicates)
 
 
-def digest(text: str) -> bytes:
+def digest(text: long_texts.Text) -> bytes:
     """What tells two documents apart: 16 bytes of sha256."""
-    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+    return long_texts.sha256(text)[:16]
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
@@ -87,6 +91,23 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         raise errors.DataError(
             f"{where}: token id {int(bad)} is outside the vocabulary of {vocab_size}."
         )
+
+
+def safe_end(tokenizer: Tokenizer, text: str, start: int, size: int) -> int:
+    """Where to cut a text so that its pieces have the tokens of the whole.
+
+    That is behind a line end with no white space beside it: tokenizers that divide text into
+    words before they encode divide it there, whatever comes before and behind. Others show
+    by what is around it whether they do. Where none does, `first_end`.
+    """
+    ends = _LONE_END.finditer(text, max(start - 1, 0), min(start + size, len(text)))
+    for match in itertools.islice(ends, _TRIES):
+        end = match.start() + 2
+        before, behind = text[max(end - _AROUND, 0) : end], text[end : end + _AROUND]
+        apart = tokenizer.encode(before) + tokenizer.encode(behind)
+        if apart == tokenizer.encode(before + behind):
+            return end
+    return local_files.first_end(text, start, size)
 
 
 class Writer:
@@ -112,14 +133,15 @@ class Writer:
             self._begin(text)
             self._ids(encoding, [self._tokenizer.eot_id])
 
-    def append_long(self, text: str, piece_chars: int) -> None:
-        """`append` of one text, in pieces of about so many characters, cut at line ends.
+    def append_long(self, text: long_texts.Text, piece_chars: int) -> None:
+        """`append` of one text, in pieces of about so many characters; see `safe_end`.
 
         Encoding takes a hundred times a text's memory.
         """
         self._begin(text)
         start = [self._tokenizer.eot_id]
-        for piece in local_files.cut([text], piece_chars):
+        end_of = functools.partial(safe_end, self._tokenizer)
+        for piece in local_files.cut(long_texts.pieces(text), piece_chars, end_of):
             self._ids(self._tokenizer.encode(piece), start)
             start = []
 
@@ -153,9 +175,9 @@ class Writer:
                 f"from text ({ends} ends in {self.documents} documents)."
             )
 
-    def _begin(self, text: str) -> None:
+    def _begin(self, text: long_texts.Text) -> None:
         self.documents += 1
-        self.bytes += len(text.encode("utf-8"))
+        self.bytes += long_texts.num_bytes(text)
 
     def _ids(self, encoding: Sequence[int], start: Sequence[int]) -> None:
         ids = np.array(encoding, np.int64)

@@ -254,6 +254,7 @@ def test_held_out_files(texts, tmp_path):
     expected = sorted(set(every_text) - set(apart))
     assert sorted(documents(dataset.train)) == expected
     assert dataset.train.facts.duplicates_of_validation_dropped == 5
+    assert all(path.stat().st_size for path in dataset.directory.glob("*.bin"))
 
 
 def test_a_split_without_text_is_one_line(tmp_path):
@@ -401,6 +402,16 @@ def test_what_was_prepared_whole_stays(texts, tmp_path):
     assert data.load(config(texts[0], tmp_path)).directory == old.directory
     small = data_helpers.config(tmp_path / "small", data_helpers.texts(20))
     assert (data.prepare(small) / "train.bin").is_file()
+
+
+def test_what_was_prepared_in_parts_by_older_rules_stays(texts, tmp_path, monkeypatch):
+    """A change of the rules does not cost a second preparation. Red if its name is new."""
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_PARTS", 1)
+        old = data.prepare(config(texts[0], tmp_path), show_progress=False)
+    assert data.prepare(config(texts[0], tmp_path)) == old
+    new = data.resolve_dir(config(texts[0], tmp_path / "other"))
+    assert new.name != old.name
 
 
 def test_a_fault_in_one_process_is_the_one_line(texts, tmp_path):
