@@ -351,6 +351,11 @@ _TESTS = {
         "test_sharding.py",
     ),
     "model/positions": ("generation/test_speculation.py",),
+    "model/memory_sum": (
+        "model/test_parts.py",
+        "convert/test_memorise_conversion.py",
+        "test_sharding.py",
+    ),
     "model/parts": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",

@@ -34,8 +34,10 @@ def ask(module: nnx.Module) -> None:
     """
     modules = dict(nnx.iter_modules(module, graph=False))
     for path, layer in modules.items():
-        parent = modules[path[:-1]] if path else None
-        if path and path[-1] in getattr(parent, "of_memory", ()):
+        if any(
+            name in getattr(modules.get(path[:i]), "of_memory", ())
+            for i, name in enumerate(path)
+        ):
             continue
         if isinstance(layer, layers.MemoryLayer):
             layer.keeps_codes = True

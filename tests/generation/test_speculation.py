@@ -72,7 +72,7 @@ def test_every_kind_of_model_speculates(projection, kind, dtype):
     """Mutation: a cache's keys or values after a refused draft are read."""
     fields = {"dtype": dtype}
     if projection == "mixed":
-        parts = "ffn=memory_block,bits=8,mix=hadamard,thresholds; qkv@0=memory"
+        parts = "ffn=memory_block,bits=8,mix=none+hadamard,thresholds; qkv@0=memory"
         fields |= {"projection_options": {"parts": parts}}
     check_same_tokens(make(projection, kind, **fields))
 
