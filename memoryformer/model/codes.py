@@ -34,10 +34,8 @@ def ask(module: nnx.Module) -> None:
     """
     modules = dict(nnx.iter_modules(module, graph=False))
     for path, layer in modules.items():
-        if any(
-            name in getattr(modules.get(path[:i]), "of_memory", ())
-            for i, name in enumerate(path)
-        ):
+        parent = modules[path[:-1]] if path else None
+        if path and path[-1] in getattr(parent, "of_memory", ()):
             continue
         if isinstance(layer, layers.MemoryLayer):
             layer.keeps_codes = True

@@ -111,7 +111,9 @@ def test_other_bits_are_seen(monkeypatch):
         (
             {
                 "projection": "mixed",
-                "projection_options": {"parts": "ffn@1=memory_block,mix=orthogonal"},
+                "projection_options": {
+                    "parts": "ffn@1=memory_block,mix=none+orthogonal"
+                },
             },
             "the mix 'orthogonal'",
         ),
@@ -119,7 +121,7 @@ def test_other_bits_are_seen(monkeypatch):
     ids=str,
 )
 def test_models_that_cannot(fields, reason):
-    """Mutation: a condition of `why_not` left out."""
+    """Mutations: a condition of `why_not` left out; the mix of a sum compared as one word."""
     config = toy.model_config(**{"projection": "dense", "num_layers": 2} | fields)
     assert positions.why_not(config).startswith(reason)
     stub = type("Stub", (), {"model_config": config})
