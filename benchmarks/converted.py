@@ -126,6 +126,7 @@ def plot(result: dict, path: pathlib.Path) -> None:
         axis.plot(*place, "o", color="C0")
         label = f"{row['run']}, {row['tokens_per_second'][1]:.0f}/s"
         axis.annotate(label, place, xytext=(4, 4), textcoords="offset points")
+    axis.margins(0.2)  # room for the names
     axis.set_xlabel("weights read for a token, int8, kB")
     axis.set_ylabel("loss over the dense run's, nats")
     figure.savefig(path, dpi=120)
