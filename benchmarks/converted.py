@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.tokens < 1:
         parser.error("--rounds must be at least 2 and --tokens at least 1")
+    if len({path.name for path in args.runs}) < len(args.runs):
+        parser.error("two runs have the same name, by which they are told apart")
     if args.runs[0].is_file():
         result = json.loads(args.runs[0].read_text())
     else:
@@ -68,19 +70,16 @@ def measured(args) -> dict:
     first = next(iter(seconds.values()))
     rows = []
     for path in args.runs:
-        told, cost = (
-            evaluate_run.evaluate_checkpoint(path, kinds=KINDS),
-            counted[path.name],
-        )
-        spent = seconds[path.name]
+        values = evaluate_run.evaluate_checkpoint(path, kinds=KINDS)
+        cost, spent = counted[path.name], seconds[path.name]
         rows.append({
             "run": path.name,
             "parameters": cost.parameters.total,
             "bytes_a_token": cost.table_bytes_read_per_token + cost.dense_bytes,
             "tokens_per_second": timing.quartiles(args.tokens / s for s in spent),
             "faster": timing.quartiles(f / s for f, s in zip(first, spent, strict=True)),
-            "loss": told["val/loss"],
-            "bits_per_byte": told["val/bits_per_byte"],
+            "loss": values["val/loss"],
+            "bits_per_byte": values["val/bits_per_byte"],
         })  # fmt: skip
     return {
         "processor": timing.processor(),
