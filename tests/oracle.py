@@ -225,6 +225,8 @@ def feed_forward(config, params, x):
 
 def projection(config, params, x):
     """A memory layer where there are tables, else x W + b."""
+    if "terms" in params:  # each of them hashes x, and they are added up
+        return sum(projection(config, p, x) for p in params["terms"].values())
     if "tables" not in params:
         return np.tensordot(x, params["kernel"], axes=1) + params["bias"]
     learned = {k: float(params[k]) for k in ("beta", "gamma") if k in params}

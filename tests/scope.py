@@ -439,6 +439,11 @@ _TESTS = {
         "generation/test_speculation.py",
         "model/test_variants.py",
     ),
+    "model/memory_sum": (
+        "model/test_parts.py",
+        "convert/test_memorise_conversion.py",
+        "test_sharding.py",
+    ),
     "model/parts": (
         "model/test_parts.py",
         "convert/test_memorise_conversion.py",

@@ -36,7 +36,7 @@ MODELS = {
         "projection": "mixed",
         "projection_options": {
             "memory_bias": True,
-            "parts": "ffn=memory_block,mix=hadamard,thresholds; "
+            "parts": "ffn=memory_block,mix=none+hadamard,thresholds; "
             "qkv=memory,mix=orthogonal; output=memory,mix=grouped",
         },
     },

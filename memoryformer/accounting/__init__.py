@@ -166,7 +166,7 @@ def _parameters(
     blocks = [layer for block in layers for layer in block]
     every, scalars = [*blocks, *memory.projections], 0
     if hashing.is_learned(model.score):
-        scalars = 2 * sum(layer.tables > 0 for layer in every)  # beta and gamma
+        scalars = 2 * sum(layer.memory_layers for layer in every)  # beta and gamma
     all_norms = (norms * model.num_layers + memory.norms + 1) * norm  # 1: the last
     biases = sum(layer.biases for layer in every)
     mixing = [mixers.cost(c, model.seq_len) for c in configs]

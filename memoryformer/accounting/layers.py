@@ -16,6 +16,7 @@ class Layer:
     dense: int
     biases: int
     values_read: int  # table rows gathered for one token, in values
+    memory_layers: int = 0  # how many are added up
 
     @property
     def multiply_adds(self) -> int:
@@ -52,6 +53,7 @@ def memory_layer(
         dense=rotation,
         biases=(features if bias else 0) + vectors * width,
         values_read=rows_read * num_tables * features,
+        memory_layers=1,
     )
 
 
@@ -104,17 +106,22 @@ def project(
     part: parts.Part | None = None,
     in_features: int = 0,
 ) -> Layer:
-    """A projection, from D unless said; without a part of the model's kind."""
+    """A projection, from D unless said, a sum as a whole; without a part of the model's kind."""
     part = part or parts.usual(model)
     width = in_features or model.embed_dim
     if part.kind == "dense":
         return dense_layer(width, features)
-    return memory_layer(
-        width // part.code_bits,
-        part.code_bits,
-        features,
-        bias=model.projection_options.memory_bias,
-        mix=part.mix,
-        thresholds=part.thresholds,
-        rows_read=model.projection_options.rows_read,
-    )
+    terms = [
+        memory_layer(
+            width // part.code_bits,
+            part.code_bits,
+            features,
+            bias=model.projection_options.memory_bias and number == 0,
+            mix=mix,
+            thresholds=part.thresholds,
+            rows_read=model.projection_options.rows_read,
+        )
+        for number, mix in enumerate(part.mixes)
+    ]
+    costs = [dataclasses.asdict(term) for term in terms]
+    return Layer(**{name: sum(cost[name] for cost in costs) for name in costs[0]})

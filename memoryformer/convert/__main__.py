@@ -68,7 +68,10 @@ def _define_memorise_flags():
     flags.DEFINE_string("bits", "8", "memorise: tau, or by part: qkv=4,ffn=8.")
     flags.DEFINE_integer("tokens", 98_304, "memorise: how many to fit to.", 1)
     flags.DEFINE_string(
-        "mix", "none", "memorise: none, hadamard, orthogonal, grouped or auto."
+        "mix",
+        "none",
+        "memorise: none, hadamard, orthogonal, grouped or auto, or by part; "
+        "several as a sum of layers: ffn=none+hadamard.",
     )
     flags.DEFINE_bool("thresholds", True, "memorise: centre what is hashed.")
     flags.DEFINE_string("score", "l1", "memorise: model.score of the new layers.")

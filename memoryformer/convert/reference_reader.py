@@ -123,6 +123,11 @@ class Model:
     def _project(self, name, x):
         """Dense: x W + b. Memory layer: sum_k s(z_k) T_k[h(z_k)] + b."""
         p = self.params
+        if name + ".terms.0.tables" in p:  # memory layers, added up
+            count = 1
+            while f"{name}.terms.{count}.tables" in p:
+                count += 1
+            return sum(self._project(f"{name}.terms.{i}", x) for i in range(count))
         if name + ".kernel" in p:
             y: np.ndarray | float = np.tensordot(x, p[name + ".kernel"], 1)
         else:
@@ -206,7 +211,7 @@ class Model:
 
     def _feed_forward(self, block, x):
         p, name = self.params, block + "ffn"
-        if name + ".tables" in p:  # one memory layer
+        if name + ".up.kernel" not in p and name + ".norm.scale" not in p:  # one layer
             return self._project(name, x)
         activation = _ACTIVATIONS[self.config["ffn_activation"]]
         hidden = activation(self._project(name + ".up", x))

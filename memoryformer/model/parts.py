@@ -10,6 +10,7 @@
 
 A clause is PART[@LAYERS]=KIND[,OPTION..]; clauses are parted by `;`, and a later one wins. Options
 of a memory layer: bits=TAU, mix=none|hadamard|orthogonal|grouped, thresholds (see `model.front`).
+Several mixes, mix=none+hadamard, are a sum of as many memory layers (`model.memory_sum`).
 What no clause names is dense. So a model may be half dense and half memory.
 Start at `of_layer`.
 """
@@ -38,13 +39,19 @@ _EXAMPLE = "such as 'ffn@0-2=memory_block,bits=8,mix=hadamard,thresholds'"
 class Part:
     """What a part is; the rest is said of memory layers.
 
-    code_bits: tau.  mix, thresholds: what is done before they hash, see `model.front`.
+    code_bits: tau.  mix, thresholds: what is done before they hash, see `model.front`; of a sum
+    the mix of each layer, with `+` between them.
     """
 
     kind: str
     code_bits: int
     mix: str = "none"
     thresholds: bool = False
+
+    @property
+    def mixes(self) -> tuple[str, ...]:
+        """The mix of each layer of the sum; one of a single layer."""
+        return tuple(self.mix.split("+"))
 
 
 class Parts(NamedTuple):
@@ -150,7 +157,9 @@ def _clause(clause, config):
         if key == "bits" and value.isdecimal():
             fields["code_bits"] = int(value)
         elif key == "mix":
-            fields["mix"] = config_lib.choose(value, front.MIXES, f"{_FIELD}: mix")
+            for mix in value.split("+"):
+                config_lib.choose(mix, front.MIXES, f"{_FIELD}: mix")
+            fields["mix"] = value
         elif option == "thresholds":
             fields["thresholds"] = True
         else:

@@ -43,7 +43,7 @@ def why_not(config: transformer.ModelConfig) -> str:
             "set back"
         )
     blocks = (parts.of_layer(config, i) for i in range(config.num_layers))
-    if any(part.mix == "orthogonal" for block in blocks for part in block):
+    if any("orthogonal" in part.mixes for block in blocks for part in block):
         return "the mix 'orthogonal' of a memory layer is a product of XLA's"
     return ""
 

@@ -20,6 +20,7 @@ from flax import nnx
 from memoryformer.model import (
     codes,
     layers,
+    memory_sum,
     mixers,
     ngrams,
     parts,
@@ -53,7 +54,7 @@ def make_projection(
       features: F, or several axes such as (3, D), which share one hash.
       output: the projection writes to the residual stream.
       std: of the weights; 0 takes `mixer_std`, or `output_std` if `output` and dense.
-      part: dense or memory, and how; None is as `projection` says.
+      part: dense, memory or a sum of several, and how; None is as `projection` says.
       rngs: where the weights come from.
     """
     dtype = jnp.dtype(config.dtype)
@@ -68,22 +69,26 @@ def make_projection(
             dtype=dtype,
             rngs=rngs,
         )
-    return layers.MemoryLayer(
-        in_features,
-        features,
-        code_bits=part.code_bits,
-        score=config.score,
-        temperature=options.temperature,
-        implementation=config.lookup,
-        use_bias=options.memory_bias,
-        table_std=std or config.mixer_std,
-        bias_std=options.bias_std,
-        mix=part.mix,
-        thresholds=part.thresholds,
-        rows_read=options.rows_read,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    terms = [
+        layers.MemoryLayer(
+            in_features,
+            features,
+            code_bits=part.code_bits,
+            score=config.score,
+            temperature=options.temperature,
+            implementation=config.lookup,
+            use_bias=options.memory_bias and number == 0,
+            table_std=std or config.mixer_std,
+            bias_std=options.bias_std,
+            mix=mix,
+            thresholds=part.thresholds,
+            rows_read=options.rows_read,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        for number, mix in enumerate(part.mixes)
+    ]
+    return terms[0] if len(terms) == 1 else memory_sum.MemorySum(terms)
 
 
 class MemoryFeedForward(nnx.Module):
@@ -122,7 +127,7 @@ class DenseFeedForward(nnx.Module):
 def memory_block(
     config: ModelConfig, part: parts.Part, *, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """Make a feed-forward layer of one memory layer, D -> D."""
+    """Make a feed-forward layer of one memory layer, or a sum of several, D -> D."""
     width = config.embed_dim
     return make_projection(
         config, width, width, std=config.ffn_std, part=part, rngs=rngs

@@ -5,6 +5,7 @@ import shlex
 
 import jax
 import numpy as np
+import oracle
 import pytest
 import toy
 
@@ -26,7 +27,13 @@ DENSE = {
     **{f"model.{part}_std": 0.4 for part in ("embed", "mixer", "ffn", "head")},
     "model.projection_options.output_std": 0.4,
 }
-ALL = Options(parts="qkv,output,ffn", bits="4", tokens=2048, eval_batches=0)
+ALL = Options(
+    parts="qkv,output,ffn",
+    bits="4",
+    tokens=2048,
+    mix="ffn=none+hadamard",
+    eval_batches=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,8 @@ def test_the_flags_that_train_on(dense, converted):
 def test_tables_are_the_best_for_the_model_converted_so_far(dense, converted):
     """What is told of the last part, from the definition: the part before it is converted.
 
-    Mutations: activations of the dense model; the threshold left out; the bits of another part.
+    It is a sum of two layers, fitted together. Mutations: activations of the dense model; the
+    threshold left out; the bits of another part; the tables of a sum the other way round.
     """
     workdir, told = converted
     run, params, _ = experiment.load(workdir)
@@ -107,13 +115,16 @@ def test_tables_are_the_best_for_the_model_converted_so_far(dense, converted):
     batches = conversion._Batches(source, ALL)
     pairs = [activations.observe(half, 1, "ffn", batch) for batch in batches.others()]
     inputs, outputs = (np.concatenate(each) for each in zip(*pairs, strict=True))
-    layer = params["blocks"]["1"]["ffn"]
-    z = (inputs - layer["front"]["thresholds"]).reshape(len(inputs), 4, 4)
-    codes = ((z >= 0) * [8, 4, 2, 1]).sum(-1)
-    fitted = layer["bias"] + sum(
-        np.abs(z[:, k]).sum(-1, keepdims=True) * layer["tables"][k, codes[:, k]]
-        for k in range(4)
-    )
+    terms = params["blocks"]["1"]["ffn"]["terms"]
+    assert "signs" in terms["1"]["front"] and "signs" not in terms["0"]["front"]
+    fitted = terms["0"]["bias"]
+    for layer in terms.values():
+        z = oracle.front(layer["front"], inputs).reshape(len(inputs), 4, 4)
+        codes = ((z >= 0) * [8, 4, 2, 1]).sum(-1)
+        fitted = fitted + sum(
+            np.abs(z[:, k]).sum(-1, keepdims=True) * layer["tables"][k, codes[:, k]]
+            for k in range(4)
+        )
     left = np.square(outputs - fitted).sum()
     left /= np.square(outputs - outputs.mean(0)).sum()
     assert left == pytest.approx(told["parts"][-1]["unexplained"], rel=1e-3)
@@ -268,6 +279,14 @@ def test_the_stream_can_be_what_is_fitted_to(dense):
         ({"tokens": 50}, "--tokens=50: fewer than the 64 rows"),
         ({"tokens": 90_000}, "--tokens=90000: with what is held out .* the text has"),
         ({"mix": "stirred"}, "--mix='stirred': unknown choice"),
+        (
+            {"mix": "ffn=auto+none"},
+            "--mix=ffn=auto.none: auto chooses the mix of one layer",
+        ),
+        (
+            {"tokens": 100, "mix": "none+hadamard"},
+            "--tokens=100: fewer than the 128 rows",
+        ),
     ],
 )
 def test_mistakes_are_one_line(dense, tmp_path, fields, message):

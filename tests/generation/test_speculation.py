@@ -72,7 +72,7 @@ def test_every_kind_of_model_speculates(projection, kind, dtype):
     """Mutation: a cache's keys or values after a refused draft are read."""
     fields = {"dtype": dtype}
     if projection == "mixed":
-        parts = "ffn=memory_block,bits=8,mix=hadamard,thresholds; qkv@0=memory"
+        parts = "ffn=memory_block,bits=8,mix=none+hadamard,thresholds; qkv@0=memory"
         fields |= {"projection_options": {"parts": parts}}
     check_same_tokens(make(projection, kind, **fields))
 
@@ -111,7 +111,9 @@ def test_other_bits_are_seen(monkeypatch):
         (
             {
                 "projection": "mixed",
-                "projection_options": {"parts": "ffn@1=memory_block,mix=orthogonal"},
+                "projection_options": {
+                    "parts": "ffn@1=memory_block,mix=none+orthogonal"
+                },
             },
             "the mix 'orthogonal'",
         ),
@@ -119,7 +121,7 @@ def test_other_bits_are_seen(monkeypatch):
     ids=str,
 )
 def test_models_that_cannot(fields, reason):
-    """Mutation: a condition of `why_not` left out."""
+    """Mutations: a condition of `why_not` left out; the mix of a sum compared as one word."""
     config = toy.model_config(**{"projection": "dense", "num_layers": 2} | fields)
     assert positions.why_not(config).startswith(reason)
     stub = type("Stub", (), {"model_config": config})

@@ -96,18 +96,25 @@ def test_models_without_a_certificate_are_refused(fields, said):
 
 
 def test_what_is_hashed_is_watched():
-    """Codes of a layer with thresholds and a mix. Mutation: the codes of its input."""
-    options = {"parts": "ffn=memory_block,bits=4,mix=hadamard,thresholds"}
+    """Codes of layers with thresholds and a mix, which are a sum, so that none has a certificate.
+
+    Mutations: the codes of its input; each layer of a sum certified alone.
+    """
+    options = {"parts": "ffn=memory_block,bits=4,mix=none+hadamard,thresholds"}
     config = trained.eager(
         toy.model_config("mixed", num_layers=1, projection_options=options)
     )
     params, batch = drawn(config), toy.batch(config, 0)
     seq = mixers.SeqInfo(batch["positions"], batch["segment_ids"])
     says = codes_lib.of_tokens(model.merge(config, params), batch["inputs"], seq)
-    ((name, (codes, _, _)),) = trained.reads(config, params, [batch]).items()
-    np.testing.assert_array_equal(
-        codes, np.asarray(says[name])[batch["segment_ids"] > 0]
-    )
+    reads = trained.reads(config, params, [batch])
+    assert len(reads) == 2
+    for name, (codes, _, _) in reads.items():
+        np.testing.assert_array_equal(
+            codes, np.asarray(says[name])[batch["segment_ids"] > 0]
+        )
+    found = trained.of_tables(config, params, [batch], 1000)
+    assert set(found.values()) == {"one of a sum of memory layers"}
 
 
 def test_layers_are_watched_as_they_read():

@@ -17,7 +17,7 @@ from memoryformer.model import front, narrow, parts
 from memoryformer.ops import hadamard
 
 MIXED = (
-    "ffn@0=memory_block,bits=8,mix=hadamard,thresholds; qkv@1-2=memory,mix=orthogonal;"
+    "ffn@0=memory_block,bits=8,mix=none+hadamard,thresholds; qkv@1-2=memory,mix=orthogonal;"
     "output@0,2=memory,bits=6,mix=grouped; ffn@2=memory,thresholds; qkv@2=dense"
 )
 
@@ -52,8 +52,9 @@ def example():
 
 
 def test_a_half_converted_model_is_the_oracles(example):
-    """Every mix, one layer for two, more bits, thresholds. Mutations: thresholds added; signs after
-    the transform; a rotation transposed; an order inverted; bits of another part.
+    """Every mix, a sum, one layer for two, more bits, thresholds. Mutations: thresholds added; signs
+    after the transform; a rotation transposed; an order inverted; bits of another part; the first
+    layer of a sum alone.
     """
     config, params, batch, expected = example
     found = toy.logits(config, params, batch)
@@ -83,22 +84,23 @@ def logits_of(config, params):
 
 
 def test_the_accounting_counts_it(example):
-    """Parameters one by one, and operations of a mix. Mutations: the first block's layers for all;
-    a rotation left out; thresholds left out.
+    """Parameters one by one, operations of a mix, rows of a sum. Mutations: the first block's layers
+    for all; a rotation left out; thresholds left out; a bias for each layer of a sum.
     """
     config, params, _, _ = example
     counted = accounting.count(config)
     assert counted.parameters.total == sum(x.size for x in jax.tree.leaves(params))
     first = accounting.projections(config, 0)
-    assert first["ffn"].hashing == 24 + 24 * 3  # n = 8
+    assert first["ffn"].hashing == 2 * 24 + 24 * 3  # n = 8
+    assert first["ffn"].values_read == 2 * 3 * 24 and first["ffn"].biases == 4 * 24
     assert accounting.projections(config, 1)["mixer.qkv"].hashing == 24 + 24**2
-    rows = 3 * 24 + 4 * 24 + 6 * 3 * 24 + 4 * 24 + 6 * (6 * 5) + 6 * 24
+    rows = 2 * 3 * 24 + 4 * 24 + 6 * 3 * 24 + 4 * 24 + 6 * (6 * 5) + 6 * 24
     assert counted.table_bytes_read_per_token == 2 * rows
 
 
 def test_an_export_and_its_reader(example, tmp_path):
     """The same numbers, and the same file back. Mutations: any part of a front left out of the
-    reader; bits of the config for those of the tables.
+    reader; bits of the config for those of the tables; the first layer of a sum alone.
     """
     config, params, _, _ = example
     convert.save_export(tmp_path, config, params)
@@ -126,7 +128,8 @@ def test_packed_tables_are_read_alike(example):
     np.testing.assert_allclose(toy.logits(config, stored, batch), expected, atol=2e-5)
     counts = buckets.collect(config, params, [batch])
     assert set(counts) == {
-        *("blocks.0.ffn", "blocks.0.mixer.out", "blocks.1.mixer.qkv"),
+        *("blocks.0.ffn.terms.0", "blocks.0.ffn.terms.1"),
+        *("blocks.0.mixer.out", "blocks.1.mixer.qkv"),
         *("blocks.2.mixer.out", "blocks.2.ffn.up", "blocks.2.ffn.down"),
     }
 
@@ -166,7 +169,8 @@ def test_text_and_back():
     other = mixed(parts=text)
     assert {i: parts.of_layer(other, i) for i in range(3)} == blocks
     assert parts.as_text({i: blocks[0] for i in (0, 2, 3, 4)}, config).startswith(
-        "output@0,2-4=memory,bits=6,mix=grouped; ffn@0,2-4=memory_block,bits=8,mix=hadamard"
+        "output@0,2-4=memory,bits=6,mix=grouped; "
+        "ffn@0,2-4=memory_block,bits=8,mix=none+hadamard"
     )
     assert parts.mixed(config, blocks) == other
     dense = toy.model_config("dense")
@@ -187,6 +191,7 @@ def test_text_and_back():
         ("qkv=memory_block", "kind of qkv='memory_block': unknown choice"),
         ("ffn=memory,bits=x", "has the option 'bits=x'"),
         ("ffn=memory,mix=stirred", "mix='stirred': unknown choice"),
+        ("ffn=memory,mix=none+", "mix='': unknown choice"),
         ("ffn=dense,bits=4", "is dense and has options"),
         ("ffn@=memory", "names no layers after the @"),
         ("ffn@2-1=memory", "names no layers after the @"),

@@ -16,7 +16,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,19 +139,23 @@ def _fitted(
 
     bits, config = options.bits_of(name), subject.config
     sample = _sample(observe, batches)
-    one = fronts.choose(
-        *sample,
-        code_bits=bits,
-        mix=options.mix,
-        thresholds=options.thresholds,
-        score=config.score,
-        temperature=config.projection_options.temperature,
-    )
-    held_out = [one(*observe(batch)) for batch in batches.others()]
+    hashes = [
+        fronts.choose(
+            *sample,
+            code_bits=bits,
+            mix=mix,
+            thresholds=options.thresholds,
+            score=config.score,
+            temperature=config.projection_options.temperature,
+            seed=seed,
+        )
+        for seed, mix in enumerate(options.mixes_of(name))
+    ]
+    held_out = [fronts.observe(hashes, *observe(batch)) for batch in batches.others()]
     progress = Progress(title)
     progress.start("reading", batches.count * batches.rows, "rows")
     result = fit.fit_tables(
-        (one(*observe(batch)) for batch in batches.fitted(progress)),
+        (fronts.observe(hashes, *observe(b)) for b in batches.fitted(progress)),
         Observations(*map(np.concatenate, zip(*held_out, strict=True))),
         1 << bits,
         ridges=options.ridges,
@@ -159,22 +163,35 @@ def _fitted(
         folder=str(folder),
     )
     progress.finish(batches.count * batches.rows)
-    features = (3, config.embed_dim) if name == "qkv" else (config.embed_dim,)
-    shape = (*result.tables.shape[:2], *features)
-    arrays = {"tables": result.tables.reshape(shape)}
-    arrays["bias"] = result.bias.reshape(features)
-    arrays |= {f"front.{key}": value for key, value in one.arrays.items()}
-    if config.score == "learned":  # where training begins, and what was fitted with
-        arrays |= {
-            "beta": np.array(2 / config.projection_options.temperature),
-            "gamma": np.ones(()),
-        }
     kind = "memory_block" if name == "ffn" else "memory"
-    part = parts.Part(kind, bits, one.mix, "thresholds" in one.arrays)
+    mix = "+".join(one.mix for one in hashes)
+    part = parts.Part(kind, bits, mix, options.thresholds)
     told = dataclasses.asdict(result) | {"layer": layer, "name": name}
     del told["tables"], told["bias"], told["unexplained_by_ridge"]
-    arrays = {key: value.astype(np.float32) for key, value in arrays.items()}
-    return part, arrays, told
+    features = (3, config.embed_dim) if name == "qkv" else (config.embed_dim,)
+    return part, _parameters(result, hashes, features, config), told
+
+
+def _parameters(
+    result: fit.Fit,
+    hashes: Sequence[fronts.Hash],
+    features: tuple[int, ...],
+    config: model_lib.ModelConfig,
+) -> dict[str, np.ndarray]:
+    """The parameters of a memory layer, or of a sum of them, by path."""
+    arrays = {}
+    every = np.split(result.tables, len(hashes))
+    for number, (one, tables) in enumerate(zip(hashes, every, strict=True)):
+        path = f"terms.{number}." if len(hashes) > 1 else ""
+        arrays[path + "tables"] = tables.reshape(*tables.shape[:2], *features)
+        if number == 0:
+            arrays[path + "bias"] = result.bias.reshape(features)
+        for key, value in one.arrays.items():
+            arrays[f"{path}front.{key}"] = value
+        if config.score == "learned":  # where training begins, and what was fitted with
+            beta = 2 / config.projection_options.temperature
+            arrays |= {path + "beta": np.array(beta), path + "gamma": np.ones(())}
+    return {key: value.astype(np.float32) for key, value in arrays.items()}
 
 
 def _sample(observe, batches):

@@ -3,12 +3,13 @@
 A threshold is the mean of what it is taken from, so that signs say most. A mix is one of
 `model.front`: drawn (hadamard, orthogonal), or found from the correlations of the inputs
 (grouped): values that go together share a chunk, or are spread over all chunks. `auto` tries each
-on a sample, a quarter of it held out, and takes what leaves least. Start at `choose`.
+on a sample, a quarter of it held out, and takes what leaves least. Layers that are added up have a
+hash each, drawn from another seed: `observe` reads them as one layer of all tables. Start at `choose`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,19 @@ class Hash:
         kind = (self.mix, self.code_bits, self.score, self.temperature)
         codes, scores = _codes_and_scores(*kind, self.arrays, jnp.asarray(inputs))
         return Observations(np.asarray(codes), np.asarray(scores), outputs)
+
+
+def observe(
+    hashes: Sequence[Hash],
+    inputs: Float[np.ndarray, "N D"],
+    outputs: Float[np.ndarray, "N F"],
+) -> Observations:
+    """Hash and score inputs by the layers of a sum, whose tables follow each other."""
+    read = [one(inputs, outputs) for one in hashes]
+    codes = np.concatenate([each.codes for each in read], 1)
+    return Observations(
+        codes, np.concatenate([each.scores for each in read], 1), outputs
+    )
 
 
 def choose(

@@ -20,9 +20,10 @@ TARGETS = ("layer", "stream")
 class Options:
     """Each field is a flag of the command.
 
-    parts: of `PARTS`, with commas; ffn becomes one memory layer.  layers: '0,2-4', '' for
+    parts: of `PARTS`, with commas; ffn becomes one memory layer as a whole.  layers: '0,2-4', '' for
     all.  bits: tau, or by part, 'qkv=4,ffn=8'.  tokens: to fit to, each of them once a part.
-    mix: of `fronts.MIXES`.  thresholds: whether inputs are centred.  score: of the layers.
+    mix: of `fronts.MIXES`, or by part, 'ffn=none+hadamard': a part of several mixes is a sum of
+    as many memory layers, fitted together.  thresholds: whether inputs are centred.  score: of the layers.
     target: the outputs of the layer as it is, or what brings the residual stream back.
     solver: of `fit.SOLVERS`.  eval_batches: batches that the loss is told on, 0: all text.
     """
@@ -42,7 +43,6 @@ class Options:
     def __post_init__(self):
         for name in self.parts.split(","):
             config_lib.choose(name, PARTS, "--parts")
-        config_lib.choose(self.mix, fronts.MIXES, "--mix")
         config_lib.choose(self.score, hashing.SCORES, "--score")
         config_lib.choose(self.target, TARGETS, "--target")
         config_lib.choose(self.solver, fit.SOLVERS, "--solver")
@@ -53,17 +53,24 @@ class Options:
             )
         for name in PARTS:
             self.bits_of(name)
+            self.mixes_of(name)
+
+    def mixes_of(self, name: str) -> tuple[str, ...]:
+        """The mixes of a part, one for each memory layer; raises `ConfigError`."""
+        value = _by_part(self.mix, "none", "--mix")[name]
+        mixes = tuple(value.split("+"))
+        for mix in mixes:
+            config_lib.choose(mix, fronts.MIXES, "--mix")
+        if "auto" in mixes[1:] or mixes[0] == "auto" != value:
+            raise ConfigError(
+                f"--mix={self.mix}: auto chooses the mix of one layer; name those of a sum, "
+                "such as none+hadamard."
+            )
+        return mixes
 
     def bits_of(self, name: str) -> int:
         """tau of a part; raises `ConfigError` for --bits that say none."""
-        by_part = dict.fromkeys(PARTS, "8")
-        for word in self.bits.split(","):
-            key, equals, value = word.rpartition("=")
-            if equals:
-                by_part[config_lib.choose(key, PARTS, "--bits")] = value
-            else:
-                by_part = dict.fromkeys(PARTS, value)
-        value = by_part[name]
+        value = _by_part(self.bits, "8", "--bits")[name]
         if not value.isdecimal() or not 1 <= int(value) <= 16:
             raise ConfigError(
                 f"--bits={self.bits}: must be from 1 to 16, one number or one for each part, "
@@ -103,7 +110,7 @@ class Options:
                 f"--bits={self.bits}: {bits} bits of {name} do not divide the width "
                 f"{model.embed_dim}."
             )
-        rows = model.embed_dim // bits << bits
+        rows = len(self.mixes_of(name)) * (model.embed_dim // bits << bits)
         if self.tokens < rows:
             raise ConfigError(
                 f"--tokens={self.tokens}: fewer than the {rows} rows of the tables of {name}; "
@@ -122,3 +129,15 @@ class Options:
                 f"--layers={self.layers}: the model has {model.num_layers}, from 0."
             )
         return numbers
+
+
+def _by_part(text: str, usual: str, flag: str) -> dict[str, str]:
+    """Read 'VALUE', 'PART=VALUE,..' or both, the value for all parts first."""
+    by_part = dict.fromkeys(PARTS, usual)
+    for word in text.split(","):
+        key, equals, value = word.rpartition("=")
+        if equals:
+            by_part[config_lib.choose(key, PARTS, flag)] = value
+        else:
+            by_part = dict.fromkeys(PARTS, value)
+    return by_part

@@ -55,14 +55,15 @@ def _costs(config):
 
 def table(told: Mapping[str, Any]) -> str:
     """The table at the end."""
+    widest = max(11, *(len(row["part"]["mix"]) + 1 for row in told["parts"]))
     lines = [
-        f"{'layer':>5}  {'part':<7}{'mix':<11}{'bits':>5}{'ridge':>8}{'unexplained':>13}"
+        f"{'layer':>5}  {'part':<7}{'mix':<{widest}}{'bits':>5}{'ridge':>8}{'unexplained':>13}"
         f"{'loss':>9}{'seconds':>9}"
     ]
     for row in told["parts"]:
         part = row["part"]
         lines.append(
-            f"{row['layer']:>5}  {row['name']:<7}{part['mix']:<11}{part['code_bits']:>5}"
+            f"{row['layer']:>5}  {row['name']:<7}{part['mix']:<{widest}}{part['code_bits']:>5}"
             f"{row['ridge']:>8g}{row['unexplained']:>13.4f}{row['loss']:>9.4f}"
             f"{row['seconds']:>9.0f}"
         )
