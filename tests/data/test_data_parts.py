@@ -868,9 +868,9 @@ def test_what_a_directory_in_parts_is_named_by(texts, tmp_path):
         [(f"{n}.jsonl", folder / f"{n}.jsonl") for n in range(4)]
     )
     for options, in_parts in (
-        ({}, [1, 3000, False]),
-        ({"deduplicate": True}, [1, 3000, True]),
-        ({"deduplicate": True, "part_bytes": 0}, [1, 2**62, True]),
+        ({}, [2, 3000, False]),
+        ({"deduplicate": True}, [2, 3000, True]),
+        ({"deduplicate": True, "part_bytes": 0}, [2, 2**62, True]),
         ({"part_bytes": 0}, None),
         ({"max_documents": 7}, None),
     ):
@@ -1143,12 +1143,12 @@ def test_another_was_first(texts, tmp_path):
     """What is missing then is no fault, unless nobody was. Mutations: `raise` left out, or not."""
     here = config(texts[0], tmp_path)
     late = job(here, Recorded())
-    with pytest.raises(FileNotFoundError), late._while_it_lasts():
+    with pytest.raises(FileNotFoundError), late.while_it_lasts():
         raise FileNotFoundError("x")
     data.prepare(here, show_progress=False)
-    with late._while_it_lasts():
+    with late.while_it_lasts():
         raise errors.StorageError("x")
-    with pytest.raises(ValueError), late._while_it_lasts():
+    with pytest.raises(ValueError), late.while_it_lasts():
         raise ValueError("x")
     assert late.finished and late.missing() == []
     late.missing = lambda: [0]  # as it was a moment before
