@@ -116,7 +116,7 @@ def output(path: str | None, workdir: str | os.PathLike, name: str) -> pathlib.P
             f"--output: missing; {workdir} is in a store, and what is made of a run there "
             "goes to a folder of this machine."
         )
-    return pathlib.Path(path or pathlib.Path(workdir).expanduser() / name)
+    return pathlib.Path(path or paths.local(workdir, "--workdir") / name)
 
 
 def _place(kind: str, url: str) -> pathlib.Path:
