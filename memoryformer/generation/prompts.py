@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import cast
 
 from memoryformer.data import blocks, jsonlines, names
 from memoryformer.errors import ConfigError, DataError
@@ -10,20 +11,20 @@ from memoryformer.generation import sampler
 
 def read(path: str) -> list[str]:
     """The prompts of a file; a line of plain text that is empty is an empty prompt."""
-    file = pathlib.Path(path)
+    file, shown = pathlib.Path(path), names.shown(path)
     try:
         if blocks.is_json_lines(file):
             fix = 'write every line as {"prompt": "text"}'
             prompts = [
-                jsonlines.text(value, "prompt", f"{names.shown(path)}:{number}", fix)
-                for number, value in jsonlines.values(file)
+                cast(str, jsonlines.text(value, "prompt", f"{shown}:{number}", fix))
+                for number, value in jsonlines.values(file)  # none a `LongText`
             ]
         else:
             prompts = list(blocks.text_lines(file))
     except DataError as error:
         raise ConfigError(f"--prompts: {error}") from error
     if not prompts:
-        raise ConfigError(f"--prompts: {names.shown(path)}: holds no prompts.")
+        raise ConfigError(f"--prompts: {shown}: holds no prompts.")
     return prompts
 
 

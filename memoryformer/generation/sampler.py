@@ -25,8 +25,7 @@ from memoryformer.notation import Array, Params
 from memoryformer.ops.lookup import narrow as narrow_rows
 
 # Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
-# of any length share a handful of compiled programs. A row of a table that is wanted by several
-# tokens of a piece comes from memory once.
+# of any length share a few compiled programs. A piece brings each row that it wants once.
 PREFILL = 512
 CACHE_STEP = 128  # caches grow in these steps, for the same reason
 # Tokens of one call: the compiled loop comes back to Python only between calls.
