@@ -233,7 +233,7 @@ def _tell_restored():
         state, step = original(self)
         paths = ["".join(f"[{k!r}]" for k in p) for p, *_ in state_spec.describe(state)]
         arrays = dict(zip(paths, map(np.asarray, jax.tree.leaves(state)), strict=True))
-        np.savez(self.workdir / f"restored{step}.npz", **arrays)
+        np.savez(self.folder.path / f"restored{step}.npz", **arrays)
         return state, step
 
     wrap(loop._Loop, "_restore", restore)
