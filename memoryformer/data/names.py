@@ -34,7 +34,9 @@ def key(parts: Sequence[str]) -> str:
     )
 
 
-def fits(names: tuple[str, ...], pattern: tuple[str, ...], begins=False) -> bool:
+def fits(
+    names: tuple[str, ...], pattern: tuple[str, ...], begins: bool = False
+) -> bool:
     """Whether the path `names` fits; with `begins`, whether a path below it could."""
     if not names:
         return begins or not pattern
