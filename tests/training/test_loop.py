@@ -20,6 +20,7 @@ from memoryformer.errors import ConfigError, NumericError, Preempted, StorageErr
 from memoryformer.evaluation import loss as loss_lib
 from memoryformer.ops.lookup import native
 from memoryformer.runs import checkpoint, directory, manifest, metrics, outcome
+from memoryformer.runs import folder as folder_lib
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment, loop, programs
 from memoryformer.training import step as step_lib
@@ -524,7 +525,7 @@ def test_a_new_figure_is_one_class_and_one_line(folder, monkeypatch):
 def test_one_process_writes_the_config(tmp_path, monkeypatch):
     """The others share its folder. Mutation: `return` taken out."""
     chief = types.SimpleNamespace(
-        workdir=tmp_path,
+        folder=folder_lib.Folder(tmp_path),
         checkpointer=types.SimpleNamespace(steps=lambda: []),
         dataset=types.SimpleNamespace(tokenizer=tokenizer.load("bytes")),
         run_config={"model": {}},
