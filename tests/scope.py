@@ -373,6 +373,7 @@ _TESTS = {
         "training/test_optimizer.py",
     ),
     "model/mixers/luna": (
+        "model/test_luna_stream.py",
         "model/test_mixer_facts.py",
         "model/test_mixers.py",
         "accounting/test_accounting_mixers.py",

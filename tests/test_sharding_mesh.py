@@ -31,6 +31,7 @@ def test_bare_specs_run_anywhere():
         ("tensor", {"model": 8}),
         ("tensor:model=2", {"data": 4, "model": 2}),
         ("fsdp_tensor:data=2,model=4", {"data": 2, "model": 4}),
+        ("fsdp_tensor:model=1", {"data": 8}),
         ("sequence", {"sequence": 8}),
         ("sequence:sequence=4", {"data": 2, "sequence": 4}),
         ("data:sequence=4,data=2", {"data": 2, "sequence": 4}),
@@ -174,7 +175,10 @@ def test_devices_that_cannot_be_laid_out(devices, reason):
     ],
 )
 def test_what_each_preset_splits(mesh, tables, columns, rows, last_axis, batch):
-    """As in the table of the module. Mutations: `and` for the order of axes; FSDP always."""
+    """As in the table of the module.
+
+    Mutations: `and` for the order of axes; FSDP always; `activate` sets what has no devices.
+    """
     made = sharding.make(mesh, range(8))
     assert made.specs == sharding.ShardingSpecs(
         tables=P(*tables),
@@ -186,6 +190,8 @@ def test_what_each_preset_splits(mesh, tables, columns, rows, last_axis, batch):
         batch_bl=P(*batch),
     )
     assert made.num_devices == 8 and made.platform == "abstract"
+    with made.activate():
+        assert jax.sharding.get_abstract_mesh() == made.mesh
     assert made.striped is False
     assert sharding.make(mesh, range(8), striped=True).striped
 

@@ -233,7 +233,7 @@ class ModelConfig:
 
     def _check_memory(self):
         bits, extra = self.code_bits, self.projection_options.extra_bits
-        if not 1 <= bits <= 16 or not 0 <= extra <= 16 - bits:
+        if bits < 1 or not 0 <= extra <= 16 - bits:
             raise ConfigError(
                 f"model.code_bits={bits}, model.projection_options.extra_bits={extra}: "
                 "need 1 <= code_bits and code_bits + extra_bits <= 16."

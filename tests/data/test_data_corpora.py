@@ -13,6 +13,7 @@ import sys
 import data_helpers
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import tqdm_utils
 
 from memoryformer import data, errors
 from memoryformer.data import (
@@ -302,7 +303,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_tfds_catalogue_names(tmp_path):
-    """A stock name through TFDS's mock, with and without a validation split."""
+    """A stock name through TFDS's mock, which draws no bars of its own.
+
+    Mutation: `disable_progress_bar` left out.
+    """
+    tfds.enable_progress_bar()
     lines = [text.encode() for text in data_helpers.texts(100)]
 
     def as_data_source(self, split, decoders=None, **kwargs):
@@ -320,6 +325,7 @@ def test_tfds_catalogue_names(tmp_path):
     assert found == sorted(line.decode() for line in lines[:60])
     validation = dataset.manifest.splits["validation"]
     assert 1 <= validation.documents <= 10
+    assert not tqdm_utils._active
 
 
 class _Records:

@@ -93,6 +93,14 @@ def test_costs_by_hand(name):
         assert cost.state_bytes(2) == stored * values + 4 * sums
 
 
+def test_redraws_are_counted_in_int32():
+    """As every number of a config. Mutation: 2**32 in config/sections.py."""
+    with pytest.raises(
+        errors.ConfigError, match="redraw_every=2147483648: must be below"
+    ):
+        config("performer", {"num_features": 5, "redraw_every": 2**31})
+
+
 def test_costs_of_other_forms():
     """A shared memory, a pool, layers that differ, small heads, plain defaults.
 

@@ -165,6 +165,23 @@ def test_pieces_of_a_sequence_continue_each_other(kind, projection, sizes):
     np.testing.assert_allclose(np.concatenate(parts, 1)[real], whole[real], atol=1e-4)
 
 
+def test_one_token_of_a_chunk_is_remembered():
+    """Padding behind it, and the next chunk reads what was written. Mutation: `tokens > 1`."""
+    case = _case(*QUICK[0])
+    segments = np.ones((B, L), np.int32)
+    segments[:, 1:S] = 0
+    real = segments != 0
+    positions = np.cumsum(segments, axis=1, dtype=np.int32) - 1  # one document
+    whole = np.asarray(case.forward(case.params, TOKENS, positions, segments))
+    state, parts = model.merge(case.config, case.params).init_state(B, L), []
+    for i in range(L):
+        part = np.s_[:, i : i + 1]
+        args = (TOKENS[part], positions[part], segments[part])
+        y, state = case.step(case.params, state, *args)
+        parts.append(y)
+    np.testing.assert_allclose(np.concatenate(parts, 1)[real], whole[real], atol=1e-4)
+
+
 @every_mix
 def test_packed_documents_are_separate(kind, projection):
     """Red if a memory outlives its document."""
