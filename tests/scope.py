@@ -552,6 +552,7 @@ _TESTS = {
     ),
     "ops/lookup/__init__": (
         "ops/test_lookup.py",
+        "ops/test_second_row.py",
         "ops/test_lookup_native.py",
         "ops/test_lookup_gpu.py",
         "ops/test_scores.py",

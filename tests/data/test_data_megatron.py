@@ -13,7 +13,7 @@ import pytest
 from memoryformer import data, errors
 from memoryformer.data import __main__ as data_main
 from memoryformer.data import batches as batches_lib
-from memoryformer.data import export, megatron, megatron_index, streams
+from memoryformer.data import export, megatron, megatron_index, streams, tokenizer
 
 END = 256  # the end of a document in 'bytes'
 CODES = {"uint8": 1, "uint16": 8, "int32": 4, "int64": 5}
@@ -431,6 +431,14 @@ def test_empty_sequences_and_documents_are_none_of_its_faults(tmp_path):
     pair = megatron_index.open_pair(prefix)
     assert (pair.num_documents, pair.num_tokens) == (4, 5)
     assert [pair.start_of(n) for n in range(5)] == [0, 0, 3, 5, 5]
+
+
+def test_members_without_a_token_have_no_facts(tmp_path):
+    """Mutation: `np.zeros(1, np.int32)` for what they hold."""
+    pair = megatron_index.open_pair(write_index(tmp_path / "d", [3], [0, 1]))
+    empty = types.SimpleNamespace(pair=pair, first=1, stop=1, pieces=list)
+    with pytest.raises(errors.DataError, match=r"d\.bin: holds no tokens"):
+        megatron._facts("train", [empty], [], tokenizer.load("bytes"))
 
 
 @pytest.mark.parametrize(

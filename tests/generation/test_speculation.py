@@ -15,6 +15,7 @@ from memoryformer import errors, model
 from memoryformer.generation import __main__ as command
 from memoryformer.generation import drafts, sampler, speculation
 from memoryformer.model import narrow, positions
+from memoryformer.ops.lookup import native
 
 PROMPTS = ([5, 1, 7, 5, 1, 7, 5, 1], [2])
 
@@ -127,6 +128,13 @@ def test_models_that_cannot(fields, reason):
     stub = type("Stub", (), {"model_config": config})
     with pytest.raises(errors.ConfigError, match=r"^--speculate=3: .*; leave --specul"):
         speculation.Speculator(stub)
+
+
+def test_machines_that_cannot(monkeypatch):
+    """Mutation: the first condition of `why_not` left out."""
+    assert positions.why_not(toy.model_config()) == ""
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert positions.why_not(toy.model_config()) == "it needs a CPU and the native code"
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -3,6 +3,7 @@
 Its logits and figures are in test_old_runs.py.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -63,6 +64,17 @@ def test_a_run_with_its_own_seed_of_features_is_not_gone_on_with(old, tmp_path):
         assert "\n" not in str(caught.value)
         _, params, _ = experiment.load(workdir)
         assert (params["blocks"]["0"]["mixer"]["random_rows"] != rows).any()
+
+
+def test_only_redraws_depend_on_what_an_older_version_drew(old):
+    """Features that stay, and models without any, go on. Mutation: the first `return` left out."""
+    config = experiment.load(old / "performer")[0].model
+    drawn = {"performer_seed": 3, "performer_draw": 1}
+    with pytest.raises(ConfigError, match="performer_seed=3: an older"):
+        older.check_redraws(config, drawn)
+    options = dataclasses.replace(config.mixer_options, redraw_every=0)
+    older.check_redraws(dataclasses.replace(config, mixer_options=options), drawn)
+    older.check_redraws(toy.model_config(), drawn)
 
 
 def test_training_goes_on_as_if_it_had_been_stored(old):
