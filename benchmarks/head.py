@@ -50,9 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", type=pathlib.Path, default="head.json")
     args = parser.parse_args(argv)
-    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
-    facts = {"cores": len(cores), "clock": args.clock, "load": os.getloadavg()[0]}
+    cores = timing.use_cores(args.cores)
+    facts = {"cores": cores, "clock": args.clock, "load": os.getloadavg()[0]}
     result = facts | (trained(args) if args.workdir else times(args))
     print(json.dumps(facts))
     args.output.write_text(json.dumps(result, indent=2) + "\n")

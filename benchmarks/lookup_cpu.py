@@ -35,7 +35,6 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import random
 import types
@@ -72,12 +71,11 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.keep_memory:
         keep_memory()
-    cores = sorted(os.sched_getaffinity(0))[: flags.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    cores = timing.use_cores(flags.cores)
     if not lookup_native.available():
         raise SystemExit("no C++ compiler: nothing to measure")
     results = {
-        "cores": len(cores),
+        "cores": cores,
         "clock": flags.clock,
         "keep_memory": flags.keep_memory,
         "cases": {},
@@ -85,7 +83,7 @@ def main() -> None:
     if HAVE_TORCH:
         import torch
 
-        torch.set_num_threads(len(cores))
+        torch.set_num_threads(cores)
     for name in flags.cases.split(","):
         draw, peers, check = CASES[name]()
         inputs = draw(0)

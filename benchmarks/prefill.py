@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error(f"--lengths={args.lengths}: must be numbers from 1 to 2048")
     if args.layers < 1 or args.rounds < 2:
         parser.error("--layers must be at least 1 and --rounds at least 2")
-    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    cores = timing.use_cores(args.cores)
     works = {
         (kind, int(length)): reader(args.size, args.layers, kind, int(length))
         for kind in kinds
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
         {"tables": kind, "length": length, "micros": timing.quartiles(series)}
         for (kind, length), series in micros.items()
     ]
-    facts = {"processor": timing.processor(), "cores": len(cores), "clock": args.clock}
+    facts = {"processor": timing.processor(), "cores": cores, "clock": args.clock}
     facts |= {"size": args.size, "layers": args.layers, "load": os.getloadavg()[0]}
     print(json.dumps(facts))
     for row in rows:

@@ -1,5 +1,6 @@
 """What every benchmark measures with: clocks, quartiles, and the processor's name."""
 
+import os
 import pathlib
 import platform
 import statistics
@@ -8,6 +9,13 @@ from collections.abc import Iterable
 
 # The process's own time leaves out what others take of a shared core, waiting included.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def use_cores(count: int) -> int:
+    """Keep to `count` cores (0: all), before any thread pool starts; return how many."""
+    cores = sorted(os.sched_getaffinity(0))[: count or None]
+    os.sched_setaffinity(0, cores)
+    return len(cores)
 
 
 def quartiles(values: Iterable[float]) -> list[float]:

@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> dict:
     names = args.arms.split(",")
     if unknown := sorted(set(names) - set(ARMS)):
         parser.error(f"--arms={args.arms}: unknown: {', '.join(unknown)}")
-    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    cores = timing.use_cores(args.cores)
     if not lookup_native.available():
         raise SystemExit("no C++ compiler: nothing to compare")
     host_memory.keep()
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         },
         "losses": {name: [series[0], series[-1]] for name, series in losses.items()},
         "size": args.size,
-        "cores": len(cores),
+        "cores": cores,
         "processor": timing.processor(),
         "clock": args.clock,
         "load": os.getloadavg()[0],

@@ -33,14 +33,13 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.steps < 2:
         raise SystemExit(f"--steps={args.steps}: quartiles need two or more.")
-    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    cores = timing.use_cores(args.cores)
     runs = variants(args.size)
     steps = {name: train_step.make_step(run) for name, run in runs.items()}
     seconds = in_turns(steps, runs, args.steps, timing.CLOCKS[args.clock])
     first = statistics.median(next(iter(seconds.values())))
     rows = {name: _row(runs[name], seconds[name], first) for name in runs}
-    facts = {"cores": len(cores), "clock": args.clock, "load": os.getloadavg()[0]}
+    facts = {"cores": cores, "clock": args.clock, "load": os.getloadavg()[0]}
     result = {"variants": rows, **facts}
     print(json.dumps(result, indent=2))
     args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.results:
         plots.plot([json.loads(p.read_text()) for p in args.results], args.plot)
         return None
-    cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
-    os.sched_setaffinity(0, cores)  # before any thread pool starts
+    cores = timing.use_cores(args.cores)
     names = _installed(args.peers.split(","))
     works = [("decode", int(streams)) for streams in args.batch_size.split(",")]
     works += [("prefill", args.prefill)] if args.prefill else []
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     facts = {
         "size": args.size,
         "tokens": args.tokens,
-        "cores": len(cores),
+        "cores": cores,
         "clock": args.clock,
         "processor": timing.processor(),
         "weight_bytes": {name: peer.weight_bytes for name, peer in peers.items()},

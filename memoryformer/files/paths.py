@@ -16,7 +16,7 @@ _STORE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u0085\u2028\u2029]")
 # Orbax looks for the files of a checkpoint by a pattern that begins with the path itself,
 # and TensorStore takes a backslash for a slash: saved there, nothing is found again.
-_PATTERN = re.compile(r"[*?\[\\]")
+PATTERN = re.compile(r"[*?\[\\]")
 
 
 def local(path: str | os.PathLike, name: str) -> pathlib.Path:
@@ -53,7 +53,7 @@ def workdir(path: str | os.PathLike, name: str = "--workdir") -> pathlib.Path:
     other things where checkpoints are written.
     """
     folder = local(path, name)
-    pattern = _PATTERN.search(str(folder.absolute()))
+    pattern = PATTERN.search(str(folder.absolute()))
     if pattern:
         raise ConfigError(
             f"{name}={shown(os.fspath(path))}: {str(folder.absolute())!r} holds "

@@ -36,7 +36,6 @@ SCHEMES = {
     "memory": "",
 }
 _URL = re.compile(rf"({'|'.join(SCHEMES)})://(.*)", re.DOTALL)
-_PATTERN = re.compile(r"[*?\[\\]")
 
 
 def is_store(path: str | os.PathLike) -> bool:
@@ -55,7 +54,7 @@ def checked(url: str, name: str, *, pattern: bool = False) -> str:
     if match is None or not match[2].strip("/"):
         raise ConfigError(f"{where}: names no bucket; write SCHEME://BUCKET/FOLDER.")
     paths.refuse_unprintable(url, where)
-    if not pattern and (sign := _PATTERN.search(url)):
+    if not pattern and (sign := paths.PATTERN.search(url)):
         raise ConfigError(
             f"{where}: holds {sign[0]!r}, which stands for other names in a store; name "
             "a folder without * ? [ and backslash."

@@ -141,7 +141,7 @@ void Attend(const Attention<T>& op, Pool& pool) {
     QueryPart part{n0, count, padded, q, sums, sums + count * padded,
                    sums + count * (padded + 1)};
     std::fill_n(sums, count * padded, 0.0f);
-    std::fill_n(part.largest, count, -3.4028234663852886e38f);
+    std::fill_n(part.largest, count, kUnseen);
     std::fill_n(part.total, count, 0.0f);
     const int64_t at = ((b * L + n0) * H + h) * E;
     for (int64_t n = 0; n < count; ++n) std::copy_n(op.q + at + n * H * E, E, q + n * E);

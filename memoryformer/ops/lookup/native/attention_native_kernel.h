@@ -15,7 +15,6 @@ SIMD_TARGET inline float LargestLane(Vec v) {
 SIMD_TARGET void SoftmaxBlock(float* logits, int64_t count, float scale, int32_t visible,
                               const int32_t* seen, float* largest, float* total, float* sums,
                               int64_t width) {
-  constexpr float kUnseen = -3.4028234663852886e38f;
   IntVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
   Vec top = Vec{} + kUnseen;

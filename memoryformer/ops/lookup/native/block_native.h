@@ -33,23 +33,9 @@ struct MemoryRows {
 template <class T>
 void SumMemoryRows(const MemoryRows& layer, const int32_t* codes, const float* scores,
                    int64_t begin, int64_t end, float* y) {
-  constexpr int kBlock = 128;
-  const Kernels<T> kernels = ChooseKernels<T>();
-  const int64_t C = int64_t{1} << layer.hash.code_bits, K = layer.tables;
-  const Operands<T> op{{1, K, C, layer.features}, static_cast<const T*>(layer.rows),
-                       layer.scales, codes, scores};
-  const bool far = K * C * layer.features * int64_t{sizeof(T)} > kFarBytes;
-  const T* rows[kBlock];
-  float weights[kBlock];
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, K - k0));
-    for (int i = 0; i < count; ++i) {
-      const int64_t row = op.Row(0, k0 + i);
-      rows[i] = op.tables + row * layer.features;
-      weights[i] = op.Weight(0, k0 + i, row);
-    }
-    kernels.sum_columns(rows, weights, count, begin, end, k0 == 0, far, y);
-  }
+  const Operands<T> op{{1, layer.tables, int64_t{1} << layer.hash.code_bits, layer.features},
+                       static_cast<const T*>(layer.rows), layer.scales, codes, scores};
+  SumToken(ChooseKernels<T>(), op, 0, begin, end, IsFar<T>(op.shape), y);
 }
 
 struct Cache {

@@ -73,7 +73,7 @@ SIMD_TARGET inline void LogitsOf(const float* keys, int64_t width, const float* 
 
 // Fetches `rows` rows from row j on of `count` rows, and then of what is read after them: heads
 // are too short for the processor to fetch ahead by itself.
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kHeadRowsAhead = 16;
 inline void FetchRows(const float* from, const float* then, int64_t j, int64_t rows,
                       int64_t count, int64_t width) {
   const float* row = j < count ? from + j * width : then + (j - count) * width;
@@ -84,7 +84,7 @@ SIMD_TARGET void KeyLogits(const float* keys, int64_t count, int64_t width, cons
                            float scale, const float* then, float* out) {
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
-    FetchRows(keys, then, j + kRowsAhead, 4, count, width);
+    FetchRows(keys, then, j + kHeadRowsAhead, 4, count, width);
     LogitsOf<4>(keys + j * width, width, q, scale, out + j);
   }
   for (; j < count; ++j) LogitsOf<1>(keys + j * width, width, q, scale, out + j);
@@ -119,7 +119,7 @@ SIMD_TARGET inline void WeighStrip(const float* values, const float* w, int64_t 
                                    float* y) {
   Vec sum[kVectors] = {};
   for (int64_t j = 0; j < count; ++j) {
-    if (then != nullptr) FetchRows(values, then, j + kRowsAhead, 1, count, width);
+    if (then != nullptr) FetchRows(values, then, j + kHeadRowsAhead, 1, count, width);
     for (int v = 0; v < kVectors; ++v)
       sum[v] += w[j] * Load(values + j * width + v * kLanes);
   }

@@ -33,27 +33,15 @@ inline void HashToken(OnePlusExpKernel one_plus_exp, const float* x, int64_t num
     const int64_t count = std::min(kHashChunks, num_tables - k0);
     const float* block = x + k0 * bits;
     if (hash.gamma != 0) one_plus_exp(block, count * bits, hash.beta, factors);
-    if (!hash.two_rows) {
-      HashChunks(block, count, bits, factors, hash.gamma, hash.power, codes + k0, scores + k0);
-      continue;
-    }
-    for (int64_t k = 0; k < count; ++k) {
+    HashChunks(block, count, bits, factors, hash.gamma, hash.power, codes + k0, scores + k0);
+    for (int64_t k = 0; k < count && hash.two_rows; ++k) {
       const float* z = block + k * bits;
-      int32_t code = 0;
-      float length = 0;
       int64_t least = 0;
-      for (int64_t i = 0; i < bits; ++i) {
-        code = 2 * code + (z[i] >= 0);
-        length += std::abs(z[i]);
+      for (int64_t i = 1; i < bits; ++i)
         if (std::abs(z[i]) < std::abs(z[least])) least = i;
-      }
-      const float confidence = Confidence(factors + k * bits, bits, hash.gamma);
-      const float score = hash.power ? length * confidence : confidence;
-      codes[k0 + k] = code;
-      scores[k0 + k] = score;
       const float factor = std::exp(-hash.gamma * hash.beta * std::abs(z[least]));
-      codes[second + k0 + k] = code ^ (1 << (bits - 1 - least));
-      scores[second + k0 + k] = score * factor;
+      codes[second + k0 + k] = codes[k0 + k] ^ (1 << (bits - 1 - least));
+      scores[second + k0 + k] = scores[k0 + k] * factor;
     }
   }
 }

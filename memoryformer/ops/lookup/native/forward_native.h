@@ -12,14 +12,37 @@ namespace memoryformer {
 // and what sysconf says of it is wrong on some processors.
 constexpr int64_t kFarBytes = 8 << 20;
 
+template <class T>
+bool IsFar(const Shape& s) {
+  return s.tables * s.buckets * s.features * int64_t{sizeof(T)} > kFarBytes;
+}
+
+// Columns [begin, end) of y[0:F], for token n.
+template <class T>
+void SumToken(const Kernels<T>& kernels, const Operands<T>& op, int64_t n, int64_t begin,
+              int64_t end, bool far, float* y) {
+  constexpr int kBlock = 128;  // rows whose addresses are resolved at a time
+  const int64_t K = op.shape.tables, F = op.shape.features;
+  const T* rows[kBlock];
+  float weights[kBlock];
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, K - k0));
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = op.Row(n, k0 + i);
+      rows[i] = op.tables + row * F;
+      weights[i] = op.Weight(n, k0 + i, row);
+    }
+    kernels.sum_columns(rows, weights, count, begin, end, k0 == 0, far, y);
+  }
+}
+
 // Few tokens, or rows that caches hold: read every row in place.
 template <class T, class Pool>
 void ForwardInPlace(const Kernels<T>& kernels, const Operands<T>& op, float* y,
                     Pool& pool) {
-  constexpr int kBlock = 128;  // rows whose addresses are resolved at a time
-  const auto [N, K, C, F] = op.shape;
+  const int64_t N = op.shape.tokens, F = op.shape.features;
   const int threads = ChooseThreads(op.shape);
-  const bool far = K * C * F * int64_t{sizeof(T)} > kFarBytes;
+  const bool far = IsFar<T>(op.shape);
   // Columns are split only where tokens do not suffice; whole cache lines stay together.
   const int64_t token_parts = std::min<int64_t>(N, 4 * threads);
   const int64_t column_parts =
@@ -29,20 +52,9 @@ void ForwardInPlace(const Kernels<T>& kernels, const Operands<T>& op, float* y,
     const int64_t token_part = item / column_parts, column_part = item % column_parts;
     const int64_t f0 = std::min(F, column_part * columns);
     const int64_t f1 = std::min(F, f0 + columns);
-    const T* rows[kBlock];
-    float weights[kBlock];
     for (int64_t n = N * token_part / token_parts;
-         n < N * (token_part + 1) / token_parts; ++n) {
-      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-        const int count = static_cast<int>(std::min<int64_t>(kBlock, K - k0));
-        for (int i = 0; i < count; ++i) {
-          const int64_t row = op.Row(n, k0 + i);
-          rows[i] = op.tables + row * F;
-          weights[i] = op.Weight(n, k0 + i, row);
-        }
-        kernels.sum_columns(rows, weights, count, f0, f1, k0 == 0, far, y + n * F);
-      }
-    }
+         n < N * (token_part + 1) / token_parts; ++n)
+      SumToken(kernels, op, n, f0, f1, far, y + n * F);
   });
 }
 
@@ -51,8 +63,7 @@ void ForwardInPlace(const Kernels<T>& kernels, const Operands<T>& op, float* y,
 template <class T>
 bool PaysToPack(const Shape& s) {
   if (s.buckets > UINT16_MAX) return false;
-  const bool far = s.tables * s.buckets * s.features * int64_t{sizeof(T)} > kFarBytes;
-  const int64_t gain = !far ? 1 : sizeof(T) == 1 ? 8 : sizeof(T) == 4 ? 2 : 1;
+  const int64_t gain = !IsFar<T>(s) ? 1 : sizeof(T) == 1 ? 8 : sizeof(T) == 4 ? 2 : 1;
   return s.tokens >= CeilDivide(packing_reuse.load() * s.buckets, gain);
 }
 

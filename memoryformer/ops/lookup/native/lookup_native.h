@@ -127,7 +127,7 @@ struct AttentionKernels {
   void (*softmax)(float*, int64_t, float, int32_t, const int32_t*, float*, float*, float*,
                   int64_t);
 };
-
+constexpr float kUnseen = -3.4028234663852886e38f;  // the logit of a key that is not seen
 
 // Inner loops of block_native.h.
 struct Addends {
