@@ -167,7 +167,10 @@ def _of_head():
         return ""
     counts = screened.counts()
     if not counts.vectors:
-        return "; head: screened for temperature 0 only, all rows read"
+        return (
+            "; head: all rows read (screened for temperature 0 only, and from "
+            f"{screened.FEWEST_WEIGHTS:,} weights on)"
+        )
     rows, size = counts.rows / counts.vectors, counts.bytes / counts.vectors
     return (
         f"; head, for each token: {console.short_number(rows)} rows read whole, "

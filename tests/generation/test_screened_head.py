@@ -36,12 +36,13 @@ def tokens(generator, prompts, **sampling):
 
 
 @pytest.mark.skipif(not lookup_native.available(), reason="no C++ compiler")
-def test_tokens_are_those_of_the_int8_head():
+def test_tokens_are_those_of_the_int8_head(monkeypatch):
     """Greedy and sampled, alone and together; rows stay unread where the head lets them.
 
     Mutations: the highest bound taken for the highest logit; the state's features carried
     before the final norm; a sample of the screened logits only.
     """
+    monkeypatch.setattr(screened, "FEWEST_WEIGHTS", 48 * 1100)
     config, models = make()
     plain = sampler.Generator(config, models[0], INT8)
     generator = sampler.Generator(config, models[0], SCREENED)
@@ -61,6 +62,18 @@ def test_tokens_are_those_of_the_int8_head():
         sampled = tokens(generator, PROMPTS[0], seed=3)
         np.testing.assert_array_equal(sampled, tokens(plain, PROMPTS[0], seed=3))
         assert screened.counts() == after
+
+
+def test_a_small_head_is_read_whole(monkeypatch):
+    """From `FEWEST_WEIGHTS` on it is screened. Mutation: `>` for `>=`."""
+    config, (params, _) = make()
+    for fewest, chosen_from in ((48 * 1100 + 1, 1100), (48 * 1100, 48)):
+        monkeypatch.setattr(screened, "FEWEST_WEIGHTS", fewest)
+        generator = sampler.Generator(config, params, SCREENED)
+        carried = jax.eval_shape(
+            generator.to_choose, generator.params, np.zeros((1, 48), np.float32)
+        )
+        assert carried.shape == (1, chosen_from)  # logits, or features
 
 
 def test_what_a_head_may_be():

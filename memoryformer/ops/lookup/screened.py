@@ -31,6 +31,8 @@ STEP = 0.9957  # of the 2 bits, in standard deviations: the best for normal numb
 BLOCK = 16  # columns of a norm
 GROUP = 64  # columns that share a scale of activations
 MOST_ROWS = 0.4  # a larger share of rows costs more than reading all in order
+# A smaller head lies in a cache: reading all of it takes no longer than the search.
+FEWEST_WEIGHTS = 1 << 20
 _UP = 1 + 1e-6  # rounds what is stored as float32 up
 _AT_A_TIME = 4096  # rows that are packed together
 

@@ -55,19 +55,38 @@ SIMD_TARGET void Normalise(const Addends& x, int64_t width, const NormWeights& n
   }
 }
 
-// out[j] = scale (q . keys[j]) of kKeys keys, one after another in memory.
-template <int kKeys>
+// out[t * stride + j] = scale (q_t . keys[j]) of kKeys keys, one after another in memory, and
+// kQueries queries, `apart` floats apart. The same bits for any number of either.
+template <int kKeys, int kQueries>
 SIMD_TARGET inline void LogitsOf(const float* keys, int64_t width, const float* q,
-                                 float scale, float* out) {
-  Vec sum[kKeys] = {};
-  int64_t e = 0;
-  for (; e + kLanes <= width; e += kLanes)
-    for (int j = 0; j < kKeys; ++j)
-      sum[j] += Load(q + e) * Load(keys + j * width + e);
-  for (int j = 0; j < kKeys; ++j) {
-    float total = LaneSum(sum[j]);
-    for (int64_t f = e; f < width; ++f) total += q[f] * keys[j * width + f];
-    out[j] = total * scale;
+                                 int64_t apart, float scale, float* out, int64_t stride) {
+  constexpr int kBeside = std::min(kKeys, kQueries > 1 || kLanes < 16 ? 4 : 8);
+  Vec sum[kQueries][kKeys];
+  const int64_t end = width / kLanes * kLanes;
+  for (int first = 0; first < kKeys; first += kBeside) {
+    Vec part[kQueries][kBeside] = {};
+    for (int64_t e = 0; e < end; e += kLanes) {
+      Vec at[kQueries];
+      for (int t = 0; t < kQueries; ++t) at[t] = Load(q + t * apart + e);
+#pragma GCC unroll 8
+      for (int j = 0; j < kBeside; ++j) {
+        const Vec key = InRegister(Load(keys + (first + j) * width + e));
+#pragma GCC unroll 4
+        for (int t = 0; t < kQueries; ++t) part[t][j] += at[t] * key;
+      }
+    }
+    for (int t = 0; t < kQueries; ++t)
+      for (int j = 0; j < kBeside; ++j) sum[t][first + j] = part[t][j];
+  }
+  for (int t = 0; t < kQueries; ++t) {
+    float* of = out + t * stride;
+    if constexpr (kKeys == kLanes)
+      Store(of, LaneSums(sum[t]));
+    else
+      for (int j = 0; j < kKeys; ++j) of[j] = LaneSum(sum[t][j]);
+    for (int j = 0; j < kKeys && end < width; ++j)
+      of[j] = AddRest(of[j], keys + j * width, q + t * apart, end, width);
+    for (int j = 0; j < kKeys; ++j) of[j] *= scale;
   }
 }
 
@@ -80,23 +99,44 @@ inline void FetchRows(const float* from, const float* then, int64_t j, int64_t r
   for (int64_t e = 0; e < rows * width; e += 16) __builtin_prefetch(row + e);
 }
 
-SIMD_TARGET void KeyLogits(const float* keys, int64_t count, int64_t width, const float* q,
-                           float scale, const float* then, float* out) {
+template <int kQueries>
+SIMD_TARGET void LogitsOfAll(const float* keys, int64_t count, int64_t width, const float* q,
+                             int64_t apart, float scale, const float* then, float* out,
+                             int64_t stride) {
   int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    FetchRows(keys, then, j + kHeadRowsAhead, 4, count, width);
-    LogitsOf<4>(keys + j * width, width, q, scale, out + j);
+  for (; j + kLanes <= count; j += kLanes) {
+    FetchRows(keys, then, j + kHeadRowsAhead, kLanes, count, width);
+    LogitsOf<kLanes, kQueries>(keys + j * width, width, q, apart, scale, out + j, stride);
   }
-  for (; j < count; ++j) LogitsOf<1>(keys + j * width, width, q, scale, out + j);
+  for (; j < count; ++j)
+    LogitsOf<1, kQueries>(keys + j * width, width, q, apart, scale, out + j, stride);
+}
+
+void KeyLogits(const float* keys, int64_t count, int64_t width, const float* q,
+               int64_t queries, int64_t apart, float scale, const float* then, float* out,
+               int64_t stride) {
+  if (queries == kMostQueries)
+    return LogitsOfAll<kMostQueries>(keys, count, width, q, apart, scale, then, out, stride);
+  for (int64_t t = 0; t < queries; ++t)
+    LogitsOfAll<1>(keys, count, width, q + t * apart, apart, scale, then, out + t * stride,
+                   stride);
 }
 
 // w[j] <- exp(w[j] - max w) where seen[j] is -1, 0 where it is 0; returns their sum.
 SIMD_TARGET float SoftmaxWeights(float* w, const int32_t* seen, int64_t count) {
-  float largest = -INFINITY;
-  for (int64_t j = 0; j < count; ++j)
-    if (seen[j] != 0 && !(w[j] <= largest)) largest = w[j];
-  Vec sums{};
+  Vec most = Vec{} - INFINITY;
   int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const Vec value = Load(w + j);
+    const auto is_seen = (IntVec)Load(reinterpret_cast<const float*>(seen + j));
+    most = (is_seen != 0) & (IntVec)(value > most) ? value : most;
+  }
+  float largest = -INFINITY;
+  for (int l = 0; l < kLanes; ++l) largest = std::max(largest, most[l]);
+  for (; j < count; ++j)
+    if (seen[j] != 0) largest = std::max(largest, w[j]);
+  Vec sums{};
+  j = 0;
   for (; j + kLanes <= count; j += kLanes) {
     const Vec weight = ExpOf(Load(w + j) - largest);
     const Vec masked =
@@ -112,33 +152,64 @@ SIMD_TARGET float SoftmaxWeights(float* w, const int32_t* seen, int64_t count) {
   return total;
 }
 
-// y = factor sum_j w[j] values[j] of kVectors vectors of columns.
-template <int kVectors>
-SIMD_TARGET inline void WeighStrip(const float* values, const float* w, int64_t count,
-                                   int64_t width, float factor, const float* then,
-                                   float* y) {
-  Vec sum[kVectors] = {};
+// sum_j w[j] values[j * width]: one function, so that it has the same bits for all.
+SIMD_TARGET __attribute__((noinline)) float WeighColumn(const float* values, const float* w,
+                                                        int64_t count, int64_t width) {
+  float sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += w[j] * values[j * width];
+  return sum;
+}
+
+// y_t = factor_t sum_j w_t[j] values[j], j < count + t, of kVectors vectors of columns and
+// kQueries queries; w_t and y_t are apart as `weights` and `results` say.
+template <int kVectors, int kQueries>
+SIMD_TARGET inline void WeighStrip(const float* values, const float* w, int64_t weights,
+                                   int64_t count, int64_t width, const float* factors,
+                                   const float* then, float* y, int64_t results) {
+  Vec sum[kQueries][kVectors] = {};
   for (int64_t j = 0; j < count; ++j) {
     if (then != nullptr) FetchRows(values, then, j + kHeadRowsAhead, 1, count, width);
-    for (int v = 0; v < kVectors; ++v)
-      sum[v] += w[j] * Load(values + j * width + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec value = InRegister(Load(values + j * width + v * kLanes));
+#pragma GCC unroll 4
+      for (int t = 0; t < kQueries; ++t) sum[t][v] += w[t * weights + j] * value;
+    }
   }
-  for (int v = 0; v < kVectors; ++v) Store(y + v * kLanes, factor * sum[v]);
+  for (int t = 0; t < kQueries; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      for (int64_t j = count; j < count + t; ++j)
+        sum[t][v] += w[t * weights + j] * Load(values + j * width + v * kLanes);
+      Store(y + t * results + v * kLanes, factors[t] * sum[t][v]);
+    }
 }
 
 // The same of all columns; values lie one after another in memory.
-SIMD_TARGET void WeighValues(const float* values, const float* w, int64_t count,
-                             int64_t width, float factor, const float* then, float* y) {
+template <int kQueries>
+SIMD_TARGET void WeighAll(const float* values, const float* w, int64_t weights, int64_t count,
+                          int64_t width, const float* factors, const float* then, float* y,
+                          int64_t results) {
+  constexpr int kWide = kQueries > 1 && kLanes < 16 ? 2 : 4;
   int64_t e = 0;
-  for (; e + 4 * kLanes <= width; e += 4 * kLanes)  // whole rows are fetched once
-    WeighStrip<4>(values + e, w, count, width, factor, e == 0 ? then : nullptr, y + e);
+  for (; e + kWide * kLanes <= width; e += kWide * kLanes)  // whole rows are fetched once
+    WeighStrip<kWide, kQueries>(values + e, w, weights, count, width, factors,
+                                e == 0 ? then : nullptr, y + e, results);
   for (; e + kLanes <= width; e += kLanes)
-    WeighStrip<1>(values + e, w, count, width, factor, nullptr, y + e);
-  for (; e < width; ++e) {
-    float sum = 0;
-    for (int64_t j = 0; j < count; ++j) sum += w[j] * values[j * width + e];
-    y[e] = factor * sum;
-  }
+    WeighStrip<1, kQueries>(values + e, w, weights, count, width, factors, nullptr, y + e,
+                            results);
+  for (; e < width; ++e)
+    for (int t = 0; t < kQueries; ++t)
+      y[t * results + e] =
+          factors[t] * WeighColumn(values + e, w + t * weights, count + t, width);
+}
+
+void WeighValues(const float* values, const float* w, int64_t weights, int64_t count,
+                 int64_t width, int64_t queries, const float* factors, const float* then,
+                 float* y, int64_t results) {
+  if (queries == kMostQueries)
+    return WeighAll<kMostQueries>(values, w, weights, count, width, factors, then, y, results);
+  for (int64_t t = 0; t < queries; ++t)
+    WeighAll<1>(values, w + t * weights, weights, count + t, width, factors + t, then,
+                y + t * results, results);
 }
 
 inline BlockKernels MakeBlockKernels() {

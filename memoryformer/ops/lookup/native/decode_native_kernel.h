@@ -69,35 +69,120 @@ SIMD_TARGET inline Vec InRegister(Vec v) {
   return v;
 }
 
-// kRows rows of a matrix times kTokens vectors: sums[i * kTokens + t]. A product is summed
-// in the same order whatever kRows and kTokens are: even and odd vectors of columns apart.
-// Rows of a kilobyte are too short for the processor to fetch ahead by itself.
+// Lane l is `LaneSum(v[l])`, bit for bit: the same halves are added, those of several at once.
+SIMD_TARGET inline Vec LaneSums(const Vec* v) {
+#if SIMD_LANES == 16
+  __m512 eight[8], four[4], two[2];
+  // Taken in the order 0, 4, 8, 12, 1, 5, .., so that sums end in the order of v.
+  for (int i = 0; i < 8; ++i) {
+    const auto a = (__m512)v[(2 * i & 3) * 4 + (i >> 1)];
+    const auto b = (__m512)v[(2 * i + 1 & 3) * 4 + (i >> 1)];
+    eight[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = eight[2 * i], b = eight[2 * i + 1];
+    four[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const auto a = (__m512d)four[2 * i], b = (__m512d)four[2 * i + 1];
+    two[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+  }
+  return (Vec)(_mm512_shuffle_ps(two[0], two[1], 0x88) +
+               _mm512_shuffle_ps(two[0], two[1], 0xdd));
+#elif SIMD_LANES == 8
+  __m256 four[4], two[2];
+  for (int i = 0; i < 4; ++i) {
+    const auto a = (__m256)v[i], b = (__m256)v[4 + i];
+    four[i] = _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const auto a = (__m256d)four[2 * i], b = (__m256d)four[2 * i + 1];
+    two[i] = (__m256)_mm256_unpacklo_pd(a, b) + (__m256)_mm256_unpackhi_pd(a, b);
+  }
+  return (Vec)(_mm256_shuffle_ps(two[0], two[1], 0x88) +
+               _mm256_shuffle_ps(two[0], two[1], 0xdd));
+#else
+  Vec sums;
+  for (int l = 0; l < kLanes; ++l) sums[l] = LaneSum(v[l]);
+  return sums;
+#endif
+}
+
+// p[0:kCount], again and again.
+template <int kCount>
+SIMD_TARGET inline Vec Repeated(const float* p) {
+  if constexpr (kCount == kLanes) return Load(p);
+#if SIMD_LANES == 16
+  return (Vec)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif SIMD_LANES == 8
+  double two;
+  std::memcpy(&two, p, sizeof(two));
+  return (Vec)_mm256_set1_pd(two);
+#else
+  return Vec{} + *p;
+#endif
+}
+
+// total + row[d:width] . x[d:width]: one function, so that it has the same bits for all.
+template <class T>
+SIMD_TARGET __attribute__((noinline)) float AddRest(float total, const T* row, const float* x,
+                                                    int64_t d, int64_t width) {
+  for (int64_t f = d; f < width; ++f) total += ToFloat(row[f]) * x[f];
+  return total;
+}
+
+// kRows rows of a matrix times the vectors x[0:kTokens], kRows kTokens = kLanes, or one row times
+// one or four: y[t * stride + i] for t < tokens. All are summed in one order: even and odd vectors
+// of columns apart. Four vectors meet all even ones first: registers hold no more sums. Rows of a
+// kilobyte are too short for the processor to fetch ahead by itself.
 template <class T, int kRows, int kTokens>
-SIMD_TARGET void Dots(const T* const* rows, const float* scales, const float* x,
-                      int64_t stride, int64_t width, float* sums) {
-  constexpr int64_t kRowsAhead = kRows < 4 ? 4 : kRows;
-  Vec sum[kRows][kTokens][2] = {};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= width; d += 2 * kLanes)
+SIMD_TARGET void Dots(const T* const* rows, const float* scales, const float* const* x,
+                      int64_t width, int64_t tokens, int64_t stride, float* y) {
+  constexpr int kProducts = kRows * kTokens;
+  constexpr int kBeside = kTokens > 1 ? kRows : std::min(kRows, 4);
+  constexpr int kHalves = kTokens > 1 ? 1 : 2;  // of them in registers
+  constexpr int64_t kRowsAhead = std::max(4, kRows);
+  Vec total[kProducts];
+  const int64_t end = width / (2 * kLanes) * (2 * kLanes);
+  for (int first = 0; first < kRows; first += kBeside)
+    for (int half = 0; half < 2; half += kHalves) {
+      Vec sum[kBeside][kTokens][kHalves] = {};
+      for (int64_t d = half * kLanes; d < end; d += 2 * kLanes)
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      Vec at[kTokens];
-      for (int t = 0; t < kTokens; ++t)
-        at[t] = InRegister(Load(x + t * stride + d + h * kLanes));
+        for (int h = 0; h < kHalves; ++h) {
+          Vec at[kTokens];
+          for (int t = 0; t < kTokens; ++t) at[t] = InRegister(Load(x[t] + d + h * kLanes));
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const Vec w = Load(rows[i] + d + h * kLanes);
-        if (sizeof(T) == 1 && h == 0) __builtin_prefetch(rows[i] + d + kRowsAhead * width);
+          for (int i = 0; i < kBeside; ++i) {
+            const T* row = rows[first + i] + d;
+            if (sizeof(T) == 1 && half + h == 0) __builtin_prefetch(row + kRowsAhead * width);
+            const Vec w = Load(row + h * kLanes);
 #pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) sum[i][t][h] += w * at[t];
-      }
+            for (int t = 0; t < kTokens; ++t) sum[i][t][h] += w * at[t];
+          }
+        }
+      for (int i = 0; i < kBeside; ++i)
+        for (int t = 0; t < kTokens; ++t) {
+          Vec& all = total[t * kRows + first + i];
+          const Vec& part = sum[i][t][0];
+          all = kHalves == 2 ? part + sum[i][t][kHalves - 1] : half == 0 ? part : all + part;
+        }
     }
-  for (int i = 0; i < kRows; ++i)
-    for (int t = 0; t < kTokens; ++t) {
-      float total = LaneSum(sum[i][t][0] + sum[i][t][1]);
-      for (int64_t f = d; f < width; ++f) total += ToFloat(rows[i][f]) * x[t * stride + f];
-      sums[i * kTokens + t] = scales == nullptr ? total : total * scales[i];
-    }
+  alignas(64) float out[std::max(kProducts, kLanes)];
+  if constexpr (kProducts == kLanes)
+    Store(out, LaneSums(total));
+  else
+    for (int j = 0; j < kProducts; ++j) out[j] = LaneSum(total[j]);
+  for (int j = 0; j < kProducts && end < width; ++j)
+    out[j] = AddRest(out[j], rows[j % kRows], x[j / kRows], end, width);
+  if (scales != nullptr) {
+    if constexpr (kProducts == kLanes)
+      Store(out, Load(out) * Repeated<kRows>(scales));
+    else
+      for (int j = 0; j < kProducts; ++j) out[j] *= scales[j % kRows];
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    std::memcpy(y + t * stride, out + t * kRows, kRows * sizeof(float));
 }
 
 SIMD_TARGET inline IntVec LoadBytes(const Int4Pair* p) {
@@ -117,7 +202,8 @@ SIMD_TARGET inline IntVec LoadBytes(const Int4Pair* p) {
 // of its own, scales[i * (width / 64) + group].
 template <int kRows, int kTokens>
 SIMD_TARGET void Int4Dots(const Int4Pair* const* rows, const float* scales,
-                          const float* x, int64_t stride, int64_t width, float* sums) {
+                          const float* const* x, int64_t width, int64_t tokens,
+                          int64_t stride, float* y) {
   constexpr int kHalf = kInt4Group / 2;
   const int64_t groups = width / kInt4Group;
   Vec sum[kRows][kTokens] = {};
@@ -130,7 +216,7 @@ SIMD_TARGET void Int4Dots(const Int4Pair* const* rows, const float* scales,
         const Vec low = __builtin_convertvector((both & 15) - 8, Vec);
         const Vec high = __builtin_convertvector((both >> 4) - 8, Vec);
         for (int t = 0; t < kTokens; ++t) {
-          const float* at = x + t * stride + g * kInt4Group + j;
+          const float* at = x[t] + g * kInt4Group + j;
           low_sum[t] += low * Load(at);
           high_sum[t] += high * Load(at + kHalf);
         }
@@ -139,17 +225,16 @@ SIMD_TARGET void Int4Dots(const Int4Pair* const* rows, const float* scales,
       for (int t = 0; t < kTokens; ++t) sum[i][t] += scale * (low_sum[t] + high_sum[t]);
     }
   for (int i = 0; i < kRows; ++i)
-    for (int t = 0; t < kTokens; ++t) sums[i * kTokens + t] = LaneSum(sum[i][t]);
+    for (int64_t t = 0; t < tokens; ++t) y[t * stride + i] = LaneSum(sum[i][t]);
 }
 
 template <class T>
 MatrixKernels<T> MakeMatrixKernels() {
   if constexpr (std::is_same_v<T, Int4Pair>)
-    return {Int4Dots<4, 1>, Int4Dots<1, 1>, Int4Dots<1, 4>, Int4Dots<1, 4>, 1};
-  else if constexpr (kLanes == 16)  // of 32 registers 24 hold sums
-    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>, Dots<T, 3, 4>, 3};
+    return {{Int4Dots<4, 1>, 4, Int4Dots<1, 1>}, {Int4Dots<1, 4>, 1, Int4Dots<1, 4>}};
   else
-    return {Dots<T, 4, 1>, Dots<T, 1, 1>, Dots<T, 1, 4>, Dots<T, 1, 4>, 1};
+    return {{Dots<T, kLanes, 1>, kLanes, Dots<T, 1, 1>},
+            {Dots<T, kLanes / 4, 4>, kLanes / 4, Dots<T, 1, 4>}};
 }
 
 // The first place of the largest of y[0:count], of which NaN counts as the largest of all.

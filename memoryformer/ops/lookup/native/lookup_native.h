@@ -77,13 +77,17 @@ constexpr int64_t kInt4Group = 64;
 
 template <class T>
 struct MatrixKernels {
-  // sums[i * tokens + t] = row i . x[t * stride]
-  using Dots = void (*)(const T* const* rows, const float* scales, const float* x,
-                        int64_t stride, int64_t width, float* sums);
-  Dots four_rows, one_row, four_tokens;  // 4 x 1, 1 x 1 and 1 x 4
-  Dots many;                             // as many rows x 4 as registers hold
-  int64_t many_rows;
+  // y[t * stride + i] = row i . x[t], t < tokens; the kernel reads as many x as it can
+  using Dots = void (*)(const T* const* rows, const float* scales, const float* const* x,
+                        int64_t width, int64_t tokens, int64_t stride, float* y);
+  struct Some {
+    Dots many;      // `count` rows
+    int64_t count;
+    Dots one;       // one row
+  };
+  Some one_token, four_tokens;
 };
+constexpr int64_t kMostRows = 16;  // `count` is no more
 
 // Inner loops of integer_native.h, over tiles of 16 rows.
 constexpr int kTileRows = 16;
@@ -139,13 +143,14 @@ struct NormWeights {
 };
 struct BlockKernels {
   void (*normalise)(const Addends&, int64_t, const NormWeights&, int64_t, int64_t, float*, float*);
-  // `then`, before the result, is what is read after
-  void (*key_logits)(const float*, int64_t, int64_t, const float*, float, const float* then,
-                     float*);
+  // `then` is what is read after
+  void (*key_logits)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float,
+                     const float* then, float*, int64_t);
   float (*softmax_weights)(float*, const int32_t*, int64_t);
-  void (*weigh_values)(const float*, const float*, int64_t, int64_t, float,
-                       const float* then, float*);
+  void (*weigh_values)(const float*, const float*, int64_t, int64_t, int64_t, int64_t,
+                       const float*, const float* then, float*, int64_t);
 };
+constexpr int kMostQueries = 4;  // that share a read of keys and values
 
 using FirstLargestKernel = int64_t (*)(const float*, int64_t);
 using OnePlusExpKernel = void (*)(const float*, int64_t, float, float*);

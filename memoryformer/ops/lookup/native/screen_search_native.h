@@ -97,8 +97,9 @@ class Search {
   float Exact(const MatrixKernels<int8_t>& kernels, int64_t n, int64_t v) const {
     const int64_t D = screen_.rows.width;
     const int8_t* row = screen_.rows.Row(v);
+    const float* x = x_ + n * D;
     float sum;
-    kernels.one_row(&row, screen_.rows.Scale(v), x_ + n * D, D, D, &sum);
+    kernels.one_token.one(&row, screen_.rows.Scale(v), &x, D, 1, 1, &sum);
     return sum;
   }
 
