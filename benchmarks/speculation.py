@@ -1,13 +1,15 @@
 """One stream with drafts from its own text beside plain decoding, in turns, on the same tokens.
 
-    python -m benchmarks.speculation --workdir=runs/mine --tables=int8 --head=int8
-    python -m benchmarks.speculation --size=base     # random weights: what a pass costs
+    python -m benchmarks.speculation --workdir=runs/mine --head=int8,int8-screened
+    python -m benchmarks.speculation --size=base     # random weights: what a step costs
+    python -m benchmarks.speculation --size=toy --temperature=1   # no draft is right
 
 Prompts are pieces of the run's validation text, continued greedily. A round continues each prompt
-by both, in another order each round, and its figure is the ratio of their times; every text is
-compared. Printed: tokens per second of both, the ratio's quartiles, the tokens of a pass over a
-draft and what a pass costs, in tokens read one at a time, and the share of tokens that passes read.
-`--always` never goes back to plain decoding.
+by all, in another order each round, and its figure is the ratio of their times to plain decoding
+with the first head; every text is compared. Printed of each: tokens per second and the ratio, as
+quartiles; with drafts, the tokens of a pass, those of a step (a token and its draft, if there is
+one) and what a step costs, in tokens read one at a time, and the share of tokens that passes
+read. `--always` never goes back to plain decoding.
 """
 
 import argparse
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--workdir", help="a trained run")
     parser.add_argument("--size", choices=("toy", "small", "base"), default="base")
     parser.add_argument("--tables", default="int8")
-    parser.add_argument("--head", default="int8")
+    parser.add_argument("--head", default="int8", help="one or more, by commas")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--prompt_tokens", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=128)
@@ -41,38 +43,61 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--output", type=pathlib.Path, default="speculation.json")
     args = parser.parse_args(argv)
-    kinds = narrow.WeightKinds(tables=args.tables, head=args.head)
-    if args.workdir:
-        generator, prompts = trained(args, kinds)
-    else:
-        generator, prompts = untrained(args, kinds)
     clock = timing.CLOCKS[args.clock]
-    speculator = speculation.Speculator(
-        generator, args.drafts, always=args.always, clock=clock
-    )
-    peers = {"plain": generator, "speculation": speculator}
-    seconds = measure(peers, prompts, args, clock)
-    count = args.tokens * len(prompts)
-    report = speculator.report
+    peers = make(args, clock)
+    seconds = measure(peers, args, clock)
+    count = args.tokens * args.prompts
+    first = next(iter(seconds.values()))
     result = {
         "processor": timing.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "clock": args.clock,
-        "tokens_per_second": {
-            name: timing.quartiles(sorted(count / s for s in series))
+        "peers": {
+            name: {
+                "tokens_per_second": timing.quartiles(
+                    sorted(count / s for s in series)
+                ),
+                "faster": timing.quartiles(
+                    p / s for p, s in zip(first, series, strict=True)
+                ),
+            }
+            | of_drafts(peers[name][0])
             for name, series in seconds.items()
         },
-        "faster": timing.quartiles(
-            p / s for p, s in zip(*seconds.values(), strict=True)
-        ),
-        "tokens_a_pass": 1 + report.accepted / max(report.passes, 1),
-        "cost_of_a_pass": report.cost,
-        "share_of_tokens": (report.passes + report.accepted) / report.tokens,
     }
     print(json.dumps(result, indent=2))
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def make(args, clock) -> dict:
+    """(who continues, prompts) by name: of each head plain decoding, and with drafts."""
+    peers = {}
+    for head in args.head.split(","):
+        kinds = narrow.WeightKinds(tables=args.tables, head=head)
+        generator, prompts = (trained if args.workdir else untrained)(args, kinds)
+        peers[f"plain {head}"] = generator, prompts
+        peers[f"drafts {head}"] = (
+            speculation.Speculator(
+                generator, args.drafts, always=args.always, clock=clock
+            ),
+            prompts,
+        )
+    return peers
+
+
+def of_drafts(streams) -> dict[str, float]:
+    """What a `Speculator` has read how; {} of a `Generator`."""
+    if not isinstance(streams, speculation.Speculator):
+        return {}
+    report = streams.report
+    return {
+        "tokens_a_pass": 1 + report.accepted / max(report.passes, 1),
+        "tokens_a_step": report.reads,
+        "cost_of_a_step": report.cost,
+        "share_of_tokens": (report.passes + report.accepted) / report.tokens,
+    }
 
 
 def trained(args, kinds):
@@ -97,17 +122,18 @@ def untrained(args, kinds):
     return generator, rng.integers(0, config.vocab_size, shape).tolist()
 
 
-def measure(peers, prompts, args, clock) -> dict[str, list[float]]:
+def measure(peers, args, clock) -> dict[str, list[float]]:
     """Seconds of each in each round, after one that is not counted; texts must be equal."""
     seconds: dict = {name: [] for name in peers}
     sampling = sampler.SamplingConfig(args.tokens, args.temperature)
     shuffled, texts = random.Random(0), {}
     for i in range(args.rounds + 1):
         spent = dict.fromkeys(peers, 0.0)
-        for number, prompt in enumerate(prompts):
+        for number in range(args.prompts):
             for name in shuffled.sample(list(peers), len(peers)):
+                streams, prompts = peers[name]
                 start = clock()
-                text = list(peers[name].stream_batch([prompt], sampling))
+                text = list(streams.stream_batch([prompts[number]], sampling))
                 spent[name] += clock() - start
                 if texts.setdefault(number, text) != text:
                     raise AssertionError(f"prompt {number}: {name} has other tokens")

@@ -215,6 +215,7 @@ _TESTS = {
         "files/test_stores.py",
         "data/test_stored_files.py",
     ),
+    "generation/choosing": ("generation/test_generation.py",),
     "generation/sampler": (
         "generation/test_generation.py",
         "model/test_narrow.py",

@@ -4,10 +4,11 @@
     e   = the last place with the largest k_e, if that is at least SHORTEST
     draft = the tokens after e, again from e + 1 where they reach the end of the text
 
-Start at `draft`.
+Start at `draft`; `Pace` says when to use it.
 """
 
 import collections
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from memoryformer.notation import Array
 
 SHORTEST, LONGEST = 2, 4  # tokens that a place must share with the text's end
 FIRST = 3  # calls of either kind whose time is known before one is preferred
+MARGIN = 1.1  # so much faster must drafts be than plain calls to take their place
+AGAIN = 128  # calls, after which the other kind is timed once more
 
 
 def draft(
@@ -41,71 +44,101 @@ def draft(
     return history[after % history.shape[0]], shared[place] >= SHORTEST
 
 
-def accepted(history: np.ndarray, start: int, count: int) -> tuple[int, int]:
-    """What passes over the text [M] from token `start` on would have done: (passes, accepted).
+class Watch:
+    """What passes over drafts of `count` tokens would do with a text, as it is read.
 
-    Passes that have a draft, and tokens of those drafts that were the right ones.
+    It takes the same time for each token, however long the text: for each number of tokens that
+    a place may share with the text's end, it knows where each such run of tokens ended last.
     """
-    passes = total = 0
-    length = start + 1
-    while length < len(history):
-        tokens, worth = draft(history, length, count)
-        right = 0
-        if worth:
-            after = history[length : length + count]
-            equal = tokens[: len(after)] == after
-            right = len(after) if equal.all() else int(np.argmin(equal))
-            passes, total = passes + 1, total + right
-        length += 1 + right
-    return passes, total
+
+    def __init__(self, count: int):
+        self._count = count
+        self._text: list[int] = []
+        self._ends: list[dict] = [{} for _ in range(SHORTEST, LONGEST + 1)]
+        # Where the text has what the draft says next, and how much more the draft says.
+        self._place, self._unread = 0, 0
+
+    def read(self, tokens: Sequence[int]) -> int:
+        """Go on with these tokens, and count the steps: a token, with what its draft had right."""
+        steps = 0
+        for token in tokens:
+            right = self._unread > 0 and token == self._text[self._place]
+            self._text.append(token)
+            place = self._last_place()
+            if right:
+                self._place, self._unread = self._place + 1, self._unread - 1
+                continue
+            steps += 1
+            self._unread = 0 if place is None else self._count
+            self._place = 0 if place is None else place + 1
+        return steps
+
+    def _last_place(self) -> int | None:
+        """Where `draft` would find the text's end before, and note that it is here now."""
+        place, here = None, len(self._text) - 1
+        for size, ends in enumerate(self._ends, SHORTEST):
+            if size > len(self._text):
+                break
+            run = tuple(self._text[-size:])
+            place = ends.get(run, place)
+            ends[run] = here
+        return place
 
 
 class Pace:
-    """Whether a pass over a draft pays: 1 + accepted tokens against what it costs in tokens.
+    """Which kind of call reads a token in less time: one that reads drafts, or a plain one.
 
-    Seconds of a token and of a pass are medians of the last calls, and the accepted tokens
-    those of the last passes, so that it follows the text and the machine.
+    t      seconds of a token of plain calls
+    s      seconds of a step of calls with drafts: a token, with its draft if there is one
+    pays   tokens a step > s / t, and by a tenth to begin with, for a change takes time too
+
+    t and s are medians of the last calls, and tokens a step those of the last calls too, as they
+    were or, of plain calls, as `Watch` says that they would have been. So it follows the machine
+    and the text. One call in `AGAIN` is of the other kind, so that its time stays known.
     """
 
-    def __init__(self, last: int = 8):
-        self._token: collections.deque = collections.deque(maxlen=last)  # seconds
-        self._pass: collections.deque = collections.deque(maxlen=last)
-        self._accepted: collections.deque = collections.deque(maxlen=last)
+    def __init__(self, last: int = 5):
+        self._token: collections.deque = collections.deque(maxlen=last)  # t
+        self._step: collections.deque = collections.deque(maxlen=last)  # s
+        self._steps: collections.deque = collections.deque(maxlen=last)  # with tokens
+        self._untimed = {False: 0, True: 0}  # calls since one of that kind was timed
+        self._speculated = False  # the last call
 
-    def plain(self, tokens: int, seconds: float) -> None:
-        """Tokens were read one at a time."""
-        self._token.append(seconds / tokens)
-
-    def speculated(
-        self, plain_tokens: int, passes: int, accepted: int, seconds: float
+    def called(
+        self, speculated: bool, steps: int, tokens: int, seconds: float | None
     ) -> None:
-        """So many passes over drafts, and tokens without one."""
-        self.watched(passes, accepted)
-        if passes and self._token:
-            seconds -= plain_tokens * float(np.median(self._token))
-            self._pass.append(max(seconds, 0) / passes)
-
-    def watched(self, passes: int, accepted: int) -> None:
-        """Passes of a text that were made, or could have been."""
-        if passes:
-            self._accepted.append((passes, accepted))
+        """A call has read tokens in so many steps, or would have. None: it was not timed."""
+        self._speculated = speculated
+        if tokens:
+            self._steps.append((steps, tokens))
+        for kind in self._untimed:
+            self._untimed[kind] += 1
+        if tokens and seconds is not None:
+            self._untimed[speculated] = 0
+            if speculated:
+                self._step.append(seconds / steps)
+            else:
+                self._token.append(seconds / tokens)
 
     @property
-    def accepted(self) -> float:
-        """Accepted tokens a pass."""
-        passes, accepted = np.sum(self._accepted, axis=0) if self._accepted else (1, 0)
-        return float(accepted / passes)
+    def reads(self) -> float:
+        """Tokens a step."""
+        steps, tokens = np.sum(self._steps, axis=0) if self._steps else (1, 1)
+        return float(tokens / max(steps, 1))
 
     @property
     def cost(self) -> float:
-        """What a pass costs, in tokens read one at a time; 0 before it is known."""
-        if not self._pass or not self._token:
+        """s / t; 0 before both are known."""
+        if not self._step or not self._token:
             return 0.0
-        return float(np.median(self._pass) / np.median(self._token))
+        return float(np.median(self._step) / np.median(self._token))
 
     @property
-    def pays(self) -> bool:
-        """Whether to speculate. Either side is measured `FIRST` times first, in turns."""
-        if len(self._token) < FIRST or len(self._pass) < FIRST:
-            return len(self._token) > len(self._pass)
-        return 1 + self.accepted > self.cost
+    def speculates(self) -> bool:
+        """Whether the next call is to read drafts. First each kind is timed `FIRST` times."""
+        if len(self._token) < FIRST:
+            return False
+        if len(self._step) < FIRST:
+            return True
+        pays = self.reads > self.cost * (1 if self._speculated else MARGIN)
+        return not pays if self._untimed[not pays] >= AGAIN else pays

@@ -5,11 +5,12 @@
 Temperature 0 takes the most likely token, which equals the argmax of the full forward pass.
 A compiled loop chooses and reads up to LOOP tokens; between them nothing goes through
 Python. Weights may be stored narrower (`model.narrow`). Start at `Generator`; a new way to
-choose is a field of `SamplingConfig`, a line of `choose`, a flag in `generation.__main__` and
-an entry in `harness.encoding`.
+choose is a field of `SamplingConfig`, a line of `choosing.choose`, a flag in
+`generation.__main__` and an entry in `harness.encoding`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ import numpy as np
 
 from memoryformer import model as model_lib
 from memoryformer.errors import ConfigError
+from memoryformer.generation import choosing
 from memoryformer.model import fused, implementations, mixers, narrow, recurrence
 from memoryformer.notation import Array, Params
-from memoryformer.ops.lookup import narrow as narrow_rows
+from memoryformer.ops.lookup import screened
 
 # Prompts are read in pieces of at most this many tokens, each a power of two, so that prompts
 # of any length share a few compiled programs. A piece brings each row that it wants once.
@@ -53,48 +55,10 @@ class SamplingConfig:
         if not -(2**31) <= self.seed < 2**31:
             raise ConfigError(f"seed={self.seed}: must be a number of 32 bits.")
 
-
-def choose(
-    logits: Array, key: Array, temperature: Array | float, top_p: Array | float
-) -> Array:
-    """Choose one token per row: float32 [B, V] -> int32 [B]; both knobs may be traced."""
-
-    def greedy(logits):
-        return narrow_rows.first_largest(logits)
-
-    def sampled(logits):
-        return _sample(logits, key, temperature, top_p).astype(jnp.int32)
-
-    return jax.lax.cond(temperature > 0, sampled, greedy, logits)
-
-
-def _sample(logits, key, temperature, top_p):
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    nucleus = jnp.where(in_nucleus(scaled, top_p), scaled, -jnp.inf)
-    # `jax.random.categorical`, but XLA CPU would draw inside the argmax, one at a time.
-    noise = jax.lax.optimization_barrier(jax.random.gumbel(key, scaled.shape))
-    return jnp.argmax(nucleus + noise, axis=-1)
-
-
-def in_nucleus(logits: Array, top_p: Array | float) -> Array:
-    """Whether the tokens likelier than a token hold less than top_p: [B, V] -> bool [B, V].
-
-    Bisects for the smallest such probability, by its bits, which order as the positive
-    floats do: 31 sums over V cost a tenth of one sort.
-    """
-    mass = jax.nn.softmax(logits, axis=-1)
-    bits = jax.lax.bitcast_convert_type(mass, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds  # the answer is in [low, high]
-        middle = low + (high - low) // 2
-        above = jnp.sum(jnp.where(bits > middle, mass, 0), axis=-1, keepdims=True)
-        enough = above < top_p
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    high = jnp.max(bits, axis=-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
-    return bits >= low
+    @property
+    def knobs(self) -> tuple[np.float32, np.float32]:
+        """What `choose` takes: (temperature, top_p). As arrays they would take longer to make."""
+        return np.float32(self.temperature), np.float32(self.top_p)
 
 
 class Read(NamedTuple):
@@ -123,8 +87,11 @@ class Generator:
         if kinds is not None or jax.default_backend() == "cpu":
             kinds = kinds or narrow.WeightKinds()
             params = narrow.prepare(model_config, params, kinds)
-        self._screened = kinds is not None and kinds.head == narrow.SCREENED
+        weights = model_config.vocab_size * model_config.embed_dim
+        is_screened = kinds is not None and kinds.head == narrow.SCREENED
+        self._screened = is_screened and weights >= screened.FEWEST_WEIGHTS
         self.params = jax.tree.map(jnp.asarray, params)
+        self._empty = jax.jit(self._make_state, static_argnums=(1, 2))
         self._prefill = jax.jit(self.read_tokens, donate_argnums=1)
         self._decode = jax.jit(self._sample_and_read, donate_argnums=(1, 2))
 
@@ -154,7 +121,7 @@ class Generator:
         top_p: Array,
     ) -> Array:
         """Choose a token for each row of what `to_choose` gives: int32 [B, 1]."""
-        choose_each = jax.vmap(choose, (0, 0, None, None))
+        choose_each = jax.vmap(choosing.choose, (0, 0, None, None))
         if not self._screened:
             return choose_each(carried[:, None], keys, temperature, top_p)
         head: Any = model_lib.merge(self.model_config, params).head
@@ -210,13 +177,13 @@ class Generator:
             yield from self._one_by_one(prompts, sampling)
             return
         read = self.begin(prompts, sampling)
-        pending: Sequence[Array] | Array = []
+        pending: tuple[Sequence | Array, int] = [], 0
         for done in range(0, sampling.max_tokens, LOOP):
             count = min(LOOP, sampling.max_tokens - done)
             chosen, read = self.decode(read, count, sampling)
-            yield from np.asarray(pending).tolist()
-            pending = chosen[:count]
-        yield from np.asarray(pending).tolist()
+            yield from to_host(*pending)
+            pending = chosen, count
+        yield from to_host(*pending)
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Read:
         """Read prompts, of one length if there is a recurrence.
@@ -243,15 +210,14 @@ class Generator:
             logits, state = self._prefill(self.params, state, tokens[part], seq)
             start += size
         position = jnp.asarray(sizes[:, 0], jnp.int32)
-        keys = jax.vmap(jax.random.key)(sampling.seed + jnp.arange(len(prompts)))
-        return Read(state, logits, position, keys)
+        return Read(state, logits, position, _keys(sampling.seed, len(prompts)))
 
     def decode(
         self, read: Read, count: int, sampling: SamplingConfig
     ) -> tuple[Array, Read]:
         """Choose and read `count` <= LOOP tokens: int32 [LOOP, B] and what goes on."""
-        knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        tokens, *after = self._decode(self.params, *read, count, *knobs)
+        numbers = (np.int32(count), *sampling.knobs)
+        tokens, *after = self._decode(self.params, *read, *numbers)
         return tokens, Read(*after)
 
     def _one_by_one(self, prompts, sampling):
@@ -281,9 +247,23 @@ class Generator:
         limit = seq_len if length <= seq_len else mixers.max_length(self.model_config)
         if limit:
             max_len = max(length, min(max_len, limit))
-        model = model_lib.merge(self.model_config, self.params)
+        return self._empty(self.params, batch_size, max_len)
+
+    def _make_state(self, params, batch_size, max_len):
+        model = model_lib.merge(self.model_config, params)
         dtype = jnp.dtype(self.model_config.dtype)
         return model.init_state(batch_size, max_len, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(seed, count):
+    """One key for each row, of its own seed."""
+    return jax.vmap(jax.random.key)(seed + jnp.arange(count))
+
+
+def to_host(tokens: Sequence | Array, count: int) -> list:
+    """The first `count` of tokens, once they are computed. A slice of XLA's takes longer."""
+    return np.asarray(tokens)[:count].tolist()
 
 
 def _pieces(length: int, chunk: int = 0) -> list[int]:

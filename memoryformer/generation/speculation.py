@@ -1,38 +1,29 @@
 """Exact self-speculation of one stream: several tokens from one pass over the weights.
 
-    t                 chosen after what was read, as always
-    d_1 .. d_N        drafted: what followed the text's last tokens where they stood before
-    l_0 .. l_N        logits after t, d_1, .., d_N, of one pass (`model.positions`)
-    a_j               chosen from l_j with the key that token would be drawn with
-    kept              t, d_1 .. d_m, where d_j = a_{j-1} for j = 1 .. m; the state is set back
-
 The tokens are those of `sampler.Generator` bit for bit, greedy or drawn: a draft only decides
-how many are read at once. Before a stream of a new length, one pass is compared with
+how many are read at once (`passes`). Before a stream of a new length, one pass is compared with
 tokens read one by one; if XLA gives other bits here, nothing is speculated.
 
-While it runs it measures: `drafts.Pace` goes back to plain decoding where passes accept too little
-for what they cost, and watches the text for when they would pay. Start at `Speculator`.
+A call begins while the tokens of the one before are handed out, as in plain decoding. The time
+from one call's end to the next one's is what `drafts.Pace` compares: where calls with drafts
+read a token no faster than plain ones, it goes back to those, and watches the text for when
+drafts would pay. Start at `Speculator`.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memoryformer.errors import ConfigError
-from memoryformer.generation import drafts, sampler
-from memoryformer.model import mixers, positions
+from memoryformer.generation import drafts, passes, sampler
+from memoryformer.model import positions
 from memoryformer.notation import Array
 
-MAX_DRAFT = positions.MAX_POSITIONS - 1  # N
-# Of so many plain calls, one is looked through for what passes would have accepted.
-WATCH = 4
-MEASURE = 16  # of so many calls, one is plain, so that its time stays known
+MAX_DRAFT = passes.MAX_DRAFT
 
 
 @dataclasses.dataclass
@@ -42,7 +33,10 @@ class Report:
     tokens: int = 0
     passes: int = 0
     accepted: int = 0
-    cost: float = 0.0  # of a pass, in tokens read one at a time; 0: not measured
+    reads: float = (
+        0.0  # tokens a step of the last calls; a step is a token and its draft
+    )
+    cost: float = 0.0  # of a step, in plain tokens; 0: not measured
     refused: str = ""  # why nothing is speculated
 
     def __str__(self):
@@ -51,11 +45,22 @@ class Report:
         if not self.passes:
             return "no speculation: no pass over a draft"
         read = (self.passes + self.accepted) / self.tokens
-        cost = f" for the time of {self.cost:.1f}" if self.cost else ""
+        cost = f" for the time of {self.cost:.2f}" if self.cost else ""
         return (
-            f"{1 + self.accepted / self.passes:.2f} tokens a pass over a draft{cost}, "
-            f"{100 * read:.0f} % of tokens so"
+            f"{1 + self.accepted / self.passes:.2f} tokens a pass over a draft, "
+            f"{100 * read:.0f} % of tokens so; {self.reads:.2f} tokens a step{cost}"
         )
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call that was begun."""
+
+    tokens: Array
+    count: int  # tokens that it reads; with drafts, at least
+    timed: bool  # it began behind another, so that it took the time between their ends
+    counts: Array | None = None  # those of `Passes`
+    context: passes.Context | None = None
 
 
 class Speculator:
@@ -82,9 +87,8 @@ class Speculator:
         self.report = Report()
         self._generator, self._num_drafts, self._clock = generator, num_drafts, clock
         self._always, self._pace = always, drafts.Pace()
-        self._calls = 0
-        self._checked: dict[int, bool] = {}  # by the length of the history
-        self._speculate = jax.jit(self._passes, donate_argnums=(1, 2))
+        self._passes = passes.Passes(generator, num_drafts)
+        self._checked: dict[int, bool] = {}  # by the room for a text
 
     def stream_batch(
         self, prompts: Sequence[Sequence[int]], sampling: sampler.SamplingConfig
@@ -95,151 +99,107 @@ class Speculator:
                 f"--speculate={self._num_drafts}: reads one text at a time, not "
                 f"{len(prompts)}; use --batch_size=1."
             )
-        read = self._generator.begin(prompts, sampling)
-        length, left = len(prompts[0]), sampling.max_tokens
-        step = sampler.CACHE_STEP  # so that few programs are compiled, as for caches
-        history = np.zeros(-(-(length + left) // step) * step, np.int32)
-        history[:length] = prompts[0]
-        exact = self._check_bits(read, history, left, sampling)
-        while left > 0:
-            self._calls += 1
-            due = self._calls % MEASURE == 0 and not self._always
-            if exact and not due and (self._always or self._pace.pays):
-                tokens, read = self._call_passes(read, history, length, left, sampling)
-                history[length : length + len(tokens)] = tokens
-            else:
-                tokens, read = self._call_plain(read, left, sampling)
-                history[length : length + len(tokens)] = tokens
-                if self._calls % WATCH == 0:
-                    text = history[: length + len(tokens)]
-                    seen = drafts.accepted(text, length, self._num_drafts)
-                    self._pace.watched(*seen)
-            length, left = length + len(tokens), left - len(tokens)
-            self.report.tokens += len(tokens)
-            yield from ([token] for token in tokens.tolist())
+        text = _Text(self._generator, self._passes, prompts[0], sampling)
+        exact = self._check_bits(text, sampling)
+        watch, unwatched = drafts.Watch(self._num_drafts), prompts[0]
+        pending: _Call | None = None
+        ended = 0.0
+        while text.left > 0:
+            speculate = exact and (self._always or self._pace.speculates)
+            call = None
+            # Another kind of call waits for the tokens of the one before.
+            if pending is None or speculate == (pending.counts is not None):
+                call = text.begin(pending, speculate)
+            watch.read(unwatched)  # while the first call is computed
+            unwatched = ()
+            if pending is not None:
+                tokens, counts = text.end(pending)
+                began, ended = ended, self._clock()
+                steps = watch.read(tokens)
+                self._note(pending, counts, steps, ended - began)
+                yield from ([token] for token in tokens)
+            pending = call
 
-    def _call_plain(self, read, left, sampling):
-        """At most LOOP tokens, one after another: (tokens, what goes on)."""
-        count = min(sampler.LOOP, left)
-        start = self._clock()
-        chosen, read = self._generator.decode(read, count, sampling)
-        tokens = np.asarray(chosen)[:count, 0]
-        self._pace.plain(count, self._clock() - start)
-        return tokens, read
+    def _note(self, call, counts, steps, seconds):
+        """A call has ended; `steps` of passes over its text, made or not."""
+        count, passed, accepted = counts
+        speculated, report = call.counts is not None, self.report
+        steps = count - accepted if speculated else steps
+        self._pace.called(speculated, steps, count, seconds if call.timed else None)
+        report.tokens, report.passes = report.tokens + count, report.passes + passed
+        report.accepted += accepted
+        if speculated:
+            report.reads, report.cost = self._pace.reads, self._pace.cost
 
-    def _call_passes(self, read, history, length, left, sampling):
-        """LOOP tokens or a few more, drafts among them: (tokens, what goes on)."""
-        start = self._clock()
-        tokens, counts, read = self._run(
-            read, history, length, min(sampler.LOOP, left), left, sampling
-        )
-        count, passes, accepted = counts
-        plain = count - passes - accepted
-        self._pace.speculated(plain, passes, accepted, self._clock() - start)
-        self.report.passes += passes
-        self.report.accepted += accepted
-        self.report.cost = self._pace.cost
-        return tokens, read
-
-    def _run(self, read, history, length, least, left, sampling):
-        knobs = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        tokens, counts, *after = self._speculate(
-            self._generator.params, *read, history, length, least, left, *knobs
-        )
-        counts = np.asarray(counts).tolist()
-        return np.asarray(tokens)[: counts[0]], counts, sampler.Read(*after)
-
-    def _check_bits(self, read, history, left, sampling) -> bool:
+    def _check_bits(self, text, sampling) -> bool:
         """Whether a pass over right drafts gives what single tokens give, in all bits."""
         width = self._num_drafts + 1
-        if len(history) in self._checked or left < width:
-            return self._checked.get(len(history), False)
-        plain, chosen = jax.tree.map(jnp.copy, read), []
+        if text.room in self._checked or text.left < width:
+            return self._checked.get(text.room, False)
+        plain, chosen = jax.tree.map(jnp.copy, text.read), []
         for _ in range(width):
             token, plain = self._generator.decode(plain, 1, sampling)
             chosen.append(int(token[0, 0]))
         # A made-up history, in which the right tokens follow what no text holds.
         mark = [-1] * (drafts.LONGEST - 1)
-        made_up = np.zeros_like(history)
-        made_up[: width + 2 * len(mark)] = [*mark, *chosen, *mark]
-        tokens, _, passed = self._run(
-            jax.tree.map(jnp.copy, read),
-            made_up,
-            width + 2 * len(mark),
-            1,
-            left,
-            sampling,
+        history = np.array([*mark, *chosen, *mark], np.int32)
+        made_up = np.pad(history, (0, text.room - len(history)))
+        read = jax.tree.map(jnp.copy, text.read)
+        context = self._passes.context(read, made_up, len(history), text.left)
+        tokens, counts, context = self._passes(context, sampling, 1)
+        same = (
+            int(counts[0]) == width
+            and np.asarray(tokens)[:width].tolist() == chosen
+            and passes.same_bits(plain, context.read)
         )
-        same = tokens.tolist() == chosen and all(
-            np.array_equal(_bits(a), _bits(b))
-            for a, b in zip(*map(jax.tree.leaves, (plain, passed)), strict=True)
-        )
-        self._checked[len(history)] = same
+        self._checked[text.room] = same
         if not same:
             self.report.refused = (
                 f"{width} tokens read at once give other bits than one by one here"
             )
         return same
 
-    def _passes(
-        self, params, state, logits, position, keys, history, length, least, left,
-        temperature, top_p,
-    ):  # fmt: skip
-        """Choose and read at least `least` and at most `left` tokens.
 
-        Returns them, int32 [LOOP + N + 1], how many there are, the passes over drafts, the
-        drafted tokens accepted, and what goes on. `history` holds `length` tokens read.
-        """
-        width = self._num_drafts + 1
-        knobs = (temperature, top_p)
-        # Room for what is written behind the last token and never read.
-        history = jnp.pad(history, (0, width))
-        tokens = jnp.zeros(sampler.LOOP + width, jnp.int32)
-        counts = jnp.zeros(3, jnp.int32)
-        carry = (state, logits, position, keys, history, length, tokens, counts)
-        body = functools.partial(self._step, params, left, knobs)
-        carry = jax.lax.while_loop(lambda c: c[-1][0] < least, body, carry)
-        *read, _, _, tokens, counts = carry
-        return tokens, counts, *read
+class _Text:
+    """One text while it goes on: what of it is known here, and the calls that read more."""
 
-    def _step(self, params, left, knobs, carry):
-        """Choose a token, and read it with its draft or, where there is none, alone."""
-        state, logits, position, keys, history, length, tokens, counts = carry
-        width, generator = self._num_drafts + 1, self._generator
-        later, draws = _key_chain(keys, width)
-        token = generator.choose_tokens(params, logits, draws[:1], *knobs)[:, 0]
-        history = jax.lax.dynamic_update_slice(history, token, (length,))
-        drafted, worth = drafts.draft(history, length + 1, width - 1)
-        row = jnp.concatenate([token, drafted])
-        worth &= counts[0] + width <= left
+    def __init__(self, generator, compiled, prompt, sampling):
+        self._generator, self._passes, self._sampling = generator, compiled, sampling
+        self.read = generator.begin([prompt], sampling)
+        self.left = sampling.max_tokens
+        step = sampler.CACHE_STEP  # so that few programs are compiled, as for caches
+        self.room = -(-(len(prompt) + self.left) // step) * step
+        self._history = np.zeros(self.room, np.int32)
+        self._history[: len(prompt)] = prompt
+        self._length = len(prompt)
 
-        def many(carry):
-            places = position[:, None] + jnp.arange(width)[None]
-            seq = mixers.SeqInfo(places, jnp.ones_like(row[None]))
-            x, states = positions.read(
-                self.model_config, params, carry[0], row[None], seq
+    def begin(self, behind: _Call | None, speculate: bool) -> _Call | None:
+        """Begin a call, behind one of its kind that may not have ended; None: no tokens left."""
+        left = self.left - (0 if behind is None else behind.count)
+        if left <= 0:
+            return None
+        count, timed = min(sampler.LOOP, left), behind is not None
+        if not speculate:
+            tokens, self.read = self._generator.decode(self.read, count, self._sampling)
+            return _Call(tokens, count, timed)
+        context = behind.context if behind is not None else None
+        if context is None:
+            context = self._passes.context(
+                self.read, self._history, self._length, self.left
             )
-            after = generator.to_choose(params, x)
-            chosen = generator.choose_tokens(params, after[:-1], draws[1:], *knobs)
-            right = jnp.cumprod(chosen[:, 0] == drafted).sum().astype(jnp.int32)
-            state = positions.keep(states, width, right + 1)
-            return state, after[right][None], right, True
+        tokens, counts, context = self._passes(context, self._sampling)
+        return _Call(tokens, count, timed, counts, context)
 
-        def one(carry):
-            seq = mixers.SeqInfo(position[:, None], jnp.ones_like(row[None, :1]))
-            logits, state = generator.read_tokens(params, carry[0], row[None, :1], seq)
-            return state, logits, jnp.int32(0), True
-
-        # Loops of one step and not a `cond`, for which XLA copies caches.
-        carry = (state, logits, jnp.int32(0), False)
-        carry = jax.lax.while_loop(lambda c: worth & ~c[3], many, carry)
-        carry = jax.lax.while_loop(lambda c: ~worth & ~c[3], one, carry)
-        state, logits, right, _ = carry
-        history = jax.lax.dynamic_update_slice(history, drafted, (length + 1,))
-        tokens = jax.lax.dynamic_update_slice(tokens, row, (counts[0],))
-        counts += jnp.stack([right + 1, worth.astype(jnp.int32), right])
-        read = (state, logits, position + right + 1, later[right][None])
-        return *read, history, length + right + 1, tokens, counts
+    def end(self, call: _Call) -> tuple[list[int], list[int]]:
+        """Its tokens, once they are computed; how many, the passes, and the tokens accepted."""
+        counts = [call.count, 0, 0]
+        if call.context is not None:
+            counts, self.read = np.asarray(call.counts).tolist(), call.context.read
+        count = counts[0]
+        tokens = np.asarray(call.tokens).reshape(-1)[:count]
+        self._history[self._length : self._length + count] = tokens
+        self._length, self.left = self._length + count, self.left - count
+        return tokens.tolist(), counts
 
 
 def check(num_drafts: int) -> None:
@@ -248,20 +208,3 @@ def check(num_drafts: int) -> None:
         raise ConfigError(
             f"--speculate={num_drafts}: must be in [1, {MAX_DRAFT}], or 0 for none."
         )
-
-
-def _key_chain(keys: Array, count: int) -> tuple[Array, Array]:
-    """The keys after 1 .. count splits of keys [1], and what the splits give to draw with."""
-    later, draws = [], []
-    for _ in range(count):
-        keys, draw = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        later.append(keys)
-        draws.append(draw)
-    return jnp.concatenate(later), jnp.concatenate(draws)
-
-
-def _bits(array: Any) -> np.ndarray:
-    """The bytes of an array, or of keys."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(array).reshape(-1).view(np.uint8)

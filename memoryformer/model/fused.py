@@ -55,7 +55,13 @@ def features(
     few = tokens.size <= native_blocks.MAX_TOKENS
     if not few or why_not(config) or not _is_packed(model):
         return model.features(tokens, seq, state)
-    return _in_one_call(config, model, model.embed(tokens), seq, state)
+    return _in_one_call(config, model, _embed(model, tokens), seq, state)
+
+
+def _embed(model, tokens):
+    """`model.embed`, a column at a time: XLA CPU wakes a second thread for two rows."""
+    columns = range(tokens.shape[1])
+    return jnp.concatenate([model.embed(tokens[:, i : i + 1]) for i in columns], 1)
 
 
 def _in_one_call(config, model, x, seq, state):

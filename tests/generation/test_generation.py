@@ -15,8 +15,8 @@ import toy
 from memoryformer import convert, errors, model
 from memoryformer.data import tokenizer as tokenizer_lib
 from memoryformer.generation import __main__ as command
+from memoryformer.generation import choosing, sampler
 from memoryformer.generation import prompts as prompts_lib
-from memoryformer.generation import sampler
 from memoryformer.generation import text as text_lib
 
 PROMPTS = [[5, 1, 7], [2], [3, 4, 8, 1, 0]]
@@ -146,7 +146,7 @@ def test_nucleus_is_that_of_a_full_sort(top_p):
     logits *= np.array([[0.01], [1], [3], [20], [1], [0]], np.float32)
     logits[4] = np.round(logits[4])  # ties stay together
     logits[2, ::7] = -np.inf
-    got = np.asarray(jax.jit(sampler.in_nucleus)(logits, top_p))
+    got = np.asarray(jax.jit(choosing.in_nucleus)(logits, top_p))
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(axis=-1, keepdims=True)
     for row, mass, inside in zip(logits, exact, got, strict=True):
@@ -165,7 +165,7 @@ def test_samples_have_the_nucleus_distribution():
     """
     logits = np.array([2.0, -1.0, 1.0, 0.5, 1.5, -2.0], np.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = jax.jit(jax.vmap(sampler.choose, (None, 0, None, None)))
+    draw = jax.jit(jax.vmap(choosing.choose, (None, 0, None, None)))
     counts = np.bincount(
         np.asarray(draw(logits[None], keys, 0.5, 0.9))[:, 0], minlength=6
     )
@@ -456,10 +456,10 @@ def test_the_nucleus_ends_where_its_mass_is_reached():
     """Mutations: `<=` for `<`; the likeliest token left out."""
     certain = jnp.log(jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
     for top_p in (0.1, 1.0):
-        inside = sampler.in_nucleus(certain, top_p).tolist()
+        inside = choosing.in_nucleus(certain, top_p).tolist()
         assert inside == [[True, False, False], [False, False, True]]
     even = jnp.zeros((1, 4))
-    assert sampler.in_nucleus(even, 0.1).all()  # of equals, all or none
+    assert choosing.in_nucleus(even, 0.1).all()  # of equals, all or none
 
 
 def test_weights_are_laid_out_for_reading(monkeypatch):

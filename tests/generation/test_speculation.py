@@ -15,7 +15,7 @@ from memoryformer import errors, model
 from memoryformer.generation import __main__ as command
 from memoryformer.generation import drafts, sampler, speculation
 from memoryformer.model import narrow, positions
-from memoryformer.ops.lookup import native
+from memoryformer.ops.lookup import native, screened
 
 PROMPTS = ([5, 1, 7, 5, 1, 7, 5, 1], [2])
 
@@ -52,16 +52,21 @@ def check_same_tokens(generator, drawn=True):
     assert not report.refused and 2 * report.accepted > report.passes > 20, report
     read = (report.passes + report.accepted) / report.tokens
     assert report.tokens == len(PROMPTS) * 50 * (1 + drawn) and read > 0.4
+    return speculator
 
 
 def test_tokens_are_those_of_plain_decoding():
     """Mutations: `attention._each` takes all queries at once (other bits, so refused); `keep`
-    leaves the length, or `later[0]` for `later[right]`; the bound by `left` is dropped."""
-    check_same_tokens(one_layer())
+    leaves the length; `keys[count - 1]`, `chosen[0]`; `<=` for `<` in the bound by `left`."""
+    speculator = check_same_tokens(one_layer())
+    whole = tokens_of(speculator, PROMPTS[0])
+    for count in range(30, 50):  # wherever a pass would end, no token more
+        assert tokens_of(speculator, PROMPTS[0], max_tokens=count) == whole[:count]
 
 
-def test_a_screened_head_is_read_for_drafts_too():
+def test_a_screened_head_is_read_for_drafts_too(monkeypatch):
     """Mutation: logits of a screened head for `choose_tokens`, which takes its features."""
+    monkeypatch.setattr(screened, "FEWEST_WEIGHTS", 0)
     check_same_tokens(make(num_layers=1, head=narrow.SCREENED))
 
 
@@ -209,60 +214,145 @@ def test_drafts_of_a_traced_text_are_the_same():
         assert not worth or again.tolist() == tokens.tolist()
 
 
-def test_what_a_text_would_have_accepted():
-    """Mutations: one token too few after a pass; the text's end counts as accepted."""
-    period = np.array([1, 2, 3] * 4)
-    # Passes from [1 2 3 1 2] and from [1 2 3 1 2 3 1 2 3], three right tokens each.
-    assert drafts.accepted(period, 4, 3) == (2, 6)
-    assert drafts.accepted(np.arange(12), 0, 3) == (0, 0)
-    assert drafts.accepted(np.array([1, 2, 9, 1, 2, 8, 8]), 4, 3) == (1, 0)
+def naive_steps(text, start, count):
+    """Steps of passes over the text from token `start` on, one pass after another."""
+    length, ends = start + 1, []
+    while True:
+        tokens, worth = drafts.draft(np.array(text[:length]), length, count)
+        after = text[length : length + count]
+        equal = np.asarray(tokens)[: len(after)] == after
+        right = (len(after) if equal.all() else int(np.argmin(equal))) if worth else 0
+        ends.append(length + right)
+        if ends[-1] >= len(text):
+            return ends
+        length = ends[-1] + 1
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(
+    st.lists(st.integers(0, 2), min_size=2, max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 9),
+)
+def test_a_watch_counts_the_steps_of_passes(text, count, piece):
+    """Its text comes in pieces, and it says what passes from its first token on would do.
+
+    Mutations: a run noted before it is looked for; the shortest run for the longest; a draft
+    of one token more; a wrong token that goes on with its draft.
+    """
+    watch = drafts.Watch(count)
+    pieces = [text[i : i + piece] for i in range(0, len(text), piece)]
+    steps = sum(watch.read(tokens) for tokens in pieces)
+    assert steps == len(naive_steps(text, 0, count))
 
 
 def test_when_it_pays():
-    """A pass of 2.5 tokens' time pays where it accepts more than 1.5 of them.
+    """A step of 2.5 tokens' time pays where steps read more than 2.5 of them.
 
-    Mutations: `>=` for `>`; plain tokens of a call not taken from its time; 1 left out.
+    Mutations: `>=` for `>`; seconds of a step taken for those of a token; the margin left out,
+    or taken where drafts are read already.
     """
     pace = drafts.Pace()
     for _ in range(drafts.FIRST):
-        assert not pace.pays  # a token's time comes first
-        pace.plain(16, 1.6)
-        assert pace.pays  # in turns
-        pace.speculated(plain_tokens=4, passes=4, accepted=8, seconds=0.4 + 4 * 0.25)
-    assert pace.cost == pytest.approx(2.5) and pace.accepted == 2 and pace.pays
-    pace.speculated(plain_tokens=4, passes=12, accepted=0, seconds=0.4 + 12 * 0.25)
-    assert pace.accepted == 1 and pace.cost == pytest.approx(2.5) and not pace.pays
-    pace.watched(4, 24)
-    assert pace.pays
-    for _ in range(8):  # a slower machine makes both slower
-        pace.plain(16, 3.2)
-        pace.speculated(0, 4, 6, 4 * 0.5)
-    assert pace.cost == 2.5 and not pace.pays
+        assert not pace.speculates  # a token's time comes first
+        pace.called(False, steps=16, tokens=16, seconds=1.6)
+    for _ in range(drafts.FIRST):
+        assert pace.speculates
+        pace.called(True, steps=4, tokens=12, seconds=4 * 0.25)
+    pace.called(True, steps=4, tokens=12, seconds=None)
+    pace.called(True, steps=4, tokens=12, seconds=4 * 0.25)
+    assert pace.cost == pytest.approx(2.5) and pace.reads == 3 and pace.speculates
+    pace.called(True, steps=14, tokens=16, seconds=14 * 0.25)
+    assert pace.reads == pytest.approx(64 / 30) and not pace.speculates
+    for _ in range(5):  # what passes would do with the text of plain calls
+        pace.called(False, steps=5, tokens=16, seconds=1.6)
+    assert pace.reads == pytest.approx(3.2) and pace.speculates
+    for _ in range(5):  # a slower machine makes both slower
+        pace.called(False, steps=8, tokens=16, seconds=3.2)
+    for _ in range(5):
+        pace.called(True, steps=8, tokens=20, seconds=8 * 0.5)
+    assert pace.cost == pace.reads == 2.5 and not pace.speculates
+    for _ in range(5):
+        pace.called(False, steps=10, tokens=26, seconds=5.2)
+    assert pace.reads == 2.6 and not pace.speculates  # too little for a change
+    pace.called(True, steps=10, tokens=26, seconds=10 * 0.5)
+    assert pace.reads == 2.6 and pace.speculates  # and too much for another
 
 
-def test_it_is_left_off_where_it_does_not_pay(monkeypatch):
-    """Passes that take as long as nine tokens: three calls try, the others are plain.
+def test_the_other_kind_is_timed_again():
+    """Mutations: `>` for `>=`; a call without a time ends the wait."""
+    pace = drafts.Pace()
+    for speculated in (False, True):
+        for _ in range(drafts.FIRST):
+            pace.called(speculated, 16, 16, 32.0 if speculated else 16.0)
+    for _ in range(drafts.AGAIN):
+        assert not pace.speculates
+        pace.called(False, 16, 16, 16.0)
+    assert pace.speculates
+    pace.called(True, 16, 16, None)
+    assert pace.speculates
+    pace.called(True, 16, 16, 32.0)
+    assert not pace.speculates
 
-    Mutation: `pays` is not asked.
+
+class FakeText:
+    """In the place of a `_Text`: calls of 16 tokens that take what the test says."""
+
+    room = 0
+
+    def __init__(self, events, seconds):
+        self.events, self.seconds, self.now = events, seconds, 0.0
+        self.left = 16 * 24
+
+    def begin(self, behind, speculate):
+        ahead = 0 if behind is None else behind.count
+        if self.left <= ahead:
+            return None
+        kind = "drafts" if speculate else "plain"
+        self.events.append(f"begin {kind}")
+        if behind is None:
+            self.now += (
+                1000  # the machine was idle: what the next call takes does not count
+            )
+        counts = np.array([16, 4, 12]) if speculate else None
+        return speculation._Call(None, 16, behind is not None, counts)
+
+    def end(self, call):
+        kind = "plain" if call.counts is None else "drafts"
+        self.events.append(f"end {kind}")
+        self.now += self.seconds[kind]
+        self.left -= 16
+        return [1] * 16, [16, 0, 0] if call.counts is None else [16, 4, 12]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind"),
+    [({"plain": 16.0, "drafts": 16.5}, "plain"), ({"plain": 16.0, "drafts": 15.5}, "drafts")],
+    ids=("slower", "faster"),
+)  # fmt: skip
+def test_it_is_left_off_where_it_does_not_pay(monkeypatch, seconds, kind):
+    """Three calls of each kind are timed, then the faster go on; each begins behind another.
+
+    Mutations: `speculates` is not asked; a call ends before the next of its kind begins; the
+    kind changes while a call is pending; a call that began behind none is timed.
     """
-    calls, now = [], [0.0]
-
-    def plain(self, read, left, sampling):
-        calls.append("plain")
-        self._pace.plain(16, 16.0)
-        return np.zeros(16, np.int32), read
-
-    def passes(self, read, history, length, left, sampling):
-        calls.append("passes")
-        self._pace.speculated(0, 4, 12, 36.0)
-        return np.zeros(16, np.int32), read
-
-    monkeypatch.setattr(speculation.Speculator, "_call_plain", plain)
-    monkeypatch.setattr(speculation.Speculator, "_call_passes", passes)
+    events = []
+    text = FakeText(events, seconds)
+    monkeypatch.setattr(speculation, "_Text", lambda *args: text)
     monkeypatch.setattr(speculation.Speculator, "_check_bits", lambda *args: True)
-    stub = type(
-        "Stub", (), {"model_config": toy.model_config(), "begin": lambda *a: ()}
-    )
-    speculator = speculation.Speculator(stub(), clock=lambda: now[0])
-    tokens_of(speculator, [1], max_tokens=256)
-    assert calls == [*["plain", "passes"] * 3, *["plain"] * 10]
+    stub = type("Stub", (), {"model_config": toy.model_config()})
+    speculator = speculation.Speculator(stub(), clock=lambda: text.now)
+    monkeypatch.setattr(drafts.Watch, "read", lambda self, tokens: 4)
+    assert len(tokens_of(speculator, [1])) == 16 * 24
+    begun = [event.split()[1] for event in events if event.startswith("begin")]
+    assert begun == [*["plain"] * 5, *["drafts"] * 5, *[kind] * 14]
+    expected = []
+    for name, group in itertools.groupby(begun):
+        count = len(list(group))
+        pairs = [f"begin {name}", f"end {name}"] * (count - 1)
+        expected += [f"begin {name}", *pairs, f"end {name}"]
+    assert events == expected
+    report = speculator.report
+    calls = begun.count("drafts")
+    assert (report.passes, report.accepted) == (4 * calls, 12 * calls)
+    assert report.cost == pytest.approx(4 * seconds["drafts"] / 16)

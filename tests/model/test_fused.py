@@ -117,19 +117,31 @@ def test_equals_the_blocks_themselves(kind):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_a_token_is_what_it_is_alone():
+@pytest.mark.parametrize(
+    ("width", "lengths"), [(16, LENGTHS), (144, (4, 2))], ids=("narrow", "wide")
+)
+def test_a_token_is_what_it_is_alone(width, lengths):
     """Other streams, and how many tokens a call reads, change no bit: drafts rely on it.
 
-    Mutation: keys of a later token seen.
+    The wide heads fill vectors and a rest, and four queries share a read of their keys.
+    Mutations: keys of a later token seen; the last of four queries without its own key.
     """
-    config, weights = make()
+    config, weights = make(embed_dim=width)
     prepared = narrow.prepare(config, weights, narrow.WeightKinds(tables="int8"))
     read, empty = reader(config, prepared)
-    together, state = in_pieces(read, empty(2))
-    one_by_one, same = in_pieces(read, empty(2), lengths=[1] * 6)
+
+    def after_18(rows, part=slice(None)):
+        state = empty(rows)
+        for _ in range(3):
+            _, state = in_pieces(read, state, part, lengths)
+        return state
+
+    together, state = in_pieces(read, after_18(2), lengths=lengths)
+    one_by_one, same = in_pieces(read, after_18(2), lengths=[1] * 6)
     np.testing.assert_array_equal(together, one_by_one)
     assert jax.tree.all(jax.tree.map(np.array_equal, state, same))
-    alone, _ = in_pieces(read, empty(1), rows=slice(1, 2))
+    second = slice(1, 2)
+    alone, _ = in_pieces(read, after_18(1, second), second, lengths)
     np.testing.assert_array_equal(together[1:], alone)
 
 
