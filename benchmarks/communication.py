@@ -16,13 +16,29 @@ Forward is the evaluation step's (of megatron: the function's), backward what th
 gradients sends beyond it. The target's compiler must be installed (`memoryformer.accounting.targets`).
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from benchmarks import arguments
+
+PROGRAMS = ("megatron", "memory", "dense")
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--target", default="h200:8")
+FLAGS.names("programs", PROGRAMS)
+FLAGS.add_argument(
+    "--lookup",
+    default="auto",
+    help="of the memory layers: local, so that it changes compile time only",
+)
+FLAGS.output("json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -47,16 +63,8 @@ Pair = tuple[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile the programs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="h200:8")
-    parser.add_argument("--programs", default="megatron,memory,dense")
-    parser.add_argument(
-        "--lookup",
-        default="auto",
-        help="of the memory layers: local, so that it changes compile time only",
-    )
-    parser.add_argument("--json", default="")
-    options = parser.parse_args(argv)
+    options = FLAGS.parse_args(argv)
+    chosen = FLAGS.chosen("programs", options.programs, PROGRAMS)
     jax.config.update("jax_enable_compilation_cache", False)  # none for such devices
     devices = targets_lib.parse(options.target).devices()
     memory = presets.memoryformer("base")
@@ -66,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "memory": lambda: one_block(memory, devices),
         "dense": lambda: one_block(presets.pythia("410m"), devices),
     }
-    pairs = {name: programs[name]() for name in options.programs.split(",")}
+    pairs = {name: programs[name]() for name in chosen}
     rows = {name: per_token(*pair) for name, pair in pairs.items()}
     print(f"wire bytes per token and layer across model, {options.target}")
     for name, row in rows.items():
@@ -180,4 +188,4 @@ def _norm(x):
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -10,13 +10,28 @@ A TPU program can take minutes to compile. `--tokens`, `--tables`, `--buckets`, 
 set the sizes (N=16384, K=128, C=256, F=1024), `--dtype` the tables' type.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
+
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("target", choices=("gpu", "tpu"))
+FLAGS.add_argument("--topology", default="v6e:2x2", help="of the TPU")
+FLAGS.number("tokens", 16384)
+FLAGS.number("tables", 128)
+FLAGS.number("buckets", 256)
+FLAGS.number("features", 1024)
+FLAGS.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+FLAGS.names("implementations")
+FLAGS.output("output", None)
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 # Before jax starts: compile for what is not here, and let the GPU kernels be dumped.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,20 +49,17 @@ from memoryformer.accounting import targets as targets_lib
 from memoryformer.ops.lookup import gpu as lookup_gpu
 from memoryformer.ops.lookup import xla as lookup_xla
 
+IMPLEMENTATIONS = {
+    "gpu": {"gpu": lookup_gpu.gpu, "xla": lookup_xla.scan_tables},
+    "tpu": {"onehot": lookup_xla.onehot_products},
+}
 
-def main(arguments: list[str] | None = None) -> list[dict]:
+
+def main(argv: list[str] | None = None) -> list[dict]:
     """Compile what is asked for, print it and return it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("target", choices=("gpu", "tpu"))
-    parser.add_argument("--topology", default="v6e:2x2", help="of the TPU")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--tables", type=int, default=128)
-    parser.add_argument("--buckets", type=int, default=256)
-    parser.add_argument("--features", type=int, default=1024)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--implementations", default="", help="default: all")
-    parser.add_argument("--output", type=pathlib.Path)
-    flags = parser.parse_args(arguments)
+    flags = FLAGS.parse_args(argv)
+    functions = IMPLEMENTATIONS[flags.target]
+    chosen = FLAGS.chosen("implementations", flags.implementations, functions)
     if flags.target == "gpu":
         topology = topologies.get_topology_desc(
             "",
@@ -55,11 +67,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             topology="1x1x1",
             target_config=targets_lib.gpu_description("h200"),
         )
-        functions = {"gpu": lookup_gpu.gpu, "xla": lookup_xla.scan_tables}
     else:
         topology = topologies.get_topology_desc(flags.topology, platform="tpu")
-        functions = {"onehot": lookup_xla.onehot_products}
-    chosen = flags.implementations.split(",") if flags.implementations else functions
     rows = []
     for name in chosen:
         for direction in ("forward", "backward"):
@@ -185,4 +194,4 @@ def show(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

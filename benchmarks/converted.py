@@ -8,13 +8,24 @@ order each round. Losses are of all validation text, with the same weights; byte
 `accounting.count`'s: rows, dense layers and the head. The first run is what others are compared to.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import random
 
-from benchmarks import timing
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("runs", nargs="+", type=pathlib.Path)
+FLAGS.number("tokens", 64)
+FLAGS.number("rounds", 7, low=2)
+FLAGS.clock()
+FLAGS.output("output", "converted.json")
+FLAGS.output("plot")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 from memoryformer import accounting
 from memoryformer.model import narrow
 
@@ -24,20 +35,11 @@ VALUE_BYTES = 1
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure the runs, or plot a file of an earlier measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=pathlib.Path)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="converted.json")
-    parser.add_argument("--plot", type=pathlib.Path)
-    args = parser.parse_args(argv)
-    if args.rounds < 2 or args.tokens < 1:
-        parser.error("--rounds must be at least 2 and --tokens at least 1")
+    args = FLAGS.parse_args(argv)
     if len({path.name for path in args.runs}) < len(args.runs):
-        parser.error("two runs have the same name, by which they are told apart")
+        FLAGS.error("two runs have the same name, by which they are told apart")
     if args.runs[0].is_file():
-        result = json.loads(args.runs[0].read_text())
+        result = arguments.read_json(args.runs[0])
     else:
         result = measured(args)
         args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -133,4 +135,4 @@ def plot(result: dict, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -14,20 +14,34 @@ use. Writes decode_length.json, and the plot if asked.
 Expected: flat for all but softmax, whose every token reads the whole cache.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
 
+from benchmarks import arguments, timing
+
+CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("files", nargs="*", type=pathlib.Path)
+FLAGS.names("mixers")
+FLAGS.numbers("contexts", CONTEXTS, high=1 << 26, help="tokens seen")
+FLAGS.number("tokens", 32)
+FLAGS.number("rounds", 7)
+FLAGS.clock()
+FLAGS.output("output", "decode_length.json")
+FLAGS.output("plot", help="a .png to draw")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
 from memoryformer import model, presets, sharding
 from memoryformer.model import mixers, recurrence
 from memoryformer.model.mixers import softmax
 
-CONTEXTS = (1 << 10, 1 << 14, 1 << 18, 1 << 20)
 NAMES = tuple(name for name in presets.mixer_settings() if "matched" not in name)
 CHUNK = 32  # tokens of a recurrence's chunk: every round opens and closes one
 SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
@@ -35,24 +49,17 @@ SHAPE = {"vocab_size": 256, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure; print and write one row for each mixer and context; return them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=pathlib.Path)
-    parser.add_argument("--mixers", default=",".join(NAMES), help="comma-separated")
-    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", default="decode_length.json")
-    parser.add_argument("--plot", default="", help="a .png to draw")
-    args = parser.parse_args(argv)
+    args = FLAGS.parse_args(argv)
     if args.files:
-        rows = [row for path in args.files for row in json.loads(path.read_text())]
+        if not args.plot:
+            FLAGS.error("--plot=FILE.png is missing: files are only drawn")
+        rows = [row for path in args.files for row in arguments.read_json(path)]
         plot(rows, args.plot)
         return rows
-    contexts = [int(context) for context in args.contexts.split(",")]
-    rows, clock = [], timing.CLOCKS[args.clock]
+    names = FLAGS.chosen("mixers", args.mixers, NAMES)
+    contexts, rows, clock = args.contexts, [], timing.CLOCKS[args.clock]
     print(f"{'mixer':<16}{'context':>10}{'tokens/s':>12}{'state bytes':>16}")
-    for name in args.mixers.split(","):
+    for name in names:
         cases = {context: _case(name, context, args.tokens) for context in contexts}
         seconds = {context: [] for context in contexts}
         for _ in range(args.rounds):
@@ -75,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 }
             )
             print(f"{name:<16}{context:>10}{rate:>12.0f}{num_bytes:>16,}", flush=True)
-    pathlib.Path(args.output).write_text(json.dumps(rows, indent=2) + "\n")
+    args.output.write_text(json.dumps(rows, indent=2) + "\n")
     if args.plot:
         plot(rows, args.plot)
     return rows
@@ -166,4 +173,4 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

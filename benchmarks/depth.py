@@ -7,8 +7,15 @@ prints one row for each form: CPU seconds of tracing and of compiling, bytes of 
 memory and floating-point operations of the compiled program.
 """
 
-import argparse
 import time
+
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.numbers("layers", (4, 12), high=1000)
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +62,18 @@ def compiled(num_layers: int, remat: str, scan: bool) -> str:
     )
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", default="4,12")
-    args = parser.parse_args()
+    args = FLAGS.parse_args(argv)
     jax.config.update("jax_enable_compilation_cache", False)
     print(
         "| layers | loop | remat | tracing, s | compiling, s | temporary, MiB | GFLOP |"
     )
     print("|---|---|---|---|---|---|---|")
-    for num_layers in map(int, args.layers.split(",")):
+    for num_layers in args.layers:
         for form in FORMS:
             print(compiled(num_layers, *form), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

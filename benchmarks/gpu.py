@@ -12,14 +12,26 @@ with its error and left out.
 PREDICTIONS were written before any run on a GPU; the table shows them beside the medians.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable
+
+from benchmarks import arguments
+
+KINDS = ("forward", "backward", "train")
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--check", action="store_true", help="toy sizes, interpreted")
+FLAGS.number("rounds", 15)
+FLAGS.names("cases")
+FLAGS.names("kinds", KINDS)
+FLAGS.output("output", "gpu.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some
 
@@ -44,27 +56,16 @@ PREDICTIONS = {
     "backward xla product": (2.2, 2.6),
     "train dense": (0.14, 0.18),
 }
-KINDS = ("forward", "backward", "train")
 CHECKED = 32  # tokens and rows compared with float64 sums
 Peers = dict[str, Callable]
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict:
     """Ceilings, then every case: check, time, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="toy sizes, interpreted")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cases", default="", help="comma-separated; default: all")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
-    parser.add_argument("--output", type=pathlib.Path, default="gpu.json")
-    flags = parser.parse_args(arguments)
+    flags = FLAGS.parse_args(argv)
     cases = TOY_CASES if flags.check else CASES
-    chosen = flags.cases.split(",") if flags.cases else list(cases)
-    kinds = flags.kinds.split(",")
-    for flag, values, known in (("cases", chosen, cases), ("kinds", kinds, KINDS)):
-        for value in values:
-            if value not in known:
-                parser.error(f"--{flag}: {value!r}: known: {', '.join(known)}")
+    chosen = FLAGS.chosen("cases", flags.cases, cases)
+    kinds = FLAGS.chosen("kinds", flags.kinds, KINDS)
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu and not flags.check:
         raise SystemExit(f"the platform is {jax.default_backend()}, not gpu: --check")
@@ -446,4 +447,4 @@ CASES = {
 TOY_CASES = {"toy": {"N": 3, "K": 2, "C": 2, "F": 128, "skewed": True}}
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

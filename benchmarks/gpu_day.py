@@ -13,7 +13,6 @@ A part writes DIR/PART.json after each of its rows, so that a cut loses only wha
 done, and stops before a row that would start after --seconds.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -23,13 +22,25 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("part", choices=("checks", "quickstart", "step", "base", "decode"))
+FLAGS.add_argument("--check", action="store_true", help="toy sizes, any machine")
+FLAGS.real("seconds", 120.0, help="after which no row starts")
+FLAGS.add_argument("--rows", default="", help="only rows whose name has this in it")
+FLAGS.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_day"))
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
 import optax
 
-from benchmarks import gpu_checks, timing, train_step
+from benchmarks import gpu_checks, train_step
 from memoryformer import accounting, config, model, sharding
 from memoryformer.accounting import targets as targets_lib
 from memoryformer.generation import sampler
@@ -45,15 +56,7 @@ Row = dict[str, object]
 
 def main(argv: list[str] | None = None) -> None:
     """Run one part; a row that fails is written with its error, and the exit code is 1."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--check", action="store_true", help="toy sizes, any machine")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument(
-        "--rows", default="", help="only rows whose name has this in it"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_day"))
-    flags = parser.parse_args(argv)
+    flags = FLAGS.parse_args(argv)
     if jax.default_backend() != "gpu" and not flags.check:
         raise SystemExit(f"the platform is {jax.default_backend()}, not gpu: --check")
     flags.output.mkdir(parents=True, exist_ok=True)
@@ -267,4 +270,4 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

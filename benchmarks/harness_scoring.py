@@ -14,15 +14,20 @@ import os
 import tempfile
 import time
 
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.number("requests", 2000, help="how many")
+FLAGS.number("rounds", 3, help="of which the best of each side counts")
+FLAGS.number("batch_size", 32, help="rows, on both sides")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 import numpy as np
-from absl import flags
 
-from memoryformer import cli, convert
+from memoryformer import convert
 from memoryformer.harness import scoring
-
-_REQUESTS = flags.DEFINE_integer("requests", 2000, "How many.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; the best of each side counts.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows, on both sides.")
 
 SHAPE = dict(
     vocab_size=50_304,
@@ -81,9 +86,9 @@ def score_theirs(theirs, windows, batch_size: int, lean: bool) -> list[np.ndarra
     return results
 
 
-def main(argv):
+def main(argv: list[str] | None = None) -> None:
     """Run both sides in turn and print JSON."""
-    del argv
+    args = FLAGS.parse_args(argv)
     import torch
     import transformers
 
@@ -93,9 +98,9 @@ def main(argv):
     theirs = transformers.GPTNeoXForCausalLM(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        size = _BATCH_SIZE.value
+        size = args.batch_size
         scorer = scoring.Scorer(*convert.load_gpt_neox(folder), batch_size=size)
-        windows = make_requests(_REQUESTS.value)
+        windows = make_requests(args.requests)
         sides = {
             "transformers": lambda w: score_theirs(theirs, w, size, False),
             "transformers_lean": lambda w: score_theirs(theirs, w, size, True),
@@ -107,7 +112,7 @@ def main(argv):
             started = time.perf_counter()
             score(windows[:200])
             first[name] = time.perf_counter() - started
-        for _ in range(_ROUNDS.value):
+        for _ in range(args.rounds):
             results = {}
             for name, score in sides.items():
                 started = time.perf_counter()
@@ -135,4 +140,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    arguments.run(main)

@@ -15,44 +15,48 @@ bytes, and what rounding activations costs in nats. Every choice is compared wit
 argmax before anything is timed. Writes head.json. Results: docs/performance.md.
 """
 
-import argparse
 import functools
 import json
 import os
-import pathlib
 from typing import Any
+
+from benchmarks import arguments, timing
+
+KINDS = ("int8", "int8-screened", "w8a8", "int4", "w4a8")
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--workdir", default="", help="a run with an untied head")
+FLAGS.number("outputs", 50304, low=1000)
+FLAGS.number("width", 1024)
+FLAGS.numbers("streams", (1, 16), high=64, help="vectors of a choice")
+FLAGS.names("kinds", KINDS)
+FLAGS.number("rounds", 9, low=2)
+FLAGS.number("tokens", 1600, help="of --workdir")
+FLAGS.cores()
+FLAGS.clock()
+FLAGS.output("output", "head.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
 from memoryformer import model
 from memoryformer.data import run_tokenizer
 from memoryformer.model import mixers
 from memoryformer.ops.lookup import integer, narrow, screened
 from memoryformer.training import experiment
 
-KINDS = ("int8", "int8-screened", "w8a8", "int4", "w4a8")
-
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write and return."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", default="", help="a run with an untied head")
-    parser.add_argument("--outputs", type=int, default=50304)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--streams", default="1,16", help="comma-separated")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=1600, help="of --workdir")
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="head.json")
-    args = parser.parse_args(argv)
+    args = FLAGS.parse_args(argv)
+    kinds = FLAGS.chosen("kinds", args.kinds, KINDS)
     cores = timing.use_cores(args.cores)
     facts = {"cores": cores, "clock": args.clock, "load": os.getloadavg()[0]}
-    result = facts | (trained(args) if args.workdir else times(args))
+    result = facts | (trained(args, kinds) if args.workdir else times(args, kinds))
     print(json.dumps(facts))
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -106,14 +110,14 @@ def drawn(name: str, outputs: int, width: int, count: int) -> tuple[Any, Any]:
     return np.ascontiguousarray((rows @ basis).T), (z @ basis).astype(np.float32)
 
 
-def times(args) -> dict[str, Any]:
+def times(args, kinds) -> dict[str, Any]:
     """Milliseconds of one choice, in turns, and their ratio to today's int8 head."""
-    clock, kinds = timing.CLOCKS[args.clock], args.kinds.split(",")
+    clock = timing.CLOCKS[args.clock]
     result: dict[str, Any] = {"outputs": args.outputs, "width": args.width}
     for name in ("steep", "flat"):
         matrix, states = drawn(name, args.outputs, args.width, 64)
         heads = {k: pack(matrix, k) for k in kinds if name == "steep" or "int8" in k}
-        for count in map(int, args.streams.split(",")):
+        for count in args.streams:
             rows = result[f"{name}, {count}"] = _in_turns(
                 heads, states, count, args.rounds, clock
             )
@@ -171,7 +175,7 @@ def _shown(row):
 # --- A trained model. ----------------------------------------------------------------
 
 
-def trained(args) -> dict[str, Any]:
+def trained(args, kinds) -> dict[str, Any]:
     """Rows read for each token of a run's validation text, and nats of each kind."""
     run, params, facts = experiment.load(args.workdir)
     x, targets = _read_text(args, run, params, facts)
@@ -180,7 +184,7 @@ def trained(args) -> dict[str, Any]:
     result["tokens"] = len(x)
     entropy = functools.partial(_nats, targets=targets)
     float32 = result["nats float32"] = entropy(x @ matrix)
-    for kind in args.kinds.split(","):
+    for kind in kinds:
         if kind != "int8-screened":
             stored = pack(matrix, kind)
             parts = [logits(x[i : i + 16], stored) for i in range(0, len(x), 16)]
@@ -227,4 +231,4 @@ def _nats(values, targets):
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

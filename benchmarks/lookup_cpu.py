@@ -30,7 +30,6 @@ AVX-512: 2.2x MKL's dense layer, 2.4x with gradients, 5.2x at N=1 and 6.4x with 
 rows; docs/results.md has the rest.
 """
 
-import argparse
 import ctypes
 import dataclasses
 import importlib.util
@@ -40,11 +39,24 @@ import random
 import types
 from collections.abc import Callable
 
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.names("cases")
+FLAGS.number("rounds", 21, low=2)
+FLAGS.cores()
+FLAGS.output("output", "lookup_cpu.json")
+FLAGS.clock()
+FLAGS.add_argument("--keep_memory", action="store_true")
+FLAGS.output("plot")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
 from memoryformer.ops.lookup import narrow as narrow_rows
 from memoryformer.ops.lookup import native as lookup_native
 from memoryformer.ops.lookup import xla as lookup_xla
@@ -58,17 +70,10 @@ LOOKUPS = {"native": lookup_native.native, "xla lookup": lookup_xla.scan_tables}
 Peers = dict[str, Callable]  # name -> function of the round's inputs
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the cases asked for; print and write what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--output", type=pathlib.Path, default="lookup_cpu.json")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--keep_memory", action="store_true")
-    parser.add_argument("--plot", type=pathlib.Path)
-    flags = parser.parse_args()
+    flags = FLAGS.parse_args(argv)
+    chosen = FLAGS.chosen("cases", flags.cases, CASES)
     if flags.keep_memory:
         keep_memory()
     cores = timing.use_cores(flags.cores)
@@ -84,7 +89,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(cores)
-    for name in flags.cases.split(","):
+    for name in chosen:
         draw, peers, check = CASES[name]()
         inputs = draw(0)
         check({peer: run(inputs) for peer, run in peers.items()})
@@ -407,4 +412,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

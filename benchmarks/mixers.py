@@ -13,15 +13,31 @@ projection, medians over rounds and [quartiles], and bytes of decode state at th
 length.
 """
 
-import argparse
+import itertools
 import json
 import pathlib
 import statistics
 from collections.abc import Callable, Collection
 
+from benchmarks import arguments, timing
+
+PROJECTIONS = ("memory", "dense")
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.names("mixers")
+FLAGS.names("projections", PROJECTIONS)
+FLAGS.number("seeds", 0, low=0, help="0: 3 of the paper's, 1")
+FLAGS.number("steps", 0, low=0, help="0: the config's")
+FLAGS.number("rounds", 9, low=0, help="of timed steps; 0: none")
+FLAGS.clock()
+FLAGS.add_argument("--config", default="configs/quickstart.py")
+FLAGS.add_argument("--folder", default="runs/mixers")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 import jax
 
-from benchmarks import timing
 from memoryformer import accounting, data, presets
 from memoryformer import config as config_lib
 from memoryformer import sharding as sharding_lib
@@ -29,30 +45,18 @@ from memoryformer.runs import metrics
 from memoryformer.training import experiment, loop, programs
 from memoryformer.training import step as step_lib
 
-PROJECTIONS = ("memory", "dense")
 NAMES = tuple(name for name in presets.mixer_settings() if "matched" not in name)
 PAPER = ("softmax", "linformer", "cosformer", "performer")  # three seeds by default
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Train what is missing; print and write the table; return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mixers", default=",".join(NAMES), help="comma-separated")
-    parser.add_argument("--projections", default=",".join(PROJECTIONS))
-    parser.add_argument("--seeds", type=int, default=0, help="0: 3 of the paper's, 1")
-    parser.add_argument("--steps", type=int, default=0, help="0: the config's")
-    parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0: none")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--folder", default="runs/mixers")
-    args = parser.parse_args(argv)
+    args = FLAGS.parse_args(argv)
+    names = FLAGS.chosen("mixers", args.mixers, NAMES)
+    projections = FLAGS.chosen("projections", args.projections, PROJECTIONS)
+    cases = list(itertools.product(names, projections))
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cases = [
-        (name, projection)
-        for name in args.mixers.split(",")
-        for projection in args.projections.split(",")
-    ]
     rows = [_measure(args, folder, *case) for case in cases]
     if args.rounds:
         steps = {case: _train_step(_config(args, *case)) for case in cases}
@@ -177,4 +181,4 @@ def _speed(rates: Collection[float] | None, base: Collection[float] | None) -> s
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

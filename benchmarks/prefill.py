@@ -9,16 +9,28 @@ whole model, whose layers are read from memory all the same. Beside other engine
 `python -m benchmarks.decode --prefill=512`. Results: docs/performance.md.
 """
 
-import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import random
+
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--size", choices=("small", "base", "toy"), default="base")
+FLAGS.number("layers", 6, high=1000)
+FLAGS.numbers("lengths", (512,), high=2048, help="tokens of a prompt")
+FLAGS.names("tables", default="int8", help="kinds of rows")
+FLAGS.number("rounds", 5, low=2)
+FLAGS.cores()
+FLAGS.clock()
+FLAGS.output("output", "prefill.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 import numpy as np
 
-from benchmarks import timing
 from benchmarks.decode import ours, peers
 from memoryformer.generation import sampler
 from memoryformer.model import narrow
@@ -27,30 +39,13 @@ from memoryformer.ops.lookup import narrow as narrow_rows
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print, write and return."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=("small", "base", "toy"), default="base")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--lengths", default="512", help="comma-separated")
-    parser.add_argument("--tables", default="int8", help="comma-separated kinds")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="prefill.json")
-    args = parser.parse_args(argv)
-    kinds, lengths = args.tables.split(","), args.lengths.split(",")
-    for kind in kinds:
-        if kind not in narrow_rows.TABLE_KINDS:
-            known = ", ".join(narrow_rows.TABLE_KINDS)
-            parser.error(f"--tables: {kind!r} is none of {known}")
-    if not all(n.isdigit() and 0 < int(n) <= 2048 for n in lengths):
-        parser.error(f"--lengths={args.lengths}: must be numbers from 1 to 2048")
-    if args.layers < 1 or args.rounds < 2:
-        parser.error("--layers must be at least 1 and --rounds at least 2")
+    args = FLAGS.parse_args(argv)
+    kinds = FLAGS.chosen("tables", args.tables, narrow_rows.TABLE_KINDS)
     cores = timing.use_cores(args.cores)
     works = {
-        (kind, int(length)): reader(args.size, args.layers, kind, int(length))
+        (kind, length): reader(args.size, args.layers, kind, length)
         for kind in kinds
-        for length in lengths
+        for length in args.lengths
     }
     clock, shuffled = timing.CLOCKS[args.clock], random.Random(0)
     micros: dict = {work: [] for work in works}
@@ -96,4 +91,4 @@ def reader(size: str, num_layers: int, kind: str, length: int):
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

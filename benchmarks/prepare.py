@@ -23,6 +23,19 @@ import sysconfig
 import time
 from collections.abc import Sequence
 
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--folder", default="runs/prepare", help="corpora and outputs")
+FLAGS.number("megabytes", 24, high=1 << 20, help="of the largest corpus")
+FLAGS.add_argument("--tokenizer", default="", help="a tokenizer.json; '': trained")
+FLAGS.number("vocab_size", 16384, low=257, help="of a trained one")
+FLAGS.number("rounds", 3, help="of each")
+FLAGS.add_argument("--datatrove", default="", help="a python that has datatrove")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 from memoryformer.data import local_files, tokenizer
 
 _OURS = """
@@ -49,18 +62,7 @@ LocalPipelineExecutor(pipeline=[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the corpora, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default="runs/prepare", help="corpora and outputs")
-    parser.add_argument(
-        "--megabytes", type=int, default=24, help="of the largest corpus"
-    )
-    parser.add_argument("--tokenizer", default="", help="a tokenizer.json; '': trained")
-    parser.add_argument(
-        "--vocab_size", type=int, default=16384, help="of a trained one"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of each")
-    parser.add_argument("--datatrove", default="", help="a python that has datatrove")
-    flags = parser.parse_args(argv)
+    flags = FLAGS.parse_args(argv)
     folder = pathlib.Path(flags.folder)
     sizes = [flags.megabytes << 20 >> shift for shift in (4, 2, 0)]
     corpora = [_corpus(folder / f"text-{size}", size) for size in sizes]
@@ -178,4 +180,4 @@ def _trained(
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

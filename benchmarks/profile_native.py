@@ -9,12 +9,19 @@ kind at 2 to 3 instructions a cycle, a kernel is bound by memory if its lines ar
 slowly than its instructions per line run. Needs valgrind and a C++ compiler.
 """
 
-import argparse
 import json
 import pathlib
 import re
 import subprocess
 import tempfile
+
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.output("output", "profile_native.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 from memoryformer.ops.lookup import native as lookup_native
 
@@ -33,11 +40,9 @@ KERNELS = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Build, count, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=pathlib.Path, default="profile_native.json")
-    args = parser.parse_args()
+    args = FLAGS.parse_args(argv)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         program = pathlib.Path(folder) / "profile"
@@ -78,4 +83,4 @@ def count(program: pathlib.Path, name: str, times: int, folder: str) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

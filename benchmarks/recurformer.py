@@ -16,13 +16,23 @@ Expected, if heads of high recency need no cache: the first keeps what softmax h
 the lowest ratio lose it.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import pickle
 import statistics
 from typing import ClassVar
+
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.number("seeds", 3)
+FLAGS.number("steps", 800, help="of softmax")
+FLAGS.number("more", 200, help="of every variant")
+FLAGS.add_argument("--folder", default="runs/recurformer")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +87,7 @@ class Windowed(softmax.Softmax):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Train and measure what is missing; print and write the table; return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="of softmax")
-    parser.add_argument("--more", type=int, default=200, help="of every variant")
-    parser.add_argument("--folder", default="runs/recurformer")
-    args = parser.parse_args(argv)
+    args = FLAGS.parse_args(argv)
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     mixers.MIXERS["windowed"] = Windowed
@@ -271,4 +276,4 @@ def table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

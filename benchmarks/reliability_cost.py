@@ -11,7 +11,6 @@ within a round, with the interval that holds the latter's median 95 times in 100
 statistics): rounds differ by more than what is measured, so that it takes many short ones.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -19,6 +18,17 @@ import statistics
 import sys
 import tempfile
 import time
+
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.number("rounds", 150)
+FLAGS.number("steps", 5)
+FLAGS.clock()
+FLAGS.add_argument("--config", default="configs/quickstart.py")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,20 +45,10 @@ from memoryformer.training import log as training_log
 from memoryformer.training import step as step_lib
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Time both loops in turns, and a checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: of all threads of this process, for a machine that is not quiet",
-    )
-    parser.add_argument("--config", default="configs/quickstart.py")
-    options = parser.parse_args()
-    Bench.clock = time.perf_counter if options.clock == "wall" else time.process_time
+    options = FLAGS.parse_args(argv)
+    Bench.clock = timing.CLOCKS[options.clock]
     overrides = {"mesh": "single", "metrics.trackers": ""}
     run = experiment.resolve(config_lib.load(options.config, **overrides))
     place = sharding.make("single")
@@ -180,4 +180,4 @@ class Bench:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -12,15 +12,32 @@ one) and what a step costs, in tokens read one at a time, and the share of token
 read. `--always` never goes back to plain decoding.
 """
 
-import argparse
 import json
 import os
-import pathlib
 import random
+
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--workdir", help="a trained run")
+FLAGS.add_argument("--size", choices=("toy", "small", "base"), default="base")
+FLAGS.add_argument("--tables", default="int8")
+FLAGS.names("head", default="int8", help="kinds of the head")
+FLAGS.number("prompts", 6)
+FLAGS.number("prompt_tokens", 96)
+FLAGS.number("tokens", 128)
+FLAGS.number("drafts", 0, low=0, help="of a pass; 0: as many as there may be")
+FLAGS.real("temperature", 0.0)
+FLAGS.number("rounds", 5, low=2)
+FLAGS.add_argument("--always", action="store_true")
+FLAGS.clock()
+FLAGS.output("output", "speculation.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 import numpy as np
 
-from benchmarks import timing
 from memoryformer.generation import sampler, speculation
 from memoryformer.generation import text as text_lib
 from memoryformer.model import narrow
@@ -28,21 +45,7 @@ from memoryformer.model import narrow
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", help="a trained run")
-    parser.add_argument("--size", choices=("toy", "small", "base"), default="base")
-    parser.add_argument("--tables", default="int8")
-    parser.add_argument("--head", default="int8", help="one or more, by commas")
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--prompt_tokens", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--drafts", type=int, default=speculation.MAX_DRAFT)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--always", action="store_true")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="speculation.json")
-    args = parser.parse_args(argv)
+    args = FLAGS.parse_args(argv)
     clock = timing.CLOCKS[args.clock]
     peers = make(args, clock)
     seconds = measure(peers, args, clock)
@@ -74,14 +77,13 @@ def main(argv: list[str] | None = None) -> dict:
 def make(args, clock) -> dict:
     """(who continues, prompts) by name: of each head plain decoding, and with drafts."""
     peers = {}
-    for head in args.head.split(","):
+    drafts = args.drafts or speculation.MAX_DRAFT
+    for head in FLAGS.chosen("head", args.head, narrow.HEAD_KINDS):
         kinds = narrow.WeightKinds(tables=args.tables, head=head)
         generator, prompts = (trained if args.workdir else untrained)(args, kinds)
         peers[f"plain {head}"] = generator, prompts
         peers[f"drafts {head}"] = (
-            speculation.Speculator(
-                generator, args.drafts, always=args.always, clock=clock
-            ),
+            speculation.Speculator(generator, drafts, always=args.always, clock=clock),
             prompts,
         )
     return peers
@@ -143,4 +145,4 @@ def measure(peers, args, clock) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

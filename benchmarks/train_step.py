@@ -16,7 +16,6 @@ after every step. The share of the lookups is what `xla` and `native` take beyon
 bound, for XLA then drops other work too.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -25,21 +24,34 @@ import pathlib
 import statistics
 from collections.abc import Callable
 
+from benchmarks import arguments, timing
+
+ARMS = ("native", "xla", "none", "dense", "torch")
+# D, layers, heads; the vocabulary, the lengths and the rest are the quickstart's.
+SIZES = {"quickstart": (128, 3, 2), "wide": (512, 8, 8)}
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--size", choices=SIZES, default="quickstart")
+FLAGS.names("arms", ARMS)
+FLAGS.number("steps", 30, low=2)
+FLAGS.cores()
+FLAGS.clock()
+FLAGS.output("output", "train_step.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from benchmarks import timing
 from memoryformer import model, sharding
 from memoryformer.ops import lookup
 from memoryformer.ops.lookup import native as lookup_native
 from memoryformer.training import experiment, host_memory, programs
 from memoryformer.training import step as step_lib
 
-ARMS = ("native", "xla", "none", "dense", "torch")
-# D, layers, heads; the vocabulary, the lengths and the rest are the quickstart's.
-SIZES = {"quickstart": (128, 3, 2), "wide": (512, 8, 8)}
 WARM_UP = 2  # steps: the first compiles, the second finds its memory
 # Nats. The first step differs by rounding; later a sign that rounding flips reads another
 # row, and the curves drift apart as they do between two orders of summation.
@@ -62,17 +74,8 @@ no_lookup.defvjp(
 
 def main(argv: list[str] | None = None) -> dict:
     """Time the steps in turns; print and write quartiles."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="quickstart")
-    parser.add_argument("--arms", default=",".join(ARMS), help="of " + ", ".join(ARMS))
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="train_step.json")
-    args = parser.parse_args(argv)
-    names = args.arms.split(",")
-    if unknown := sorted(set(names) - set(ARMS)):
-        parser.error(f"--arms={args.arms}: unknown: {', '.join(unknown)}")
+    args = FLAGS.parse_args(argv)
+    names = FLAGS.chosen("arms", args.arms, ARMS)
     cores = timing.use_cores(args.cores)
     if not lookup_native.available():
         raise SystemExit("no C++ compiler: nothing to compare")
@@ -198,4 +201,4 @@ def make_step(
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -8,14 +8,25 @@ variant, the published layer, of the medians of the steps; the first step, which
 left out. Bytes and FLOPs are `accounting.count`'s. Losses are finite, or it ends.
 """
 
-import argparse
 import json
 import math
 import os
 import pathlib
 import statistics
 
-from benchmarks import timing, train_step
+from benchmarks import arguments, timing
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("--size", default="mini", help="argument of configs/studies.py")
+FLAGS.number("steps", 40, low=2)
+FLAGS.cores()
+FLAGS.clock()
+FLAGS.output("output", "variants.json")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
+
+from benchmarks import train_step
 from memoryformer import accounting
 from memoryformer.sweep import points
 
@@ -24,15 +35,7 @@ CONFIG = "configs/studies.py"
 
 def main(argv: list[str] | None = None) -> dict:
     """Time the steps in turns; print and write a row for each variant."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="mini", help="argument of configs/studies.py")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--output", type=pathlib.Path, default="variants.json")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        raise SystemExit(f"--steps={args.steps}: quartiles need two or more.")
+    args = FLAGS.parse_args(argv)
     cores = timing.use_cores(args.cores)
     runs = variants(args.size)
     steps = {name: train_step.make_step(run) for name, run in runs.items()}
@@ -85,4 +88,4 @@ def _row(run, seconds, first):
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

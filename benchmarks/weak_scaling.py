@@ -18,13 +18,21 @@ those divided by the rates of `targets.CHIPS`, or by those measured, one term af
 so nothing overlaps: an upper bound as far as the rates are right.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import pathlib
 from collections.abc import Sequence
+
+from benchmarks import arguments
+
+FLAGS = arguments.Parser(__doc__)
+FLAGS.output("json")
+FLAGS.output("png", "docs/images/weak_scaling.png", help="'': none")
+
+if __name__ == "__main__":
+    FLAGS.parse_args()  # what is wrong is said before jax is imported
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -90,10 +98,7 @@ class Share:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trace every layout, predict, print a table, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="")
-    parser.add_argument("--png", default="docs/images/weak_scaling.png")
-    options = parser.parse_args(argv)
+    options = FLAGS.parse_args(argv)
     shares = [share_of(n, mesh) for n, meshes in LAYOUTS.items() for mesh in meshes]
     rows = []
     for share in shares:
@@ -265,4 +270,4 @@ def _short(mesh):
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

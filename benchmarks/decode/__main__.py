@@ -22,7 +22,6 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 and THP_MEM_ALLOC_ENABLE=1, so that torch'
 lie in huge pages too. Limits and predictions: docs/performance.md.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -32,25 +31,42 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 
-from benchmarks import timing
+from benchmarks import arguments, timing
 from benchmarks.decode import peers as peers_lib
 from benchmarks.decode import plots
 
 LEFT_OUT = ("memoryformer-bfloat16",)  # of the default: it takes 14 GiB
 DEFAULT_PEERS = ",".join(p for p in peers_lib.NAMES if p not in LEFT_OUT)
 
+FLAGS = arguments.Parser(__doc__)
+FLAGS.add_argument("results", nargs="*", type=pathlib.Path)
+FLAGS.add_argument("--size", choices=("small", "base", "toy"), default="base")
+FLAGS.names("peers", peers_lib.NAMES, DEFAULT_PEERS)
+FLAGS.numbers("batch_size", (1,), help="streams")
+FLAGS.number("prefill", 0, low=0, high=2048, help="tokens; 0: none")
+FLAGS.number("tokens", 64)
+FLAGS.number("rounds", 7, low=2)
+FLAGS.cores()
+FLAGS.clock()
+FLAGS.add_argument("--files", help="folder that keeps the engines' files")
+FLAGS.output("output", "decode.json")
+FLAGS.output("plot")
+
 Work = tuple[str, int]  # ('decode', streams) or ('prefill', tokens)
 
 
 def main(argv: list[str] | None = None) -> dict | None:
     """Measure the peers asked for, or plot files of earlier measurements."""
-    args = _parse(argv)
+    args = FLAGS.parse_args(argv)
+    names = FLAGS.chosen("peers", args.peers, peers_lib.NAMES)
     if args.results:
-        plots.plot([json.loads(p.read_text()) for p in args.results], args.plot)
+        if not args.plot:
+            FLAGS.error("--plot=FILE is missing: files of results are only drawn")
+        plots.plot([arguments.read_json(p) for p in args.results], args.plot)
         return None
     cores = timing.use_cores(args.cores)
-    names = _installed(args.peers.split(","))
-    works = [("decode", int(streams)) for streams in args.batch_size.split(",")]
+    names = _installed(names)
+    works = [("decode", streams) for streams in args.batch_size]
     works += [("prefill", args.prefill)] if args.prefill else []
     with contextlib.ExitStack() as stack:
         folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
@@ -76,33 +92,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.plot:
         plots.plot([result], args.plot)
     return result
-
-
-def _parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="*", type=pathlib.Path)
-    parser.add_argument("--size", choices=("small", "base", "toy"), default="base")
-    parser.add_argument("--peers", default=DEFAULT_PEERS, help="comma-separated")
-    parser.add_argument("--batch_size", default="1", help="streams; comma-separated")
-    parser.add_argument("--prefill", type=int, default=0, help="tokens; 0: none")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    parser.add_argument("--files", help="folder that keeps the engines' files")
-    parser.add_argument("--output", type=pathlib.Path, default="decode.json")
-    parser.add_argument("--plot", type=pathlib.Path)
-    args = parser.parse_args(argv)
-    for name in args.peers.split(","):
-        if name not in peers_lib.NAMES:
-            parser.error(f"--peers: {name!r} is none of {', '.join(peers_lib.NAMES)}")
-    if not all(n.isdigit() and int(n) for n in args.batch_size.split(",")):
-        parser.error(f"--batch_size={args.batch_size}: must be numbers of at least 1")
-    if not 0 <= args.prefill <= 2048:
-        parser.error(f"--prefill={args.prefill}: must be in [0, 2048]")
-    if args.tokens < 1 or args.rounds < 2:
-        parser.error("--tokens must be at least 1 and --rounds at least 2")
-    return args
 
 
 def _installed(names: list[str]) -> list[str]:
@@ -177,4 +166,4 @@ def print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -17,6 +17,7 @@ Start at `Split`.
 
 import dataclasses
 import functools
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -87,6 +88,8 @@ class Windows:
         return self._split.layout.num_places // self._seq_len
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= operator.index(index) < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         start = int(index) * self._seq_len
         return np.stack(_read(self._split, start + np.arange(self._seq_len)))
 
@@ -116,6 +119,8 @@ class Batches:
 
     def batch(self, step: int, rows: Rows = slice(None)) -> Batch:
         """The rows `rows` (a host's share) of the global batch of this step."""
+        if operator.index(step) < 0:
+            raise IndexError(f"step {step}: the first is 0")
         first = int(step) * self.batch_size
         indices = first + np.arange(self.batch_size)[rows]
         drawn = [mixed(int(index), self._weights) for index in indices]
@@ -144,9 +149,9 @@ class EvalBatches:
 
     def batch(self, index: int, rows: Rows = slice(None)) -> Batch:
         """The rows `rows` of batch `index`; every host sees the same number of batches."""
-        if not 0 <= index < len(self):
+        if not 0 <= operator.index(index) < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        row = index * self.batch_size + np.arange(self.batch_size)[rows]
+        row = int(index) * self.batch_size + np.arange(self.batch_size)[rows]
         places = row[:, None] * self.seq_len + np.arange(self.seq_len)  # [B, L]
         inputs, targets, real = _read(self._split, places)
         where = f"{self._split.path} in batch {index}"

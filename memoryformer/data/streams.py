@@ -38,7 +38,11 @@ def end(token: int) -> Piece:
 
 
 class Stream:
-    """Pieces [N] as one array of token ids; takes slices and arrays of indices."""
+    """Pieces [N] as one array of token ids; takes slices, indices and arrays of indices.
+
+    Slices are numpy's. Raises `IndexError` for an index outside 0 .. N - 1, also below 0, and
+    for what is no whole number.
+    """
 
     def __init__(self, pieces: Sequence[Piece]):
         held = [piece for piece in pieces if piece.count]
@@ -54,16 +58,21 @@ class Stream:
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         if isinstance(index, slice):
             first, stop, step = index.indices(len(self))
-            return self._between(first, stop)[::step]
+            if step == 1:
+                return self._between(first, stop)
+            index = np.arange(first, stop, step)
         at = np.asarray(index)
+        if at.size and at.dtype.kind not in "iu":  # a mask would be read as 0 and 1
+            raise IndexError(f"tokens are indexed by whole numbers, not {at.dtype}")
         if at.size and (at.min() < 0 or at.max() >= len(self)):
             raise IndexError(f"tokens {at.min()}..{at.max()} of {len(self)}")
+        at = at.astype(np.int64)
         number = np.searchsorted(self._starts, at, side="right") - 1
         tokens = np.empty(at.shape, self.dtype)
         for piece in np.unique(number):
             here = number == piece
             tokens[here] = self._arrays[piece][at[here] - self._starts[piece]]
-        return tokens
+        return tokens[()]  # a number for a number
 
     def _between(self, first: int, stop: int) -> np.ndarray:
         tokens = np.empty(max(stop - first, 0), self.dtype)

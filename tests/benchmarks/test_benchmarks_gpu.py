@@ -93,7 +93,7 @@ def test_cases_that_are_none_are_told(tmp_path, monkeypatch, capsys, flag):
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--check", flag, f"--output={tmp_path / 'x.json'}"])
     assert ended.value.code == 2
-    assert f"{flag.split('=')[0]}: 'none': known: " in capsys.readouterr().err
+    assert f"{flag.split('=')[0]}: 'none' is none of " in capsys.readouterr().err
 
 
 def test_a_stored_onehot_is_seen(monkeypatch):

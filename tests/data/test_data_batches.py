@@ -201,3 +201,29 @@ def test_the_smallest_split_of_one_window(dataset):
     sha256 = dataset.manifest.splits["train"].sha256
     assert repr(windows) == f"Windows(train {sha256[:16]}, seq_len=8)"
     assert len(windows) == length // 8 and windows[1].shape == (3, 8)
+
+
+def test_indices_out_of_range_are_refused(dataset):
+    """None counts from the end, as the memory map would, and none is a fraction.
+
+    Mutations tried: each of the three checks left out; `index < len` alone in it.
+    """
+    batches = dataset.train.batches(SEQ_LEN, BATCH, seed=0)
+    evals = dataset.validation.eval_batches(SEQ_LEN, BATCH)
+    windows = batches_lib.Windows(dataset.train, SEQ_LEN)
+    for index in (-1, len(windows), np.int64(-1), 2**70):
+        with pytest.raises(IndexError, match=f"window {index} of {len(windows)}"):
+            windows[index]
+    with pytest.raises(IndexError, match="step -1: the first is 0"):
+        batches.batch(-1)
+    for read in (windows.__getitem__, batches.batch, evals.batch, evals.__getitem__):
+        for wrong in (0.5, slice(0, 1), None):
+            with pytest.raises(TypeError, match="interpreted as an integer"):
+                read(wrong)
+        np.testing.assert_equal(read(np.int64(0)), read(0))
+        np.testing.assert_equal(read(np.uint8(0)), read(0))
+    np.testing.assert_array_equal(
+        windows[np.uint8(200 % len(windows))], windows[200 % len(windows)]
+    )
+    with pytest.raises(IndexError):
+        evals.batch(0, np.array([BATCH]))

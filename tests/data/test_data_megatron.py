@@ -1,6 +1,7 @@
 """Megatron's files as a source, against a writer of a few lines of numpy, and back again."""
 
 import collections
+import itertools
 import json
 import pathlib
 import struct
@@ -349,7 +350,11 @@ def test_tokens_without_an_end_are_read_and_said(tmp_path, capsys):
 
 
 def test_a_stream_reads_like_one_array(tmp_path):
-    """Slices and indices across pieces. Red with `side='left'`."""
+    """Slices and indices across pieces, as numpy has them.
+
+    Red with `side='left'`; with slices of any step as `_between(first, stop)[::step]`, which
+    are empty where the step is below 0; without the check of types; with uint64 left as it is.
+    """
     arrays = [np.arange(n, n + 5, dtype="<u2") for n in (0, 100, 200)]
     for n, array in enumerate(arrays):
         array.tofile(tmp_path / f"{n}.bin")
@@ -366,6 +371,19 @@ def test_a_stream_reads_like_one_array(tmp_path):
     for first in range(len(whole)):
         for stop in range(first, len(whole) + 2):
             np.testing.assert_array_equal(stream[first:stop], whole[first:stop])
+    ends = (None, -20, -3, 0, 2, 12, np.int64(13), 40)
+    for part in itertools.product(ends, ends, (-15, -2, -1, np.int8(1), 2, 15)):
+        np.testing.assert_array_equal(stream[slice(*part)], whole[slice(*part)])
+    with pytest.raises(ValueError, match="slice step cannot be zero"):
+        stream[::0]
+    for number in (3, np.uint8(9), np.uint64(9)):
+        assert np.shape(stream[number]) == () and stream[number] == whole[number]
+    assert stream[[9, 0]].tolist() == whole[[9, 0]].tolist() and not len(stream[[]])
+    for wrong in (1.0, True, whole > 3, "a", None):
+        with pytest.raises(IndexError, match="indexed by whole numbers, not"):
+            stream[wrong]
+    with pytest.raises(IndexError, match=f"tokens {2**63}"):
+        stream[np.uint64(2**63)]
     at = np.random.default_rng(0).integers(0, len(whole), (6, 7))
     np.testing.assert_array_equal(stream[at], whole[at])
     with pytest.raises(IndexError):
