@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -153,6 +154,29 @@ def test_a_writer_that_lives(store_url, monkeypatch):
         ended.set()
     waiting.join(60)
     assert held.is_set()
+
+
+def test_a_marker_of_the_same_size_is_a_sign(store_url, monkeypatch):
+    """Who waits asks for the content: beats 1 to 9 are as long as each other.
+
+    Mutations tried: `len(content)` compared in `_acquire`; a marker that is read once and kept.
+    """
+    store = stores.Store(store_url)
+    store.write("writers/1", marker(beat=1))
+    beats, clock = list(range(2, 10)), [1000.0]
+
+    def sleep(seconds):
+        """Pass nine tenths of a lease, with a sign of life while there are any."""
+        clock[0] += 0.9 * lease.LEASE
+        if beats and store.read(
+            "writers/1"
+        ):  # a holder does not put a removed one again
+            store.write("writers/1", marker(beat=beats.pop(0)))
+
+    monkeypatch.setattr(lease, "time", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(lease, "_now", lambda: clock[0])
+    with lease.hold(store, patience=1e6) as held:
+        assert not beats and list(store.list("writers")) == [held.name]
 
 
 def test_two_that_come_together(store_url, monkeypatch):

@@ -77,6 +77,67 @@ def test_a_kill_at_any_moment(store_url, tmp_path, monkeypatch):
     assert names == {"2", "4", "LEDGER"}
 
 
+def test_an_old_step_goes_before_the_new_one_comes(store_url, monkeypatch):
+    """A step is saved anew with other values: no file of it is put while one of the old is there.
+
+    Else a kill leaves the old manifest with new files, which is a damaged step. Mutations tried:
+    `publish` left out of `Checkpointer.save`; called before `retention.remove`.
+    """
+    saved(store_url, [1, 2])
+    seen = stores_helpers.Recorder(monkeypatch)
+    with remote.opened(store_url) as folder:
+        with toy_checkpoints.open_run(folder.path, folder=folder) as run:
+            run.restore(1, toy_checkpoints.make_state(1))
+            run.save(2, toy_checkpoints.make_state(7), wait=True)
+    of_step = [content for name, content in seen.done if "checkpoints/2/" in name]
+    removed = of_step.count(None)
+    assert removed > 10 and of_step[:removed] == [None] * removed
+    copy = remote.copied(store_url, 2)
+    manifest.verify(copy / run_steps.FOLDER / "2")
+    state = toy_checkpoints.make_state(2)
+    with toy_checkpoints.open_run(copy) as run:
+        toy_checkpoints.assert_equal(
+            run.restore(2, state), toy_checkpoints.make_state(7)
+        )
+
+
+def test_what_is_removed_here_is_removed_there(store_url):
+    """A file of the run's folder, of this run or one before; what was never here stays.
+
+    Mutations tried: `_is_gone` that is False without a step; that does not ask `_same`;
+    `_same` without what was fetched.
+    """
+    store = stores.Store(store_url)
+    saved(store_url, [1])
+    store.write("notes/mine.txt", b"of the user")
+    with remote.opened(store_url) as folder:
+        (folder.path / "config.json").unlink()
+        (folder.path / "new.json").write_text("{}")
+        folder.publish()
+        assert store.read("config.json") is None and store.read("new.json") == b"{}"
+        (folder.path / "new.json").unlink()
+        folder.publish()
+        assert store.read("new.json") is None
+    names = {name for name in store.list() if not name.startswith("checkpoints/")}
+    assert names == {"metrics.jsonl", "notes/mine.txt"}
+
+
+def test_a_copy_of_the_same_size_is_not_believed(store_url):
+    """What is small is brought at every start, though a copy of as many bytes is here.
+
+    Mutation tried: `refresh` that fetches only what `_is_here` does not find.
+    """
+    saved(store_url, [1])
+    first = remote.copied(store_url) / "config.json"
+    assert first.read_text() == "{}"
+    for name, content in (("config.json", b"[]"), ("checkpoints/LEDGER", b"")):
+        old = stores.Store(store_url).read(name)
+        new = content or old[::-1]
+        assert len(new) == len(old) and new != old
+        stores.Store(store_url).write(name, new)
+        assert (remote.copied(store_url, params=False) / name).read_bytes() == new
+
+
 def test_the_copy_is_of_one_run_only(store_url, tmp_path):
     """Nothing stays of the copy of a run that has ended; a damaged step is left as it is.
 
