@@ -25,7 +25,7 @@ SECONDS = 240.0
 
 # What makes each command work, in each of its ways; what is tried comes behind it.
 CONFIG = "--config={folder}/toy_config.py"
-SWEEP = (CONFIG, "--sweep=seed", "--root={folder}/sweeps")
+SWEEP = ("--config={folder}/toy_sweep.py", "--sweep=seed", "--root={folder}/sweeps")
 BASES = {
     "memoryformer.training": [
         (CONFIG, "--workdir={folder}/new", "--config.train.num_steps=1"),
@@ -174,6 +174,7 @@ OVERRIDES = (
 def folder(toy_run):
     folder = toy_run.parent
     toy.config_file(folder)
+    toy.sweep_file(folder)
     (folder / "broken.py").write_text("def get_config(:\n")
     (folder / "raises.py").write_text("def get_config():\n    return 1 // 0\n")
     (folder / "empty.py").write_text("x = 1\n")

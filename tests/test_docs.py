@@ -20,7 +20,7 @@ from memoryformer import cli
 from memoryformer import config as config_lib
 from memoryformer.files import stores
 from memoryformer.training import __main__ as training
-from memoryformer.training import experiment
+from memoryformer.training import experiment, rates
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -64,6 +64,12 @@ def documented_runs():
     return found
 
 
+def checked_run(argv):
+    """Check a config as a run does before it compiles anything."""
+    run = experiment.resolve(flags.FLAGS.config)
+    rates.relative(run.optimizer, run.train.num_steps)
+
+
 def test_documented_runs_fit(capsys, monkeypatch):
     """Every setting is there and goes with the others; nothing is trained.
 
@@ -76,11 +82,7 @@ def test_documented_runs_fit(capsys, monkeypatch):
     assert len(runs) > 15
     for page, words in runs:
         with pytest.raises(SystemExit) as ended:
-            cli.run_main(
-                lambda argv: experiment.resolve(flags.FLAGS.config) and 0,
-                training.define_flags,
-                ["train.py", *words],
-            )
+            cli.run_main(checked_run, training.define_flags, ["train.py", *words])
         said = capsys.readouterr().err
         wrong += [(page, words, said)] if ended.value.code else []
     assert not wrong

@@ -156,6 +156,20 @@ def get_config(projection: str = "memory"):
     return toy.run_config(folder, **{{"model.projection": projection}})
 '''
 
+SWEEP = """
+
+def sweep_seed():
+    for seed in range(2):
+        yield {"train.seed": seed}
+"""
+
+
+def sweep_file(folder: pathlib.Path) -> pathlib.Path:
+    """Write the toy run as a config file that defines a sweep of two seeds."""
+    path = folder / "toy_sweep.py"
+    path.write_text(CONFIG_FILE.format(folder=str(folder)) + SWEEP, encoding="utf-8")
+    return path
+
 
 def config_file(folder: pathlib.Path) -> pathlib.Path:
     """Write the toy run as a config file that a command can read."""

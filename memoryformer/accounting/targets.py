@@ -221,12 +221,14 @@ def parse(target: str) -> Target:
         )
     topology = tuple(int(n) for n in shape.split("x")) if shape else (1,)
     parsed = Target(target, chip, topology)
-    gpus, domain = parsed.num_devices, parsed.chip.domain
-    if gpus > MAX_DEVICES:
-        raise ConfigError(f"--target={target!r}: more than {MAX_DEVICES} devices.")
-    if not gpus or (parsed.chip.platform == "gpu" and gpus > domain and gpus % domain):
+    count, domain = parsed.num_devices, parsed.chip.domain
+    if not 0 < count <= MAX_DEVICES:
         raise ConfigError(
-            f"--target={target!r}: {gpus} devices; give at least one, and whole hosts of "
+            f"--target={target!r}: {count} devices; must be from 1 to {MAX_DEVICES}."
+        )
+    if parsed.chip.platform == "gpu" and count > domain and count % domain:
+        raise ConfigError(
+            f"--target={target!r}: {count} devices; give up to {domain}, and whole hosts of "
             f"{domain} GPUs where more than one host is needed."
         )
     return parsed

@@ -66,6 +66,8 @@ def convert_run(
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"--share={share}: must be from 0 to 1.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"--threshold={threshold}: must be from 0 to 1.")
     workdir = remote.copied(workdir, step)
     run, params, facts = experiment.load(workdir, step)
     check(run.model)

@@ -217,6 +217,7 @@ def test_the_command(tmp_path, capsys):
             "--share: --threshold chooses",
         ),
         (["--workdir=x", "--share=nan"], "--share=nan: must be from 0 to 1"),
+        (["--workdir=x", "--threshold=nan"], "--threshold=nan: must be from 0 to 1"),
         (["export", "a", "b", "--window=3"], "--window: only recency looks at it"),
     ],
 )

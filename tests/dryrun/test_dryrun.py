@@ -271,6 +271,7 @@ def test_slow_messages_are_told():
         ("v5e:2y4", "write a chip and its slice"),
         ("h200:12", "whole hosts of 8 GPUs"),
         ("cpu:0", "0 devices"),
+        ("v6e:0x4", "0 devices; must be from 1 to 65536"),
         ("cpu:4096", "xla_force_host_platform_device_count=4096"),
     ],
 )
