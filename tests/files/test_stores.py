@@ -40,6 +40,34 @@ def test_verbs(store_url, tmp_path):
     assert list(store.list()) == ["deep/b"]
 
 
+def test_what_a_list_leaves_out(store_url, monkeypatch):
+    """A name that stands for a folder, as some consoles put it, is no object of the run.
+
+    Mutation tried: the type not looked at.
+    """
+    store = stores.Store(store_url)
+    store.write("deep/a", b"content")
+    find = type(store.files()).find
+
+    def with_folders(self, path, **options):
+        folder = {"name": f"{path}/deep", "size": 0, "type": "directory"}
+        return find(self, path, **options) | {folder["name"]: folder}
+
+    monkeypatch.setattr(type(store.files()), "find", with_folders)
+    assert list(store.list()) == ["deep/a"]
+
+
+def test_a_fork_opens_its_own(store_url, monkeypatch):
+    """What was opened before a fork is the parent's. Mutation tried: `if self._files is None`."""
+    store = stores.Store(store_url)
+    files = store.files()
+    assert store.files() is files
+    opened = []
+    monkeypatch.setattr("fsspec.filesystem", lambda *a, **o: opened.append(a) or files)
+    monkeypatch.setattr(stores.os, "getpid", lambda: -1)
+    assert store.files() is store.files() and opened == [("memory",)]
+
+
 def test_times():
     """As each package gives them. Mutation: text that is left out."""
     day = datetime.datetime(2026, 11, 27, tzinfo=datetime.UTC)
@@ -54,7 +82,9 @@ def test_times():
 
 
 def test_faults_are_a_line(store_url, tmp_path, monkeypatch):
-    """Mutations: `except OSError` in `faults`; a file half fetched that stays."""
+    """Mutations: `except OSError` in `faults`; a file half fetched that stays; no memory left
+    told as a fault of the store.
+    """
     store = stores.Store(store_url)
 
     def broken(*unused, **options):
@@ -73,6 +103,13 @@ def test_faults_are_a_line(store_url, tmp_path, monkeypatch):
         with pytest.raises(StorageError, match=r"cannot be .* \(RuntimeError: no such"):
             call()
     assert list(tmp_path.glob("*a*")) == []
+
+    def full(*unused, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(type(store.files()), "cat_file", full)
+    with pytest.raises(MemoryError):
+        store.read("a")
 
 
 @pytest.mark.parametrize(
@@ -180,20 +217,21 @@ def test_a_marker_of_the_same_size_is_a_sign(store_url, monkeypatch):
 
 
 def test_two_that_come_together(store_url, monkeypatch):
-    """Never both, whatever the order of their requests.
+    """Never both, whatever the order of their requests; who gives way takes its marker back.
 
-    Mutation: no second look after the marker was put.
+    Mutations: no second look after the marker was put; a marker that is left there.
     """
     monkeypatch.setattr(lease, "LEASE", 600.0)
     inside, most, done = [], [], []
-    others = lease.Lease.others
+    others, together, here = lease.Lease.others, threading.Barrier(4), threading.local()
 
-    def slow(self):
+    def look(self):
         seen = others(self)
-        time.sleep(0.01)  # all look before one puts
+        if not hasattr(here, "looked"):
+            here.looked = together.wait(60)  # all look before one puts
         return seen
 
-    monkeypatch.setattr(lease.Lease, "others", slow)
+    monkeypatch.setattr(lease.Lease, "others", look)
 
     def work():
         with lease.hold(stores.Store(store_url), patience=600.0):
@@ -203,12 +241,49 @@ def test_two_that_come_together(store_url, monkeypatch):
             inside.pop()
         done.append(1)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(30)
     assert most == [1] * 4 and len(done) == 4
+
+
+def test_when_a_holder_looks_again(store_url, monkeypatch):
+    """After half a lease, from the beginning of its last request; before, another's marker is
+    of one that will give way.
+
+    Mutations tried: a whole lease in `_is_late`; `_last` taken after the request; a look at
+    the others at every beat.
+    """
+    store, clock = stores.Store(store_url), [1000.0]
+    monkeypatch.setattr(lease, "BEAT", 600.0)
+    monkeypatch.setattr(lease, "LEASE", 60.0)
+    monkeypatch.setattr(lease, "_now", lambda: clock[0])
+    write = stores.Store.write
+
+    def slow(self, name, content):
+        write(self, name, content)
+        clock[0] += 20.0
+
+    monkeypatch.setattr(stores.Store, "write", slow)
+    with lease.hold(store) as held:
+        clock[0] += 5.0
+        write(store, "writers/another", marker())
+        held.check()
+        held._go_on()
+        held.check()
+        clock[0] += 15.0  # 35 since it was begun
+        with pytest.raises(StorageError, match="cut off from the store"):
+            held.check()
+
+
+def test_without_a_sign_of_this_machine_nobody_has_ended(monkeypatch):
+    """Where /proc does not say which machine it is. Mutation tried: `not _space()` left out."""
+    dead = 2**22 + 1  # above the largest number of a process
+    assert lease._has_ended(marker(dead, lease._space())) == bool(lease._space())
+    monkeypatch.setattr(lease, "_space", lambda: "")
+    assert not lease._has_ended(marker(dead, ""))
 
 
 def test_a_writer_that_was_cut_off(store_url, monkeypatch):

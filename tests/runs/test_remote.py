@@ -1,6 +1,7 @@
 """Runs in an object store: as on a disk, whatever happens when."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -12,8 +13,9 @@ import toy_checkpoints
 from memoryformer import runs
 from memoryformer.convert import transfer
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.files import lease, stores
+from memoryformer.files import atomic, lease, stores
 from memoryformer.runs import directory, manifest, metrics, outcome, remote
+from memoryformer.runs import folder as folder_lib
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import banner, evaluate_run, loop
 
@@ -81,9 +83,11 @@ def test_an_old_step_goes_before_the_new_one_comes(store_url, monkeypatch):
     """A step is saved anew with other values: no file of it is put while one of the old is there.
 
     Else a kill leaves the old manifest with new files, which is a damaged step. Mutations tried:
-    `publish` left out of `Checkpointer.save`; called before `retention.remove`.
+    `publish` left out of `Checkpointer.save`; called before `retention.remove`; `_renew` that
+    leaves a manifest that is there.
     """
     saved(store_url, [1, 2])
+    remote.copied(store_url, 2)  # its files are as large as those that come
     seen = stores_helpers.Recorder(monkeypatch)
     with remote.opened(store_url) as folder:
         with toy_checkpoints.open_run(folder.path, folder=folder) as run:
@@ -99,6 +103,82 @@ def test_an_old_step_goes_before_the_new_one_comes(store_url, monkeypatch):
         toy_checkpoints.assert_equal(
             run.restore(2, state), toy_checkpoints.make_state(7)
         )
+
+
+@pytest.fixture
+def copy(store_url, tmp_path):
+    """A copy to write through, with step 1 whole and sent."""
+    made = folder_lib.Copy(stores.Store(store_url), tmp_path / "copy")
+    made.refresh()
+    for name in ("state/x", manifest.MANIFEST):
+        path = made.path / run_steps.FOLDER / "1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (made.path / "metrics.jsonl").write_text("1\n")
+    made.publish()
+    return made
+
+
+def test_what_is_not_whole_is_not_sent(copy, store_url):
+    """Half a step, what is being written, the lock. Mutations tried: each left out of `_whole`."""
+    store = stores.Store(store_url)
+    before = store.list()
+    assert list(before) == [
+        "checkpoints/1/MANIFEST",
+        "checkpoints/1/state/x",
+        "metrics.jsonl",
+    ]
+    for name in ("checkpoints/2/state/x", "lock", ".config.json.0a1b.tmp"):
+        (copy.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy.path / name).write_text("half")
+    assert (copy.path / ".config.json.0a1b.tmp").match(atomic.TEMPORARY)
+    (copy.path / "link").symlink_to("metrics.jsonl")
+    copy.publish()
+    assert store.list() == before
+
+
+def test_what_grows_while_it_is_sent_is_sent_again(copy, store_url, monkeypatch):
+    """Beside the checkpoints: its bytes at one moment, and the rest at the next time.
+
+    Mutations tried: `_stat` after the request; the path given to the store for such a file;
+    `_same` that keeps a file that is gone.
+    """
+    store, sent = stores.Store(store_url), []
+    write, metrics_file = stores.Store.write, copy.path / "metrics.jsonl"
+
+    def growing(self, name, content):
+        sent.append((name, type(content) is bytes))
+        write(self, name, content)
+        if len(sent) == 1:
+            metrics_file.write_text("1\n2\n3\n")
+
+    monkeypatch.setattr(stores.Store, "write", growing)
+    metrics_file.write_text("1\n2\n")
+    copy.publish()
+    assert store.read("metrics.jsonl") == b"1\n2\n"
+    copy.publish()
+    copy.publish()
+    assert store.read("metrics.jsonl") == b"1\n2\n3\n"
+    assert sent == [("metrics.jsonl", True)] * 2
+    changed = metrics_file.stat().st_mtime_ns
+    metrics_file.unlink()
+    copy.publish()
+    metrics_file.write_text("1\n2\n4\n")
+    os.utime(metrics_file, ns=(changed, changed))
+    copy.publish()
+    assert store.read("metrics.jsonl") == b"1\n2\n4\n"
+
+
+def test_a_step_that_is_gone_goes_from_the_copy(copy, store_url, tmp_path):
+    """Of a reader who comes again. Mutation tried: no `rmtree` in `refresh`."""
+    reader = folder_lib.Copy(stores.Store(store_url), tmp_path / "reader")
+    reader.refresh()
+    steps = reader.path / run_steps.FOLDER
+    assert run_steps.finished(steps) == [1]
+    for name in ("checkpoints/1/MANIFEST", "checkpoints/1/state/x"):
+        stores.Store(store_url).remove(name)
+    reader.refresh()
+    assert list(steps.iterdir()) == []
 
 
 def test_what_is_removed_here_is_removed_there(store_url):
