@@ -236,7 +236,10 @@ def test_without_beam_the_line_says_so(tmp_path, monkeypatch):
 
 
 def test_what_workers_call_a_file(tmp_path, monkeypatch):
-    """The innermost folder decides. Red if the first does, or a path that is in none passes."""
+    """The innermost folder decides, and a URL is its own name.
+
+    Red if the first does, if a path that is in none passes, or a URL is taken for a path.
+    """
     monkeypatch.chdir(tmp_path)
     views = part_beam.views("/mnt=s3://a/,/mnt/deep=gs://b,c=hdfs://h/c")
     name = part_beam.namer(views)
@@ -246,6 +249,7 @@ def test_what_workers_call_a_file(tmp_path, monkeypatch):
     with pytest.raises(errors.ConfigError, match=r"--workers_see: .*/home/z; add its"):
         name(pathlib.Path("/home/z"))
     assert part_beam.namer([])(pathlib.Path("c/d")) == f"{tmp_path}/c/d"
+    assert part_beam.namer([])("gs://b/x") == name("gs://b/x") == "gs://b/x"
 
 
 @pytest.mark.parametrize("text", ["/mnt", "=gs://b", "/mnt="])

@@ -24,7 +24,11 @@ FORMS = {
         "norm_eps": 1e-5,
     },
     "eq13_output": {"residual": "eq13", "output_projection": True},
-    "two_rows": {"projection_options": {"rows_read": 2}, "rotary_fraction": 0.0},
+    "two_rows": {
+        "projection_options": {"rows_read": 2},
+        "rotary_fraction": 0.0,
+        "norm_eps": 0.1,  # not that of the LayerNorm in the middle
+    },
     "learned": {"score": "learned", "output_projection": True, "rotary_fraction": 1.0},
     "l1_without_bias": {"score": "l1", "projection_options": {"memory_bias": False}},
 }
@@ -81,8 +85,8 @@ def test_equals_the_equations_in_float64(form):
     """Two streams, one behind padding, read in pieces of three, one and two tokens.
 
     Mutations: keys stored before they are turned; the second row not added; a later token of
-    the call seen; a LayerNorm in the middle without its mean; one token counted where two
-    were read.
+    the call seen; a LayerNorm in the middle without its mean, or with the others' eps; one
+    token counted where two were read.
     """
     config, weights = make(**FORMS[form])
     assert not fused.why_not(config)
@@ -156,6 +160,7 @@ def test_what_it_does_not_know_goes_through_the_blocks():
         "projection=": {"projection": "dense"},
         "ffn_activation": {"ffn_activation": "gelu"},
         "mixer=": {"mixer": "cosformer"},
+        "causal softmax": {"causal": False},
         "logit_transform": {"mixer_options": {"logit_transform": "dape_v2"}},
         "recurrence": {"recurrence": "rmt"},
         "ngram_rows": {"projection_options": {"ngram_rows": 8}},

@@ -13,7 +13,7 @@ import toy_checkpoints
 from memoryformer import runs
 from memoryformer.convert import transfer
 from memoryformer.errors import ConfigError, StorageError
-from memoryformer.files import atomic, lease, stores
+from memoryformer.files import atomic, lease, lock, stores
 from memoryformer.runs import directory, manifest, metrics, outcome, remote
 from memoryformer.runs import folder as folder_lib
 from memoryformer.runs import steps as run_steps
@@ -333,6 +333,21 @@ def test_what_is_not_there(store_url, stored, monkeypatch):
         with remote.opened(store_url):
             pytest.fail("two processes")
     assert stores.Store(store_url).list() == before
+
+
+def test_one_reader_at_a_time_changes_a_copy(stored, monkeypatch):
+    """Mutation tried: `copied` without the lock."""
+    tried = []
+
+    def refresh(self):
+        with pytest.raises(lock.HeldError):
+            with lock.hold(self.path.parent / "lock", patience=0):
+                tried.append("two at once")
+        tried.append("held")
+
+    monkeypatch.setattr(folder_lib.Copy, "refresh", refresh)
+    remote.copied(stored, params=False)
+    assert tried == ["held"]
 
 
 def test_one_run_at_a_time(store_url, monkeypatch):
