@@ -16,7 +16,8 @@
 #SBATCH --requeue --open-mode=append --signal=TERM@300
 #SBATCH --output=%x-%A_%a.log
 
-# Settings: change them here, or set them in the environment of sbatch.
+# Settings: set them in the environment of sbatch, or change them here, and in the other of
+# slurm.sh and slurm_array.sh too: sbatch takes one file, so each has these lines.
 PYTHON=${PYTHON:-python}                  # /path/to/.venv/bin/python
 PREAMBLE=${PREAMBLE:-}                    # 'module load cuda; source .venv/bin/activate'
 CONTAINER=${CONTAINER:-}                  # 'apptainer exec --nv image.sif': before PYTHON

@@ -84,6 +84,18 @@ def test_scripts_parse(path):
     assert os.access(path, os.X_OK)
 
 
+def test_both_scripts_of_slurm_have_the_same_settings():
+    """And the same rule of who is started again: sbatch takes one file, so each has its own.
+
+    Mutations tried: another default of MAX_RESTARTS in one; 43 left out of one `case`.
+    """
+    texts = [(ROOT / "launch" / n).read_text() for n in ("slurm.sh", "slurm_array.sh")]
+    for begin, end in (("# Settings", "\n\n#"), ("\ncase $code", "\nesac")):
+        blocks = [text.split(begin)[1].split(end)[0] for text in texts]
+        whole = [re.sub(r"(scontrol requeue) .*", r"\1", block) for block in blocks]
+        assert whole[0] == whole[1] and len(whole[0]) > 200
+
+
 @pytest.mark.parametrize("code", AGAIN + NOT_AGAIN)
 def test_slurm_requeues_by_exit_code(machine, code):
     """42, 43 and 143 go back into the queue, nothing else does; the code is passed on.
