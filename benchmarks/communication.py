@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compile the programs and print the table."""
     options = FLAGS.parse_args(argv)
     chosen = FLAGS.chosen("programs", options.programs, PROGRAMS)
+    if PROGRAMS[0] not in chosen:
+        reason = f"is without {PROGRAMS[0]}, with which all are compared"
+        FLAGS.error(f"--programs={options.programs}: {reason}")
     jax.config.update("jax_enable_compilation_cache", False)  # none for such devices
     devices = targets_lib.parse(options.target).devices()
     memory = presets.memoryformer("base")

@@ -26,9 +26,11 @@ FLAGS.number("tokens", 16384)
 FLAGS.number("tables", 128)
 FLAGS.number("buckets", 256)
 FLAGS.number("features", 1024)
-FLAGS.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+FLAGS.add_argument(
+    "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16"
+)
 FLAGS.names("implementations")
-FLAGS.output("output", None)
+FLAGS.output("output")
 
 if __name__ == "__main__":
     FLAGS.parse_args()  # what is wrong is said before jax is imported

@@ -26,7 +26,7 @@ KINDS = ("int8", "int8-screened", "w8a8", "int4", "w4a8")
 
 FLAGS = arguments.Parser(__doc__)
 FLAGS.add_argument("--workdir", default="", help="a run with an untied head")
-FLAGS.number("outputs", 50304, low=1000)
+FLAGS.number("outputs", 50304, low=64)
 FLAGS.number("width", 1024)
 FLAGS.numbers("streams", (1, 16), high=64, help="vectors of a choice")
 FLAGS.names("kinds", KINDS)
@@ -45,6 +45,7 @@ import numpy as np
 
 from memoryformer import model
 from memoryformer.data import run_tokenizer
+from memoryformer.errors import ConfigError
 from memoryformer.model import mixers
 from memoryformer.ops.lookup import integer, narrow, screened
 from memoryformer.training import experiment
@@ -54,6 +55,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write and return."""
     args = FLAGS.parse_args(argv)
     kinds = FLAGS.chosen("kinds", args.kinds, KINDS)
+    if "int8" not in kinds and not args.workdir:
+        FLAGS.error(
+            f"--kinds={args.kinds}: is without int8, with which all are compared"
+        )
     cores = timing.use_cores(args.cores)
     facts = {"cores": cores, "clock": args.clock, "load": os.getloadavg()[0]}
     result = facts | (trained(args, kinds) if args.workdir else times(args, kinds))
@@ -178,6 +183,8 @@ def _shown(row):
 def trained(args, kinds) -> dict[str, Any]:
     """Rows read for each token of a run's validation text, and nats of each kind."""
     run, params, facts = experiment.load(args.workdir)
+    if run.model.tie_embeddings:
+        raise ConfigError(f"--workdir={args.workdir}: its head is the embedding's.")
     x, targets = _read_text(args, run, params, facts)
     matrix = np.asarray(params["head"]["kernel"], np.float32)
     result: dict[str, Any] = {"outputs": matrix.shape[1], "width": matrix.shape[0]}
