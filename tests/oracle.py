@@ -164,7 +164,7 @@ def transformer(config, params, tokens, positions, segments):
                     row = first + ngram_bucket(words, options.ngram_rows)
                     x[b, i] += params["ngrams"]["rows"][row]
     for i in range(config.num_layers):
-        x = block(config, params["blocks"][str(i)], x, positions, segments)
+        x = block(config, params["blocks"][str(i)], x, positions, segments, tokens)
     x = norm(config, params["final_norm"], x)
     head = (
         params["embed"]["embedding"].T
@@ -184,9 +184,9 @@ def ngram_bucket(words, num_rows):
     return (h ^ h >> 16) % num_rows
 
 
-def block(config, params, x, positions, segments):
+def block(config, params, x, positions, segments, tokens=None):
     normed = norm(config, params["norm1"], x)
-    mixed = mixer(config, params["mixer"], normed, positions, segments)
+    mixed = mixer(config, params["mixer"], normed, positions, segments, tokens)
     if config.residual == "eq13":
         return normed + mixed + feed_forward(config, params["ffn"], normed)
     if config.residual == "parallel":
@@ -202,8 +202,10 @@ def norm(config, params, x):
     return layer_norm(x, params["scale"], params["bias"], config.norm_eps)
 
 
-def mixer(config, params, x, positions, segments):
+def mixer(config, params, x, positions, segments, tokens=None):
     qkv = projection(config, params["qkv"], x)  # [B, L, 3, D]
+    if "token_rows" in params:
+        qkv = qkv + params["token_rows"]["rows"][tokens]
     heads = qkv.reshape(*x.shape[:2], 3, config.num_heads, -1)
     q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
     q, k = (rotary(a, positions, config.rotary_fraction) for a in (q, k))

@@ -266,6 +266,7 @@ _TESTS = {
         "model/test_variants.py",
         "model/test_codes.py",
     ),
+    "model/token_rows": ("model/test_variants.py", "test_sharding.py"),
     "model/ngrams": (
         "model/test_variants.py",
         "test_sharding.py",

@@ -51,12 +51,14 @@ OPTIONS = {  # the field that chooses, what it chooses: options
         "rows_read": 1,
         "ngram_rows": 0,
         "ngram_order": 3,
+        "token_rows": False,
     },
     ("projection", "dense"): {
         "ffn_multiple": 4,
         "output_std": 0.02,
         "ngram_rows": 0,
         "ngram_order": 3,
+        "token_rows": False,
     },
     ("mixer", "softmax"): {
         "attention": "xla",

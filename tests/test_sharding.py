@@ -30,7 +30,11 @@ MODELS = {
     "dense": {"projection": "dense"},
     "variants": {
         "lookup": "xla",
-        "projection_options": {"rows_read": 2, "ngram_rows": 20},
+        "projection_options": {
+            "rows_read": 2,
+            "ngram_rows": 20,
+            "token_rows": True,
+        },
     },
     "parts": {
         "projection": "mixed",

@@ -5,6 +5,7 @@
     dense layer     D x F:                            D F multiply-adds per token           (Eq. 1)
     softmax mixer   scores and weighted values:       2 L^2 D multiply-adds per sequence    (section 2.4)
     n-grams         N - 1 rows of D added:            (N - 1) D per token                   (`model.ngrams`)
+    tokens' rows    added to Q, K and V of a block:   3 D per token and block               (`model.token_rows`)
     other mixers    `cost` of each in model/mixers:      linear in L
     a memory        `cost` of each in model/recurrence:  beside the blocks, which mix over chunks
 
@@ -74,7 +75,9 @@ class Accounting:
     training_flops_per_token: int  # forward, and twice as much backward
     value_bytes: int
     table_bytes: int
-    table_bytes_read_per_token: int  # the rows gathered: in the blocks, of n-grams
+    table_bytes_read_per_token: (
+        int  # the rows gathered: in blocks, of n-grams, of tokens
+    )
     dense_bytes: int  # kernels and head, read whole by every forward pass
     decode_state_bytes: int  # per sequence at context L
     decode_bytes_per_token: int  # all that one token reads: rows, dense, head, state
@@ -97,7 +100,7 @@ def count(model: ModelConfig, *, value_bytes: int = 2) -> Accounting:
     parameters = _parameters(configs, layers, memory)
     head = model.embed_dim * model.vocab_size
     sequence = sum(block.total_exact for block in blocks) + memory.multiply_adds
-    of_tokens = ngrams.num_values(model)
+    of_tokens = ngrams.num_values(model) + mixers.token_row_values(model)
     sequence += model.seq_len * (head + of_tokens)
     per_token = sequence // model.seq_len
     rows = sum(layer.values_read for block in layers for layer in block) + of_tokens
@@ -171,7 +174,7 @@ def _parameters(
     biases = sum(layer.biases for layer in every)
     mixing = [mixers.cost(c, model.seq_len) for c in configs]
     groups = {
-        "embedding": model.vocab_size * width
+        "embedding": model.vocab_size * (width + mixers.token_row_values(model))
         + ngrams.num_values(model) * model.projection_options.ngram_rows,
         "tables": sum(layer.tables for layer in every),
         "dense": sum(layer.dense for layer in every),

@@ -153,6 +153,7 @@ def their_config(config: model.ModelConfig, eot_id: int | None) -> dict[str, Any
         "norm": "layernorm",
         "output_projection": True,
         "projection_options.ngram_rows": 0,
+        "projection_options.token_rows": False,
     }
     trees.check_holds(config, wanted, "a GPT-NeoX checkpoint holds")
     activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}

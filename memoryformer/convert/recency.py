@@ -28,7 +28,7 @@ from memoryformer.convert import folders, transfer
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError
 from memoryformer.files import atomic
-from memoryformer.model import mixers
+from memoryformer.model import mixers, token_rows
 from memoryformer.model.mixers import mamba2
 from memoryformer.notation import Array, Params
 from memoryformer.ops import attention
@@ -108,6 +108,7 @@ def check(config: model_lib.ModelConfig) -> None:
             f"model.mixer={config.mixer!r}: only a causal softmax model without a "
             "logit_transform has heads that can become recurrent."
         )
+    token_rows.refuse(config, "the measure of heads")
     if config.recurrence != "none":
         raise ConfigError(
             f"model.recurrence={config.recurrence!r}: its chunks share a memory; heads "
@@ -150,7 +151,7 @@ def _sums(config, params, batch, window):
     rows = []
     for block in transformer.blocks:
         mixer: Any = block.mixer  # `Softmax`, by `check`
-        q, k, v = mixer.split(block.norm1(x))
+        q, k, v = mixer.split(block.norm1(x), seq)
         q, k = mixer.rotary(q, k, seq)
         rows.append(_of_heads(q, k, v, seq, window))
         x, _ = block(x, seq)

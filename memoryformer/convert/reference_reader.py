@@ -93,7 +93,7 @@ class Model:
         for i in range(c["num_layers"]):
             block = f"blocks.{i}."
             normed = self._norm(block + "norm1", x)
-            mixed = self._attention(block + "mixer", normed)
+            mixed = self._attention(block + "mixer", normed, tokens)
             if c["residual"] == "sequential":
                 x = x + mixed
                 x = x + self._feed_forward(block, self._norm(block + "norm2", x))
@@ -180,10 +180,12 @@ class Model:
             return self.params[name + ".beta"], self.params[name + ".gamma"]
         return np.float32(2.0 / self.config["temperature"]), np.float32(1.0)
 
-    def _attention(self, name, x):
+    def _attention(self, name, x, tokens):
         c = self.config
         heads, length = c["num_heads"], x.shape[1]
         qkv = self._project(name + ".qkv", x)  # [B, L, 3, D]
+        if c.get("token_rows"):
+            qkv = qkv + self.params[name + ".token_rows.rows"][tokens]
         qkv = qkv.reshape(*qkv.shape[:3], heads, -1)  # [B, L, 3, H, E]
         q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # [B, H, L, E]
         q, k = self._rotate(q), self._rotate(k)

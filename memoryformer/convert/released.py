@@ -163,6 +163,7 @@ def their_config(config: model.ModelConfig) -> dict[str, Any]:
         "projection_options.memory_bias": True,
         "projection_options.rows_read": 1,
         "projection_options.ngram_rows": 0,
+        "projection_options.token_rows": False,
         "norm": "rmsnorm",
         "residual": "sequential",
         "ffn_activation": "none",

@@ -26,7 +26,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
 from memoryformer.identifiability import linear_attention, moments, tables
 from memoryformer.model import codes as codes_lib
-from memoryformer.model import implementations, layers, mixers, parts
+from memoryformer.model import implementations, layers, mixers, parts, token_rows
 from memoryformer.notation import Array, Float, Params
 from memoryformer.runs import remote
 from memoryformer.training import experiment
@@ -94,6 +94,7 @@ def check(config: model_lib.ModelConfig) -> str:
             f"model.mixer_options.feature_map={config.mixer_options.feature_map!r}: a layer with "
             "a denominator is not linear in features; only 'identity' has a certificate."
         )
+    token_rows.refuse(config, "the certificate of a mixer")
     if config.rotary_fraction:
         raise ConfigError(
             f"model.rotary_fraction={config.rotary_fraction}: Q and K that turn with positions "

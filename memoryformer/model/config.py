@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenOptions:
-    """Rows that tokens alone address, beside any projection: see `model.ngrams`."""
+    """Rows that tokens alone address, beside any projection: `model.ngrams`, `.token_rows`."""
 
     ngram_rows: int = field(
         "numbers",
@@ -35,6 +35,11 @@ class TokenOptions:
         doc="Rows of hashed n-grams added to the embedding, for each n; 0: none.",
     )
     ngram_order: int = field("numbers", 3, doc="The largest n; the smallest is 2.")
+    token_rows: bool = field(
+        "numbers",
+        False,
+        doc="A row of each block and token beside Q, K and V.",
+    )
 
     def __post_init__(self):
         config_lib.at_least(self, "model.projection_options", 0, "ngram_rows")

@@ -39,6 +39,8 @@ def why_not(config: ModelConfig) -> str:
         return f"model.recurrence={config.recurrence!r} reads between blocks"
     if config.projection_options.ngram_rows:
         return "model.projection_options.ngram_rows: their state is another"
+    if config.projection_options.token_rows:
+        return "model.projection_options.token_rows: it reads none"
     if hashing.constants(config.score, 1.0, None)[0] not in native.POWERS:
         return f"model.score={config.score!r}: not in the native memory layer"
     return ""

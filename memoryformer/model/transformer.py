@@ -209,6 +209,7 @@ class Transformer(nnx.Module):
         norm = functools.partial(make_norm, config)
         self.recurrence = recurrence.make(config, project, norm, rngs=rngs)
         self.ngrams = ngrams.make(config, rngs=rngs)
+        self.has_token_rows = config.projection_options.token_rows
 
     def __call__(
         self, tokens: Tokens, seq: mixers.SeqInfo, state: mixers.State | None = None
@@ -221,6 +222,8 @@ class Transformer(nnx.Module):
         self, tokens: Tokens, seq: mixers.SeqInfo, state: mixers.State | None = None
     ) -> tuple[Activations, mixers.State | None]:
         """[B, L] -> normed [B, L, D], what the head reads."""
+        if self.has_token_rows:
+            seq = seq._replace(tokens=tokens)
         run = self.run_blocks
         if self.recurrence is not None:
             run = functools.partial(self.recurrence, self)

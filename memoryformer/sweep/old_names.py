@@ -19,6 +19,7 @@ _LATER_FIELDS = {
     "train.teacher": "",
     "train.teacher_options": {},
     "train.trainable": "all",
+    "model.projection_options.token_rows": False,
 }
 
 

@@ -64,7 +64,9 @@ class TrunkTask(base.Task):
         """Return the model, its input [B, L, D] and where the tokens stand."""
         model = model_lib.merge(self.model, _trunk(params))
         seq = mixers.SeqInfo.of_tokens(batch["inputs"])
-        seq = seq._replace(segment_ids=jnp.asarray(batch["segment_ids"]))
+        seq = seq._replace(
+            segment_ids=jnp.asarray(batch["segment_ids"]), tokens=batch["inputs"]
+        )
         return model, model.embedded(batch["inputs"], seq), seq
 
     def figures(self, params: Params) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""Variants of the published model: two rows read, rows of n-grams; each against the oracle."""
+"""Variants of the published model: two rows read, rows of n-grams and of tokens; each against
+the oracle.
+"""
 
 import dataclasses
 
@@ -12,17 +14,27 @@ from flax import nnx
 
 from memoryformer import accounting, convert, errors, model
 from memoryformer.cim import energy
-from memoryformer.convert import reference_reader
-from memoryformer.model import mixers, narrow, ngrams, parts
+from memoryformer.convert import recency, reference_reader
+from memoryformer.convert.memorise import source
+from memoryformer.identifiability import trained
+from memoryformer.model import (
+    fused,
+    losses,
+    mixers,
+    narrow,
+    ngrams,
+    parts,
+    token_rows,
+)
 from memoryformer.ops import ngrams as ngrams_ops
 
-BOTH = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3}
+ALL = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3, "token_rows": True}
 
 
 @pytest.fixture(scope="module")
 def example():
-    """A model with both, its parameters, a packed batch, its logits by the oracle."""
-    config = toy.model_config(projection_options=BOTH, lookup="xla", num_layers=1)
+    """A model with all of them, its parameters, a packed batch, its logits by the oracle."""
+    config = toy.model_config(projection_options=ALL, lookup="xla", num_layers=1)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: 0.5 * rng.normal(size=x.shape).astype(x.dtype),
@@ -38,7 +50,8 @@ def test_the_model_is_the_oracles(example):
     """Documents of a packed batch, int8 tables and the count of parameters.
 
     Mutations: positions left out of `whole`; orders swapped; `rows_read` not passed on to the
-    layers, or to the narrow ones; (N - 1) R left out of `accounting`.
+    layers, or to the narrow ones; (N - 1) R, or V D of the tokens' rows, left out of
+    `accounting`; these rows added to V alone, or not at all.
     """
     config, params, batch, expected = example
     wanted = expected[batch["segment_ids"] > 0]
@@ -52,7 +65,7 @@ def test_the_model_is_the_oracles(example):
     counted = accounting.count(config)
     assert counted.parameters.total == sum(x.size for x in jax.tree.leaves(params))
     plain = accounting.count(toy.model_config(num_layers=1))
-    rows = 2 * plain.table_bytes_read_per_token + 2 * 2 * config.embed_dim
+    rows = 2 * plain.table_bytes_read_per_token + 2 * (2 + 3) * config.embed_dim
     assert counted.table_bytes_read_per_token == rows
     assert counted.decode_bytes_per_token == (
         rows + counted.dense_bytes + counted.decode_state_bytes
@@ -128,6 +141,79 @@ def test_gradients_reach_what_was_read(example):
                 words = [int(t) for t in batch["inputs"][b, i - n + 1 : i + 1]]
                 counts[(n - 2) * 7 + oracle.ngram_bucket(words, 7)] += 1
     np.testing.assert_allclose(gradient, np.tile(counts[:, None], 16), rtol=1e-6)
+
+
+def test_the_gradient_of_tokens_rows_is_the_oracles_slope(example):
+    """Of the mean loss, along a random direction. Mutation: no gradient to the rows."""
+    config, params, batch, _ = example
+    names = ("inputs", "positions", "segment_ids")
+    block = params["blocks"]["0"]
+    rows = block["mixer"]["token_rows"]["rows"]
+    along = np.random.default_rng(3).normal(size=rows.shape)
+
+    def moved(by):
+        mixer = block["mixer"] | {"token_rows": {"rows": rows + by * along}}
+        return params | {"blocks": {"0": block | {"mixer": mixer}}}
+
+    def by_oracle(by):
+        logits = oracle.transformer(config, moved(by), *(batch[n] for n in names))
+        return np.mean(oracle.token_nats(logits, batch["inputs"]))
+
+    def ours(by):
+        seq = mixers.SeqInfo(*(jnp.asarray(batch[n]) for n in names[1:]))
+        logits, _ = model.merge(config, moved(by))(jnp.asarray(batch["inputs"]), seq)
+        return jnp.mean(losses.token_nats(logits, jnp.asarray(batch["inputs"])))
+
+    step = 1e-6  # no sign changes over it
+    slope = (by_oracle(step) - by_oracle(-step)) / (2 * step)
+    np.testing.assert_allclose(toy.quick_jit(jax.grad(ours))(0.0), slope, rtol=1e-3)
+
+
+def test_tokens_rows_are_each_blocks_own_however_they_are_run():
+    """In a loop, scanned, computed again. Mutation: the tokens not given to the blocks."""
+    options = {"token_rows": True}
+    config = toy.model_config(projection_options=options, lookup="xla")
+    params, batch = toy.numpy_params(config), toy.batch(config, batch_size=2)
+    plain = toy.logits(config, params, batch)
+    names = ("inputs", "positions", "segment_ids")
+    wanted = oracle.transformer(config, params, *(batch[n] for n in names))
+    np.testing.assert_allclose(plain, wanted[batch["segment_ids"] > 0], atol=2e-5)
+    for fields in ({"scan_layers": True}, {"remat": "full"}):
+        other = dataclasses.replace(config, **fields)
+        np.testing.assert_allclose(toy.logits(other, params, batch), plain, atol=1e-6)
+    groups, specs = model.param_groups(config), model.param_specs(config)
+    found = [
+        tree["blocks"]["1"]["mixer"]["token_rows"]["rows"] for tree in (groups, specs)
+    ]
+    assert found == ["undecayed", "columns"]
+
+
+def test_what_gives_mixers_no_tokens_refuses_their_rows():
+    """Mutation: any refusal left out."""
+    config = toy.model_config(projection_options={"token_rows": True})
+    native = dataclasses.replace(config, lookup="auto")
+    assert "token_rows" in fused.why_not(native)
+    with pytest.raises(errors.ConfigError, match="token_rows=True: the measure of"):
+        recency.check(config)
+    with pytest.raises(errors.ConfigError, match="token_rows=True: memorise gives"):
+        source.prepared(source.Subject(config, {}), None)
+    for fields in (
+        {"recurrence": "rmt"},
+        {"mixer": "mamba2"},
+        {"mixer": "recurformer"},
+    ):
+        (name,) = fields
+        with pytest.raises(errors.ConfigError, match=f"token_rows=True: model.{name}="):
+            toy.model_config(projection_options={"token_rows": True}, **fields)
+    dense = {"projection": "dense", "mixer": "linear", "rotary_fraction": 0.0}
+    dense |= {"mixer_options": {"feature_map": "identity"}}
+    linear = toy.model_config(projection_options={"token_rows": True}, **dense)
+    with pytest.raises(errors.ConfigError, match="token_rows=True: the certificate"):
+        trained.check(linear)
+    token_rows.refuse(toy.model_config(), "anything")
+    assert mixers.token_row_values(toy.model_config()) == 0
+    with pytest.raises(ValueError, match=r"SeqInfo\.tokens is None"):
+        token_rows.TokenRows(config, 3, rngs=nnx.Rngs(0))(None)
 
 
 def test_a_dense_model_may_have_rows_and_has_none_by_itself():

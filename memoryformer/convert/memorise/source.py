@@ -18,7 +18,7 @@ from memoryformer.convert.memorise.activations import Subject
 from memoryformer.convert.memorise.options import Options
 from memoryformer.data import run_tokenizer
 from memoryformer.errors import ConfigError, DataError
-from memoryformer.model import parts
+from memoryformer.model import parts, token_rows
 from memoryformer.runs import old_configs
 from memoryformer.runs import steps as run_steps
 from memoryformer.training import experiment
@@ -84,6 +84,7 @@ def _source(run, params, dataset) -> Source:
 def prepared(subject: Subject, options: Options) -> Subject:
     """The model with the score and the bias of the layers to come."""
     config, params = subject
+    token_rows.refuse(config, "memorise")
     blocks = {i: parts.of_layer(config, i) for i in range(config.num_layers)}
     mixed = parts.mixed(config, blocks)
     if not parts.has_tables(config):

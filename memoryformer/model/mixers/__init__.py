@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from memoryformer.errors import ConfigError
+from memoryformer.model import token_rows
 from memoryformer.model.mixers.base import (
     Cost,
     SeqInfo,
@@ -47,6 +48,10 @@ def check(config: "ModelConfig") -> None:
             f"model.causal=False: mixer={config.mixer!r} has only a causal form; "
             f"choose one of {', '.join(able)}."
         )
+    if not MIXERS[config.mixer].HAS_TOKEN_ROWS:
+        token_rows.refuse(config, f"model.mixer={config.mixer!r}")
+    if config.recurrence != "none":
+        token_rows.refuse(config, f"model.recurrence={config.recurrence!r}")
     MIXERS[config.mixer].check(config)
 
 
@@ -91,6 +96,14 @@ def projections(config: "ModelConfig") -> dict[str, tuple[int, int]]:
 def cost(config: "ModelConfig", length: int) -> Cost:
     """Count what mixing `length` tokens costs in one block, without its projections."""
     return MIXERS[config.mixer].cost(config, length)
+
+
+def token_row_values(config: "ModelConfig") -> int:
+    """Return how many values a token reads of `token_rows`, in all blocks."""
+    if not config.projection_options.token_rows:
+        return 0
+    count = MIXERS[config.mixer].num_projections(config)
+    return config.num_layers * count * config.embed_dim
 
 
 def settings() -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from flax import nnx
 
 from memoryformer import config as config_lib
 from memoryformer.errors import ConfigError
+from memoryformer.model import token_rows as token_rows_lib
 from memoryformer.notation import Activations, Array, Float, Int, Params
 from memoryformer.ops import collectives, remat, rotary
 
@@ -39,10 +40,12 @@ class SeqInfo(NamedTuple):
 
     positions: position inside the token's document.
     segment_ids: which document of the row; 0 is padding.
+    tokens: for mixers with rows of tokens (`model.token_rows`); else None.
     """
 
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
+    tokens: Int[Array, "B L"] | None = None
 
     @classmethod
     def of_tokens(cls, tokens: Int[Array, "B L"]) -> "SeqInfo":
@@ -93,6 +96,7 @@ class SequenceMixer(nnx.Module):
     TAKES_ANY_ORDER: whether tokens of a row may lie in any order over a `sequence` axis; sums
         over the past need consecutive parts.
     HAS_SLOTS: whether it has a memory that `packed` reads, for `evaluation.slots`.
+    HAS_TOKEN_ROWS: whether it reads `model.token_rows` where a config has them.
     """
 
     Options: ClassVar[type] = config_lib.NoOptions
@@ -101,6 +105,7 @@ class SequenceMixer(nnx.Module):
     LOOKS_AHEAD: ClassVar[bool] = False
     TAKES_ANY_ORDER: ClassVar[bool] = False
     HAS_SLOTS: ClassVar[bool] = False
+    HAS_TOKEN_ROWS: ClassVar[bool] = False
 
     @classmethod
     def streams(cls, config: "ModelConfig") -> bool:
@@ -186,21 +191,34 @@ class MultiHead(SequenceMixer):
     Heads may be a device's share: nothing here or in a subclass mixes them.
     """
 
-    def __init__(self, config: "ModelConfig", project: Project):
+    token_rows: token_rows_lib.TokenRows | None = None
+
+    def __init__(
+        self,
+        config: "ModelConfig",
+        project: Project,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ):
         self.head_dim, self.num_heads = config.head_dim, config.num_heads
         width = config.embed_dim
         self.qkv = project(width, (self.num_projections(config), width))
         needs_out = config.output_projection
         self.out = project(width, width, output=True) if needs_out else None
+        if rngs is not None:
+            count = self.num_projections(config)
+            self.token_rows = token_rows_lib.make(config, count, rngs=rngs)
 
     @property
     def local_heads(self) -> int:
         """This device's share of the heads."""
         return self.num_heads // collectives.axis_size(collectives.MODEL_AXIS)
 
-    def split(self, x: Activations) -> tuple[Array, ...]:
+    def split(self, x: Activations, seq: SeqInfo) -> tuple[Array, ...]:
         """[B, L, D] -> three of [B, L, H, E], or as many as `num_projections`."""
         qkv = self.qkv(x)  # [B, L, 3, D]
+        if self.token_rows is not None:
+            qkv = qkv + self.token_rows(seq.tokens)
         qkv = qkv.reshape(*qkv.shape[:3], -1, self.head_dim)
         return tuple(qkv[:, :, i] for i in range(qkv.shape[2]))
 

@@ -35,6 +35,7 @@ class KernelAttention(base.MultiHead):
     """The equation above; a subclass defines `features`, `width` and `guard`."""
 
     Options = base.PrefixOptions
+    HAS_TOKEN_ROWS = True
 
     @classmethod
     def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
@@ -42,14 +43,14 @@ class KernelAttention(base.MultiHead):
         return feature_cost(config, length, config.head_dim)
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project)
+        super().__init__(config, project, rngs=rngs)
         self.chunk_size = config.mixer_options.prefix_chunk
 
     def __call__(
         self, x: Activations, seq: base.SeqInfo, state: prefix.PrefixState | None = None
     ) -> tuple[Activations, prefix.PrefixState | None]:
         """[B, L, D] -> [B, L, D] and the state after it."""
-        q, k, v = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        q, k, v = (base.wide(a) for a in self.split(x, seq))  # [B, L, H, E]
         q, k, shift = self.features(q, k, seq, state)  # [B, L, H, R], shift [B, L, H]
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         o, new_state = prefix.prefix(

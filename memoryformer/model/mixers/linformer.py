@@ -63,6 +63,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         "its own, up to `max_len`",
     )
     LOOKS_AHEAD = True
+    HAS_TOKEN_ROWS = True
 
     @classmethod
     def cost(cls, config: "ModelConfig", length: int) -> base.Cost:
@@ -76,7 +77,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project)
+        super().__init__(config, project, rngs=rngs)
         self.chunk_size = config.mixer_options.prefix_chunk
         self.max_len = self.max_length(config)
         self.num_slots = config.mixer_options.num_slots
@@ -95,7 +96,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         self, x: Activations, seq: base.SeqInfo, state: LinformerState | None = None
     ) -> tuple[Activations, LinformerState | None]:
         """[B, L, D] -> [B, L, D] and the state after it."""
-        q, k, v = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        q, k, v = (base.wide(a) for a in self.split(x, seq))  # [B, L, H, E]
         rest = {"chunk_size": self.chunk_size}
         write = self._rows(self.write_keys, seq.positions, k)  # [B, L, H, m]
         q = q * self.head_dim**-0.5

@@ -167,7 +167,7 @@ class Luna(base.MultiHead):
 
     def _inputs(self, x, seq, state, memory=None):
         """q / tau, c and the logits of writing pack . P / tau_pack [B, L, H, m]; the tail."""
-        q, *c, pack = (base.wide(a) for a in self.split(x))  # [B, L, H, E]
+        q, *c, pack = (base.wide(a) for a in self.split(x, seq))  # [B, L, H, E]
         values = c[0] if c else base.wide(x).reshape(q.shape)
         values, pack, tail = self.filter(values, pack, seq, state)
         unpack_scale, pack_scale = self.scales()

@@ -82,6 +82,7 @@ class Recurformer(softmax.Softmax):
         "2 L E of a kept head; E^2 + 3 (W - 1) E of another",
         "rotary; the decay",
     )
+    HAS_TOKEN_ROWS = False  # the recurrent heads' inputs have none
     LOOKS_AHEAD = False
     TAKES_ANY_ORDER = False
 
@@ -188,7 +189,7 @@ class Recurformer(softmax.Softmax):
         cache, before = (None, None) if state is None else state
         parts = []
         if self.num_heads:
-            q, k, v = self.split(x)
+            q, k, v = self.split(x, seq)
             y, cache = self.read(q, k, v, seq, cache)
             y = y.astype(x.dtype)
             whole = collectives.axis_size(collectives.SEQUENCE_AXIS) == 1

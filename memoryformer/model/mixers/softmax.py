@@ -66,6 +66,7 @@ class Softmax(base.MultiHead):
     EXAMPLES: ClassVar = {"softmax": {}, "dape_v2": {"logit_transform": "dape_v2"}}
     ABOUT = base.About("softmax over its document's past", "2 L D", "2 L E", "rotary")
     LOOKS_AHEAD = True
+    HAS_TOKEN_ROWS = True
     TAKES_ANY_ORDER = True  # ring attention reads positions
 
     @classmethod
@@ -83,7 +84,7 @@ class Softmax(base.MultiHead):
         )
 
     def __init__(self, config, project: base.Project, *, rngs: nnx.Rngs, layer: int):
-        super().__init__(config, project)
+        super().__init__(config, project, rngs=rngs)
         self.rotary = base.Rotary(config)
         self.implementation = config.mixer_options.attention
         self.sequence_chunk = config.sequence_chunk
@@ -115,7 +116,7 @@ class Softmax(base.MultiHead):
         self, x: Activations, seq: base.SeqInfo, state: base.State | None = None
     ) -> tuple[Activations, base.State | None]:
         """[B, L, D] -> [B, L, D]; with a cache, the new tokens follow the stored ones."""
-        q, k, v = self.split(x)
+        q, k, v = self.split(x, seq)
         y, state = self.read(q, k, v, seq, state)
         if collectives.axis_size(collectives.SEQUENCE_AXIS) > 1:
             return self.join_kept(y, x.dtype), state
