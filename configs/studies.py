@@ -57,7 +57,7 @@ CODE_BITS = {"": 8, "mini": 4}
 
 # Variants against the published layer: bits of both, that read as many rows, of n-grams, ..
 TWO_ROW_BITS = {"": (4, 8), "mini": (4, 8)}
-NGRAM_ROWS = {"": 1 << 16, "mini": 1 << 11}
+NGRAM_ROWS, LONGEST_NGRAM = {"": 1 << 16, "mini": 1 << 11}, 5
 VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}  # parts of the default one
 # .. and curves: widths, layers and heads; training FLOPs; the rate at a width of the memory
 # model and of the dense one, from which others follow as 1 / width.
@@ -201,13 +201,7 @@ def sweep_equal_parameters(size: str) -> Points:
 def _against_dense(
     size: str, memory: dict[str, Any], shape: tuple[int, int, int]
 ) -> Points:
-    width, layers, heads = shape
-    dense = DENSE | {
-        "model.embed_dim": width,
-        "model.num_layers": layers,
-        "model.num_heads": heads,
-        "model.projection_options.output_std": 0.02 / (2 * layers) ** 0.5,
-    }
+    dense = _dense(shape)
     memory_rates = [SIZES[size][1] * part / 3 for part in (3, 2, 4)]  # as in Table 4
     sides = (("memory", memory, memory_rates), ("dense", dense, DENSE_RATES[size]))
     for kind, fields, rates in sides:
@@ -217,8 +211,20 @@ def _against_dense(
             yield {"label": label, "optimizer.learning_rate": rate, **fields}
 
 
+def _dense(shape):
+    width, layers, heads = shape
+    return DENSE | {
+        "model.embed_dim": width,
+        "model.num_layers": layers,
+        "model.num_heads": heads,
+        "model.projection_options.output_std": 0.02 / (2 * layers) ** 0.5,
+    }
+
+
 def sweep_variants(size: str) -> Points:
-    """Two rows and n-grams against the published layer, at equal bytes read a token."""
+    """Two rows, rows of n-grams and of tokens against the published layer, at equal bytes read
+    a token; and the dense model of equal FLOPs, without n-grams and with them.
+    """
     few, many = TWO_ROW_BITS[size]
     rows = {"model.projection_options.ngram_rows": NGRAM_ROWS[size]}
     published = {"model.code_bits": few}
@@ -234,6 +240,28 @@ def sweep_variants(size: str) -> Points:
         for kind, fields in kinds.items():
             bits = fields["model.code_bits"]
             label = f"{kind}, {bits} bits, lr={rate:g}"
+            yield {"label": label, "optimizer.learning_rate": rate, **fields}
+    yield from _more_variants(size, published, rows)
+
+
+def _more_variants(size, published, rows):
+    longer = {"model.projection_options.ngram_order": LONGEST_NGRAM}
+    tokens = {"model.projection_options.token_rows": True}
+    kinds = {
+        "token rows": published | tokens,
+        "n-grams, token rows": published | rows | tokens,
+        "n-grams to 5": published | rows | longer,
+        "n-grams to 5, token rows": published | rows | longer | tokens,
+    }
+    for part in VARIANT_RATES[size]:
+        rate = float(f"{SIZES[size][1] * part:.3g}")
+        for kind, fields in kinds.items():
+            label = f"{kind}, {TWO_ROW_BITS[size][0]} bits, lr={rate:g}"
+            yield {"label": label, "optimizer.learning_rate": rate, **fields}
+    dense = _dense(EQUAL_FLOPS[size])
+    for rate in DENSE_RATES[size][:3]:
+        for kind, fields in (("dense", dense), ("dense, n-grams", dense | rows)):
+            label = f"{kind}, lr={rate:g}"
             yield {"label": label, "optimizer.learning_rate": rate, **fields}
 
 

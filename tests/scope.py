@@ -296,6 +296,7 @@ _TESTS = {
         "model/test_made_up_mixer.py",
         "model/test_luna_stream.py",
     ),
+    "model/mixers/limited": ("model/test_mixers.py", "model/test_mixer_facts.py"),
     "model/mixers/base": (
         "model/test_mixer_facts.py",
         "model/test_mixers.py",

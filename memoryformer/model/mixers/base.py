@@ -235,20 +235,6 @@ class MultiHead(SequenceMixer):
         return y if self.out is None else self.out(y)
 
 
-class LimitedPositions:
-    """A mixer with the option `max_len`: so many positions, 0 being `model.seq_len`."""
-
-    @classmethod
-    def max_length(cls, config: "ModelConfig") -> int:
-        """Return the positions that there are."""
-        return config.mixer_options.max_len or config.seq_len
-
-    @classmethod
-    def check(cls, config: "ModelConfig") -> None:
-        """Refuse rows longer than that."""
-        check_length(cls.max_length(config), config.seq_len)
-
-
 class Rotary(nnx.Module):
     """The rotary positions of a config, on queries and keys [B, L, H, E]."""
 
@@ -306,12 +292,3 @@ def by_chunks(
 def at_least(options: Any, bound: int, *names: str) -> None:
     """Raise `ConfigError` for an option that is below `bound`."""
     config_lib.at_least(options, OPTIONS, bound, *names)
-
-
-def check_length(max_len: int, length: int) -> None:
-    """Raise `ConfigError` if `length` tokens are more than a mixer was made for."""
-    if length > max_len:
-        raise ConfigError(
-            f"{OPTIONS}.max_len={max_len}: the mixer has no position beyond it, but {length} tokens "
-            "are asked for; raise it (before training) or use fewer tokens."
-        )

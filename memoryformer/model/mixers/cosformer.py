@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from memoryformer.config import field
-from memoryformer.model.mixers import base, kernel
+from memoryformer.model.mixers import base, kernel, limited
 from memoryformer.notation import Array
 from memoryformer.ops import prefix
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memoryformer.model.config import ModelConfig
 
 
-class CosFormer(base.LimitedPositions, kernel.KernelAttention):
+class CosFormer(limited.LimitedPositions, kernel.KernelAttention):
     """A_ts = relu(q_t) . relu(k_s) cos(pi (t - s) / 2M), its own code for positions.
 
     M is a constant of the model, not the length of the input as in the published code, so
@@ -77,5 +77,5 @@ class CosFormer(base.LimitedPositions, kernel.KernelAttention):
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
     ) -> prefix.PrefixState:
         """As in every kernel mixer, but not for more than M tokens."""
-        base.check_length(self.max_len, max_len)
+        limited.check_length(self.max_len, max_len)
         return super().init_state(batch_size, max_len, dtype)

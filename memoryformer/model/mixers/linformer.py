@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memoryformer.config import field
-from memoryformer.model.mixers import base
+from memoryformer.model.mixers import base, limited
 from memoryformer.notation import Activations
 from memoryformer.ops import prefix
 
@@ -35,7 +35,7 @@ class LinformerState(NamedTuple):
     values: prefix.PrefixState
 
 
-class Linformer(base.LimitedPositions, base.MultiHead):
+class Linformer(limited.LimitedPositions, base.MultiHead):
     """Causal Linformer (prefix form), E and F shared by a layer's heads."""
 
     @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Linformer(base.LimitedPositions, base.MultiHead):
         self, batch_size: int, max_len: int, dtype: jnp.dtype = jnp.float32
     ) -> LinformerState:
         """2 m E values a head, but not for more tokens than E and F have rows."""
-        base.check_length(self.max_len, max_len)
+        limited.check_length(self.max_len, max_len)
         heads, width, slots = self.local_heads, self.head_dim, self.num_slots
         return LinformerState(
             prefix.init_state(batch_size, heads, width, slots),
