@@ -31,15 +31,20 @@ from memoryformer.ops import ngrams as ngrams_ops
 ALL = {"rows_read": 2, "ngram_rows": 7, "ngram_order": 3, "token_rows": True}
 
 
+def drawn(config):
+    """Parameters of a config, all of them random."""
+    rng = np.random.default_rng(0)
+    shapes = toy.numpy_params(config)
+    return jax.tree.map(
+        lambda x: 0.5 * rng.normal(size=x.shape).astype(x.dtype), shapes
+    )
+
+
 @pytest.fixture(scope="module")
 def example():
     """A model with all of them, its parameters, a packed batch, its logits by the oracle."""
     config = toy.model_config(projection_options=ALL, lookup="xla", num_layers=1)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: 0.5 * rng.normal(size=x.shape).astype(x.dtype),
-        toy.numpy_params(config),
-    )
+    params = drawn(config)
     batch = toy.batch(config, batch_size=4)
     names = ("inputs", "positions", "segment_ids")
     expected = oracle.transformer(config, params, *(batch[name] for name in names))
@@ -173,7 +178,7 @@ def test_tokens_rows_are_each_blocks_own_however_they_are_run():
     """In a loop, scanned, computed again. Mutation: the tokens not given to the blocks."""
     options = {"token_rows": True}
     config = toy.model_config(projection_options=options, lookup="xla")
-    params, batch = toy.numpy_params(config), toy.batch(config, batch_size=2)
+    params, batch = drawn(config), toy.batch(config, batch_size=2)
     plain = toy.logits(config, params, batch)
     names = ("inputs", "positions", "segment_ids")
     wanted = oracle.transformer(config, params, *(batch[n] for n in names))
