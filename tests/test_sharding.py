@@ -36,6 +36,7 @@ MODELS = {
             "token_rows": True,
         },
     },
+    "token rows": {"lookup": "xla", "projection_options": {"token_rows": True}},
     "parts": {
         "projection": "mixed",
         "projection_options": {
@@ -83,6 +84,7 @@ CASES = [
     pytest.param("dense", "tensor:model=4", 1, marks=slow),
     pytest.param("parts", "fsdp_tensor:model=2", 1, marks=slow),
     pytest.param("variants", "fsdp_tensor:model=2", 1, marks=slow),
+    pytest.param("token rows", "sequence:sequence=4", 1, marks=slow),
     pytest.param("memory", "fsdp_tensor:model=2,sequence=2", 2, marks=slow),
     pytest.param("memory", "sequence:sequence=4", 1, marks=slow),
     pytest.param("dense", "sequence", 1, marks=slow),

@@ -168,15 +168,18 @@ def test_what_each_can_do():
     """Mutations: any class attribute or its default."""
     able = {
         what: {name for name, cls in mixers.MIXERS.items() if getattr(cls, what)}
-        for what in ("LOOKS_AHEAD", "TAKES_ANY_ORDER", "HAS_SLOTS")
+        for what in ("LOOKS_AHEAD", "TAKES_ANY_ORDER", "HAS_SLOTS", "HAS_TOKEN_ROWS")
     }
     assert able["LOOKS_AHEAD"] == {"softmax", "linformer", "luna", "conv_luna"}
     assert able["TAKES_ANY_ORDER"] == {"softmax"}
     assert able["HAS_SLOTS"] == {"luna", "conv_luna"}
+    kernels = {"linear", "trained_kernel", "performer", "cosformer"}
+    assert able["HAS_TOKEN_ROWS"] == {"softmax", "linformer", *kernels}
     assert not (
         base.SequenceMixer.LOOKS_AHEAD
         or base.SequenceMixer.TAKES_ANY_ORDER
         or base.SequenceMixer.HAS_SLOTS
+        or base.SequenceMixer.HAS_TOKEN_ROWS
     )
     for name, cls in mixers.MIXERS.items():
         plain = config(name, {})

@@ -193,6 +193,28 @@ def test_tokens_rows_are_each_blocks_own_however_they_are_run():
     assert found == ["undecayed", "columns"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mixer", [name for name, cls in mixers.MIXERS.items() if cls.HAS_TOKEN_ROWS]
+)
+def test_equal_rows_of_all_tokens_are_a_bias(mixer):
+    """Of Q, K and V, for every mixer that has them. Mutation: a mixer that gives no rngs."""
+    config = toy.model_config(mixer=mixer, lookup="xla", num_layers=1)
+    options = dataclasses.replace(config.projection_options, token_rows=True)
+    params, batch = drawn(config), toy.batch(config, batch_size=2)
+    block = params["blocks"]["0"]
+    bias = block["mixer"]["qkv"]["bias"]
+    rows = {"rows": np.broadcast_to(bias, (config.vocab_size, *bias.shape))}
+    plain = block["mixer"] | {"qkv": block["mixer"]["qkv"] | {"bias": 0 * bias}}
+    moved = block | {"mixer": plain | {"token_rows": rows}}
+    found = toy.logits(
+        dataclasses.replace(config, projection_options=options),
+        params | {"blocks": {"0": moved}},
+        batch,
+    )
+    np.testing.assert_allclose(found, toy.logits(config, params, batch), atol=2e-5)
+
+
 def test_what_gives_mixers_no_tokens_refuses_their_rows():
     """Mutation: any refusal left out."""
     config = toy.model_config(projection_options={"token_rows": True})
