@@ -247,11 +247,14 @@ def sweep_variants(size: str) -> Points:
 def _more_variants(size, published, rows):
     longer = {"model.projection_options.ngram_order": LONGEST_NGRAM}
     tokens = {"model.projection_options.token_rows": True}
+    half = {"model.projection_options.ngram_rows": NGRAM_ROWS[size] // 2}
     kinds = {
         "token rows": published | tokens,
         "n-grams, token rows": published | rows | tokens,
         "n-grams to 5": published | rows | longer,
         "n-grams to 5, token rows": published | rows | longer | tokens,
+        "n-grams to 5, half the rows": published | longer | half,
+        "n-grams to 5, half the rows, token rows": published | longer | half | tokens,
     }
     for part in VARIANT_RATES[size]:
         rate = float(f"{SIZES[size][1] * part:.3g}")
