@@ -5,12 +5,11 @@
 
 Sweeps, each to be multiplied by `seed`: table3 table4 table5 table6 (the paper's), score,
 equal_flops, equal_parameters; `rate` is the search before them, `table_rates` one of tables' own
-rate and decay. `variants` has what is not in the
-paper, beside the published layer at equal bytes read; `isoflop` is four sizes of memory and dense
-models at four budgets, of which the report draws loss over FLOPs, time and bytes, and fits a law;
-`rule` checks its learning rates; `table3_tokens` and `score_tokens` go on for ten times as long.
-Points that several of them
-have are trained once. After a run was stopped or killed, the same command goes on.
+rate and decay. `variants` has what is not in the paper, beside the published layer at equal bytes
+read; `isoflop` is four sizes of memory and dense models at four budgets, of which the report
+draws loss over FLOPs, time and bytes, and fits a law; `rule` checks its learning rates; `table3_tokens`, `score_tokens` and `variants_tokens` go on for
+ten and forty times as long. Points that several of them have are trained once. After a run was
+stopped or killed, the same command goes on.
 
 True size: MemoryFormer-tiny, 8,000 steps of 2.1M tokens as in the paper's ablations; not run.
 
@@ -26,6 +25,7 @@ all of them gave.
     python -m memoryformer.report runs/sweeps/studies-mini
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +39,11 @@ SIZES = {"": (8000, 3e-3), "mini": (1000, 32e-3)}
 # Parts of that rate that each score is tried at: by its own scale, `l1_softmax` moves the
 # outputs some seven times as far at the same rate.
 SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25, 0.125, 0.0625)}
+# .. of which `score_tokens` takes these, at CODE_BITS.
+SCORE_RATES = {
+    "": {"softmax": 1, "l1_softmax": 1},
+    "mini": {"softmax": 2 / 3, "l1_softmax": 0.25},
+}
 DENSE = {
     "model.projection": "dense",
     "model.ffn_activation": "gelu",
@@ -139,17 +144,23 @@ def sweep_table3(size: str) -> Points:
 
 
 def sweep_table_rates(size: str) -> Points:
-    """Tables at 1 to 75 times the rate of the other parameters, x decay; both rates move."""
-    for scale in TABLE_SCALES:
-        for decay in DECAYS:
-            for part in TABLE_RATES[size]:
-                rate = float(f"{SIZES[size][1] * part:.3g}")
-                yield {
-                    "label": f"tables x {scale}, decay {decay}, tables' lr={rate:g}",
-                    "optimizer.table_learning_rate_scale": scale,
-                    "optimizer.weight_decay": decay,
-                    "optimizer.learning_rate": rate / scale,
-                }
+    """Tables at 1 to 75 times the rate of the other parameters, x decay; both rates move.
+
+    First the tables' own rate stays and the others are slower, then the others' stays and tables
+    are faster.
+    """
+    for slower, scales in ((True, TABLE_SCALES), (False, TABLE_SCALES[1:])):
+        for scale in scales:
+            for decay in DECAYS:
+                for part in TABLE_RATES[size]:
+                    rate = float(f"{SIZES[size][1] * part:.3g}")
+                    kept = "tables'" if slower else "others'"
+                    yield {
+                        "label": f"tables x {scale}, decay {decay}, {kept} lr={rate:g}",
+                        "optimizer.table_learning_rate_scale": scale,
+                        "optimizer.weight_decay": decay,
+                        "optimizer.learning_rate": rate / scale if slower else rate,
+                    }
 
 
 def sweep_table4(size: str) -> Points:
@@ -222,8 +233,9 @@ def _dense(shape):
 
 
 def sweep_variants(size: str) -> Points:
-    """Two rows, rows of n-grams and of tokens against the published layer, at equal bytes read
-    a token; and the dense model of equal FLOPs, without n-grams and with them.
+    """Two rows, rows of n-grams and of tokens against the published layer at equal bytes read.
+
+    And the dense model of equal FLOPs, without n-grams and with them.
     """
     few, many = TWO_ROW_BITS[size]
     rows = {"model.projection_options.ngram_rows": NGRAM_ROWS[size]}
@@ -295,19 +307,32 @@ def sweep_rule(size: str) -> Points:
 
 
 def sweep_table3_tokens(size: str) -> Points:
-    """Bits per code over ten times the tokens of Table 3."""
-    for fields in sweep_table3(size):
+    """Bits per code over ten times the tokens of Table 3, and six bits beside them."""
+    wide = (
+        {"model.embed_dim": 84}
+        if size
+        else {"model.embed_dim": 510, "model.num_heads": 5}
+    )
+    six = {"label": "tau=6", "model.code_bits": 6, **wide}
+    for fields in (*sweep_table3(size), six):
         yield fields | _longer(size, 10)
 
 
 def sweep_score_tokens(size: str) -> Points:
-    """Both scores over forty times the tokens, each at the best rate of `score`."""
-    for score, part in (("softmax", 1), ("l1_softmax", 1 if size == "" else 0.125)):
+    """Both scores over forty times the tokens, each at its best rate of fewer."""
+    for score, part in SCORE_RATES[size].items():
         yield {
             "model.score": score,
+            "model.code_bits": CODE_BITS[size],
             "optimizer.learning_rate": float(f"{SIZES[size][1] * part:.3g}"),
             **_longer(size, 40 if size else 1),
         }
+
+
+def sweep_variants_tokens(size: str) -> Points:
+    """The published layer and the one with rows of n-grams over forty times the tokens."""
+    for fields in itertools.islice(sweep_variants(size), 2):
+        yield fields | _longer(size, 40 if size else 1)
 
 
 def _of_shape(size, kind, shape):
