@@ -6,6 +6,7 @@
     python -m memoryformer.report quickstart --workdir=DIR        bits per byte, beside others
     python -m memoryformer.report curves DIR... [--output=DIR]    losses of one or more runs
     python -m memoryformer.report slots SWEEP... [--output=DIR]   how alike slots of memories are
+    python -m memoryformer.report costs SWEEP [--output=DIR]      losses over FLOPs, time, bytes
 
 The page reads files only, needs no server and stands alone; it goes to the first directory
 unless `--output` says otherwise. So do the pictures, into DIR/plots. Each path is printed.

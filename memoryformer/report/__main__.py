@@ -9,7 +9,7 @@ from absl import flags
 from memoryformer import cli, config, errors
 from memoryformer.files import paths, stores
 
-PICTURES = ("flops", "utilisation", "curves", "slots")
+PICTURES = ("flops", "utilisation", "curves", "slots", "costs")
 
 
 def define_flags() -> None:

@@ -116,6 +116,7 @@ def scatter(placed: Sequence[Spot], x_label: str, y_label: str) -> plt.Figure:
     prices = np.array([spot.cost for spot in placed])
     if prices.max() > 3 * prices.min():
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     else:
         axes.margins(x=0.12)

@@ -1,4 +1,7 @@
-"""Pictures: FLOPs per block, bucket utilisation, loss curves, slots of memories. Start at `SUBCOMMANDS`."""
+"""Pictures: FLOPs, use of buckets, curves, slots of memories, what losses cost.
+
+Start at `SUBCOMMANDS`.
+"""
 
 import dataclasses
 import itertools
@@ -15,7 +18,7 @@ from memoryformer.data import run_tokenizer
 from memoryformer.evaluation import buckets
 from memoryformer.files import paths
 from memoryformer.model import ModelConfig, implementations
-from memoryformer.report import drawing
+from memoryformer.report import drawing, pareto, studies
 from memoryformer.report.curves import curves_figure
 from memoryformer.report.slots import slots_figure
 from memoryformer.runs import remote
@@ -170,6 +173,25 @@ def run_slots(argv: Sequence[str], options: Options) -> None:
     drawing.save(slots_figure(sweeps), output / "slots.png")
 
 
+def run_costs(argv: Sequence[str], options: Options) -> None:
+    """Draw the loss of a sweep's variants over each cost that differs among them."""
+    if len(argv) != 1:
+        raise errors.ConfigError("report costs: name one sweep directory.")
+    study, *others = studies.load([_existing(argv[0])])
+    if others:
+        raise errors.ConfigError(f"report costs {argv[0]}: holds several; name one.")
+    placed = {cost: pareto.spots(study, study.headline, cost) for cost in pareto.COSTS}
+    drawn = {cost: spots for cost, spots in placed.items() if pareto.differ(spots)}
+    if not drawn:
+        raise errors.DataError(f"{argv[0]}: no two variants of this differ in cost.")
+    output = drawing.folder(remote.output(options.output, argv[0], "plots"))
+    for cost, spots in drawn.items():
+        chart = pareto.scatter(
+            spots, pareto.COSTS[cost][0], studies.NAMES[study.headline]
+        )
+        drawing.save(chart, output / f"costs_{cost}.png")
+
+
 def run_utilisation(argv: Sequence[str], options: Options) -> None:
     """Draw how the run in `workdir` uses its buckets, on its validation text.
 
@@ -196,6 +218,7 @@ SUBCOMMANDS = {
     "utilisation": run_utilisation,
     "curves": run_curves,
     "slots": run_slots,
+    "costs": run_costs,
 }
 
 

@@ -50,7 +50,7 @@ def test_ratio_by_hand():
     segments = np.array([[1] * 7 + [2] * 5, [0] + [3] * 9 + [0] * 2], np.int32)
     seq = mixers.SeqInfo(toy.positions(segments), segments)
     sums = toy.quick_jit(functools.partial(recency._of_heads, window=WINDOW))(
-        q, k, v, mixers.SeqInfo(*map(jnp.asarray, seq))
+        q, k, v, jax.tree.map(jnp.asarray, seq)
     )
     near, first = np.zeros(4), np.zeros(4)
     for row, t, head in np.ndindex(2, 12, 4):

@@ -212,6 +212,8 @@ def test_slots_over_training(tmp_path):
         (["curves", "{}"], {}, errors.StorageError, "metrics.jsonl"),
         (["slots"], {}, errors.ConfigError, "at least one sweep"),
         (["slots", "{}"], {}, errors.StorageError, "sweep.json"),
+        (["costs"], {}, errors.ConfigError, "name one sweep"),
+        (["costs", "{}"], {}, errors.DataError, "holds no run"),
         (["utilisation"], {}, errors.ConfigError, "--workdir=DIR is missing"),
         (["utilisation"], {"workdir": "{}"}, errors.StorageError, "checkpoints"),
         (["flops"], {"output": "/dev/null/x"}, errors.StorageError, "/dev/null/x"),

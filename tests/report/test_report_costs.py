@@ -8,7 +8,7 @@ import toy
 from matplotlib import pyplot as plt
 
 from memoryformer import errors
-from memoryformer.report import about, page, pareto, scaling, studies
+from memoryformer.report import about, page, pareto, pictures, scaling, studies
 from memoryformer.runs import compatibility
 from memoryformer.sweep import files
 from memoryformer.training import experiment
@@ -59,6 +59,32 @@ def write(folder, run, steps, more):
     loss = law(study.runs[0].cost.parameters.total, tokens) + more
     row |= {"val/bits_per_byte": float(loss), "val/loss": float(loss)}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def test_a_picture_of_each_cost(sweep, tmp_path):
+    """Of those that differ; several sweeps, or one variant, have no picture.
+
+    Mutations: `differ` not asked; the first of several taken.
+    """
+    options = pictures.Options(output=str(tmp_path / "plots"))
+    pictures.main(["report", "costs", str(sweep)], options)
+    names = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert names == {f"costs_{cost}" for cost in pareto.COSTS}
+    both = tmp_path / "both"
+    for name, count in (("one", 1), ("two", 2)):
+        (both / name).mkdir(parents=True)
+        points = dict(list(read_points(sweep).items())[:count])
+        for point in points:
+            (both / name / point).symlink_to(sweep / point)
+        (both / name / files.MANIFEST).write_text(json.dumps({"points": points}))
+    with pytest.raises(errors.DataError, match=r"no two variants .* differ in cost"):
+        pictures.main(["report", "costs", str(both / "one")], options)
+    with pytest.raises(errors.ConfigError, match="holds several; name one"):
+        pictures.main(["report", "costs", str(both)], options)
+
+
+def read_points(sweep):
+    return json.loads((sweep / files.MANIFEST).read_text())["points"]
 
 
 def test_costs_and_the_front(sweep):
