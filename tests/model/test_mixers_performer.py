@@ -31,7 +31,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "performer_google_research
 class _Given(kernel.Performer):
     """Performer whose projections are the identity on [q, k, v] and whose rows are given."""
 
-    def split(self, x):
+    def split(self, x, seq):
         return jnp.moveaxis(x, 2, 0)  # [B, L, 3, H, E] -> three of [B, L, H, E]
 
     def join(self, y, dtype):
