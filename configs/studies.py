@@ -41,7 +41,7 @@ SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25, 0.125, 0.0625)}
 # .. of which `score_tokens` takes these, at CODE_BITS.
 SCORE_RATES = {
     "": {"softmax": 1, "l1_softmax": 1},
-    "mini": {"softmax": 2 / 3, "l1_softmax": 0.25},
+    "mini": {"softmax": 1 / 2, "l1_softmax": 1 / 16},
 }
 DENSE = {
     "model.projection": "dense",

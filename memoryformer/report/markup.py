@@ -1,13 +1,13 @@
 """Pieces of a report page as HTML: tables, figures, legends, paragraphs. Start at `table`."""
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
 
 from memoryformer.report import drawing
+from memoryformer.sweep import statistics as statistics_lib
 
 VERDICTS = ("lower", "higher", "within noise", "one seed", "baseline")
 
@@ -57,7 +57,7 @@ def folded(summary: str, body: str, *, is_open: bool = True) -> str:
 def plus_minus(value: float, spread: float, sign: str = "") -> str:
     """'1.2345 ± 0.02'; without a spread the value alone."""
     shown = f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.0f}"
-    return shown if math.isnan(spread) else f"{shown} ± {spread:.2g}"
+    return statistics_lib.with_spread(shown, spread)
 
 
 def _cell(value):

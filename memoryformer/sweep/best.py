@@ -139,9 +139,7 @@ def _lines(
         edge = f" ({side.edge})" if side.edge else ""
         cells = statistics_lib.cells(side.summary, base.summary, pooled)
         lines.append(f"| {side.summary.variant} | {side.best:g}{edge} | {cells}")
-    lines.append(
-        f"\nnoise floor (s.d. over seeds, pooled over these rows): {pooled:.2g}"
-    )
+    lines.append(f"\n{statistics_lib.noise_floor(pooled, ' over these rows')}")
     unfit = [f"{s.summary.variant} at {v:g}" for s in compared for v in s.unfit]
     if unfit:
         lines.append(f"left out, as not all seeds are done: {'; '.join(unfit)}")

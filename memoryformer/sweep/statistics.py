@@ -129,7 +129,7 @@ def variant_table(
     ]
     for summary in summaries:
         lines.append(f"| {summary.variant} | {cells(summary, base, pooled)}")
-    lines.append(f"\nnoise floor (s.d. over seeds, pooled): {pooled:.2g}")
+    lines.append(f"\n{noise_floor(pooled)}")
     return lines
 
 
@@ -138,9 +138,22 @@ def cells(summary: Summary, base: Summary, pooled: float) -> str:
     apart = difference(summary, base, pooled)
     against = "baseline | |"
     if summary is not base:
-        against = f"{apart.value:+.4g} ± {apart.error:.2g} | {apart.verdict} |"
-    mean = f"{number(summary.mean)} ± {summary.deviation:.2g}"
+        value = with_spread(f"{apart.value:+.4g}", apart.error)
+        against = f"{value} | {apart.verdict} |"
+    mean = with_spread(number(summary.mean), summary.deviation)
     return f"{summary.count} | {mean} | {against}"
+
+
+def with_spread(shown: str, spread: float) -> str:
+    """'1.2345 ± 0.02'; without a spread, as one seed has none, the value alone."""
+    return shown if math.isnan(spread) else f"{shown} ± {spread:.2g}"
+
+
+def noise_floor(pooled: float, over: str = "") -> str:
+    """Say what `pooled_deviation` gave."""
+    if math.isnan(pooled):
+        return "noise floor: not known, no variant has several seeds"
+    return f"noise floor (s.d. over seeds, pooled{over}): {pooled:.2g}"
 
 
 def write_csv(table: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:

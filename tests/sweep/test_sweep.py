@@ -551,6 +551,16 @@ def fake_results(sweep, values):
         (point.workdir / "outcome.json").write_text('{"state": "done"}')
 
 
+def test_one_seed_has_no_spread(folder, tmp_path):
+    """Means and differences stand alone. Mutation: `with_spread` writes nan."""
+    sweep = expand(folder, "width", argument="memory", root=tmp_path)
+    fake_results(sweep, [2.0, 1.5])
+    text = statistics.collect(sweep)
+    assert "| memory16 | 1 | 2.0000 | baseline | |" in text
+    assert "| memory32 | 1 | 1.5000 | -0.5 | one seed |" in text
+    assert "noise floor: not known" in text and "nan" not in text
+
+
 def test_collect(folder, tmp_path):
     """Mean, s.d. with n - 1, differences with their standard errors, and a CSV file.
 
