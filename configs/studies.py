@@ -152,7 +152,7 @@ def sweep_table_rates(size: str) -> Points:
         for scale in scales:
             for decay in DECAYS:
                 for part in TABLE_RATES[size]:
-                    rate = float(f"{SIZES[size][1] * part:.3g}")
+                    rate = _rounded(SIZES[size][1] * part)
                     kept = "tables'" if slower else "others'"
                     yield {
                         "label": f"tables x {scale}, decay {decay}, {kept} lr={rate:g}",
@@ -166,7 +166,7 @@ def sweep_table4(size: str) -> Points:
     """The peak learning rate: 1, 1/3, 2/3 and 4/3 of the default one."""
     for part in (3, 1, 2, 4):
         rate = SIZES[size][1] * part / 3
-        yield {"optimizer.learning_rate": float(f"{rate:.3g}")}
+        yield {"optimizer.learning_rate": _rounded(rate)}
 
 
 def sweep_table5() -> Points:
@@ -187,7 +187,7 @@ def sweep_score(size: str) -> Points:
     for times in (1, 2):
         for score, parts in SCORES.items():
             for part in parts:
-                rate = float(f"{peak * part:.3g}")
+                rate = _rounded(peak * part)
                 yield {
                     "label": f"{score}, {times * steps} steps, lr={rate:g}",
                     "model.score": score,
@@ -216,7 +216,7 @@ def _against_dense(
     sides = (("memory", memory, memory_rates), ("dense", dense, DENSE_RATES[size]))
     for kind, fields, rates in sides:
         for rate in rates:
-            rate = float(f"{rate:.3g}")
+            rate = _rounded(rate)
             label = f"{kind}, lr={rate:g}"
             yield {"label": label, "optimizer.learning_rate": rate, **fields}
 
@@ -236,30 +236,30 @@ def sweep_variants(size: str) -> Points:
 
     And the dense model of equal FLOPs, without n-grams and with them.
     """
+    first, later = _variants(size)
+    yield from _at_rates(_variant_rates(size), first)
+    yield from _at_rates(_variant_rates(size), later)
+    dense, rows = _dense(EQUAL_FLOPS[size]), _ngrams(NGRAM_ROWS[size])
+    kinds = {"dense": dense, "dense, n-grams": dense | rows}
+    yield from _at_rates(DENSE_RATES[size][:3], kinds)
+
+
+def _variants(size):
+    """Fields of each kind: those that were first, and those that came later."""
     few, many = TWO_ROW_BITS[size]
-    rows = {"model.projection_options.ngram_rows": NGRAM_ROWS[size]}
+    rows = _ngrams(NGRAM_ROWS[size])
+    half = _ngrams(NGRAM_ROWS[size] // 2)
+    longer = {"model.projection_options.ngram_order": LONGEST_NGRAM}
+    tokens = {"model.projection_options.token_rows": True}
     published = {"model.code_bits": few}
     two = {"model.code_bits": many, "model.projection_options.rows_read": 2}
-    kinds = {
+    first = {
         "published": published,
         "n-grams": published | rows,
         "two rows": two,
         "two rows and n-grams": two | rows,
     }
-    for part in VARIANT_RATES[size]:
-        rate = float(f"{SIZES[size][1] * part:.3g}")
-        for kind, fields in kinds.items():
-            bits = fields["model.code_bits"]
-            label = f"{kind}, {bits} bits, lr={rate:g}"
-            yield {"label": label, "optimizer.learning_rate": rate, **fields}
-    yield from _more_variants(size, published, rows)
-
-
-def _more_variants(size, published, rows):
-    longer = {"model.projection_options.ngram_order": LONGEST_NGRAM}
-    tokens = {"model.projection_options.token_rows": True}
-    half = {"model.projection_options.ngram_rows": NGRAM_ROWS[size] // 2}
-    kinds = {
+    later = {
         "token rows": published | tokens,
         "n-grams, token rows": published | rows | tokens,
         "n-grams to 5": published | rows | longer,
@@ -267,15 +267,24 @@ def _more_variants(size, published, rows):
         "n-grams to 5, half the rows": published | longer | half,
         "n-grams to 5, half the rows, token rows": published | longer | half | tokens,
     }
-    for part in VARIANT_RATES[size]:
-        rate = float(f"{SIZES[size][1] * part:.3g}")
+    return first, later
+
+
+def _ngrams(rows):
+    return {"model.projection_options.ngram_rows": rows}
+
+
+def _variant_rates(size):
+    return [_rounded(SIZES[size][1] * part) for part in VARIANT_RATES[size]]
+
+
+def _at_rates(rates, kinds):
+    """Each kind at each rate, named by kind, bits and rate."""
+    for rate in rates:
         for kind, fields in kinds.items():
-            label = f"{kind}, {TWO_ROW_BITS[size][0]} bits, lr={rate:g}"
-            yield {"label": label, "optimizer.learning_rate": rate, **fields}
-    dense = _dense(EQUAL_FLOPS[size])
-    for rate in DENSE_RATES[size][:3]:
-        for kind, fields in (("dense", dense), ("dense, n-grams", dense | rows)):
-            label = f"{kind}, lr={rate:g}"
+            bits = fields.get("model.code_bits")
+            of_bits = f", {bits} bits" if bits else ""
+            label = f"{kind}{of_bits}, lr={rate:g}"
             yield {"label": label, "optimizer.learning_rate": rate, **fields}
 
 
@@ -300,7 +309,7 @@ def sweep_rule(size: str) -> Points:
         for shape in (CURVE_SIZES[size][0], CURVE_SIZES[size][-1]):
             fields = _of_shape(size, kind, shape)
             for part in (1, 0.5, 2):
-                rate = float(f"{fields['optimizer.learning_rate'] * part:.3g}")
+                rate = _rounded(fields["optimizer.learning_rate"] * part)
                 label = f"{kind}, D={shape[0]}, lr={rate:g}"
                 yield fields | {"label": label, "optimizer.learning_rate": rate}
 
@@ -323,19 +332,18 @@ def sweep_score_tokens(size: str) -> Points:
         yield {
             "model.score": score,
             "model.code_bits": CODE_BITS[size],
-            "optimizer.learning_rate": float(f"{SIZES[size][1] * part:.3g}"),
+            "optimizer.learning_rate": _rounded(SIZES[size][1] * part),
             **_longer(size, 40 if size else 1),
         }
 
 
 def sweep_variants_tokens(size: str) -> Points:
     """The published layer and the best of `variants` within a tenth of its time, longer."""
+    first, later = _variants(size)
     best = ("published", "n-grams", "n-grams to 5, half the rows, token rows")
-    rate = float(f"{SIZES[size][1] * VARIANT_RATES[size][0]:.3g}")
-    for fields in sweep_variants(size):
-        at_rate = fields["optimizer.learning_rate"] == rate
-        if at_rate and fields["label"].rsplit(", ", 2)[0] in best:
-            yield fields | _longer(size, 40 if size else 1)
+    kinds = {kind: (first | later)[kind] for kind in best}
+    for fields in _at_rates(_variant_rates(size)[:1], kinds):
+        yield fields | _longer(size, 40 if size else 1)
 
 
 def _of_shape(size, kind, shape):
@@ -345,7 +353,7 @@ def _of_shape(size, kind, shape):
         "model.embed_dim": width,
         "model.num_layers": layers,
         "model.num_heads": heads,
-        "optimizer.learning_rate": float(f"{rate * at / width:.3g}"),
+        "optimizer.learning_rate": _rounded(rate * at / width),
     }
     if kind == "dense":
         return (
@@ -364,6 +372,10 @@ def _flops_per_step(size, fields):
     run = experiment.resolve(config)
     cost = accounting.count(run.model).training_flops_per_token
     return cost * run.train.batch_size * run.model.seq_len
+
+
+def _rounded(rate):
+    return float(f"{rate:.3g}")
 
 
 def _longer(size, times):

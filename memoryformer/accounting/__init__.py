@@ -75,9 +75,7 @@ class Accounting:
     training_flops_per_token: int  # forward, and twice as much backward
     value_bytes: int
     table_bytes: int
-    table_bytes_read_per_token: (
-        int  # the rows gathered: in blocks, of n-grams, of tokens
-    )
+    table_bytes_read_per_token: int  # rows gathered: in blocks, of n-grams, of tokens
     dense_bytes: int  # kernels and head, read whole by every forward pass
     decode_state_bytes: int  # per sequence at context L
     decode_bytes_per_token: int  # all that one token reads: rows, dense, head, state

@@ -29,9 +29,8 @@ class Context(NamedTuple):
     """What a call goes on from: the text so far, and how many tokens it may still get."""
 
     read: sampler.Read
-    history: (
-        AnyArray  # int32 [M]; `length` are read, and there is room for what is left
-    )
+    # int32 [M]: `length` are read, and there is room for what is left.
+    history: AnyArray
     length: ArrayLike  # int32
     left: ArrayLike  # int32
 

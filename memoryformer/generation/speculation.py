@@ -33,9 +33,8 @@ class Report:
     tokens: int = 0
     passes: int = 0
     accepted: int = 0
-    reads: float = (
-        0.0  # tokens a step of the last calls; a step is a token and its draft
-    )
+    # Tokens a step of the last calls; a step is a token and its draft.
+    reads: float = 0.0
     cost: float = 0.0  # of a step, in plain tokens; 0: not measured
     refused: str = ""  # why nothing is speculated
 
