@@ -67,7 +67,8 @@ def fit_tables(
       batches: what is fitted to. Memory does not grow with their number.
       held_out: tokens that choose the ridge, in memory at once.
       num_buckets: C.
-      ridges: multiples of the mean diagonal to choose from, the largest first.
+      ridges: multiples of the mean diagonal to choose from, the largest first; they are tried
+        until one leaves more than the one before.
       solver: exact, gradients, or auto: exact up to `MOST_EXACT_ROWS` rows K C.
       tolerance: of conjugate gradients, |residual| / |right-hand side| of every column.
       max_iterations: of conjugate gradients, for each ridge.
@@ -161,4 +162,6 @@ def _solutions(system, held_out, seen, ridges) -> list[Fit]:
                 residual=solution.residual,
             )
         )
+        if len(fits) > 1 and fits[-1].unexplained > fits[-2].unexplained:
+            break  # smaller ridges leave still more
     return fits

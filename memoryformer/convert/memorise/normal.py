@@ -56,8 +56,10 @@ class NormalEquations:
         """
         count = self._num_tokens
         design_mean, output_mean = self._design_sum / count, self._output_sum / count
-        matrix = self._gram - count * np.outer(design_mean, design_mean)
         right = self._cross - count * np.outer(design_mean, output_mean)
+        # In place, on one triangle: LAPACK's columns are the rows of a symmetric matrix.
+        matrix = self._gram.copy().T
+        scipy.linalg.blas.dsyr(-count, design_mean, a=matrix, overwrite_a=True)
         diagonal = np.einsum("ii->i", matrix)
         diagonal += ridge * diagonal.mean()
         factor = scipy.linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
