@@ -2,9 +2,10 @@
 
     python -m benchmarks.variants
     python -m benchmarks.variants --cores=1 --clock=cpu --steps=20    # on a busy machine
+    python -m benchmarks.variants --sweep=isoflop                     # sizes, memory and dense
 
 Every variant takes a step on the same batch before any takes the next. Ratios are to the first
-variant, the published layer, of the medians of the steps; the first step, which compiles, is
+variant (of `variants`, the published layer) of the medians of the steps; the first step, which compiles, is
 left out. Bytes and FLOPs are `accounting.count`'s. Losses are finite, or it ends.
 """
 
@@ -18,6 +19,9 @@ from benchmarks import arguments, timing
 
 FLAGS = arguments.Parser(__doc__)
 FLAGS.add_argument("--size", default="mini", help="argument of configs/studies.py")
+FLAGS.add_argument(
+    "--sweep", choices=("variants", "isoflop"), default="variants", help="of that file"
+)
 FLAGS.number("steps", 40, low=2)
 FLAGS.cores()
 FLAGS.clock()
@@ -37,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Time the steps in turns; print and write a row for each variant."""
     args = FLAGS.parse_args(argv)
     cores = timing.use_cores(args.cores)
-    runs = variants(args.size)
+    runs = variants(args.size, args.sweep)
     steps = {name: train_step.make_step(run) for name, run in runs.items()}
     seconds = in_turns(steps, runs, args.steps, timing.CLOCKS[args.clock])
     first = statistics.median(next(iter(seconds.values())))
@@ -49,13 +53,12 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def variants(size: str) -> dict:
-    """{variant: run} of the sweep `variants`, each at its first learning rate."""
+def variants(size: str, sweep: str) -> dict:
+    """{variant: run} of a sweep, each at its first learning rate or number of steps."""
     path = pathlib.Path(__file__).parent.parent / CONFIG
-    sweep = points.expand(f"{path}:{size}".rstrip(":"), ["variants"], "runs")
     runs: dict = {}
-    for point in sweep.points:
-        runs.setdefault(point.variant.rpartition(", lr=")[0], point.run)
+    for point in points.expand(f"{path}:{size}".rstrip(":"), [sweep], "runs").points:
+        runs.setdefault(point.variant.rpartition(", ")[0], point.run)
     return runs
 
 

@@ -338,12 +338,16 @@ def sweep_score_tokens(size: str) -> Points:
 
 
 def sweep_variants_tokens(size: str) -> Points:
-    """The published layer and the best of `variants` within a tenth of its time, longer."""
+    """The published layer, the best of `variants` within a tenth of its time, and dense, longer."""
     first, later = _variants(size)
     best = ("published", "n-grams", "n-grams to 5, half the rows, token rows")
     kinds = {kind: (first | later)[kind] for kind in best}
+    longer = _longer(size, 40 if size else 1)
     for fields in _at_rates(_variant_rates(size)[:1], kinds):
-        yield fields | _longer(size, 40 if size else 1)
+        yield fields | longer
+    model = get_config(size).model
+    shape = (model.embed_dim, model.num_layers, model.num_heads)
+    yield {"label": "dense of that width"} | _of_shape(size, "dense", shape) | longer
 
 
 def _of_shape(size, kind, shape):
