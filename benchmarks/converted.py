@@ -6,25 +6,36 @@
 Each run decodes --tokens greedy tokens after one, tables, head and dense layers in int8, in another
 order each round. Losses are of all validation text, with the same weights; bytes a token are
 `accounting.count`'s: rows, dense layers and the head. The first run is what others are compared to.
+Beside them, in the same rounds, other engines decode the first run, as `benchmarks.decode` has
+them; of a package that is not installed a line says so.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import random
+import tempfile
 
 from benchmarks import arguments, timing
+from benchmarks.decode import peers as peers_lib
+
+ENGINES = ("llama.cpp-q4_0", "llama.cpp-q8_0", "ctranslate2-int8", "dense-int4")
 
 FLAGS = arguments.Parser(__doc__)
 FLAGS.add_argument("runs", nargs="+", type=pathlib.Path)
+FLAGS.names("peers", ENGINES)
 FLAGS.number("tokens", 64)
 FLAGS.number("rounds", 7, low=2)
+FLAGS.cores()
 FLAGS.clock()
 FLAGS.output("output", "converted.json")
 FLAGS.output("plot")
 
 if __name__ == "__main__":
     FLAGS.parse_args()  # what is wrong is said before jax is imported
+
+import numpy as np
 
 from memoryformer import accounting
 from memoryformer.model import narrow
@@ -51,45 +62,100 @@ def main(argv: list[str] | None = None) -> dict:
 
 def measured(args) -> dict:
     """Decode by turns; then the loss of each run."""
-    from memoryformer.generation import sampler
     from memoryformer.generation import text as text_lib
     from memoryformer.training import evaluate_run
 
-    generators, counted = {}, {}
+    names = peers_lib.installed(FLAGS.chosen("peers", args.peers, ENGINES))
+    cores = timing.use_cores(args.cores)
+    decoders, counted = {}, {}
     for path in args.runs:
         generator, _, run = text_lib.open_run(path, None, KINDS)
-        generators[path.name] = generator
+        decoders[path.name] = _stream(generator)
         counted[path.name] = accounting.count(run.model, value_bytes=VALUE_BYTES)
-    sampling = sampler.SamplingConfig(max_tokens=args.tokens, temperature=0.0)
-    clock, shuffled = timing.CLOCKS[args.clock], random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in generators}
-    for i in range(args.rounds + 1):
-        for name in shuffled.sample(list(generators), len(generators)):
-            start = clock()
-            list(generators[name].stream_batch([[1]], sampling))
-            if i:  # the first round compiles
-                seconds[name].append(clock() - start)
-    first = next(iter(seconds.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        engines = _engines(args.runs[0], names, pathlib.Path(folder))
+    decoders |= {name: peer.decode for name, peer in engines.items()}
+    seconds = _in_turns(decoders, args.tokens, args.rounds, timing.CLOCKS[args.clock])
     rows = []
     for path in args.runs:
         values = evaluate_run.evaluate_checkpoint(path, kinds=KINDS)
-        cost, spent = counted[path.name], seconds[path.name]
+        cost = counted[path.name]
         rows.append({
             "run": path.name,
             "parameters": cost.parameters.total,
             "bytes_a_token": cost.table_bytes_read_per_token + cost.dense_bytes,
-            "tokens_per_second": timing.quartiles(args.tokens / s for s in spent),
-            "faster": timing.quartiles(f / s for f, s in zip(first, spent, strict=True)),
+            **_speed(seconds, path.name, args.tokens),
             "loss": values["val/loss"],
             "bits_per_byte": values["val/bits_per_byte"],
         })  # fmt: skip
     return {
         "processor": timing.processor(),
         "load": os.getloadavg()[0],
+        "cores": cores,
         "clock": args.clock,
         "tokens": args.tokens,
         "rounds": args.rounds,
         "runs": rows,
+        "engines": {
+            name: _speed(seconds, name, args.tokens)
+            | {"weight_bytes": peer.weight_bytes}
+            for name, peer in engines.items()
+        },
+    }
+
+
+def _stream(generator):
+    """Greedy tokens of a run, as a peer decodes: (streams, tokens) -> None."""
+    from memoryformer.generation import sampler
+
+    def decode(streams, tokens):
+        sampling = sampler.SamplingConfig(max_tokens=tokens, temperature=0.0)
+        list(generator.stream_batch([[1]] * streams, sampling))
+
+    return decode
+
+
+def _engines(path, names, folder):
+    """Peers that hold the weights of a dense run.
+
+    They read GPT-NeoX, whose norms are layer norms. A run with others has the same matrices there
+    with these norms: as fast, and not the same function.
+    """
+    from memoryformer.training import experiment
+
+    run, params, _ = experiment.load(path)
+    twin = dataclasses.replace(run.model, norm="layernorm"), _layer_normed(params)
+    return {name: peers_lib.of_twin(name, lambda: twin, folder) for name in names}
+
+
+def _layer_normed(params):
+    """Parameters whose norms have a bias, of zeros where there was none."""
+    if not isinstance(params, dict):
+        return params
+    if "scale" in params:
+        return {"bias": np.zeros_like(params["scale"])} | params
+    return {name: _layer_normed(value) for name, value in params.items()}
+
+
+def _in_turns(decoders, tokens, rounds, clock) -> dict[str, list[float]]:
+    """Seconds of each decoder in all rounds but the first, which compiles."""
+    shuffled = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for i in range(rounds + 1):
+        for name in shuffled.sample(list(decoders), len(decoders)):
+            start = clock()
+            decoders[name](1, tokens)
+            if i:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def _speed(seconds, name, tokens):
+    spent, first = seconds[name], next(iter(seconds.values()))
+    ratios = (f / s for f, s in zip(first, spent, strict=True))
+    return {
+        "tokens_per_second": timing.quartiles(tokens / s for s in spent),
+        "faster": timing.quartiles(ratios),
     }
 
 
@@ -99,36 +165,47 @@ def print_table(result: dict) -> None:
         f"\n{result['processor']}, load {result['load']:.1f}, {result['clock']} clock"
     )
     print(
-        f"{'run':<14}{'parameters':>12}{'bytes a token':>15}{'tokens/s':>10}"
+        f"{'run':<18}{'parameters':>12}{'bytes a token':>15}{'tokens/s':>10}"
         f"{'times faster':>22}{'loss':>9}{'over':>9}"
     )
     base = result["runs"][0]["loss"]
     for row in result["runs"]:
-        low, middle, high = row["faster"]
-        spread = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
         print(
-            f"{row['run']:<14}{row['parameters']:>12,}{row['bytes_a_token']:>15,}"
-            f"{row['tokens_per_second'][1]:>10.0f}{spread:>22}{row['loss']:>9.4f}"
-            f"{row['loss'] - base:>+9.4f}"
+            f"{row['run']:<18}{row['parameters']:>12,}{row['bytes_a_token']:>15,}"
+            f"{_told(row)}{row['loss']:>9.4f}{row['loss'] - base:>+9.4f}"
         )
+    for name, row in result["engines"].items():
+        print(f"{name:<45}{_told(row)}")
+
+
+def _told(row):
+    low, middle, high = row["faster"]
+    spread = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row['tokens_per_second'][1]:>10.0f}{spread:>22}"
 
 
 def plot(result: dict, path: pathlib.Path) -> None:
-    """Loss over bytes a token, a point a run, named."""
+    """Loss over tokens a second, a point a run; a line an engine, whose loss is not known."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    base = result["runs"][0]["loss"]
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    base = result["runs"][0]
     for row in result["runs"]:
-        place = row["bytes_a_token"] / 1e3, row["loss"] - base
+        place = row["tokens_per_second"][1], row["loss"] - base["loss"]
         axis.plot(*place, "o", color="C0")
-        label = f"{row['run']}, {row['tokens_per_second'][1]:.0f}/s"
+        label = f"{row['run']}, {row['bytes_a_token'] / 1e3:.0f} kB"
         axis.annotate(label, place, xytext=(4, 4), textcoords="offset points")
+    for name, row in result["engines"].items():
+        place = row["tokens_per_second"][1], 0.98
+        axis.axvline(place[0], color="C1", linestyle="--", linewidth=1)
+        where = {"xycoords": ("data", "axes fraction"), "rotation": 90}
+        label = f"{base['run']}, {name}"
+        axis.annotate(label, place, va="top", ha="right", fontsize=8, **where)
     axis.margins(0.2)  # room for the names
-    axis.set_xlabel("weights read for a token, int8, kB")
+    axis.set_xlabel("tokens a second, one stream")
     axis.set_ylabel("loss over the dense run's, nats")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         plots.plot([arguments.read_json(p) for p in args.results], args.plot)
         return None
     cores = timing.use_cores(args.cores)
-    names = _installed(names)
+    names = peers_lib.installed(names)
     works = [("decode", streams) for streams in args.batch_size]
     works += [("prefill", args.prefill)] if args.prefill else []
     with contextlib.ExitStack() as stack:
@@ -92,14 +92,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.plot:
         plots.plot([result], args.plot)
     return result
-
-
-def _installed(names: list[str]) -> list[str]:
-    """Leave out, with a line, the peers whose packages are not here."""
-    for name in names:
-        if packages := peers_lib.absent(name):
-            print(f"without {name}: {', '.join(packages)} not installed", flush=True)
-    return [name for name in names if not peers_lib.absent(name)]
 
 
 def measure(

@@ -83,6 +83,7 @@ def specification(config: model.ModelConfig, params: dict, kind: str):
     """
     from ctranslate2.specs import common_spec, transformer_spec
 
+    parallel = config.residual == "parallel"
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         config.num_layers,
         config.num_heads,
@@ -90,7 +91,7 @@ def specification(config: model.ModelConfig, params: dict, kind: str):
         rotary_dim=int(config.head_dim * config.rotary_fraction),
         rotary_interleave=False,
         rotary_base=config.rotary_base,
-        parallel_residual=True,
+        parallel_residual=parallel,
     )
     decoder = spec.decoder
     decoder.scale_embeddings = False
@@ -99,8 +100,13 @@ def specification(config: model.ModelConfig, params: dict, kind: str):
     decoder.projection.weight = np.array(params["head"]["kernel"].T, order="C")
     for i, layer in enumerate(decoder.layer):
         block = params["blocks"][str(i)]
-        _fill_norm(layer.input_layer_norm, block["norm1"])
-        _fill_norm(layer.post_attention_layer_norm, block["norm2"])
+        norms = (
+            (layer.input_layer_norm, layer.post_attention_layer_norm)
+            if parallel
+            else (layer.self_attention.layer_norm, layer.ffn.layer_norm)
+        )
+        for norm, name in zip(norms, ("norm1", "norm2"), strict=True):
+            _fill_norm(norm, block[name])
         qkv, out = layer.self_attention.linear
         _fill(qkv, block["mixer"]["qkv"])
         _fill(out, block["mixer"]["out"])

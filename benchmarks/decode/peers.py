@@ -67,13 +67,21 @@ def absent(name: str) -> list[str]:
     return [p for p in packages if importlib.util.find_spec(p) is None]
 
 
+def installed(names: list[str]) -> list[str]:
+    """Leave out, with a line, the peers whose packages are not here."""
+    for name in names:
+        if packages := absent(name):
+            print(f"without {name}: {', '.join(packages)} not installed", flush=True)
+    return [name for name in names if not absent(name)]
+
+
 def make(size: str, names: list[str], folder: pathlib.Path) -> dict[str, Peer]:
     """Build every peer of `names`, checked against another way to compute the same.
 
     folder: where the engines' files are kept. Those that lie there were checked when they were
     written, and are read as they are.
     """
-    from benchmarks.decode import ctranslate2_peer, llama_cpp_peer, ours, their_torch
+    from benchmarks.decode import ours, their_torch
 
     made: dict[str, Peer] = {}
     theirs = None
@@ -98,13 +106,24 @@ def make(size: str, names: list[str], folder: pathlib.Path) -> dict[str, Peer]:
         match family(name):
             case "memoryformer":
                 made[name] = ours.memoryformer(size, kind)
-            case "dense":
-                made[name] = ours.dense(*twin(), kind)
-            case "llama.cpp":
-                made[name] = llama_cpp_peer.make(twin, kind, folder)
-            case "ctranslate2":
-                made[name] = ctranslate2_peer.make(twin, kind, folder)
             case "transformers":
                 twin()  # held against theirs
                 made[name] = their_torch.make(theirs, kind)
+            case _:
+                made[name] = of_twin(name, twin, folder)
     return made
+
+
+def of_twin(name: str, twin: Callable[[], tuple], folder: pathlib.Path) -> Peer:
+    """A dense model, as twin() returns its (config, params), in the engine of a name."""
+    from benchmarks.decode import ctranslate2_peer, llama_cpp_peer, ours
+
+    kind = name.rpartition("-")[2]
+    match family(name):
+        case "dense":
+            return ours.dense(*twin(), kind)
+        case "llama.cpp":
+            return llama_cpp_peer.make(twin, kind, folder)
+        case "ctranslate2":
+            return ctranslate2_peer.make(twin, kind, folder)
+    raise ValueError(f"{name}: no engine of dense models")

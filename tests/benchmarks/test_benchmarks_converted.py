@@ -5,15 +5,29 @@ import json
 import pytest
 
 from benchmarks import converted
+from benchmarks.decode import peers
 from memoryformer import accounting
 from memoryformer.training import evaluate_run, experiment
 
 
 @pytest.mark.slow
-def test_a_row_is_of_its_run(toy_run, tmp_path, capsys):
-    """Bytes, loss and a plot from the file. Mutations: float32 bytes; the loss before rounding."""
+def test_a_row_is_of_its_run(toy_run, tmp_path, monkeypatch, capsys):
+    """Bytes, loss and a plot from the file, and an engine beside the run.
+
+    Mutations: float32 bytes; the loss before rounding; norms of the engine's twin as they were.
+    """
+    decoded = []
+
+    def of_twin(name, twin, folder):
+        config, params = twin()
+        assert name == "dense-int4" and config.norm == "layernorm"
+        assert params["blocks"]["0"]["norm1"].keys() == {"scale", "bias"}
+        return peers.Peer(lambda *work: decoded.append(work), None, 1000)
+
+    monkeypatch.setattr(peers, "of_twin", of_twin)
     output = tmp_path / "out.json"
     words = [str(toy_run), "--rounds=2", "--tokens=4", "--clock=cpu"]
+    words.append("--peers=dense-int4")
     result = converted.main([*words, f"--output={output}"])
     (row,) = result["runs"]
     run, _, _ = experiment.load(toy_run)
@@ -23,6 +37,8 @@ def test_a_row_is_of_its_run(toy_run, tmp_path, capsys):
     assert row["loss"] == rounded["val/loss"]
     assert row["loss"] != evaluate_run.evaluate_checkpoint(toy_run)["val/loss"]
     assert row["faster"] == [1.0, 1.0, 1.0] and min(row["tokens_per_second"]) > 0
+    assert decoded == [(1, 4)] * 3
+    assert result["engines"]["dense-int4"]["weight_bytes"] == 1000
     assert "+0.0000" in capsys.readouterr().out
     again = converted.main([str(output), f"--plot={tmp_path / 'plot.png'}"])
     assert again == json.loads(output.read_text())

@@ -3,6 +3,7 @@
 The engines are of the extra `decode`; `make test-peers` says which are not installed.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_every_family_has_its_packages(monkeypatch, capsys):
     assert {peers.family(name) for name in peers.NAMES} == peers.PACKAGES.keys()
     monkeypatch.setitem(peers.PACKAGES, "llama.cpp", ("no_such_engine",))
     names = ["llama.cpp-q8_0", "dense-int8"]
-    assert benchmark._installed(names) == ["dense-int8"]
+    assert peers.installed(names) == ["dense-int8"]
     assert "without llama.cpp-q8_0: no_such_engine" in capsys.readouterr().out
 
 
@@ -92,9 +93,10 @@ def test_what_is_refused(words, capsys):
     assert words[0].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def twin():
-    return ours.random_twin("toy")
+@pytest.fixture(scope="module", params=["parallel", "sequential"])
+def twin(request):
+    config, params = ours.random_twin("toy")
+    return dataclasses.replace(config, residual=request.param), params
 
 
 def check(peer, twin, expected_bytes):
@@ -123,7 +125,7 @@ def test_llama_cpp_holds_our_twin(twin, kind, bits, tmp_path):
 
 
 def test_ctranslate2_holds_our_twin(twin, tmp_path):
-    """Mutations: rotary positions over all of a head; up and down exchanged."""
+    """Mutations: rotary positions over all of a head; up and down exchanged; always parallel."""
     pytest.importorskip("ctranslate2", reason="pip install -e '.[decode]'")
     from benchmarks.decode import ctranslate2_peer
 
