@@ -38,7 +38,7 @@ _COMMANDS = {
     "import": ("config",),
     "memorise": (
         *("config", "parts", "layers", "bits", "tokens", "mix", "thresholds", "score"),
-        *("target", "solver", "eval_batches", "revision"),
+        *("target", "solver", "eval_batches", "ridges", "revision"),
     ),
 }
 _FLAGS = tuple(dict.fromkeys(flag for used in _COMMANDS.values() for flag in used))
@@ -81,6 +81,11 @@ def _define_memorise_flags():
     flags.DEFINE_string("solver", "auto", "memorise: auto, exact or gradients.")
     flags.DEFINE_integer(
         "eval_batches", 8, "memorise: how many the loss is told on; 0: all.", 0
+    )
+    flags.DEFINE_string(
+        "ridges",
+        "0.1,0.01,0.001,0.0001",
+        "memorise: to choose from, times the mean diagonal.",
     )
 
 
@@ -164,10 +169,8 @@ def _memorise(origin, target):
     from memoryformer.convert import transfer
     from memoryformer.convert.memorise import conversion, options, report
 
-    names = {field.name for field in dataclasses.fields(options.Options)}
-    values: dict[str, Any] = {
-        name: flags.FLAGS[name].value for name in names - {"ridges"}
-    }
+    names = [field.name for field in dataclasses.fields(options.Options)]
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
     chosen = options.Options(**values)
     directory = transfer.fetch(origin, flags.FLAGS.revision)
     told = conversion.memorise(directory, target, chosen, flags.FLAGS.config)

@@ -13,7 +13,7 @@ from memoryformer import cli, data, errors, model
 from memoryformer import config as config_lib
 from memoryformer.convert import __main__ as command
 from memoryformer.convert import export, gpt_neox, memorise, transfer
-from memoryformer.convert.memorise import activations, conversion
+from memoryformer.convert.memorise import activations, conversion, fit
 from memoryformer.convert.memorise.options import Options
 from memoryformer.model import parts
 from memoryformer.training import evaluate_run, experiment, loop
@@ -266,6 +266,12 @@ def test_the_stream_can_be_what_is_fitted_to(dense):
     theirs, _ = activations._stream(teacher, 2, batch)
     target = np.asarray(theirs - beside).reshape(wanted.shape)
     np.testing.assert_allclose(wanted, target, atol=1e-5)
+
+
+def test_ridges_are_tried_from_the_largest():
+    """Whatever their order. Mutations: not sorted; the smallest first; one twice."""
+    assert Options(ridges="1e-3,0.1,0.001").ridge_values() == (0.1, 0.001)
+    assert Options().ridge_values() == fit.RIDGES
 
 
 @pytest.mark.parametrize(

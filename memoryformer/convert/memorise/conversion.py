@@ -158,7 +158,7 @@ def _fitted(
         (fronts.observe(hashes, *observe(b)) for b in batches.fitted(progress)),
         Observations(*map(np.concatenate, zip(*held_out, strict=True))),
         1 << bits,
-        ridges=options.ridges,
+        ridges=options.ridge_values(),
         solver=options.solver,
         folder=str(folder),
     )

@@ -4,6 +4,7 @@ Start at `Options`.
 """
 
 import dataclasses
+import math
 
 from memoryformer import config as config_lib
 from memoryformer.convert.memorise import fit, fronts
@@ -26,6 +27,7 @@ class Options:
     as many memory layers, fitted together.  thresholds: whether inputs are centred.  score: of the layers.
     target: the outputs of the layer as it is, or what brings the residual stream back.
     solver: of `fit.SOLVERS`.  eval_batches: batches that the loss is told on, 0: all text.
+    ridges: to choose from, multiples of the mean diagonal, with commas.
     """
 
     parts: str = "qkv,ffn"
@@ -38,7 +40,7 @@ class Options:
     target: str = "layer"
     solver: str = "auto"
     eval_batches: int = 8
-    ridges: tuple[float, ...] = fit.RIDGES
+    ridges: str = ",".join(f"{ridge:g}" for ridge in fit.RIDGES)
 
     def __post_init__(self):
         for name in self.parts.split(","):
@@ -54,6 +56,20 @@ class Options:
         for name in PARTS:
             self.bits_of(name)
             self.mixes_of(name)
+        self.ridge_values()
+
+    def ridge_values(self) -> tuple[float, ...]:
+        """The ridges, the largest first; raises `ConfigError`."""
+        try:
+            values = {float(word) for word in self.ridges.split(",")}
+        except ValueError:
+            values = {math.nan}
+        if not all(0 < value < math.inf for value in values):
+            raise ConfigError(
+                f"--ridges={self.ridges}: must be numbers above 0 with commas, such as "
+                "0.1,0.01."
+            )
+        return tuple(sorted(values, reverse=True))
 
     def mixes_of(self, name: str) -> tuple[str, ...]:
         """The mixes of a part, one for each memory layer; raises `ConfigError`."""
