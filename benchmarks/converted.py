@@ -204,7 +204,7 @@ def plot(result: dict, path: pathlib.Path) -> None:
         where = {"xycoords": ("data", "axes fraction"), "rotation": 90}
         label = f"{base['run']}, {name}"
         axis.annotate(label, place, va="top", ha="right", fontsize=8, **where)
-    axis.margins(0.2)  # room for the names
+    axis.margins(x=0.2, y=0.4)  # room for the names
     axis.set_xlabel("tokens a second, one stream")
     axis.set_ylabel("loss over the dense run's, nats")
     figure.savefig(path, dpi=120)

@@ -38,10 +38,10 @@ SIZES = {"": (8000, 3e-3), "mini": (1000, 32e-3)}
 # Parts of that rate that each score is tried at: by its own scale, `l1_softmax` moves the
 # outputs some seven times as far at the same rate.
 SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25, 0.125, 0.0625)}
-# .. of which `score_tokens` takes these, at CODE_BITS.
-SCORE_RATES = {
-    "": {"softmax": 1, "l1_softmax": 1},
-    "mini": {"softmax": 1 / 2, "l1_softmax": 1 / 16},
+# .. and rates over more tokens, at CODE_BITS.
+SCORE_TOKENS_RATES = {
+    "": {"softmax": (3e-3,), "l1_softmax": (3e-3,)},
+    "mini": {"softmax": (5.3e-3, 2.66e-3), "l1_softmax": (2e-3, 1e-3, 5e-4)},
 }
 DENSE = {
     "model.projection": "dense",
@@ -62,7 +62,12 @@ CODE_BITS = {"": 8, "mini": 4}
 # Variants against the published layer: bits of both, that read as many rows, of n-grams, ..
 TWO_ROW_BITS = {"": (4, 8), "mini": (4, 8)}
 NGRAM_ROWS, LONGEST_NGRAM = {"": 1 << 16, "mini": 1 << 11}, 5
-VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}  # parts of the default one
+# .. at parts of the default rate; and rates over more tokens, where lower ones are better.
+VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}
+VARIANT_TOKENS_RATES = {
+    "": (3e-3, 2e-3),
+    "mini": (5.3e-3, 21.3e-3, 10.7e-3, 2.66e-3),
+}
 # .. and curves: widths, layers and heads; training FLOPs; the rate at a width of the memory
 # model and of the dense one, from which others follow as 1 / width.
 CURVE_SIZES = {
@@ -237,8 +242,9 @@ def sweep_variants(size: str) -> Points:
     And the dense model of equal FLOPs, without n-grams and with them.
     """
     first, later = _variants(size)
-    yield from _at_rates(_variant_rates(size), first)
-    yield from _at_rates(_variant_rates(size), later)
+    rates = [_rounded(SIZES[size][1] * part) for part in VARIANT_RATES[size]]
+    yield from _at_rates(rates, first)
+    yield from _at_rates(rates, later)
     dense, rows = _dense(EQUAL_FLOPS[size]), _ngrams(NGRAM_ROWS[size])
     kinds = {"dense": dense, "dense, n-grams": dense | rows}
     yield from _at_rates(DENSE_RATES[size][:3], kinds)
@@ -272,10 +278,6 @@ def _variants(size):
 
 def _ngrams(rows):
     return {"model.projection_options.ngram_rows": rows}
-
-
-def _variant_rates(size):
-    return [_rounded(SIZES[size][1] * part) for part in VARIANT_RATES[size]]
 
 
 def _at_rates(rates, kinds):
@@ -327,14 +329,16 @@ def sweep_table3_tokens(size: str) -> Points:
 
 
 def sweep_score_tokens(size: str) -> Points:
-    """Both scores over forty times the tokens, each at its best rate of fewer."""
-    for score, part in SCORE_RATES[size].items():
-        yield {
-            "model.score": score,
-            "model.code_bits": CODE_BITS[size],
-            "optimizer.learning_rate": _rounded(SIZES[size][1] * part),
-            **_longer(size, 40 if size else 1),
-        }
+    """Both scores over forty times the tokens, each at several rates."""
+    for score, rates in SCORE_TOKENS_RATES[size].items():
+        for rate in rates:
+            yield {
+                "label": f"{score}, lr={rate:g}",
+                "model.score": score,
+                "model.code_bits": CODE_BITS[size],
+                "optimizer.learning_rate": rate,
+                **_longer(size, 40 if size else 1),
+            }
 
 
 def sweep_variants_tokens(size: str) -> Points:
@@ -343,7 +347,7 @@ def sweep_variants_tokens(size: str) -> Points:
     best = ("published", "n-grams", "n-grams to 5, half the rows, token rows")
     kinds = {kind: (first | later)[kind] for kind in best}
     longer = _longer(size, 40 if size else 1)
-    for fields in _at_rates(_variant_rates(size)[:1], kinds):
+    for fields in _at_rates(VARIANT_TOKENS_RATES[size], kinds):
         yield fields | longer
     model = get_config(size).model
     shape = (model.embed_dim, model.num_layers, model.num_heads)

@@ -234,7 +234,7 @@ def test_console_script(monkeypatch, capsys):
         (
             ["accounting", "--config=quickstrat"],
             2,
-            "memoryformer_tiny, mqar, pmi, pythia_160m",
+            "memoryformer_tiny, memoryformer_token_addressed, mqar",
         ),
         (["trian"], 2, "'trian': no such command; did you mean 'train'?"),
         (["--version"], 0, memoryformer.__version__),
