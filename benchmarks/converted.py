@@ -198,12 +198,16 @@ def plot(result: dict, path: pathlib.Path) -> None:
         axis.plot(*place, "o", color="C0")
         label = f"{row['run']}, {row['bytes_a_token'] / 1e3:.0f} kB"
         axis.annotate(label, place, xytext=(4, 4), textcoords="offset points")
-    for name, row in result["engines"].items():
-        place = row["tokens_per_second"][1], 0.98
-        axis.axvline(place[0], color="C1", linestyle="--", linewidth=1)
+    speeds = {
+        name: row["tokens_per_second"][1] for name, row in result["engines"].items()
+    }
+    for i, name in enumerate(sorted(speeds, key=speeds.get)):
+        axis.axvline(speeds[name], color="C1", linestyle="--", linewidth=1)
+        # Neighbours are named at the top and at the bottom, in turn.
+        height, side = ((0.98, "top"), (0.02, "bottom"))[i % 2]
         where = {"xycoords": ("data", "axes fraction"), "rotation": 90}
-        label = f"{base['run']}, {name}"
-        axis.annotate(label, place, va="top", ha="right", fontsize=8, **where)
+        place, label = (speeds[name], height), f"{base['run']}, {name}"
+        axis.annotate(label, place, va=side, ha="right", fontsize=8, **where)
     axis.margins(x=0.2, y=0.4)  # room for the names
     axis.set_xlabel("tokens a second, one stream")
     axis.set_ylabel("loss over the dense run's, nats")
