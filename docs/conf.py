@@ -36,7 +36,7 @@ nb_merge_streams = True
 
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["lm_eval"]
+autodoc_mock_imports = ["apache_beam", "lm_eval"]  # of extras
 
 
 def setup(app):
