@@ -80,6 +80,9 @@ CURVE_RATES = {
     "mini": {"memory": (80, 21.3e-3), "dense": (40, 5e-3)},
 }
 
+# Rates of Table 3 over more tokens.
+TABLE3_TOKENS_RATES = {"": (3e-3, 1.5e-3), "mini": (10.7e-3, 5.3e-3)}
+
 # Learning rates of tables, as parts of the default one; times the others' and decays.
 TABLE_RATES = {"": (1, 1 / 3, 3), "mini": (2 / 3, 1 / 3, 4 / 3)}
 TABLE_SCALES, DECAYS = (1, 5, 25, 75), (0.1, 0.0, 0.5)
@@ -317,15 +320,18 @@ def sweep_rule(size: str) -> Points:
 
 
 def sweep_table3_tokens(size: str) -> Points:
-    """Bits per code over ten times the tokens of Table 3, and six bits beside them."""
+    """Bits per code over ten times the tokens of Table 3, six bits beside them, at two rates."""
     wide = (
         {"model.embed_dim": 84}
         if size
         else {"model.embed_dim": 510, "model.num_heads": 5}
     )
     six = {"label": "tau=6", "model.code_bits": 6, **wide}
-    for fields in (*sweep_table3(size), six):
-        yield fields | _longer(size, 10)
+    for rate in TABLE3_TOKENS_RATES[size]:
+        for fields in (*sweep_table3(size), six):
+            label = f"{fields['label']}, lr={rate:g}"
+            at_rate = {"label": label, "optimizer.learning_rate": rate}
+            yield fields | at_rate | _longer(size, 10)
 
 
 def sweep_score_tokens(size: str) -> Points:
