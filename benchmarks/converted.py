@@ -7,7 +7,7 @@ Each run decodes --tokens greedy tokens after one, tables, head and dense layers
 order each round. Losses are of all validation text, with the same weights; bytes a token are
 `accounting.count`'s: rows, dense layers and the head. The first run is what others are compared to.
 Beside them, in the same rounds, other engines decode the first run, as `benchmarks.decode` has
-them; of a package that is not installed a line says so.
+them, if it is dense; of a package that is not installed a line says so.
 """
 
 import dataclasses
@@ -124,6 +124,9 @@ def _engines(path, names, folder):
     from memoryformer.training import experiment
 
     run, params, _ = experiment.load(path)
+    if run.model.projection != "dense":
+        print(f"without other engines: {path} is no dense run", flush=True)
+        return {}
     twin = dataclasses.replace(run.model, norm="layernorm"), _layer_normed(params)
     return {name: peers_lib.of_twin(name, lambda: twin, folder) for name in names}
 
