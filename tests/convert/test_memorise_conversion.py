@@ -284,6 +284,9 @@ def test_ridges_are_tried_from_the_largest():
         ({"layers": "x"}, "--layers=x: must be like 0,2-4"),
         ({"tokens": 50}, "--tokens=50: fewer than the 64 rows"),
         ({"tokens": 90_000}, "--tokens=90000: with what is held out .* the text has"),
+        ({"ridges": "0.1,none"}, "--ridges=0.1,none: must be numbers above 0"),
+        ({"ridges": "0.1,-1"}, "--ridges=0.1,-1: must be numbers above 0"),
+        ({"ridges": "inf"}, "--ridges=inf: must be numbers above 0"),
         ({"mix": "stirred"}, "--mix='stirred': unknown choice"),
         (
             {"mix": "ffn=auto+none"},
