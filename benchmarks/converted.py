@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def measured(args) -> dict:
     """Decode by turns; then the loss of each run."""
+    from benchmarks.decode import ours
     from memoryformer.generation import text as text_lib
     from memoryformer.training import evaluate_run
 
@@ -70,7 +71,7 @@ def measured(args) -> dict:
     decoders, counted = {}, {}
     for path in args.runs:
         generator, _, run = text_lib.open_run(path, None, KINDS)
-        decoders[path.name] = _stream(generator)
+        decoders[path.name] = ours.decoder(generator)
         counted[path.name] = accounting.count(run.model, value_bytes=VALUE_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         engines = _engines(args.runs[0], names, pathlib.Path(folder))
@@ -102,17 +103,6 @@ def measured(args) -> dict:
             for name, peer in engines.items()
         },
     }
-
-
-def _stream(generator):
-    """Greedy tokens of a run, as a peer decodes: (streams, tokens) -> None."""
-    from memoryformer.generation import sampler
-
-    def decode(streams, tokens):
-        sampling = sampler.SamplingConfig(max_tokens=tokens, temperature=0.0)
-        list(generator.stream_batch([[1]] * streams, sampling))
-
-    return decode
 
 
 def _engines(path, names, folder):
