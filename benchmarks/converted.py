@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import tempfile
 
 from benchmarks import arguments, timing
@@ -76,7 +75,11 @@ def measured(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         engines = _engines(args.runs[0], names, pathlib.Path(folder))
     decoders |= {name: peer.decode for name, peer in engines.items()}
-    seconds = _in_turns(decoders, args.tokens, args.rounds, timing.CLOCKS[args.clock])
+    works = {
+        name: lambda _, decode=decode: decode(1, args.tokens)
+        for name, decode in decoders.items()
+    }
+    seconds = timing.in_turns(works, args.rounds, timing.CLOCKS[args.clock])
     rows = []
     for path in args.runs:
         values = evaluate_run.evaluate_checkpoint(path, kinds=KINDS)
@@ -130,25 +133,11 @@ def _layer_normed(params):
     return {name: _layer_normed(value) for name, value in params.items()}
 
 
-def _in_turns(decoders, tokens, rounds, clock) -> dict[str, list[float]]:
-    """Seconds of each decoder in all rounds but the first, which compiles."""
-    shuffled = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for i in range(rounds + 1):
-        for name in shuffled.sample(list(decoders), len(decoders)):
-            start = clock()
-            decoders[name](1, tokens)
-            if i:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def _speed(seconds, name, tokens):
     spent, first = seconds[name], next(iter(seconds.values()))
-    ratios = (f / s for f, s in zip(first, spent, strict=True))
     return {
         "tokens_per_second": timing.quartiles(tokens / s for s in spent),
-        "faster": timing.quartiles(ratios),
+        "faster": timing.ratio(first, spent),
     }
 
 

@@ -61,12 +61,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"{'mixer':<16}{'context':>10}{'tokens/s':>12}{'state bytes':>16}")
     for name in names:
         cases = {context: _case(name, context, args.tokens) for context in contexts}
-        seconds = {context: [] for context in contexts}
-        for _ in range(args.rounds):
-            for context, (decode, _) in cases.items():
-                started = clock()
-                jax.block_until_ready(decode(args.tokens))
-                seconds[context].append(clock() - started)
+        works = {
+            context: lambda _, decode=decode: jax.block_until_ready(decode(args.tokens))
+            for context, (decode, _) in cases.items()
+        }
+        seconds = timing.in_turns(works, args.rounds, clock, warm_up=0)
         for context, (_, num_bytes) in cases.items():
             rates = [args.tokens / taken for taken in seconds[context]]
             rate = statistics.median(rates)

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable
 
-from benchmarks import arguments
+from benchmarks import arguments, timing
 
 KINDS = ("forward", "backward", "train")
 
@@ -405,7 +405,7 @@ def measure(case: Case, peers: Peers, rounds: int, on_gpu: bool) -> dict:
         return call
 
     peers = {name: several(run) for name, run in peers.items()}
-    times = lookup_cpu.measure(case.draw, peers, max(2, rounds), time.perf_counter)
+    times = timing.in_turns(peers, max(2, rounds), time.perf_counter, case.draw)
     times = {name: [t / repeats for t in series] for name, series in times.items()}
     return lookup_cpu.summarise(times)
 

@@ -245,17 +245,15 @@ def time_decoding(size: str, streams: int, toy: bool, rounds: int = 5) -> Row:
         peers[name] = sampler.Generator(model_config, params)
     sampling = sampler.SamplingConfig(max_tokens=tokens, temperature=0.0)
     prompts = [[1 + (i + j) % 99 for j in range(16)] for i in range(streams)]
-    rates = {name: [] for name in peers}
-    for i in range(rounds + 1):
-        for name, generator in peers.items():
-            started = time.perf_counter()
-            count = len(list(generator.stream_batch(prompts, sampling)))
-            if i:
-                rates[name].append(streams * count / (time.perf_counter() - started))
-    ratio = [m / d for m, d in zip(rates["memory"], rates["dense"], strict=True)]
-    return {n: timing.quartiles(r) for n, r in rates.items()} | {
-        "memory over dense": timing.quartiles(ratio)
+    works = {
+        name: lambda _, peer=peer: list(peer.stream_batch(prompts, sampling))
+        for name, peer in peers.items()
     }
+    seconds = timing.in_turns(works, rounds, time.perf_counter)
+    return {
+        name: timing.quartiles(streams * tokens / s for s in series)
+        for name, series in seconds.items()
+    } | {"memory over dense": timing.ratio(seconds["dense"], seconds["memory"])}
 
 
 TOY = {

@@ -143,21 +143,20 @@ def _in_turns(heads, states, count, rounds, clock):
         if kind == "int8-screened":
             np.testing.assert_array_equal(chosen, expected)
             reads = {k: getattr(after, k) - getattr(before, k) for k in vars(after)}
-    seconds: dict[str, list[float]] = {kind: [] for kind in heads}
-    for _ in range(rounds):
-        for kind, head in heads.items():
-            started = clock()
-            for x in parts:
-                choose(x, head).block_until_ready()
-            seconds[kind].append((clock() - started) / len(parts))
+
+    def chooses(head):
+        return lambda _: [choose(x, head).block_until_ready() for x in parts]
+
+    works = {kind: chooses(head) for kind, head in heads.items()}
+    # What is chosen above has compiled.
+    seconds = timing.in_turns(works, rounds, clock, warm_up=0)
     rows = {}
     for kind, series in seconds.items():
-        ratio = [a / b for a, b in zip(seconds["int8"], series, strict=True)]
         leaves = jax.tree.leaves(heads[kind])
         num_bytes = sum(leaf.nbytes for leaf in leaves)
         rows[kind] = {
-            "ms": timing.quartiles(1e3 * s for s in series),
-            "times_as_fast_as_int8": timing.quartiles(ratio),
+            "ms": timing.quartiles(1e3 * s / len(parts) for s in series),
+            "times_as_fast_as_int8": timing.ratio(seconds["int8"], series),
             "megabytes": num_bytes / 1e6,
         }
         if kind == "int8-screened":

@@ -35,7 +35,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import random
 import types
 from collections.abc import Callable
 
@@ -93,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         draw, peers, check = CASES[name]()
         inputs = draw(0)
         check({peer: run(inputs) for peer, run in peers.items()})
-        times = measure(draw, peers, flags.rounds, timing.CLOCKS[flags.clock])
+        clock = timing.CLOCKS[flags.clock]
+        times = timing.in_turns(peers, flags.rounds, clock, draw)
         results["cases"][name] = summarise(times)
         print_case(name, results["cases"][name])
     flags.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -113,32 +113,13 @@ def keep_memory() -> None:
         raise SystemExit("--keep_memory needs glibc")
 
 
-def measure(
-    draw: Callable, peers: Peers, rounds: int, clock: Callable
-) -> dict[str, list[float]]:
-    """Seconds of each peer in each round, after one that is not counted."""
-    times = {name: [] for name in peers}
-    shuffled = random.Random(0)
-    for i in range(rounds + 1):
-        inputs = draw(i + 1)
-        for name in shuffled.sample(list(peers), len(peers)):
-            start = clock()
-            peers[name](inputs)
-            elapsed = clock() - start
-            if i:
-                times[name].append(elapsed)
-    return times
-
-
 def summarise(times: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
     """Quartiles of milliseconds, and of the ratio to the first peer round by round."""
     first = times[next(iter(times))]
     return {
         name: {
             "ms": timing.quartiles([1e3 * t for t in series]),
-            "ratio": timing.quartiles(
-                [t / f for t, f in zip(series, first, strict=True)]
-            ),
+            "ratio": timing.ratio(series, first),
         }
         for name, series in times.items()
     }

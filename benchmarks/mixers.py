@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [_measure(args, folder, *case) for case in cases]
     if args.rounds:
         steps = {case: _train_step(_config(args, *case)) for case in cases}
-        rates = in_turns(steps, args.rounds, timing.CLOCKS[args.clock])
+        rates = tokens_per_second(steps, args.rounds, timing.CLOCKS[args.clock])
         for row, case in zip(rows, cases, strict=True):
             row["tokens_per_second"] = rates[case]
     (folder / "mixers.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -120,21 +120,22 @@ def _train_step(config):
     return step
 
 
-def in_turns(
+def tokens_per_second(
     steps: dict[tuple[str, str], Callable[[int], float]],
     rounds: int,
     clock: Callable[[], float],
 ) -> dict[tuple[str, str], list[float]]:
-    """Return each case's tokens per second in each round; a step before is not counted."""
-    rates = {case: [] for case in steps}
-    cases = list(steps)
-    for index in range(rounds + 1):
-        for case in cases[index % len(cases) :] + cases[: index % len(cases)]:
-            start = clock()
-            tokens = steps[case](index)
-            if index:
-                rates[case].append(tokens / (clock() - start))
-    return rates
+    """Return each case's rate in each round of `timing.turns`."""
+    tokens: dict[tuple[str, str], list[float]] = {case: [] for case in steps}
+
+    def counted(case):
+        return lambda index: tokens[case].append(steps[case](index))
+
+    seconds = timing.in_turns({case: counted(case) for case in steps}, rounds, clock)
+    return {
+        case: [n / s for n, s in zip(tokens[case][1:], seconds[case], strict=True)]
+        for case in steps
+    }
 
 
 def _finished(workdir, num_steps):

@@ -12,7 +12,6 @@ whole model, whose layers are read from memory all the same. Beside other engine
 import dataclasses
 import json
 import os
-import random
 
 from benchmarks import arguments, timing
 
@@ -47,18 +46,14 @@ def main(argv: list[str] | None = None) -> dict:
         for kind in kinds
         for length in args.lengths
     }
-    clock, shuffled = timing.CLOCKS[args.clock], random.Random(0)
-    micros: dict = {work: [] for work in works}
-    for i in range(args.rounds + 1):
-        for work in shuffled.sample(list(works), len(works)):
-            start = clock()
-            works[work]()
-            if i:  # the first one compiles
-                seconds = clock() - start
-                micros[work].append(1e6 * seconds / work[1] / args.layers)
+    seconds = timing.in_turns(works, args.rounds, timing.CLOCKS[args.clock])
     rows = [
-        {"tables": kind, "length": length, "micros": timing.quartiles(series)}
-        for (kind, length), series in micros.items()
+        {
+            "tables": kind,
+            "length": length,
+            "micros": timing.quartiles(1e6 * s / length / args.layers for s in series),
+        }
+        for (kind, length), series in seconds.items()
     ]
     facts = {"processor": timing.processor(), "cores": cores, "clock": args.clock}
     facts |= {"size": args.size, "layers": args.layers, "load": os.getloadavg()[0]}
@@ -75,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def reader(size: str, num_layers: int, kind: str, length: int):
-    """Return a function that reads a prompt of so many tokens."""
+    """Return a function, for `timing.turns`, that reads a prompt of so many tokens."""
     config = ours.memoryformer_config(size)
     config = dataclasses.replace(config, num_layers=num_layers)
     kinds = narrow.WeightKinds(tables=kind, head="int8")
@@ -84,7 +79,7 @@ def reader(size: str, num_layers: int, kind: str, length: int):
     prompt = peers.long_prompt(2048, config.vocab_size).tolist()[:length]
     sampling = sampler.SamplingConfig(max_tokens=1, temperature=0.0)
 
-    def read() -> np.ndarray:
+    def read(_) -> np.ndarray:
         return np.asarray(generator.begin([prompt], sampling).logits)
 
     return read

@@ -12,9 +12,9 @@ one) and what a step costs, in tokens read one at a time, and the share of token
 read. `--always` never goes back to plain decoding.
 """
 
+import itertools
 import json
 import os
-import random
 
 from benchmarks import arguments, timing
 
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "tokens_per_second": timing.quartiles(
                     sorted(count / s for s in series)
                 ),
-                "faster": timing.quartiles(
-                    p / s for p, s in zip(first, series, strict=True)
-                ),
+                "faster": timing.ratio(first, series),
             }
             | of_drafts(peers[name][0])
             for name, series in seconds.items()
@@ -125,23 +123,29 @@ def untrained(args, kinds):
 
 
 def measure(peers, args, clock) -> dict[str, list[float]]:
-    """Seconds of each in each round, after one that is not counted; texts must be equal."""
-    seconds: dict = {name: [] for name in peers}
+    """Seconds of each for all prompts, in each round; texts must be equal."""
     sampling = sampler.SamplingConfig(args.tokens, args.temperature)
-    shuffled, texts = random.Random(0), {}
-    for i in range(args.rounds + 1):
-        spent = dict.fromkeys(peers, 0.0)
-        for number in range(args.prompts):
-            for name in shuffled.sample(list(peers), len(peers)):
-                streams, prompts = peers[name]
-                start = clock()
-                text = list(streams.stream_batch([prompts[number]], sampling))
-                spent[name] += clock() - start
-                if texts.setdefault(number, text) != text:
-                    raise AssertionError(f"prompt {number}: {name} has other tokens")
-        for name in peers if i else ():
-            seconds[name].append(spent[name])
-    return seconds
+    texts: dict[int, list] = {}
+
+    def continues(name, number):
+        streams, prompts = peers[name]
+
+        def run(_):
+            text = list(streams.stream_batch([prompts[number]], sampling))
+            if texts.setdefault(number, text) != text:
+                raise AssertionError(f"prompt {number}: {name} has other tokens")
+
+        return run
+
+    turns = [
+        timing.turns({name: continues(name, number) for name in peers}, clock)
+        for number in range(args.prompts)
+    ]
+    prompts = next(itertools.islice(zip(*turns, strict=True), args.rounds, None))
+    return {
+        name: [sum(times) for times in zip(*(p[name] for p in prompts), strict=True)]
+        for name in peers
+    }
 
 
 if __name__ == "__main__":

@@ -112,18 +112,16 @@ def timed(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return seconds and losses of every arm's steps, each round in another order."""
     config = experiment.resolve(quickstart())
-    names = tuple(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    losses: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(steps + WARM_UP):
-        batch = make_batch(config.model, config.train.batch_size, i)
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            start = clock()
-            losses[name].append(arms[name](batch))
-            if i >= WARM_UP:
-                seconds[name].append(clock() - start)
-    return seconds, losses
+    losses: dict[str, list[float]] = {name: [] for name in arms}
+
+    def batch(index):
+        return make_batch(config.model, config.train.batch_size, index)
+
+    def step(name):
+        return lambda batch: losses[name].append(arms[name](batch))
+
+    works = {name: step(name) for name in arms}
+    return timing.in_turns(works, steps, clock, batch, WARM_UP), losses
 
 
 def _agreeing(ours, theirs) -> dict[str, float]:

@@ -4,9 +4,9 @@
     python -m benchmarks.variants --cores=1 --clock=cpu --steps=20    # on a busy machine
     python -m benchmarks.variants --sweep=isoflop                     # sizes, memory and dense
 
-Every variant takes a step on the same batch before any takes the next. Ratios are to the first
-variant (of `variants`, the published layer) of the medians of the steps; the first step, which compiles, is
-left out. Bytes and FLOPs are `accounting.count`'s. Losses are finite, or it ends.
+Every variant takes a step before any takes the next, in another order each time. Ratios are to
+the first variant (of `variants`, the published layer) of the medians of the steps; the first step,
+which compiles, is left out. Bytes and FLOPs are `accounting.count`'s. Losses are finite, or it ends.
 """
 
 import json
@@ -43,7 +43,19 @@ def main(argv: list[str] | None = None) -> dict:
     cores = timing.use_cores(args.cores)
     runs = variants(args.size, args.sweep)
     steps = {name: train_step.make_step(run) for name, run in runs.items()}
-    seconds = in_turns(steps, runs, args.steps, timing.CLOCKS[args.clock])
+
+    def batches(index):
+        return {
+            name: train_step.make_batch(run.model, run.train.batch_size, index)
+            for name, run in runs.items()
+        }
+
+    seconds = timing.in_turns(
+        {name: finite(name, step) for name, step in steps.items()},
+        args.steps,
+        timing.CLOCKS[args.clock],
+        batches,
+    )
     first = statistics.median(next(iter(seconds.values())))
     rows = {name: _row(runs[name], seconds[name], first) for name in runs}
     facts = {"cores": cores, "clock": args.clock, "load": os.getloadavg()[0]}
@@ -62,20 +74,15 @@ def variants(size: str, sweep: str) -> dict:
     return runs
 
 
-def in_turns(steps, runs, count, clock) -> dict[str, list[float]]:
-    """Seconds of each step of each variant, without the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(count + 1):
-        for name, step in steps.items():
-            run = runs[name]
-            batch = train_step.make_batch(run.model, run.train.batch_size, i)
-            start = clock()
-            loss = float(step(batch))
-            if i:
-                seconds[name].append(clock() - start)
-            if not math.isfinite(loss):
-                raise AssertionError(f"{name}: the loss of step {i} is {loss}")
-    return seconds
+def finite(name: str, step):
+    """A step of its batch among all, whose loss must be finite."""
+
+    def run(batches):
+        loss = float(step(batches[name]))
+        if not math.isfinite(loss):
+            raise AssertionError(f"{name}: the loss of a step is {loss}")
+
+    return run
 
 
 def _row(run, seconds, first):

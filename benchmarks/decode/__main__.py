@@ -27,9 +27,7 @@ import itertools
 import json
 import os
 import pathlib
-import random
 import tempfile
-from collections.abc import Callable, Iterator
 
 from benchmarks import arguments, timing
 from benchmarks.decode import peers as peers_lib
@@ -79,12 +77,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         "processor": timing.processor(),
         "weight_bytes": {name: peer.weight_bytes for name, peer in peers.items()},
     }
-    rounds = measure(peers, works, args.tokens, timing.CLOCKS[args.clock])
-    next(rounds)  # what is compiled or read for the first time
-    next(rounds)  # quartiles are of two
-    for i in range(2, args.rounds + 1):
-        seconds = next(rounds)
-        series = [summary(work, args.tokens, s) for work, s in seconds.items()]
+    clock = timing.CLOCKS[args.clock]
+    turns = [timing.turns(doing(work, peers, args.tokens), clock) for work in works]
+    rounds = itertools.islice(zip(*turns, strict=True), 2, args.rounds + 1)
+    # The first round is not counted, and quartiles are of two.
+    for i, seconds in enumerate(rounds, 2):
+        series = [
+            summary(w, args.tokens, s) for w, s in zip(works, seconds, strict=True)
+        ]
         result = facts | {"load": os.getloadavg()[0], "rounds": i, "works": series}
         # After every round: a run that is cut short has measured what it has.
         args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -94,26 +94,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     return result
 
 
-def measure(
-    peers: dict[str, peers_lib.Peer],
-    works: list[Work],
-    tokens: int,
-    clock: Callable[[], float],
-) -> Iterator[dict[Work, dict[str, list[float]]]]:
-    """Yield, after each round, the seconds of each work and peer in all but the first."""
-    seconds: dict = {work: {name: [] for name in peers} for work in works}
-    shuffled = random.Random(0)
-    for i in itertools.count():
-        for kind, size in works:
-            for name in shuffled.sample(list(peers), len(peers)):
-                start = clock()
-                if kind == "prefill":
-                    peers[name].prefill(size)
-                else:
-                    peers[name].decode(size, tokens)
-                if i:
-                    seconds[kind, size][name].append(clock() - start)
-        yield seconds
+def doing(work: Work, peers: dict[str, peers_lib.Peer], tokens: int) -> dict:
+    """{peer: function that does the work}."""
+    kind, size = work
+    if kind == "prefill":
+        return {n: lambda _, peer=p: peer.prefill(size) for n, p in peers.items()}
+    return {n: lambda _, peer=p: peer.decode(size, tokens) for n, p in peers.items()}
 
 
 def summary(work: Work, tokens: int, seconds: dict[str, list[float]]) -> dict:
@@ -129,9 +115,7 @@ def summary(work: Work, tokens: int, seconds: dict[str, list[float]]) -> dict:
             for name, series in seconds.items()
         },
         "times_slower_than_" + first: {
-            name: timing.quartiles(
-                [t / f for t, f in zip(series, seconds[first], strict=True)]
-            )
+            name: timing.ratio(series, seconds[first])
             for name, series in seconds.items()
         },
     }
