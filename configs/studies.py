@@ -348,7 +348,7 @@ def sweep_score_tokens(size: str) -> Points:
 
 
 def sweep_variants_tokens(size: str) -> Points:
-    """The published layer, the best of `variants` within a tenth of its time, and dense, longer."""
+    """The published layer, the best of `variants` within a tenth of its time, dense: longer."""
     first, later = _variants(size)
     best = ("published", "n-grams", "n-grams to 5, half the rows, token rows")
     kinds = {kind: (first | later)[kind] for kind in best}
@@ -357,7 +357,11 @@ def sweep_variants_tokens(size: str) -> Points:
         yield fields | longer
     model = get_config(size).model
     shape = (model.embed_dim, model.num_layers, model.num_heads)
-    yield {"label": "dense of that width"} | _of_shape(size, "dense", shape) | longer
+    dense = _of_shape(size, "dense", shape)
+    rate = dense.pop("optimizer.learning_rate")
+    rates = [_rounded(rate * part) for part in (1, 0.5, 2)]
+    for fields in _at_rates(rates, {"dense of that width": dense}):
+        yield fields | longer
 
 
 def _of_shape(size, kind, shape):
