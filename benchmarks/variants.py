@@ -20,7 +20,10 @@ from benchmarks import arguments, timing
 FLAGS = arguments.Parser(__doc__)
 FLAGS.add_argument("--size", default="mini", help="argument of configs/studies.py")
 FLAGS.add_argument(
-    "--sweep", choices=("variants", "isoflop"), default="variants", help="of that file"
+    "--sweep",
+    choices=("variants", "variants_tokens", "score_tokens", "table3_tokens", "isoflop"),
+    default="variants",
+    help="of that file",
 )
 FLAGS.number("steps", 40, low=2)
 FLAGS.cores()

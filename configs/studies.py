@@ -41,7 +41,7 @@ SCORES = {"softmax": (1, 2, 0.5), "l1_softmax": (0.5, 1, 0.25, 0.125, 0.0625)}
 # .. and rates over more tokens, at CODE_BITS.
 SCORE_TOKENS_RATES = {
     "": {"softmax": (3e-3,), "l1_softmax": (3e-3,)},
-    "mini": {"softmax": (5.3e-3, 2.66e-3), "l1_softmax": (2e-3, 1e-3, 5e-4)},
+    "mini": {"softmax": (5.3e-3, 2.66e-3), "l1_softmax": (1e-3, 2e-3, 5e-4, 2.5e-4)},
 }
 DENSE = {
     "model.projection": "dense",
@@ -62,6 +62,7 @@ CODE_BITS = {"": 8, "mini": 4}
 # Variants against the published layer: bits of both, that read as many rows, of n-grams, ..
 TWO_ROW_BITS = {"": (4, 8), "mini": (4, 8)}
 NGRAM_ROWS, LONGEST_NGRAM = {"": 1 << 16, "mini": 1 << 11}, 5
+BEST_VARIANT = "n-grams to 5, half the rows, token rows"
 # .. at parts of the default rate; and rates over more tokens, where lower ones are better.
 VARIANT_RATES = {"": (1, 2 / 3), "mini": (2 / 3, 1)}
 VARIANT_TOKENS_RATES = {
@@ -335,22 +336,26 @@ def sweep_table3_tokens(size: str) -> Points:
 
 
 def sweep_score_tokens(size: str) -> Points:
-    """Both scores over forty times the tokens, each at several rates."""
-    for score, rates in SCORE_TOKENS_RATES[size].items():
-        for rate in rates:
-            yield {
-                "label": f"{score}, lr={rate:g}",
-                "model.score": score,
-                "model.code_bits": CODE_BITS[size],
-                "optimizer.learning_rate": rate,
-                **_longer(size, 40 if size else 1),
-            }
+    """Both scores over forty times the tokens, of the published layer and of the best variant."""
+    first, later = _variants(size)
+    kinds = {"": first["published"], f", {BEST_VARIANT}": later[BEST_VARIANT]}
+    for kind, variant in kinds.items():
+        for score, rates in SCORE_TOKENS_RATES[size].items():
+            for rate in rates:
+                yield {
+                    "label": f"{score}{kind}, lr={rate:g}",
+                    "model.score": score,
+                    "optimizer.learning_rate": rate,
+                    **variant,
+                    "model.code_bits": CODE_BITS[size],
+                    **_longer(size, 40 if size else 1),
+                }
 
 
 def sweep_variants_tokens(size: str) -> Points:
     """The published layer, the best of `variants` within a tenth of its time, dense: longer."""
     first, later = _variants(size)
-    best = ("published", "n-grams", "n-grams to 5, half the rows, token rows")
+    best = ("published", "n-grams", BEST_VARIANT)
     kinds = {kind: (first | later)[kind] for kind in best}
     longer = _longer(size, 40 if size else 1)
     for fields in _at_rates(VARIANT_TOKENS_RATES[size], kinds):
