@@ -82,7 +82,7 @@ CURVE_RATES = {
 }
 
 # Rates of Table 3 over more tokens.
-TABLE3_TOKENS_RATES = {"": (3e-3, 1.5e-3), "mini": (10.7e-3, 5.3e-3, 2.66e-3)}
+TABLE3_TOKENS_RATES = {"": (3e-3, 1.5e-3), "mini": (10.7e-3, 5.3e-3, 2.66e-3, 21.3e-3)}
 
 # Learning rates of tables, as parts of the default one; times the others' and decays.
 TABLE_RATES = {"": (1, 1 / 3, 3), "mini": (2 / 3, 1 / 3, 4 / 3)}

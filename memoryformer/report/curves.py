@@ -16,6 +16,8 @@ from memoryformer.runs import metrics
 
 METRICS = ("train/loss", "train/tokens", "val/loss", "val/bits_per_byte")
 MARKS = {"marker": "o", "markersize": 4}
+WITHIN = 3  # lines of a legend that leave room for the curves; more stand below
+LINE_HEIGHT = 0.23  # of a legend, inches
 
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # metric -> steps, values
 
@@ -50,7 +52,8 @@ def curves_figure(workdirs: Sequence[pathlib.Path]) -> plt.Figure:
     for axes in all_axes.flat:
         axes.set(xlabel="training tokens" if by_tokens else "step", xlim=(0, None))
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        _legend(axes)
+    below = max(map(_legend, all_axes.flat))
+    figure.set_figheight(size[1] + LINE_HEIGHT * below)
     return figure
 
 
@@ -107,14 +110,19 @@ def _names(workdirs: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     return {os.path.join(*w.parts[-depth:]): w for w in resolved}
 
 
-def _legend(axes: plt.Axes) -> None:
-    """Show the label of every line that was given one, as it is.
+def _legend(axes: plt.Axes) -> int:
+    """Show the label of every line that was given one, as it is; return how many stand below.
 
     Matplotlib leaves out labels that begin with `_`, and reads `$` as a formula.
     """
     unnamed = re.compile(r"_child\d+")  # what it calls lines without a label
     lines = [x for x in axes.get_lines() if not unnamed.fullmatch(str(x.get_label()))]
+    below = len(lines) if len(lines) > WITHIN else 0
     legend = axes.legend(lines, list(map(str, range(len(lines)))))
+    if below:
+        legend.set_loc("upper center")
+        legend.set_bbox_to_anchor((0.5, -0.16), axes.transAxes)
     for text, line in zip(legend.get_texts(), lines, strict=True):
         text.set_parse_math(False)
         text.set_text(line.get_label())
+    return below

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from memoryformer import data, errors, model
 from memoryformer.evaluation import buckets
 from memoryformer.report import __main__ as command
+from memoryformer.report import drawing
 from memoryformer.report import pictures as report
 from memoryformer.runs import checkpoint
 
@@ -86,6 +87,25 @@ def test_curves_of_several_runs(tmp_path):
     assert set(drawn) == {"x/run, train", "y/run, train"}
     np.testing.assert_array_equal(drawn["y/run, train"], [[9], [2.0]])
     assert axes.get_xlabel() == "step"
+
+
+def test_a_long_legend_hides_no_curve(tmp_path):
+    """It stands below the axes, and the picture grows by it. Mutations: WITHIN = 99; a height
+    that stays, which leaves the axes less than half of it."""
+    row = {"step": 7, "train/loss": 3.0, "val/loss": 2.0, "val/bits_per_byte": 1.0}
+    runs = [write_metrics(tmp_path / name, [row]) for name in "abcdefgh"]
+    for count in (1, 8):
+        with plt.rc_context(drawing.STYLE):
+            figure = report.curves_figure(runs[:count])
+        figure.canvas.draw()
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            box, within = legend.get_window_extent(), axes.get_window_extent()
+            if count == 1:
+                assert box.y0 > within.y0
+            elif len(legend.get_texts()) > 3:
+                assert box.y1 < within.y0 and box.y0 > -0.05 * figure.dpi
+            assert within.height > 2.5 * figure.dpi  # inches
 
 
 def test_train_curve_is_a_running_mean(tmp_path):
