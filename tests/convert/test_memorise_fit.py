@@ -55,14 +55,23 @@ def test_it_is_least_squares(ridge):
 
 def test_conjugate_gradients_find_the_same():
     """To their tolerance, and they say how far they are. Mutations: the rank-one term of the means
-    left out of `times`; the ridge left out of it.
+    left out of `times`; the ridge left out of it; nothing told.
     """
     seen = observations(300)
     options = {"ridges": [1e-1, 1e-2], "tolerance": 1e-6}
     exact = memorise.fit_tables(parts(seen), observations(50, 1), C, **options)
+    told: list[int] = []
     found = memorise.fit_tables(
-        parts(seen), observations(50, 1), C, solver="gradients", **options
+        parts(seen),
+        observations(50, 1),
+        C,
+        solver="gradients",
+        told=told.append,
+        **options,
     )
+    assert told.count(1) == 2 and set(told) == set(
+        range(1, max(told) + 1)
+    )  # two ridges
     np.testing.assert_allclose(found.tables, exact.tables, rtol=0, atol=3e-5)
     np.testing.assert_allclose(found.bias, exact.bias, rtol=0, atol=3e-5)
     assert 0 < found.iterations <= 40 and found.residual < 3e-6

@@ -115,6 +115,8 @@ class _Batches:
             if progress:
                 progress.update(i * self.rows)
             yield self._train.batch(i)
+        if progress:
+            progress.finish(self.count * self.rows)
 
     def others(self) -> Iterator[data.Batch]:
         """The batches held out."""
@@ -154,6 +156,12 @@ def _fitted(
     held_out = [fronts.observe(hashes, *observe(batch)) for batch in batches.others()]
     progress = Progress(title)
     progress.start("reading", batches.count * batches.rows, "rows")
+
+    def solving(iteration):
+        if iteration == 1:  # of each ridge
+            progress.start("solving, at most", fit.MAX_ITERATIONS, "iterations")
+        progress.update(iteration)
+
     result = fit.fit_tables(
         (fronts.observe(hashes, *observe(b)) for b in batches.fitted(progress)),
         Observations(*map(np.concatenate, zip(*held_out, strict=True))),
@@ -161,8 +169,8 @@ def _fitted(
         ridges=options.ridge_values(),
         solver=options.solver,
         folder=str(folder),
+        told=solving,
     )
-    progress.finish(batches.count * batches.rows)
     kind = "memory_block" if name == "ffn" else "memory"
     mix = "+".join(one.mix for one in hashes)
     part = parts.Part(kind, bits, mix, options.thresholds)

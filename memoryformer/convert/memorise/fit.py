@@ -15,7 +15,7 @@ Start at `fit_tables`.
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from memoryformer.notation import Float, Int
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)  # times the mean diagonal, from the largest
 MOST_EXACT_ROWS = 16_384  # K C, up to which the equations are solved as they stand
+MAX_ITERATIONS = 300  # of conjugate gradients
 SOLVERS = ("auto", "exact", "gradients")
 
 
@@ -58,8 +59,9 @@ def fit_tables(
     ridges: Sequence[float] = RIDGES,
     solver: str = "auto",
     tolerance: float = 1e-5,
-    max_iterations: int = 300,
+    max_iterations: int = MAX_ITERATIONS,
     folder: str | None = None,
+    told: Callable[[int], None] = lambda iteration: None,
 ) -> Fit:
     """Fit tables [K, C, F] to a stream of observations, which is read once.
 
@@ -73,6 +75,7 @@ def fit_tables(
       tolerance: of conjugate gradients, |residual| / |right-hand side| of every column.
       max_iterations: of conjugate gradients, for each ridge.
       folder: where codes and scores are kept for conjugate gradients, None: a temporary one.
+      told: called with each iteration of conjugate gradients, from 1 on for each ridge.
 
     Raises `ConfigError` if there is no token to fit to.
     """
@@ -87,7 +90,7 @@ def fit_tables(
             system = normal.NormalEquations(num_tables, num_buckets)
         else:
             sizes = (num_tables, num_buckets, spool)
-            system = gradients.LargeSystem(*sizes, tolerance, max_iterations)
+            system = gradients.LargeSystem(*sizes, tolerance, max_iterations, told)
         for observations in batches:
             seen.add(observations.codes)
             system.add(observations)

@@ -35,11 +35,13 @@ class LargeSystem:
         folder: str,
         tolerance: float,
         max_iterations: int,
+        told: Callable[[int], None],
     ):
         self._shape = num_tables, num_buckets
         self._codes = pathlib.Path(folder, "codes")
         self._scores = pathlib.Path(folder, "scores")
         self._limits = tolerance, max_iterations
+        self._told = told
         self._cross: np.ndarray | float = 0.0  # A'Y [K, C, F]
         self._design_sum = np.zeros(self._shape)
         self._diagonal = np.zeros(self._shape)  # of A'A
@@ -90,6 +92,7 @@ class LargeSystem:
             jnp.asarray(diagonal + shift, jnp.float32)[..., None],
             jnp.asarray(start, jnp.float32),
             *self._limits,
+            self._told,
         )
         self._last = np.asarray(weights)
         wide = self._last.astype(np.float64).reshape(-1, right.shape[-1])
@@ -116,10 +119,12 @@ def conjugate_gradients(
     start: Float[Array, "K C F"],
     tolerance: float,
     max_iterations: int,
+    told: Callable[[int], None],
 ) -> tuple[Array, int, float]:
     """Solve G X = R for every column of R: (X, iterations, the worst |R - G X| / |R|).
 
-    `times` is X -> G X, G symmetric and positive; `diagonal` is that of G.
+    `times` is X -> G X, G symmetric and positive; `diagonal` is that of G. `told` is called with
+    each iteration, from 1 on.
     """
     x, residual = start, right - times(start)
     size = jnp.maximum(_norms(right), jnp.finfo(right.dtype).tiny)
@@ -128,6 +133,7 @@ def conjugate_gradients(
     iterations = 0
     while iterations < max_iterations and jnp.any(_norms(state[1]) > tolerance * size):
         iterations += 1
+        told(iterations)
         state = _step(*state, times(state[2]), diagonal)
     worst = float(jnp.max(_norms(right - times(state[0])) / size))
     return state[0], iterations, worst
