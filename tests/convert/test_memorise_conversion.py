@@ -13,7 +13,7 @@ from memoryformer import cli, data, errors, model
 from memoryformer import config as config_lib
 from memoryformer.convert import __main__ as command
 from memoryformer.convert import export, gpt_neox, memorise, transfer
-from memoryformer.convert.memorise import activations, conversion, fit
+from memoryformer.convert.memorise import activations, batches, conversion, fit
 from memoryformer.convert.memorise.options import Options
 from memoryformer.model import parts
 from memoryformer.training import evaluate_run, experiment, loop
@@ -112,8 +112,8 @@ def test_tables_are_the_best_for_the_model_converted_so_far(dense, converted):
         {**params, "blocks": blocks},
     )  # fmt: skip
     source = conversion.source_lib.load(dense, None)
-    batches = conversion._Batches(source, ALL)
-    pairs = [activations.observe(half, 1, "ffn", batch) for batch in batches.others()]
+    others = batches.Batches(source, ALL).others()
+    pairs = [activations.observe(half, 1, "ffn", batch) for batch in others]
     inputs, outputs = (np.concatenate(each) for each in zip(*pairs, strict=True))
     terms = params["blocks"]["1"]["ffn"]["terms"]
     assert "signs" in terms["1"]["front"] and "signs" not in terms["0"]["front"]
@@ -221,7 +221,7 @@ def test_a_model_that_transformers_wrote(dense, tmp_path):
     chosen = Options(parts="ffn", bits="4", tokens=1024, eval_batches=0)
     told = conversion.memorise(tmp_path / "theirs", tmp_path / "run", chosen, config)
     source = conversion.source_lib.load(tmp_path / "theirs", config)
-    batch = conversion._Batches(source, chosen).validation[0]
+    batch = batches.Batches(source, chosen).validation[0]
     keep = (batch["segment_ids"] == batch["segment_ids"][:, :1]).all(1)  # one document
     assert keep.any()
     ids, targets = (
@@ -257,7 +257,7 @@ def test_the_stream_can_be_what_is_fitted_to(dense):
     source = conversion.source_lib.load(dense, None)
     config, params = source.subject
     other = jax.tree.map(lambda a: 1.1 * a, params)
-    batch = next(conversion._Batches(source, ALL).fitted())
+    batch = next(batches.Batches(source, ALL).fitted())
     teacher, student = source.subject, activations.Subject(config, other)
     _, wanted = activations.observe(student, 1, "ffn", batch, teacher)
     x, seq = activations._stream(student, 1, batch)

@@ -11,6 +11,7 @@ outputs of a trained layer are a least-squares problem:
     gradients      its solution by conjugate gradients, which never form them
     fronts         thresholds, and the mix before the hash
     activations    inputs and outputs of a model's parts, block by block
+    batches        the text: to fit to, to choose by, to tell the loss on
     conversion     a whole model
     source         what is converted, and the run that comes out
 """

@@ -16,17 +16,17 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from memoryformer import data
 from memoryformer import model as model_lib
 from memoryformer.convert import folders, transfer, trees
 from memoryformer.convert.memorise import activations, fit, fronts, report
 from memoryformer.convert.memorise import source as source_lib
 from memoryformer.convert.memorise.activations import Subject
+from memoryformer.convert.memorise.batches import Batches
 from memoryformer.convert.memorise.observations import Observations
 from memoryformer.convert.memorise.options import Options
 from memoryformer.data.progress import Progress
@@ -37,9 +37,7 @@ from memoryformer.notation import Params
 from memoryformer.runs import steps as run_steps
 
 FOLDER = "memorise"
-BATCH_TOKENS = 8192  # of one pass through the model
 SAMPLE_TOKENS = 16_384  # that thresholds and mixes are taken from
-HELD_OUT_TOKENS = 16_384  # that choose a ridge, at most a quarter as many as are fitted
 
 
 def memorise(
@@ -57,7 +55,7 @@ def memorise(
     target = _check_target(directory)
     source = source_lib.load(pathlib.Path(origin), config)
     steps = options.steps(source.run.model)
-    batches = _Batches(source, options)
+    batches = Batches(source, options)
     teacher, subject = source.subject, source_lib.prepared(source.subject, options)
     folder = target / FOLDER
     _check_settings(folder, _settings(source, options))
@@ -86,50 +84,12 @@ def memorise(
     return summary
 
 
-class _Batches:
-    """The tokens of a conversion: to fit to, to choose by, to tell the loss on."""
-
-    def __init__(self, source: source_lib.Source, options: Options):
-        run, dataset = source.run, source.dataset
-        length = run.model.seq_len
-        self.rows = max(1, min(BATCH_TOKENS, options.tokens // 4) // length)
-        per_batch = self.rows * length
-        self.count = -(-options.tokens // per_batch)
-        self.held_out = max(1, min(HELD_OUT_TOKENS, options.tokens // 4) // per_batch)
-        self._train = dataset.train.batches(length, self.rows, run.train.seed)
-        needed = (self.count + self.held_out) * self.rows
-        if needed > self._train.windows_per_epoch:
-            raise ConfigError(
-                f"--tokens={options.tokens}: with what is held out they are {needed} rows of "
-                f"{length} tokens, but the text has {self._train.windows_per_epoch}; give more "
-                "text or fewer tokens."
-            )
-        validation = dataset.validation.eval_batches(length, self.rows)
-        number = min(options.eval_batches or len(validation), len(validation))
-        every = [validation[i * len(validation) // number] for i in range(number)]
-        self.validation: list[data.Batch] = every
-
-    def fitted(self, progress: Progress | None = None) -> Iterator[data.Batch]:
-        """The batches to fit to."""
-        for i in range(self.count):
-            if progress:
-                progress.update(i * self.rows)
-            yield self._train.batch(i)
-        if progress:
-            progress.finish(self.count * self.rows)
-
-    def others(self) -> Iterator[data.Batch]:
-        """The batches held out."""
-        for i in range(self.count, self.count + self.held_out):
-            yield self._train.batch(i)
-
-
 def _fitted(
     subject: Subject,
     reference: Subject | None,
     layer: int,
     name: str,
-    batches: _Batches,
+    batches: Batches,
     options: Options,
     folder: pathlib.Path,
     title: str,
@@ -235,7 +195,7 @@ def _installed(
     return Subject(config, {**params, "blocks": layers})
 
 
-def _loss(subject: Subject, batches: _Batches, title: str) -> float:
+def _loss(subject: Subject, batches: Batches, title: str) -> float:
     """Nats per token of the validation batches."""
     progress, pairs = Progress(title), []
     progress.start("evaluating", len(batches.validation), "batches")
