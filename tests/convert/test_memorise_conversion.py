@@ -1,7 +1,10 @@
 """A whole dense model as memory layers: a run that goes on, stopped and gone on with, refused."""
 
+import dataclasses
+import io
 import json
 import shlex
+import sys
 
 import jax
 import numpy as np
@@ -266,6 +269,21 @@ def test_the_stream_can_be_what_is_fitted_to(dense):
     theirs, _ = activations._stream(teacher, 2, batch)
     target = np.asarray(theirs - beside).reshape(wanted.shape)
     np.testing.assert_allclose(wanted, target, atol=1e-5)
+
+
+def test_conjugate_gradients_end_their_line_on_a_terminal(dense, tmp_path, monkeypatch):
+    """With the iterations that they took. Mutation: no `finish` after the fit."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    chosen = dataclasses.replace(
+        ALL, parts="ffn", layers="0", solver="gradients", ridges="0.1"
+    )
+    told = conversion.memorise(dense, tmp_path / "run", chosen)
+    (part,) = told["parts"]
+    lines = [x.rpartition("\r")[2] for x in terminal.getvalue().split("\n")[:-1]]
+    (solving,) = [line for line in lines if "solving, at most: " in line]
+    assert f" {part['iterations']}/{fit.MAX_ITERATIONS} iterations " in solving
 
 
 def test_ridges_are_tried_from_the_largest():

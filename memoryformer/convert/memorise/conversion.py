@@ -117,8 +117,12 @@ def _fitted(
     progress = Progress(title)
     progress.start("reading", batches.count * batches.rows, "rows")
 
+    solved = 0  # iterations of the last ridge, if they are counted
+
     def solving(iteration):
-        if iteration == 1:  # of each ridge
+        nonlocal solved
+        solved = iteration
+        if iteration == 1:
             progress.start("solving, at most", fit.MAX_ITERATIONS, "iterations")
         progress.update(iteration)
 
@@ -131,6 +135,8 @@ def _fitted(
         folder=str(folder),
         told=solving,
     )
+    if solved:
+        progress.finish(solved)
     kind = "memory_block" if name == "ffn" else "memory"
     mix = "+".join(one.mix for one in hashes)
     part = parts.Part(kind, bits, mix, options.thresholds)
