@@ -7,9 +7,10 @@ Sweeps, each to be multiplied by `seed`: table3 table4 table5 table6 (the paper'
 equal_flops, equal_parameters; `rate` is the search before them, `table_rates` one of tables' own
 rate and decay. `variants` has what is not in the paper, beside the published layer at equal bytes
 read; `isoflop` is four sizes of memory and dense models at four budgets, of which the report
-draws loss over FLOPs, time and bytes, and fits a law; `rule` checks its learning rates; `table3_tokens`, `score_tokens` and `variants_tokens` go on for
-ten and forty times as long. Points that several of them have are trained once. After a run was
-stopped or killed, the same command goes on.
+draws loss over FLOPs, time and bytes, and fits a law; `rule` checks its learning rates;
+`table3_tokens`, `score_tokens` and `variants_tokens` go on for ten and forty times as long.
+Points that several of them have are trained once. After a run was stopped or killed, the same
+command goes on.
 
 True size: MemoryFormer-tiny, 8,000 steps of 2.1M tokens as in the paper's ablations; not run.
 
@@ -321,7 +322,7 @@ def sweep_rule(size: str) -> Points:
 
 
 def sweep_table3_tokens(size: str) -> Points:
-    """Bits per code over ten times the tokens of Table 3, six bits beside them, at two rates."""
+    """Bits per code over ten times the tokens of Table 3, six bits beside them, at several rates."""
     wide = (
         {"model.embed_dim": 84}
         if size
